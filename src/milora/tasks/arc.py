@@ -1,0 +1,59 @@
+"""ARC (Clark et al. 2018): science questions for schools, three to five choices, an easy and a challenging set.
+
+Two of ARC-Easy's test questions also stand in its train set, in the public files and so here: they are kept, so that
+results compare with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from milora.errors import DataError
+from milora.tasks.label import LabelTask, labelled_example
+from milora.tasks.task import Example
+
+
+class Arc(LabelTask):
+    """What the two sets share; the answer is `answer1` to `answer5`, the choice's place."""
+
+    labels = tuple(f"answer{number}" for number in range(1, 6))
+    hub_id = "allenai/ai2_arc"
+    hub_splits = {"train": "train", "dev": "validation", "test": "test"}  # noqa: RUF012
+    hub_columns = frozenset({"question", "choices", "answerKey"})
+
+    @staticmethod
+    def from_hub_row(row: Mapping[str, Any]) -> Example:
+        """The example for a row of `question`, `choices` (`text`, `label`) and `answerKey` (A to E, or 1 to 5).
+
+        Raises:
+            DataError: `answerKey` is none of the choices' labels.
+        """
+        texts, keys = row["choices"]["text"], list(row["choices"]["label"])
+        if row["answerKey"] not in keys:
+            raise DataError(
+                f"the ARC question {row['question']!r}: its answer {row['answerKey']!r} is none of {', '.join(keys)}"
+            )
+        choices = " ".join(f"Answer{number}: {text}" for number, text in enumerate(texts, start=1))
+        labels = [f"answer{number}" for number in range(1, len(texts) + 1)]
+        return labelled_example(
+            f"Please choose the correct answer to the question: {row['question']}\n\n{choices}\n\n"
+            f"Answer format: {'/'.join(labels)}",
+            labels[keys.index(row["answerKey"])],
+        )
+
+
+class ArcEasy(Arc):
+    """Questions that word co-occurrence or retrieval could answer."""
+
+    name = "arc-easy"
+    folder = "ARC-Easy"
+    hub_config = "ARC-Easy"
+
+
+class ArcChallenge(Arc):
+    """Questions that neither word co-occurrence nor retrieval answered."""
+
+    name = "arc-challenge"
+    folder = "ARC-Challenge"
+    hub_config = "ARC-Challenge"

@@ -1,0 +1,34 @@
+"""BoolQ (Clark et al. 2019): questions of yes or no that people asked a search engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from milora.tasks.label import LabelTask, labelled_example
+from milora.tasks.task import Example
+
+
+class BoolQ(LabelTask):
+    """BoolQ without its passages, as LLM-Adapters poses it; the answer is `true` or `false`.
+
+    The test split is the public validation split, the last one that has answers. The hub has no dev split, so that dev
+    is held out from train there too.
+    """
+
+    name = "boolq"
+    folder = "boolq"
+    labels = ("true", "false")
+    hub_id = "google/boolq"
+    hub_splits = {"train": "train", "test": "validation"}  # noqa: RUF012
+    hub_columns = frozenset({"question", "answer"})
+
+    @staticmethod
+    def from_hub_row(row: Mapping[str, Any]) -> Example:
+        """The example for a row of `question` (in lower case, without its mark) and `answer` (a bool)."""
+        question = row["question"].rstrip("?")
+        return labelled_example(
+            f"Please answer the following question with true or false, question: {question}?\n\n"
+            "Answer format: true/false",
+            "true" if row["answer"] else "false",
+        )

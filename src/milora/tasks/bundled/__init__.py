@@ -1,0 +1,24 @@
+"""Small tasks that need no download: rows are generated, and the bundled backbone has the skills they ask for."""
+
+from milora.tasks.bundled.arithmetic import ArithmeticTask
+from milora.tasks.bundled.base import GeneratedTask
+from milora.tasks.bundled.choice import ChoiceTask
+from milora.tasks.bundled.extraction import ExtractionTask
+from milora.tasks.bundled.order import OrderTask
+from milora.tasks.bundled.yesno import YesNoTask
+from milora.tasks.task import Task
+
+BUNDLED_TASKS: dict[str, Task] = {
+    task.name: task for task in (YesNoTask(), ChoiceTask(), ArithmeticTask(), ExtractionTask(), OrderTask())
+}
+"""The bundled tasks by name."""
+
+__all__ = [
+    "BUNDLED_TASKS",
+    "ArithmeticTask",
+    "ChoiceTask",
+    "ExtractionTask",
+    "GeneratedTask",
+    "OrderTask",
+    "YesNoTask",
+]

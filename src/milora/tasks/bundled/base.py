@@ -1,0 +1,54 @@
+"""What the bundled tasks share: rows drawn from a seeded stream, and splits that cannot overlap."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import ClassVar
+
+from milora.tasks.task import SPLITS, Example, Split, Task
+
+TRAIN_SHARE = 0.8
+DEFAULT_ROWS: dict[str, int] = {"train": 2000, "dev": 200, "test": 400}
+
+
+class GeneratedTask(Task):
+    """A task that writes its own rows.
+
+    The content of a row decides its split through a hash, so the splits are disjoint for every count and seed. There
+    is no end of rows: a split without a `count` has [`DEFAULT_ROWS`] of them. The first rows of a longer request are
+    the rows of a shorter one with the same seed.
+    """
+
+    completion_start: ClassVar[str] = "the correct answer is"
+
+    def examples(self, split: Split, count: int | None = None, seed: int = 0) -> list[Example]:
+        """The first `count` rows of the stream of `seed` that belong to the split."""
+        if split not in SPLITS:
+            raise ValueError(f"A split is one of {', '.join(SPLITS)}; got {split!r}.")
+        return list(islice(self._stream(split, seed), DEFAULT_ROWS[split] if count is None else count))
+
+    @abc.abstractmethod
+    def draw(self, rng: random.Random) -> tuple[Example, str]:
+        """One row, and the content that decides its split: what must not be seen in training if it is tested."""
+
+    def _stream(self, split: Split, seed: int) -> Iterator[Example]:
+        rng = random.Random(f"{self.name}/{seed}")
+        seen = set()
+        while True:
+            example, content = self.draw(rng)
+            if split_of(content) == split and example.prompt not in seen:
+                seen.add(example.prompt)
+                yield example
+
+
+def split_of(content: str) -> str:
+    """The split that a content belongs to, the same on every machine: 80 % train, 10 % dev, 10 % test."""
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    share = int.from_bytes(digest, "big") / 2**64
+    if share < TRAIN_SHARE:
+        return "train"
+    return "dev" if share < (1 + TRAIN_SHARE) / 2 else "test"

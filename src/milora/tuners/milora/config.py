@@ -1,0 +1,144 @@
+"""`MiLoraConfig`: what `adapter_config.json` says of a MiLoRA adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from milora.errors import MiLoraError
+from milora.routing import ACTIVATIONS, GATES, POOLERS
+from milora.tuners.adapter_file import check_adapter_file
+from milora.tuners.registry import add_peft_type
+
+WEIGHT_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""They move a part of the backbone's weight into the adapter, which a module that is not chosen would then lack."""
+
+UNSUPPORTED_FIELDS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+@dataclass
+class MiLoraConfig(LoraConfig):
+    """Configuration of MiLoRA (Zhang et al., EMNLP 2024 Findings): the LoRA of each linear module of a block is an
+    expert, and a router per block chooses `top_k` of them once per prompt.
+
+    All of `LoraConfig` applies; `use_dora=True` is the paper's MiDoRA. What differs or comes on top:
+
+    Args:
+        r: Rank of each expert; the paper's 32.
+        lora_alpha: The output of an expert is scaled by `lora_alpha / r`; `None` means `2 * r`.
+        target_modules: The experts: `all-linear` (every linear module of the blocks, and nothing outside them), or as
+            in PEFT a list of name endings or a regular expression, of modules inside the blocks.
+        top_k: How many experts of a block serve a prompt, from 1 to the number of its experts.
+        pooler: How the prompt's hidden states become one vector: `attention` (self-attention), `mean`, `max`, `last`.
+        router_activation: `rational` (learnable, starting as GeLU; `rational-relu` and so on for other starts), a
+            fixed one (`gelu`, `relu`, `silu`, `tanh`, `identity`), or a list with one for each block.
+        rational_orders: Degrees of the rational's numerator and denominator.
+        gate: Weight of a chosen expert: `hard` (1, with a straight-through gradient), `softmax` (its probability),
+            `renormalized` (its share of the chosen ones' probability).
+        load_balancing_coef: Coefficient of the load-balancing loss, which is added to the loss in training.
+        normalize_router_input: Divide the pooled vector by its root mean square (not in the paper).
+        blocks: Path of the list of Transformer blocks, for models where it cannot be found.
+        experts: The modules' paths relative to the block, in the order of the router's rows, or a mapping from block
+            to list where blocks differ. Filled in when the adapter is made.
+
+    Raises:
+        MiLoraError: If a value is unknown or out of range, or a feature of LoRA is asked for that cannot be routed.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank of each expert."})
+    lora_alpha: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "An expert's output is scaled by lora_alpha / r; None means 2 * r."}
+    )
+    target_modules: list[str] | str | None = field(
+        default="all-linear",
+        metadata={"help": "The experts: 'all-linear' of the blocks, name endings, or a regular expression."},
+    )
+    task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The type of task."})
+    top_k: int = field(default=3, metadata={"help": "How many experts of a block serve a prompt."})
+    pooler: str = field(default="attention", metadata={"help": f"One of {', '.join(POOLERS)}."})
+    router_activation: str | list[str] = field(
+        default="rational",
+        metadata={"help": f"rational, or one of {', '.join(ACTIVATIONS)}, or a list with one per block."},
+    )
+    rational_orders: list[int] | tuple[int, int] = field(
+        default_factory=lambda: [6, 5], metadata={"help": "Degrees of the rational's numerator and denominator."}
+    )
+    gate: str = field(default="hard", metadata={"help": f"One of {', '.join(GATES)}."})
+    load_balancing_coef: float = field(default=1e-2, metadata={"help": "Coefficient of the load-balancing loss."})
+    normalize_router_input: bool = field(
+        default=False, metadata={"help": "Divide the pooled vector by its root mean square."}
+    )
+    blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
+    experts: list[str] | dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "Modules relative to the block, in the order of the router's rows."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        super().__post_init__()
+        self.peft_type = add_peft_type("MILORA")
+        self.rational_orders = list(self.rational_orders)
+        self._check_choices()
+        self._check_lora_features()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> MiLoraConfig:
+        """As PEFT's; of a local adapter the weights' file is looked at too, before anything is built for it.
+
+        Raises:
+            MiLoraError: If the weights are missing, truncated or not safetensors.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if isinstance(config, cls) and folder.is_dir():
+            check_adapter_file(folder)
+        return config  # type: ignore[no-any-return]
+
+    def _check_choices(self) -> None:
+        if not isinstance(self.top_k, int) or self.top_k < 1:
+            raise MiLoraError(f"top_k must be an integer of at least 1; found {self.top_k!r}.")
+        if self.pooler not in POOLERS:
+            raise MiLoraError(f"Unknown pooler {self.pooler!r}; choose one of {list(POOLERS)}.")
+        if self.gate not in GATES:
+            raise MiLoraError(f"Unknown gate {self.gate!r}; choose one of {list(GATES)}.")
+        if self.load_balancing_coef < 0:
+            raise MiLoraError(f"load_balancing_coef must not be negative; found {self.load_balancing_coef}.")
+        orders = self.rational_orders
+        if len(orders) != 2 or any(not isinstance(order, int) or order < 1 for order in orders):
+            raise MiLoraError(f"rational_orders must be two integers of at least 1, such as [6, 5]; found {orders!r}.")
+        names = self.router_activation if isinstance(self.router_activation, list) else [self.router_activation]
+        for name in names:
+            kind, _, start = name.partition("-")
+            known = kind == "rational" and (not start or start in ACTIVATIONS)
+            if not known and name not in ACTIVATIONS:
+                raise MiLoraError(
+                    f"Unknown router_activation {name!r}; choose 'rational' or one of {sorted(ACTIVATIONS)}."
+                )
+
+    def _check_lora_features(self) -> None:
+        for name in UNSUPPORTED_FIELDS:
+            if getattr(self, name, None):
+                raise MiLoraError(f"{name} cannot be combined with MiLoRA's routing; leave it unset.")
+        initialisation = self.init_lora_weights
+        if isinstance(initialisation, str) and initialisation.lower().startswith(WEIGHT_CHANGING_INITIALISATIONS):
+            raise MiLoraError(
+                f"init_lora_weights={initialisation!r} changes the backbone's weights, which modules that are not "
+                "chosen must use as they are; choose True, 'gaussian', 'orthogonal' or 'eva'."
+            )

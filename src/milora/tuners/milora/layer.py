@@ -1,0 +1,271 @@
+"""The two layers of MiLoRA: a block's router, and the LoRA of a module as an expert of that router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from milora.errors import MiLoraError
+from milora.routing import Decision, RouterProjection, build_activation, build_pooler, choose, expert_probabilities
+from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.dispatch import BlockRouting, Dispatcher, RoutingPass, follow, select
+from milora.tuners.milora.gradient import RouteGradient, checkpoint_with_route, is_checkpointed
+
+
+class RouterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A block's routers, one an adapter, as a child of the block (`milora_router`).
+
+    The parts lie in `ModuleDict`s by adapter, which is how PEFT finds, saves and switches them.
+
+    Args:
+        block: The block's path in the backbone.
+        hidden_size: Size of the block's hidden states.
+        dispatcher: Where decisions are written to.
+    """
+
+    adapter_layer_names = ("projection", "pooler", "activation")
+    other_param_names = ("experts", "top_k", "gate", "normalize")
+
+    def __init__(self, block: str, hidden_size: int, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.block = block
+        self.hidden_size = hidden_size
+        self.dispatcher = dispatcher
+        self.projection = nn.ModuleDict()
+        self.pooler = nn.ModuleDict()
+        self.activation = nn.ModuleDict()
+        self.experts: dict[str, tuple[str, ...]] = {}
+        self.top_k: dict[str, int] = {}
+        self.gate: dict[str, str] = {}
+        self.normalize: dict[str, bool] = {}
+        self.merged_adapters = []
+
+    def update_layer(
+        self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
+    ) -> None:
+        """Adds an adapter's router, on the device of the block (or left on the meta device it is being built on)."""
+        orders = (config.rational_orders[0], config.rational_orders[1])
+        self.projection[adapter] = RouterProjection(self.hidden_size, len(experts))
+        self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size)
+        self.activation[adapter] = build_activation(activation, orders)
+        self.experts[adapter] = experts
+        self.top_k[adapter] = min(config.top_k, len(experts))
+        self.gate[adapter] = config.gate
+        self.normalize[adapter] = config.normalize_router_input
+        if not any(parameter.is_meta for parameter in self.projection[adapter].parameters()):
+            self._move_adapter_to_device_of_base_layer(adapter, device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The active adapter's `W_r`; there is no base layer whose weight it could be."""
+        adapter = next((name for name in self.active_adapters if name in self.projection), next(iter(self.projection)))
+        return self.projection[adapter].weight  # type: ignore[return-value]
+
+    def get_base_layer(self) -> nn.Module:
+        """Itself: a router stands beside the block's modules and wraps none."""
+        return self
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always refused: see [`MiLoraModel.merge_adapter`]."""
+        raise MiLoraError("A router cannot be merged into weights.")
+
+    def unmerge(self) -> None:
+        """Nothing to do: a router is never merged."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own also casts to the backbone's dtype, and looks for a base layer.
+        target = device if device is not None else self.projection[adapter_name].weight.device
+        for name in self.adapter_layer_names:
+            getattr(self, name)[adapter_name].to(target)
+
+    def decide(self, adapter: str, hidden: Tensor, prompt: Tensor) -> Decision:
+        """Routes (batch, tokens, hidden) under a (batch, tokens) mask of the prompts' tokens."""
+        projection = self.projection[adapter]
+        device = projection.weight.device
+        probabilities = expert_probabilities(
+            hidden.to(device),
+            prompt.to(device),
+            self.pooler[adapter],  # type: ignore[arg-type]
+            self.activation[adapter],
+            projection,
+            normalize=self.normalize[adapter],
+        )
+        return choose(probabilities, self.top_k[adapter], self.gate[adapter])
+
+    def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's pre-forward hook: routes the pass that is running, unless that has been done."""
+        if self.disable_adapters:
+            return None
+        if args:
+            return (self.route_block(block, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.route_block(block, kwargs["hidden_states"])}
+
+    def route_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Decides for the running pass from the block's input, (batch, tokens, hidden), and returns that input.
+
+        Raises:
+            RuntimeError: If no pass is running.
+        """
+        routing_pass = self.dispatcher.current
+        if routing_pass is None:
+            raise RuntimeError(
+                f"{self.block} was called on its own: which tokens are the prompt is read where the whole model is "
+                "called. Call the model that get_peft_model returned."
+            )
+        if self.block in routing_pass.routed_blocks:
+            return hidden
+        routing_pass.routed_blocks.add(self.block)
+        for adapter, rows in routing_pass.adapter_rows.items():
+            if adapter in self.projection:
+                hidden = self._route(block, adapter, rows, routing_pass, hidden)
+        return hidden
+
+    def _route(
+        self, block: nn.Module, adapter: str, rows: list[int] | None, routing_pass: RoutingPass, hidden: Tensor
+    ) -> Tensor:
+        experts = self.experts[adapter]
+        if routing_pass.forced is not None:
+            decision = follow(routing_pass.forced, self.block, experts, rows, hidden.device)
+        else:
+            assert routing_pass.prompt is not None
+            prompt = routing_pass.prompt
+            decision = self.decide(
+                adapter, hidden if rows is None else hidden[rows], prompt if rows is None else prompt[rows]
+            )
+        gates = decision.gates
+        leaf: list[Tensor] = []
+        if torch.is_grad_enabled() and is_checkpointed(block):
+            checkpoint_with_route(block, self.dispatcher, _Rerouted(self, block))
+            if gates.requires_grad:
+                gates = gates.detach().requires_grad_()
+                leaf = [gates]
+        selections = select(gates, decision.chosen)
+        routing_pass.routings.setdefault(adapter, {})[self.block] = BlockRouting(experts, decision, selections)
+        if torch.is_grad_enabled():
+            idle = self._idle_parameters(block, adapter, selections, router=not decision.gates.requires_grad)
+            if leaf or idle:
+                source = decision.gates if leaf else None
+                hidden = RouteGradient.apply(hidden, source, leaf, *idle)  # type: ignore[no-untyped-call]
+        return hidden
+
+    def _idle_parameters(
+        self, block: nn.Module, adapter: str, selections: list[Any], *, router: bool
+    ) -> list[nn.Parameter]:
+        layers = [
+            block.get_submodule(expert)
+            for expert, selection in zip(self.experts[adapter], selections, strict=True)
+            if selection is None
+        ]
+        if router:
+            layers.append(self)
+        return [
+            parameter
+            for layer in layers
+            for name in layer.adapter_layer_names  # type: ignore[union-attr]
+            if adapter in getattr(layer, name)
+            for parameter in _parameters(getattr(layer, name)[adapter])
+            if parameter.requires_grad
+        ]
+
+
+class _Rerouted:
+    """Routes a given block: a callable with attributes, so that models that hold it can be copied and pickled."""
+
+    def __init__(self, router: RouterLayer, block: nn.Module) -> None:
+        self.router, self.block = router, block
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.router.route_block(self.block, hidden)
+
+
+def _parameters(value: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [value] if isinstance(value, nn.Parameter) else list(value.parameters())
+
+
+class ExpertVariant(LoraVariant):  # type: ignore[misc]
+    """Makes any LoRA layer of PEFT an expert: it runs for the rows that chose it, weighted by their gates.
+
+    `x W + g_i (x A B) * scaling` for the rows with gate `g_i`, and `x W`, nothing computed, for the others. Another
+    variant inside (DoRA) gives `y` in place of LoRA's sum, of which `x W + g_i (y - x W)` is made.
+
+    Args:
+        dispatcher: Where the decisions are read.
+        block: The block's path.
+        expert: The module's place among the block's experts.
+        inner: The variant that the layer had, `None` for plain LoRA.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, block: str, expert: int, inner: LoraVariant | None) -> None:
+        self.dispatcher = dispatcher
+        self.block = block
+        self.expert = expert
+        self.inner = inner
+
+    def supports_lora_conversion(self) -> bool:
+        """No: a module's change depends on the prompt; `milora export` freezes a route."""
+        return False
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output; see [`LoraVariant.forward`].
+
+        Args:
+            module: The LoRA layer.
+            active_adapter: The adapter that serves these rows.
+            x: (batch, tokens, d_in), or (batch * tokens, d_in) as some blocks flatten it.
+            result: The base layer's output for `x`.
+            **kwargs: Passed on to the inner variant.
+        """
+        selection = self.dispatcher.current_selection(active_adapter, self.block, self.expert)
+        if selection is None:
+            return result
+        shape = result.shape
+        if x.shape[0] != selection.batch or x.dim() == 2:
+            x, result = (_by_row(tensor, selection.batch, self.block) for tensor in (x, result))
+        gate = selection.gate()
+        if selection.rows is None:
+            return self._adapt(module, active_adapter, x, result, gate, kwargs).reshape(shape)
+        part = self._adapt(
+            module,
+            active_adapter,
+            x.index_select(0, selection.rows),
+            result.index_select(0, selection.rows),
+            gate,
+            kwargs,
+        )
+        # Rounded as the layer's output will be, so that a row's result does not depend on its neighbours' routes.
+        return result.index_copy(0, selection.rows, part.to(result.dtype)).reshape(shape)
+
+    def _adapt(
+        self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        if gate is not None:
+            gate = gate.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
+        if self.inner is not None:
+            adapted: Tensor = self.inner.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
+            return adapted if gate is None else result + gate.to(adapted.dtype) * (adapted - result)
+        lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
+        x = module._cast_input_dtype(x, lora_a.weight.dtype)
+        delta: Tensor = lora_b(lora_a(module.lora_dropout[adapter](x))) * module.scaling[adapter]
+        return result + delta if gate is None else result + gate.to(delta.dtype) * delta
+
+    @staticmethod
+    def _refuse_merging(*args: Any, **kwargs: Any) -> Any:
+        raise MiLoraError(
+            "A MiLoRA adapter cannot be merged: which modules it changes depends on the prompt. Export one route as a "
+            "plain LoRA adapter (milora export) and merge that."
+        )
+
+    merge_safe = merge_unsafe = unmerge = _refuse_merging
+
+
+def _by_row(tensor: Tensor, batch: int, block: str) -> Tensor:
+    if tensor.dim() > 2 or tensor.shape[0] % batch != 0:
+        raise MiLoraError(
+            f"A module of {block} was given an input of shape {tuple(tensor.shape)} for a batch of {batch} prompts, "
+            "and which token belongs to which prompt cannot be told. Leave that module out of target_modules."
+        )
+    return tensor.reshape(batch, -1, tensor.shape[-1])

@@ -1,0 +1,527 @@
+"""`MiLoraModel`: PEFT's LoRA model with a router in each block, asked once per prompt."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig
+
+from milora.backbone.blocks import OWN_ROUTER, Block, find_blocks, hidden_size
+from milora.errors import MiLoraError
+from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
+from milora.tuners.adapter_file import check_adapter_tensors
+from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
+from milora.tuners.milora.gradient import restore_checkpoint_function
+from milora.tuners.milora.layer import ExpertVariant, RouterLayer
+from milora.tuners.milora.statistics import RoutingStatistics
+from milora.tuners.outputs import add_to_loss
+from milora.tuners.prompt import attended_tokens, prompt_tokens, supervised_tokens
+
+BASE_ROW = "__base__"
+"""PEFT's name for a row without an adapter."""
+
+NO_MERGE = (
+    "A MiLoRA adapter cannot be merged: which modules it changes depends on the prompt. Export one route as a plain "
+    "LoRA adapter (milora export) and merge that."
+)
+
+
+class MiLoraModel(LoraModel):  # type: ignore[misc]
+    """A backbone with MiLoRA adapters; made by `get_peft_model(model, MiLoraConfig())`.
+
+    Each block gets a router (`milora_router`), each adapted module stays a LoRA layer of PEFT. A forward pass reads the
+    prompt from its arguments, each block's router decides from the block's input on the prompt, and the chosen modules
+    serve the prompt and, by way of `generate` or the cache, every token after it (Zhang et al. 2024, section 3).
+    """
+
+    tuner_layer_cls = (LoraLayer, RouterLayer)
+    uses_shared_state = True
+
+    # ---------------------------------------------------------------- building
+
+    def _pre_injection_hook(self, model: nn.Module, config: MiLoraConfig, adapter_name: str) -> None:
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise MiLoraError(f"{type(model).__name__} is an encoder-decoder; MiLoRA routes decoder-only models.")
+        self.dispatcher = Dispatcher()
+        self.statistics = RoutingStatistics()
+        self._handles: list[Any] = []
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then gives every block with experts its router.
+
+        Raises:
+            MiLoraError: If no expert is found, `top_k` exceeds their number, or the adapter is for another backbone.
+        """
+        config: MiLoraConfig = self.peft_config[adapter_name]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        low_memory = bool(kwargs.get("low_cpu_mem_usage", False))
+        with init_empty_weights() if low_memory else nullcontext():
+            self._add_routers(adapter_name, config)
+        for router in self._routers().values():
+            router.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if not self._handles:
+            self._handles = [
+                self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            ]
+
+    def _prepare_adapter_config(self, peft_config: MiLoraConfig, model_config: dict[str, Any]) -> MiLoraConfig:
+        blocks = find_blocks(self.model, peft_config.blocks)
+        experts = _listed_experts(peft_config, blocks) or _targeted_experts(peft_config, blocks)
+        routed = [block for block in blocks if experts.get(block.path)]
+        check_top_k(peft_config.top_k, max(len(experts[block.path]) for block in routed))
+        activations = peft_config.router_activation
+        if isinstance(activations, list) and len(activations) != len(routed):
+            raise MiLoraError(
+                f"router_activation lists {len(activations)} activations, and {len(routed)} blocks have a router."
+            )
+        lists = [experts[block.path] for block in routed]
+        alike = len(routed) == len(blocks) and all(of_block == lists[0] for of_block in lists)
+        peft_config.experts = lists[0] if alike else {block.path: experts[block.path] for block in routed}
+        # Spelled out, because PEFT would read "all-linear" as every linear layer of the model, routers included.
+        peft_config.target_modules = list(dict.fromkeys(expert for of_block in lists for expert in of_block))
+        paths = {f"{block.path}.{expert}" for block in routed for expert in experts[block.path]}
+        peft_config.expert_paths = paths  # type: ignore[attr-defined]
+        modules = dict(self.model.named_modules())
+        if all(type(_unwrapped(modules[path])).__name__ == "Conv1D" for path in paths):
+            # Set here, PEFT has no need to correct it with a warning for every layer.
+            peft_config.fan_in_fan_out = True
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MiLoraConfig, key: str) -> bool:
+        return key in peft_config.expert_paths  # type: ignore[attr-defined]
+
+    def _create_and_replace(
+        self,
+        lora_config: MiLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        block, experts = next(
+            (block, experts)
+            for block, experts in self._experts_of(lora_config).items()
+            if current_key.startswith(f"{block}.") and current_key[len(block) + 1 :] in experts
+        )
+        layer = getattr(parent, target_name)
+        layer.lora_variant[adapter_name] = ExpertVariant(
+            self.dispatcher,
+            block,
+            experts.index(current_key[len(block) + 1 :]),
+            layer.lora_variant.get(adapter_name),
+        )
+
+    def _experts_of(self, config: MiLoraConfig) -> dict[str, list[str]]:
+        if isinstance(config.experts, dict):
+            return config.experts
+        experts = config.experts or []
+        return {block.path: experts for block in find_blocks(self.model, config.blocks)}
+
+    def _add_routers(self, adapter_name: str, config: MiLoraConfig) -> None:
+        blocks = {block.path: block for block in find_blocks(self.model, config.blocks)}
+        for index, (path, experts) in enumerate(self._experts_of(config).items()):
+            block = blocks[path]
+            router = getattr(block.module, OWN_ROUTER, None)
+            if router is None:
+                router = RouterLayer(path, hidden_size(self.model, block), self.dispatcher)
+                block.module.add_module(OWN_ROUTER, router)
+                router._hook = block.module.register_forward_pre_hook(router.before_block, with_kwargs=True)
+            activation = config.router_activation
+            router.update_layer(
+                adapter_name,
+                config,
+                tuple(experts),
+                activation[index] if isinstance(activation, list) else activation,
+                next(block.module.parameters()).device,
+            )
+
+    def _routers(self) -> dict[str, RouterLayer]:
+        return {module.block: module for module in self.model.modules() if isinstance(module, RouterLayer)}
+
+    # ------------------------------------------------------- adapters and files
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, for one adapter at a time.
+
+        Raises:
+            MiLoraError: For several: a prompt is routed by one adapter. `adapter_names` gives each row its own.
+        """
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise MiLoraError(
+                f"Only one MiLoRA adapter can be active; found {list(adapter_name)}. To serve several in one batch, "
+                "give each row its own: model.generate(..., adapter_names=[...])."
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, routers included."""
+        super().delete_adapter(adapter_name)
+        # PEFT skips modules whose path contains the prefix "lora_", which "milora_router" does.
+        for router in self._routers().values():
+            router.delete_adapter(adapter_name)
+            router.set_adapter(self.active_adapters)
+        for block in find_blocks(self.model, self._any_blocks_path()):
+            router = getattr(block.module, OWN_ROUTER, None)
+            if isinstance(router, RouterLayer) and not router.experts:
+                _remove_router(block)
+
+    def unload(self) -> nn.Module:
+        """The bare backbone, without LoRA layers, routers or hooks."""
+        path = self._any_blocks_path()
+        model: nn.Module = super().unload()
+        for block in find_blocks(model, path):
+            _remove_router(block)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return model
+
+    def _any_blocks_path(self) -> str | None:
+        return next((config.blocks for config in self.peft_config.values() if config.blocks is not None), None)
+
+    def _check_merge_allowed(self) -> None:
+        raise MiLoraError(NO_MERGE)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            MiLoraError: Always: routers of different adapters have no weighted sum.
+        """
+        raise MiLoraError("MiLoRA adapters cannot be combined: routers of different adapters have no weighted sum.")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MiLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_adapter_tensors(model, adapter_name, remapped)
+        return remapped
+
+    # ------------------------------------------------------------ forward passes
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT's own does not remove its hooks after an exception, and knows beams only as a keyword of generate. Here
+        # the names are expanded to the batch that arrives.
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise MiLoraError("adapter_names is for inference; call model.eval() first.")
+        unknown = {name for name in names if name != BASE_ROW} - set(self.peft_config)
+        if unknown:
+            raise MiLoraError(f"No adapter named {sorted(unknown)}; there are {sorted(self.peft_config)}.")
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        handles = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in layers]
+        try:
+            with self.dispatcher.serving(list(names)):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _name_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        running = self.dispatcher.current
+        names = self.dispatcher.adapter_names
+        if running is None or names is None:
+            return None
+        if args[0].shape[0] != running.rows:
+            raise MiLoraError(
+                f"{type(self.model).__name__} flattens batch and tokens before one of the adapted modules, so rows with "
+                "different adapters cannot be told apart there. Serve one adapter at a time."
+            )
+        return args, {**kwargs, "adapter_names": _expanded(names, running.rows, "adapter_names")}
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        following = self.dispatcher.following()
+        if following is not None:
+            self.dispatcher.begin(following)
+            return
+        if self._disabled():
+            return
+        arguments = {**dict(zip(_parameter_names(module) if args else (), args, strict=False)), **kwargs}
+        cache = arguments.get("past_key_values")
+        if isinstance(cache, Cache) and not self.training and cache.get_seq_length() > 0:
+            known = self.dispatcher.of_cache(cache)
+            if known is not None and self.dispatcher.forced is None:
+                self.dispatcher.begin(known)
+                return
+            if self.dispatcher.forced is None:
+                raise MiLoraError(
+                    "The cache already holds tokens, and which route they had is not known. Pass the route that made "
+                    "it: model.generate(..., route=route), or `with model.use_route(route):`."
+                )
+        self.dispatcher.begin(self._new_pass(arguments))
+
+    def _new_pass(self, arguments: dict[str, Any]) -> RoutingPass:
+        attended = attended_tokens({**arguments, **self._generation_mask(arguments)})
+        rows = attended.shape[0]
+        names = self.dispatcher.adapter_names
+        adapter_rows: dict[str, list[int] | None] = {name: None for name in self.active_adapters}
+        if names is not None:
+            names = _expanded(names, rows, "adapter_names")
+            adapter_rows = {
+                name: [row for row, of_row in enumerate(names) if of_row == name]
+                for name in dict.fromkeys(names)
+                if name != BASE_ROW
+            }
+        forced = self.dispatcher.forced
+        if forced is not None:
+            if rows % len(forced) != 0:
+                raise MiLoraError(f"The route in force is for {len(forced)} prompts; the batch has {rows} rows.")
+            return RoutingPass(rows, None, adapter_rows, forced.expand(rows // len(forced)))
+        prompt = self.dispatcher.prompt
+        if prompt is not None:
+            if prompt.shape != attended.shape:
+                raise MiLoraError(
+                    f"use_prompt was given a mask of shape {tuple(prompt.shape)}; the batch has {tuple(attended.shape)}."
+                )
+            return RoutingPass(rows, prompt.to(attended.device, torch.bool) & attended, adapter_rows)
+        labels, shifted = _labels(arguments)
+        if labels is None and self.training and torch.is_grad_enabled():
+            self.statistics.warn_without_labels()
+        return RoutingPass(rows, prompt_tokens(attended, labels, shifted=shifted), adapter_rows)
+
+    def _generation_mask(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        # Generation with a static cache hands the model a prepared mask, in which a window may hide a part.
+        mask = self.dispatcher.generation_mask()
+        source = arguments.get("input_ids")
+        source = arguments.get("inputs_embeds") if source is None else source
+        if mask is None or source is None or mask.dim() != 2 or source.shape[0] % mask.shape[0] != 0:
+            return {}
+        if mask.shape[1] != source.shape[1]:
+            return {}
+        return {"attention_mask": mask.repeat_interleave(source.shape[0] // mask.shape[0], dim=0)}
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        routing_pass = self.dispatcher.current
+        cache = getattr(output, "past_key_values", None)
+        self.dispatcher.end(cache if isinstance(cache, Cache) else None)
+        if routing_pass is None or output is None or not self.training or routing_pass.forced is not None:
+            return None
+        arguments = {**dict(zip(_parameter_names(module) if args else (), args, strict=False)), **kwargs}
+        labels, shifted = _labels(arguments)
+        if labels is None:
+            return None
+        return self._balanced(output, routing_pass, labels, shifted, arguments.get("num_items_in_batch"))
+
+    def _balanced(
+        self, output: Any, routing_pass: RoutingPass, labels: Tensor, shifted: bool, items: Tensor | int | None
+    ) -> Any:
+        for adapter, routings in routing_pass.routings.items():
+            if not routings:
+                continue
+            losses = [load_balancing_loss(routing.decision.probabilities) for routing in routings.values()]
+            balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+            self.statistics.record(balance, routings)
+            coefficient = self.peft_config[adapter].load_balancing_coef
+            if coefficient > 0 and routing_pass.rows > 0:
+                output = add_to_loss(output, coefficient * balance, supervised_tokens(labels, shifted=shifted), items)
+        return output
+
+    def _disabled(self) -> bool:
+        return any(router.disable_adapters for router in self._routers().values()) or not self.active_adapters
+
+    # -------------------------------------------------------------------- routes
+
+    def generate(self, *args: Any, route: Route | None = None, **kwargs: Any) -> Any:
+        """`generate` of the backbone, routed once: at the prefill, or by `route`.
+
+        Assisted generation and chunked prefill, whose first pass is not the prompt, route in a pass of its own first.
+
+        Args:
+            *args: As for the backbone's `generate`.
+            route: A route to follow, a row for each prompt; needed to continue a cache that already holds tokens.
+            **kwargs: As for the backbone's `generate`.
+
+        Raises:
+            MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, or a prompt is
+                empty.
+        """
+        if self._disabled():
+            return self.model.generate(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        route = route if route is not None else self.dispatcher.forced
+        if route is None and cache is not None and cache.get_seq_length() > 0:
+            raise MiLoraError(
+                "generate was given a cache that already holds tokens: a later turn can be served by the route of the "
+                "first or by one of its own, and that is yours to say. Pass route=, for example the one that "
+                "model.route(**inputs) returned for the prompt that filled the cache."
+            )
+        if route is None and self._needs_own_pass(kwargs):
+            prompts = {name: kwargs[name] for name in ("attention_mask", "inputs_embeds") if name in kwargs}
+            route = self.route(
+                *args, **prompts, **({"input_ids": kwargs["input_ids"]} if "input_ids" in kwargs else {})
+            )
+        attended = kwargs.get("attention_mask")
+        with self.dispatcher.generating(attended), self.dispatcher.forcing(route):
+            return self.model.generate(*args, **kwargs)
+
+    def _needs_own_pass(self, kwargs: dict[str, Any]) -> bool:
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        names = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+        return kwargs.get("assistant_model") is not None or any(
+            kwargs.get(name, getattr(config, name, None)) is not None for name in names
+        )
+
+    @torch.no_grad()
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Route:
+        """What the routers decide for some prompts, without generating anything.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens).
+            labels: (batch, tokens): the prompt is then what precedes the first label, as in training.
+            adapter_names: An adapter for each row.
+            **kwargs: Further arguments of the backbone, such as `inputs_embeds`.
+
+        Returns:
+            The [`Route`], a row for each prompt, on the backbone's device.
+
+        Raises:
+            MiLoraError: If the adapters are disabled, a prompt is empty or fully masked.
+        """
+        if self._disabled():
+            raise MiLoraError("The adapters are disabled, so there are no routers to ask.")
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if adapter_names is not None:
+            with self._enable_peft_forward_hooks(adapter_names=adapter_names):
+                return self.route(labels=labels, **inputs)
+        training = self.training
+        self.eval()
+        try:
+            with self.dispatcher.generating(attention_mask) as generation:
+                if labels is not None:
+                    self.model(**inputs, labels=labels)
+                else:
+                    # The prefill of generate itself: some models derive positions from the mask there, and not in a
+                    # plain forward.
+                    self.model.generate(**inputs, generation_config=_one_token(self.model))
+                assert generation.routing_pass is not None
+                return generation.routing_pass.route(tuple(self._routers()))
+        finally:
+            self.train(training)
+
+    def use_route(self, route: Route) -> AbstractContextManager[None]:
+        """`with model.use_route(route):` makes passes and generations follow a route; the routers are not asked.
+
+        A batch of a multiple of the route's rows (beams, several return sequences) repeats each row in succession.
+        """
+        return self.dispatcher.forcing(route)
+
+    def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
+        """`with model.use_prompt(mask):` says which tokens are the prompt, (batch, tokens), where no labels do."""
+        return self.dispatcher.prompting(prompt)
+
+    def routing_statistics(self, reset: bool = False) -> dict[str, float]:
+        """The load-balancing loss and each expert's share of the choices, means over training passes since the reset.
+
+        Args:
+            reset: Start anew after this.
+        """
+        return self.statistics.summary(reset)
+
+    def activation_parameters(self) -> list[nn.Parameter]:
+        """Theta of equation 7: the coefficients of the active adapter's rational activations, as far as they train."""
+        return [
+            parameter
+            for router in self._routers().values()
+            for activation in router.activation.values()
+            if isinstance(activation, RationalActivation)
+            for parameter in activation.parameters()
+            if parameter.requires_grad
+        ]
+
+
+def _listed_experts(config: MiLoraConfig, blocks: list[Block]) -> dict[str, list[str]]:
+    """The experts that the configuration of a saved adapter names, which must be there."""
+    if not config.experts:
+        return {}
+    experts = config.experts if isinstance(config.experts, dict) else {b.path: config.experts for b in blocks}
+    there = {block.path: block.linears for block in blocks}
+    for path, names in experts.items():
+        missing = [name for name in names if name not in there.get(path, {})]
+        if missing:
+            found = f"has {list(there[path])}" if path in there else "has no such block"
+            raise MiLoraError(
+                f"The adapter is for another backbone: it has experts {missing} in {path}, and this backbone {found}."
+            )
+    return experts
+
+
+def _targeted_experts(config: MiLoraConfig, blocks: list[Block]) -> dict[str, list[str]]:
+    """The linear modules of the blocks that `target_modules` names, as PEFT would match them."""
+    matcher = copy.copy(config)
+    if matcher.target_modules == "all-linear":
+        matcher.target_modules = r".*"
+    experts = {
+        block.path: [name for name in block.linears if check_target_module_exists(matcher, f"{block.path}.{name}")]
+        for block in blocks
+    }
+    if not any(experts.values()):
+        raise MiLoraError(
+            f"target_modules={config.target_modules!r} names no linear module of the blocks "
+            f"({blocks[0].path}, ...). They have {list(blocks[0].linears)}."
+        )
+    return experts
+
+
+def _expanded(names: list[str], rows: int, what: str) -> list[str]:
+    if rows % len(names) != 0:
+        raise MiLoraError(f"{what} names {len(names)} rows; the batch has {rows}.")
+    return [name for name in names for _ in range(rows // len(names))]
+
+
+def _parameter_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def _labels(arguments: dict[str, Any]) -> tuple[Tensor | None, bool]:
+    shifted = arguments.get("shift_labels")
+    return (arguments.get("labels"), False) if shifted is None else (shifted, True)
+
+
+def _one_token(model: nn.Module) -> GenerationConfig:
+    own = getattr(model, "generation_config", None)
+    special = {name: getattr(own, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    return GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, **special)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)
+
+
+def _remove_router(block: Block) -> None:
+    router = getattr(block.module, OWN_ROUTER, None)
+    if isinstance(router, RouterLayer):
+        router._hook.remove()
+        restore_checkpoint_function(block.module)
+        delattr(block.module, OWN_ROUTER)

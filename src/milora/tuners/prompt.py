@@ -1,0 +1,114 @@
+"""Which tokens of a forward pass are the prompt, read off the arguments of a Hugging Face model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora.errors import MiLoraError
+
+IGNORED_LABEL = -100
+
+PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+"""What collators without padding pass to say where the sequences of a row begin."""
+
+PACKED = (
+    "Several prompts are packed into one row ({evidence}). Each prompt has a route of its own, and a row has one: "
+    "turn packing and padding-free batches off (packing=False, padding_free=False) and pad instead."
+)
+
+
+def attended_tokens(arguments: Mapping[str, Any]) -> Tensor:
+    """(batch, tokens), bool: the tokens that are no padding.
+
+    Args:
+        arguments: The model's arguments by name: `input_ids` or `inputs_embeds`, and `attention_mask` as (batch,
+            tokens), as the four-dimensional mask that generation with a static cache prepares, or as a mapping of such
+            masks by kind of layer. Without a mask every token is attended.
+
+    Raises:
+        MiLoraError: If there are no tokens, a row is padding only, or several prompts are packed into one row.
+    """
+    source = arguments.get("input_ids")
+    if source is None:
+        source = arguments.get("inputs_embeds")
+    if not isinstance(source, Tensor) or source.dim() < 2:
+        raise MiLoraError("A route needs input_ids (batch, tokens) or inputs_embeds (batch, tokens, hidden).")
+    batch, tokens = source.shape[:2]
+    if tokens == 0 or batch == 0:
+        raise MiLoraError(f"A route needs a prompt of at least one token; found a batch of shape ({batch}, {tokens}).")
+    attended = _from_mask(arguments.get("attention_mask"), batch, tokens, source.device)
+    empty = ~attended.any(dim=1)
+    if empty.any():
+        rows = empty.nonzero()[:, 0].tolist()
+        raise MiLoraError(f"Every token of row(s) {rows} is masked; a prompt needs at least one attended token.")
+    _refuse_packing(arguments, attended)
+    return attended
+
+
+def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
+    """(batch, tokens), bool: every attended token before the first supervised label.
+
+    So training and evaluation with labels route on what generation would route on. A row without a supervised label is
+    all prompt; of a row whose every token is supervised the first attended token is the prompt, with a warning.
+
+    Args:
+        attended: (batch, tokens), bool.
+        labels: (batch, tokens), -100 where there is nothing to learn, or `None`.
+        shifted: Whether the label at position t is that of token t + 1.
+    """
+    if labels is None:
+        return attended
+    supervised = (labels != IGNORED_LABEL).to(attended.device)
+    if shifted:
+        supervised = torch.cat([torch.zeros_like(supervised[:, :1]), supervised[:, :-1]], dim=1)
+    started = (supervised & attended).cumsum(dim=1) > 0
+    prompt = attended & ~started
+    missing = ~prompt.any(dim=1)
+    if missing.any():
+        warnings.warn(
+            "Every token of a row is supervised, so its prompt is taken to be its first token. Mask the prompt's labels "
+            "with -100, or train on prompt and completion with completion_only_loss.",
+            stacklevel=2,
+        )
+        first = (attended.cumsum(dim=1) == 1) & attended
+        prompt = torch.where(missing[:, None], first, prompt)
+    return prompt
+
+
+def supervised_tokens(labels: Tensor, *, shifted: bool = False) -> Tensor:
+    """How many predictions the loss averages over, as `Trainer` counts them: labels after the first position."""
+    return ((labels if shifted else labels[:, 1:]) != IGNORED_LABEL).sum()
+
+
+def _from_mask(mask: Any, batch: int, tokens: int, device: torch.device) -> Tensor:
+    if isinstance(mask, Mapping):
+        # Windowed layers see a part of the prompt only, but every token sees itself in each of them.
+        mask = next((kind for kind in (mask.get("full_attention"), *mask.values()) if kind is not None), None)
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if mask.dim() == 4:
+        # (batch, 1, queries, keys): a token is attended if it may look at itself. Additive masks hold 0 there.
+        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)[:, :tokens]
+        attended = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        return attended.expand(batch, tokens)
+    if mask.dim() == 2 and mask.shape[1] >= tokens:
+        return mask[:, -tokens:].to(device=device, dtype=torch.bool)
+    raise MiLoraError(
+        f"attention_mask must be (batch, tokens) = ({batch}, {tokens}) for a prompt; found {tuple(mask.shape)}."
+    )
+
+
+def _refuse_packing(arguments: Mapping[str, Any], attended: Tensor) -> None:
+    for name in PACKING_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise MiLoraError(PACKED.format(evidence=f"{name} was passed"))
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == attended.shape[1] > 1:
+        both = attended[:, 1:] & attended[:, :-1]
+        if (both & (positions[:, 1:] <= positions[:, :-1])).any():
+            raise MiLoraError(PACKED.format(evidence="position_ids start again in the middle of a row"))

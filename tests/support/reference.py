@@ -1,0 +1,405 @@
+"""MiLoRA's equations in plain torch: one prompt at a time, no padding, no cache, no PEFT, nothing of `milora`.
+
+Slow and short on purpose: it is what the implementation is compared with. It starts from the contract's two files
+(the adapter's tensors and its configuration) and from an untouched Hugging Face backbone.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+PREFIX = "base_model.model."
+PROJECTION = ".milora_router.projection.weight"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the routers decided for one prompt.
+
+    Attributes:
+        gates: the weight of each expert, 0 where it was not chosen; (blocks, experts).
+        probabilities: the routers' probabilities before top-k; (blocks, experts).
+
+    Where blocks differ in their number of experts, the rows of the smaller blocks end in zeros.
+    """
+
+    gates: Tensor
+    probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """A Transformer block with the experts that its router chooses from."""
+
+    path: str
+    module: nn.Module
+    experts: list[str]  # paths relative to the block, in the order of the router's rows
+    activation: str
+
+
+def pool(hidden: Tensor, pooler: str, weight: Tensor | None = None) -> Tensor:
+    """Reduce the hidden states of a prompt (n, d) to one vector (d); `weight` (1, d) is the attention pooler's."""
+    if pooler == "last":
+        return hidden[-1]
+    if pooler == "mean":
+        return hidden.sum(dim=0) / hidden.shape[0]
+    if pooler == "max":
+        return hidden.max(dim=0).values
+    if pooler == "attention":
+        assert weight is not None
+        scores = hidden @ weight[0]  # (n)
+        return torch.softmax(scores, dim=0) @ hidden
+    raise ValueError(f"unknown pooler {pooler!r}")
+
+
+def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return sum_{j>=0} a_j x^j / (1 + |sum_{i>=1} b_i x^i|), element by element."""
+    above = sum(a * x**j for j, a in enumerate(numerator))
+    below = 1 + torch.abs(sum(b * x**i for i, b in enumerate(denominator, start=1)))
+    return above / below
+
+
+def activate(x: Tensor, name: str, numerator: Tensor | None = None, denominator: Tensor | None = None) -> Tensor:
+    """Apply a router's activation by its name."""
+    if name == "rational":
+        assert numerator is not None
+        assert denominator is not None
+        return rational(x, numerator, denominator)
+    if name == "gelu":
+        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    if name == "relu":
+        return x.clamp(min=0)
+    if name == "silu":
+        return x * torch.sigmoid(x)
+    if name == "tanh":
+        return torch.tanh(x)
+    if name == "identity":
+        return x
+    raise ValueError(f"unknown activation {name!r}")
+
+
+def choose(probabilities: Tensor, k: int) -> list[int]:
+    """Return the indices of the k largest probabilities; of equals, the lower index comes first."""
+    values = probabilities.tolist()
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+
+
+def gate_weights(probabilities: Tensor, k: int, gate: str) -> Tensor:
+    """Return each expert's weight in the forward pass, 0 for those not chosen; (experts)."""
+    chosen = choose(probabilities, k)
+    total = sum(probabilities[i] for i in chosen)
+    weights = []
+    for i, p in enumerate(probabilities):
+        if i not in chosen:
+            weights.append(torch.zeros_like(p))
+        elif gate == "hard":
+            # Straight-through. The parentheses make the forward value exactly 1.
+            weights.append(1 + (p - p.detach()))
+        elif gate == "softmax":
+            weights.append(p)
+        elif gate == "renormalized":
+            weights.append(p / total)
+        else:
+            raise ValueError(f"unknown gate {gate!r}")
+    return torch.stack(weights)
+
+
+def load_balancing_loss(probabilities: Tensor) -> Tensor:
+    """Return N sum_i f_i p_i of one block, from the probabilities of several prompts (prompts, experts)."""
+    prompts, experts = probabilities.shape
+    share = torch.zeros(experts)
+    for row in probabilities:
+        share[choose(row, 1)] += 1 / prompts
+    return experts * (share * probabilities.mean(dim=0)).sum()
+
+
+class ReferenceMiLora:
+    """A backbone with a MiLoRA or MiDoRA adapter, computed by the book.
+
+    Arguments:
+        backbone: a Hugging Face causal language model of its own (it is frozen and set to eval mode).
+        tensors: what `adapter_model.safetensors` holds. They are used as they are, so tensors that require a gradient
+            get one from `loss` and `load_balancing`.
+        config: what `adapter_config.json` holds.
+
+    Raises:
+        ValueError: if the tensors are not exactly those that the contract asks for, or if the configuration uses
+            something that this reference does not compute.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.tensors = dict(tensors)
+        self.config = dict(config)
+        for field in ("rank_pattern", "alpha_pattern", "lora_bias"):
+            if self.config.get(field):
+                raise ValueError(f"the reference does not compute {field}")
+        r = config["r"]
+        self.scaling = config["lora_alpha"] / (math.sqrt(r) if config["use_rslora"] else r)
+        self.blocks = self._find_blocks()
+        self._check_tensors()
+
+    def _find_blocks(self) -> list[Block]:
+        """Find the blocks that have a router, in the order of the backbone."""
+        modules = dict(self.backbone.named_modules())
+        routed = {key[len(PREFIX) : -len(PROJECTION)] for key in self.tensors if key.endswith(PROJECTION)}
+        paths = [path for path in modules if path in routed]
+        if len(paths) != len(routed):
+            raise ValueError(f"the backbone has no block called {sorted(routed - set(paths))}")
+        experts, activation = self.config["experts"], self.config["router_activation"]
+        blocks = []
+        for index, path in enumerate(paths):
+            names = experts[path] if isinstance(experts, Mapping) else experts
+            name = activation if isinstance(activation, str) else activation[index]
+            blocks.append(Block(path, modules[path], list(names), name))
+        return blocks
+
+    def _check_tensors(self) -> None:
+        """Hold the names, shapes and types of the tensors against the contract."""
+        r, (m, n) = self.config["r"], self.config["rational_orders"]
+        d = self.backbone.config.hidden_size
+        expected: dict[str, tuple[int, ...]] = {}
+        for block in self.blocks:
+            router = f"{PREFIX}{block.path}.milora_router."
+            expected[router + "projection.weight"] = (len(block.experts), d)
+            if self.config["pooler"] == "attention":
+                expected[router + "pooler.weight"] = (1, d)
+            if block.activation == "rational":
+                expected[router + "activation.numerator"] = (m + 1,)
+                expected[router + "activation.denominator"] = (n,)
+            for name in block.experts:
+                rows, columns = weight_of(block.module.get_submodule(name)).shape
+                expert = f"{PREFIX}{block.path}.{name}."
+                expected[expert + "lora_A.weight"] = (r, columns)
+                expected[expert + "lora_B.weight"] = (rows, r)
+                if self.config["use_dora"]:
+                    expected[expert + "lora_magnitude_vector"] = (rows,)
+        found = {key: tuple(tensor.shape) for key, tensor in self.tensors.items()}
+        if found != expected:
+            odd = sorted(set(found.items()) ^ set(expected.items()))
+            raise ValueError(f"the adapter's tensors break the contract: {odd}")
+        for key, tensor in self.tensors.items():
+            if ".milora_router." in key and tensor.dtype != torch.float32:
+                raise ValueError(f"{key} must be float32, not {tensor.dtype}")
+
+    def route(self, input_ids: Tensor) -> Decision:
+        """Run the routers on a prompt (1, n): each block sees what the adapted blocks before it made."""
+        _, decision = self._forward(input_ids, None)
+        return decision
+
+    def logits(self, input_ids: Tensor, prompt_length: int, decision: Decision | None = None) -> Tensor:
+        """Return the logits (1, n, vocabulary) of a sequence, routed by its first `prompt_length` tokens.
+
+        A `decision` takes the place of the routers'.
+        """
+        decision = self.route(input_ids[:, :prompt_length]) if decision is None else decision
+        return self._forward(input_ids, decision)[0]
+
+    def loss(self, input_ids: Tensor, prompt_length: int) -> Tensor:
+        """Return the mean cross-entropy of the tokens after the prompt."""
+        logits = self.logits(input_ids, prompt_length)
+        return F.cross_entropy(logits[0, prompt_length - 1 : -1].float(), input_ids[0, prompt_length:])
+
+    def load_balancing(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Return the load-balancing loss of a batch of prompts, each (1, n): the mean over blocks."""
+        probabilities = torch.stack([self.route(prompt).probabilities for prompt in prompts])  # (prompts, blocks, N)
+        losses = [load_balancing_loss(probabilities[:, i, : len(b.experts)]) for i, b in enumerate(self.blocks)]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def greedy(self, input_ids: Tensor, new_tokens: int) -> list[int]:
+        """Return greedily decoded tokens; the prompt alone decides the route, once."""
+        decision = self.route(input_ids)
+        return self._decode(input_ids, new_tokens, decision)
+
+    @torch.no_grad()
+    def backbone_greedy(self, input_ids: Tensor, new_tokens: int) -> list[int]:
+        """Return what the backbone decodes without the adapter."""
+        return self._decode(input_ids, new_tokens, None)
+
+    @torch.no_grad()
+    def backbone_logits(self, input_ids: Tensor) -> Tensor:
+        """Return the backbone's logits (1, n, vocabulary) without the adapter."""
+        return self.backbone(input_ids, use_cache=False).logits
+
+    def _decode(self, input_ids: Tensor, new_tokens: int, decision: Decision | None) -> list[int]:
+        sequence = input_ids
+        for _ in range(new_tokens):
+            logits = self.backbone_logits(sequence) if decision is None else self._forward(sequence, decision)[0]
+            sequence = torch.cat([sequence, logits[:, -1:].argmax(dim=-1)], dim=1)
+        return sequence[0, input_ids.shape[1] :].tolist()
+
+    def _forward(self, input_ids: Tensor, decision: Decision | None) -> tuple[Tensor, Decision]:
+        """Run the adapted backbone on one sequence, under a decision or (None) deciding block by block."""
+        if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+            raise ValueError(f"the reference takes one sequence (1, n), not {tuple(input_ids.shape)}")
+        run = _Run(self, decision)
+        with run.hooked():
+            logits = self.backbone(input_ids, use_cache=False).logits
+        return logits, run.decision()
+
+
+class _Run:
+    """One forward pass: its hooks, and the decisions that they made or follow."""
+
+    def __init__(self, reference: ReferenceMiLora, given: Decision | None) -> None:
+        self.reference = reference
+        self.given = given
+        self.gates: dict[int, Tensor] = {}
+        self.probabilities: dict[int, Tensor] = {}
+        self.calls: set[tuple[int, int]] = set()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hook the blocks and their experts for the time of the pass."""
+        handles = []
+        for b, block in enumerate(self.reference.blocks):
+            handles.append(block.module.register_forward_pre_hook(self._router_hook(b), with_kwargs=True))
+            for e, name in enumerate(block.experts):
+                module = block.module.get_submodule(name)
+                handles.append(module.register_forward_hook(self._expert_hook(b, e), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        expected = {(b, e) for b, block in enumerate(self.reference.blocks) for e in range(len(block.experts))}
+        if self.calls != expected:
+            # A model that reads a module's weight without calling it would silently go unadapted.
+            raise RuntimeError(f"experts that were never called (block, expert): {sorted(expected - self.calls)}")
+
+    def decision(self) -> Decision:
+        """Collect the rows of the blocks."""
+        if self.given is not None:
+            return self.given
+        widest = max(len(block.experts) for block in self.reference.blocks)
+
+        def stack(rows: dict[int, Tensor]) -> Tensor:
+            return torch.stack([F.pad(rows[b], (0, widest - len(rows[b]))) for b in range(len(rows))])
+
+        return Decision(stack(self.gates), stack(self.probabilities))
+
+    def _router_hook(self, b: int) -> Any:
+        def decide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.given is not None:
+                self.gates[b] = self.given.gates[b]
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]  # (1, n, d), before the block's norm
+            self._decide(b, hidden[0])
+
+        return decide
+
+    def _decide(self, b: int, hidden: Tensor) -> None:
+        """Run the router of a block on its input (n, d)."""
+        config, block = self.reference.config, self.reference.blocks[b]
+
+        def router(name: str) -> Tensor | None:
+            return self.reference.tensors.get(f"{PREFIX}{block.path}.milora_router.{name}")
+
+        projection = router("projection.weight")
+        assert projection is not None
+        pooled = pool(hidden.float(), config["pooler"], router("pooler.weight"))
+        features = activate(pooled, block.activation, router("activation.numerator"), router("activation.denominator"))
+        self.probabilities[b] = torch.softmax(projection @ features, dim=0)
+        self.gates[b] = gate_weights(self.probabilities[b], config["top_k"], config["gate"])
+
+    def _expert_hook(self, b: int, e: int) -> Any:
+        block = self.reference.blocks[b]
+        tensors = self.reference.tensors
+        key = f"{PREFIX}{block.path}.{block.experts[e]}."
+
+        def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            self.calls.add((b, e))
+            gate = self.gates[b][e]
+            if gate == 0:
+                return None
+            (x,) = (*args, *kwargs.values())
+            delta = expert_delta(
+                module,
+                x,
+                tensors[key + "lora_A.weight"],
+                tensors[key + "lora_B.weight"],
+                self.reference.scaling,
+                tensors.get(key + "lora_magnitude_vector"),
+            )
+            return output + (gate * delta).to(output.dtype)
+
+        return adapt
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return a linear module's weight as (d_out, d_in)."""
+    # transformers' Conv1D keeps it the other way round.
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def expert_delta(
+    module: nn.Module, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None
+) -> Tensor:
+    """Return what an expert adds to its module's output.
+
+    LoRA: s B A x. DoRA: m / |W + s B A| (W x + s B A x) - W x.
+    """
+    x = x.to(lora_a.dtype)
+    low_rank = scaling * ((x @ lora_a.T) @ lora_b.T)
+    if magnitude is None:
+        return low_rank
+    weight = weight_of(module).to(lora_a.dtype)
+    # One norm per output row, and no gradient through it (the DoRA paper's section 4.3; PEFT does the same).
+    norm = (weight + scaling * (lora_b @ lora_a)).norm(dim=1).detach()
+    # The bias is neither scaled nor adapted, so it stays out of this.
+    plain = x @ weight.T
+    return magnitude / norm * (plain + low_rank) - plain
+
+
+def random_adapter(
+    backbone: PreTrainedModel, blocks: str, config: Mapping[str, Any], seed: int = 0
+) -> dict[str, Tensor]:
+    """Draw an adapter in the contract's layout, strong enough to change what a tiny backbone decodes.
+
+    Arguments:
+        backbone: gives the shapes; it is only read.
+        blocks: the path of the list of blocks, such as `model.layers`.
+        config: as `ReferenceMiLora` takes it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    d, r, (m, n) = backbone.config.hidden_size, config["r"], config["rational_orders"]
+    activation = config["router_activation"]
+    tensors: dict[str, Tensor] = {}
+    for index, block in enumerate(backbone.get_submodule(blocks)):
+        path = f"{blocks}.{index}"
+        names = config["experts"][path] if isinstance(config["experts"], Mapping) else config["experts"]
+        for name in names:
+            weight = weight_of(block.get_submodule(name)).detach().float()
+            expert = f"{PREFIX}{path}.{name}."
+            tensors[expert + "lora_A.weight"] = normal(r, weight.shape[1], std=0.25)
+            tensors[expert + "lora_B.weight"] = normal(weight.shape[0], r, std=0.25)
+            if config["use_dora"]:
+                spread = 1 + normal(weight.shape[0], std=0.2)
+                tensors[expert + "lora_magnitude_vector"] = weight.norm(dim=1) * spread
+        router = f"{PREFIX}{path}.milora_router."
+        tensors[router + "projection.weight"] = normal(len(names), d, std=0.3)
+        if config["pooler"] == "attention":
+            tensors[router + "pooler.weight"] = normal(1, d, std=0.2)
+        if (activation if isinstance(activation, str) else activation[index]) == "rational":
+            # Around (x/2 + x^2/4) / (1 + x^2/4), cut to the orders at hand: tame where the pooled values are.
+            numerator, denominator = torch.zeros(m + 1), torch.zeros(n)
+            numerator[1:3] = torch.tensor([0.5, 0.25])[:m]
+            denominator[1:2] = 0.25
+            # Every coefficient counts, but the highest powers less, or they alone would decide.
+            powers = 0.2 ** torch.arange(m + n + 1)
+            tensors[router + "activation.numerator"] = numerator + normal(m + 1, std=0.2) * powers[: m + 1]
+            tensors[router + "activation.denominator"] = denominator + normal(n, std=0.2) * powers[1 : n + 1]
+    return tensors

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from milora.errors import MiLoraError, did_you_mean
+from milora.tasks import registry
+from milora.tasks.arc import ArcEasy
+from milora.tasks.bundled import BUNDLED_TASKS
+
+
+def test_every_name_gives_the_task_of_that_name() -> None:
+    assert registry.names() == [*BUNDLED_TASKS, "arc-easy", "arc-challenge", "boolq"]
+    assert len(set(registry.names())) == len(registry.names())
+    for name in registry.names():
+        assert registry.get(name).name == name
+        assert registry.get(name).max_new_tokens > 0
+
+
+def test_a_benchmark_is_given_the_data_folder(tmp_path: Path) -> None:
+    task = registry.get("arc-easy", tmp_path)
+    assert isinstance(task, ArcEasy)
+    assert task.data_dir == tmp_path
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("arc-eazy", "'arc-easy'"), ("bool-q", "'boolq'")])
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(MiLoraError, match=f"there is no task '{name}'; tasks: .*did you mean .*{nearest}"):
+        registry.get(name)
+
+
+def test_a_name_that_is_near_to_none() -> None:
+    with pytest.raises(MiLoraError, match=r"there is no task 'zzzz'; tasks: .*boolq$"):
+        registry.get("zzzz")
+    assert did_you_mean("zzzz", []) == ""
