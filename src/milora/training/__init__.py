@@ -1,0 +1,16 @@
+"""Training adapters: TRL's `SFTTrainer` with the paper's settings."""
+
+from milora.training.arguments import DataArguments, MethodArguments, TrainingArguments
+from milora.training.callbacks import RoutingLogger
+from milora.training.run import TrainingResult, train
+from milora.training.trainer import MiLoraTrainer
+
+__all__ = [
+    "DataArguments",
+    "MethodArguments",
+    "MiLoraTrainer",
+    "RoutingLogger",
+    "TrainingArguments",
+    "TrainingResult",
+    "train",
+]

@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own, .venv, set up on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-fast lint types setup pretrain clean
+
+demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
+	$(BIN)/milora demo
+
+test: $(INSTALLED) lint types  ## Lint, types and all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(INSTALLED)  ## The tests that take no more than a few seconds each
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+setup: $(INSTALLED)  ## Only set the environment up
+
+pretrain: $(INSTALLED)  ## Make the bundled backbone again, from its seed
+	$(BIN)/python scripts/pretrain_tiny.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch by its exact version, first: where a CPU build is offered it is taken, and nothing below asks for another.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
