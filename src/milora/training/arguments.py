@@ -20,6 +20,9 @@ class DataArguments:
     """Which backbone learns from which rows."""
 
     backbone: str = field(default="tiny", metadata={"help": "A model folder, a hub name, or 'tiny', the bundled one."})
+    dtype: str = field(
+        default="auto", metadata={"help": "The backbone's dtype; by default as it was saved, on a CPU float32."}
+    )
     data: list[str] = field(
         default_factory=list,
         metadata={"help": "Training rows, one or several of: a task's name, a .jsonl or .json file, a hub data set."},
@@ -41,7 +44,7 @@ class MethodArguments:
     """The adapter: MiLoRA's own settings."""
 
     r: int = field(default=32, metadata={"help": "Rank of each expert."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Outputs are scaled by lora_alpha / r; default 2 r."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Outputs are scaled by this / r; default 2 r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' inputs."})
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Name endings of the experts; by default every linear module of the blocks."}
@@ -97,7 +100,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not self.fp16:
+        if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             # TRL would turn bf16 on everywhere; CPUs without native support are slower with it.
             self.bf16 = torch.cuda.is_available()
         super().__post_init__()
@@ -114,7 +117,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         Raises:
             MiLoraError: If the total is no multiple of what the devices take at once.
         """
-        if self.total_train_batch_size is None and self.gradient_accumulation_steps > 1:
+        accumulation: int = self.gradient_accumulation_steps  # type: ignore[has-type]
+        if self.total_train_batch_size is None and accumulation > 1:
             return
         total = self.total_train_batch_size or (16 if rows < SMALL_TRAIN_SET else 128)
         at_once = self.per_device_train_batch_size * max(self.world_size, 1) * max(self.n_gpu, 1)

@@ -31,17 +31,17 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As `Trainer`'s, with Theta in a group of its own and without weight decay."""
-        if self.optimizer is None:
-            super().create_optimizer(model)
-            tuner = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
-            theta = tuner.activation_parameters() if isinstance(tuner, MiLoraModel) else []
-            if theta:
-                own = {id(parameter) for parameter in theta}
-                for group in self.optimizer.param_groups:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                rate = self.args.activation_learning_rate
-                self.optimizer.add_param_group({"params": theta, "lr": rate, "weight_decay": 0.0})
-        return self.optimizer
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        tuner = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
+        theta = tuner.activation_parameters() if isinstance(tuner, MiLoraModel) else []
+        if is_new and theta:
+            own = {id(parameter) for parameter in theta}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            rate = self.args.activation_learning_rate
+            optimizer.add_param_group({"params": theta, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with the routing statistics in training logs and the perplexity in evaluation logs."""

@@ -1,0 +1,100 @@
+"""`milora train`: TRL's flags and YAML, plus the data's and the method's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from milora.errors import MiLoraError, did_you_mean
+
+if TYPE_CHECKING:
+    from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+
+def command(context: typer.Context) -> None:
+    """Fine-tune an adapter.
+
+    Takes every flag of TRL's SFTTrainer (`milora train --help-all` lists them), and a YAML file of them with --config.
+    """
+    flags = list(context.args)
+    as_json = "--json" in flags
+    flags = [flag for flag in flags if flag != "--json"]
+    if "--help" in flags or "-h" in flags or "--help-all" in flags:
+        _print_help(everything="--help-all" in flags)
+        raise typer.Exit
+    data, method, arguments = parse(flags)
+    from milora.training import train
+
+    # Trainers print to standard output; with --json only the result belongs there.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = train(data, method, arguments)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    typer.echo(
+        f"{result.train_rows} training rows, {result.dev_rows} dev rows, {result.skipped_rows} left out for their "
+        f"length; {result.steps} steps in {result.seconds:.0f} s"
+    )
+    if result.dev_perplexity_before is not None and result.dev_perplexity_best is not None:
+        typer.echo(f"dev perplexity {result.dev_perplexity_before:.3f} -> {result.dev_perplexity_best:.3f}")
+    typer.echo(f"adapter in {result.output}")
+
+
+def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArguments]:
+    """The arguments that flags, and the YAML file they may name, stand for.
+
+    Raises:
+        MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is no YAML mapping.
+    """
+    parser = _parser()
+    try:
+        parsed: Any = parser.parse_args_and_config(flags, return_remaining_strings=False)
+    except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, MiLoraError):
+            raise
+        unknown = [flag for flag in flags if flag.startswith("--") and flag[2:] not in _names(parser)]
+        if unknown:
+            names = sorted(_names(parser))
+            raise MiLoraError(f"Unknown flag {unknown[0]}.{did_you_mean(unknown[0][2:], names)}") from error
+        raise MiLoraError(str(error).splitlines()[0]) from error
+    return parsed  # type: ignore[no-any-return]
+
+
+def _parser() -> Any:
+    from trl import TrlParser
+
+    from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+    class Parser(TrlParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise MiLoraError(f"{message}. See milora train --help.")
+
+    return Parser((DataArguments, MethodArguments, TrainingArguments), prog="milora train", allow_abbrev=False)
+
+
+def _names(parser: Any) -> set[str]:
+    return {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings} | {
+        "config"
+    }
+
+
+def _print_help(*, everything: bool) -> None:
+    parser = _parser()
+    if everything:
+        parser.print_help()
+        return
+    from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+    own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
+    by_name = {action.dest: action for action in parser._actions}
+    typer.echo("Usage: milora train --data DATA [DATA ...] [--backbone BACKBONE] [--output_dir OUTPUT_DIR] ...\n")
+    typer.echo("  --config FILE  YAML with any of these; flags override it\n  --json  print the result as JSON")
+    for name in own:
+        action = by_name[name]
+        default = "" if action.default in (None, []) else f" (default: {action.default})"
+        typer.echo(f"  --{name}  {str(action.help).splitlines()[0]}{default}")
+    typer.echo("\nEvery other flag of TRL's SFTConfig works too: milora train --help-all")

@@ -1,0 +1,206 @@
+"""The main job on the bundled backbone, small enough for two cores: what `make demo` and `milora demo` run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import set_seed
+
+from milora.backbone.loading import load_backbone
+from milora.errors import MiLoraError
+from milora.inference.generation import Decoding, encode_prompt, generate_texts, left_padded, padding_token
+from milora.plots import route_heat_map
+from milora.routing import Route
+from milora.tasks.bundled import BUNDLED_TASKS
+from milora.tasks.rows import Row
+from milora.tasks.sources import to_dataset
+from milora.tasks.task import Example, Task
+from milora.training.arguments import TrainingArguments
+from milora.training.trainer import MiLoraTrainer
+from milora.tuners.milora import MiLoraConfig
+
+ASSISTANT = "assistant"
+TERSE = "terse"
+"""The demo's two tenants: one learns all tasks, the other to answer one of them as JSON."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much the demo does; the defaults take some minutes on two cores.
+
+    Args:
+        steps: Optimiser steps of the first tenant.
+        terse_steps: Optimiser steps of the second.
+        batch_size: Rows a step.
+        learning_rate: Peak learning rate; far above the paper's, as the backbone is small and the steps are few.
+        test_rows: Test rows of each task, before and after.
+        beams: Width of the beam search.
+        seed: Of the data, the adapters' start and the order of the rows.
+    """
+
+    steps: int = 200
+    terse_steps: int = 40
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    test_rows: int = 40
+    beams: int = 3
+    seed: int = 0
+
+
+@dataclass
+class DemoResult:
+    """What the demo measured.
+
+    Attributes:
+        tasks: Task -> test accuracy `before` and `after` fine-tuning.
+        seconds: Wall-clock seconds of the whole.
+        adapter: Folder of the first tenant's adapter.
+        heat_map: The picture of the routes.
+        tenants: A prompt, and what each tenant and the bare backbone answered in one batch.
+    """
+
+    tasks: dict[str, dict[str, float]]
+    seconds: float
+    adapter: str
+    heat_map: str
+    tenants: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Wraps an iterable in a progress bar, given what it is and how many come."""
+
+
+def run_demo(
+    output: Path, settings: DemoSettings, say: Callable[[str], None] = lambda _: None, watch: Watch | None = None
+) -> DemoResult:
+    """Fine-tunes, evaluates, draws the routes, and serves two tenants in one batch.
+
+    Args:
+        output: Folder for the adapters and the picture.
+        settings: How much.
+        say: Told in a line what comes next, and what came out.
+        watch: Shows progress.
+
+    Raises:
+        MiLoraError: If `output` is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise MiLoraError(f"{output} is a file; give a folder for the demo's adapters and picture.")
+    started = time.monotonic()
+    watch = watch or (lambda items, _what, _count: items)
+    set_seed(settings.seed)
+    model, tokenizer = load_backbone("tiny", dtype="float32", device="cpu")
+    tests = {name: task.examples("test", settings.test_rows, settings.seed) for name, task in BUNDLED_TASKS.items()}
+    say(
+        f"The bundled backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
+        f"{len(tests)} tasks, {settings.test_rows} test rows each, beam {settings.beams}."
+    )
+    before = _accuracies(model, tokenizer, tests, settings, watch, "before")
+    model = get_peft_model(model, MiLoraConfig(), adapter_name=ASSISTANT)
+    say(f"Fine-tuning MiLoRA on all tasks: {settings.steps} steps of {settings.batch_size} rows.")
+    each = -(-settings.steps * settings.batch_size // len(BUNDLED_TASKS))
+    rows = [
+        Row(example.prompt, example.completion, example.answer)
+        for task in BUNDLED_TASKS.values()
+        for example in task.examples("train", each, settings.seed)
+    ]
+    _train(model, tokenizer, rows, settings.steps, settings, output / "checkpoints")
+    after = _accuracies(model, tokenizer, tests, settings, watch, "after")
+    adapter = output / ASSISTANT
+    model.save_pretrained(str(output), selected_adapters=[ASSISTANT])
+    heat_map = output / "routes.png"
+    routes = {name: _route(model, tokenizer, examples) for name, examples in tests.items()}
+    short = {name.removeprefix("bundled-"): route for name, route in routes.items()}
+    route_heat_map(short, heat_map, "Share of prompts that chose each expert, by task")
+    say(f"Routes drawn in {heat_map}; a second tenant learns to answer as JSON: {settings.terse_steps} steps.")
+    tenants = _two_tenants(model, tokenizer, settings, output)
+    return DemoResult(
+        tasks={name: {"before": before[name], "after": after[name]} for name in tests},
+        seconds=round(time.monotonic() - started, 1),
+        adapter=str(adapter),
+        heat_map=str(heat_map),
+        tenants=tenants,
+    )
+
+
+def _train(
+    model: Any, tokenizer: Any, rows: Sequence[Row], steps: int, settings: DemoSettings, checkpoints: Path
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        total_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        activation_learning_rate=settings.learning_rate / 100,
+        gradient_checkpointing=False,
+        eval_strategy="no",
+        eval_on_start=False,
+        load_best_model_at_end=False,
+        save_strategy="no",
+        logging_steps=max(steps // 8, 1),
+        report_to="none",
+        use_cpu=True,
+        seed=settings.seed,
+    )
+    MiLoraTrainer(model, arguments, train_dataset=to_dataset(rows), processing_class=tokenizer).train()
+    model.eval()
+
+
+def _accuracies(
+    model: Any,
+    tokenizer: Any,
+    tests: Mapping[str, Sequence[Example]],
+    settings: DemoSettings,
+    watch: Watch,
+    when: str,
+) -> dict[str, float]:
+    total = sum(len(examples) for examples in tests.values())
+
+    def right() -> Iterable[tuple[str, bool]]:
+        for name, examples in tests.items():
+            task: Task = BUNDLED_TASKS[name]
+            decoding = Decoding(max_new_tokens=task.max_new_tokens, beams=settings.beams)
+            prompts = [example.prompt for example in examples]
+            for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=settings.test_rows):
+                yield name, task.is_correct(text.text, examples[text.index].answer)
+
+    counts = dict.fromkeys(tests, 0)
+    for name, is_right in watch(right(), f"accuracy {when}", total):
+        counts[name] += is_right
+    return {name: counts[name] / len(examples) for name, examples in tests.items()}
+
+
+def _route(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Route:
+    encoded = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    route: Route = model.route(**left_padded(encoded, padding_token(tokenizer), "cpu"))
+    return route
+
+
+def _two_tenants(model: Any, tokenizer: Any, settings: DemoSettings, output: Path) -> dict[str, Any]:
+    """Trains the second tenant, then answers one prompt for both and for none, as three rows of one batch."""
+    task = BUNDLED_TASKS["bundled-extraction"]
+    examples = task.examples("train", settings.terse_steps * settings.batch_size, settings.seed + 1)
+    rows = [Row(example.prompt, f' {{"answer": "{example.answer}"}}', example.answer) for example in examples]
+    model.add_adapter(TERSE, MiLoraConfig())
+    model.set_adapter(TERSE)
+    _train(model, tokenizer, rows, settings.terse_steps, settings, output / "checkpoints")
+    model.save_pretrained(str(output), selected_adapters=[TERSE])
+    example = task.examples("test", 1, settings.seed)[0]
+    names = [ASSISTANT, TERSE, "__base__"]
+    encoded = [encode_prompt(tokenizer, example.prompt)] * len(names)
+    inputs = left_padded(encoded, padding_token(tokenizer), "cpu")
+    written = model.generate(
+        **inputs, adapter_names=names, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=settings.beams
+    )
+    texts = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return {"prompt": example.prompt, "answers": dict(zip(names, (text.strip() for text in texts), strict=True))}

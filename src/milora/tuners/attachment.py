@@ -1,0 +1,282 @@
+"""What the baselines have in common: a layer that is a child of the module it adapts, and the tuner that puts it there.
+
+A wrapped module would have to imitate the one inside it for whatever the backbone's code reads off it. An attached layer
+changes the module's output from a forward hook, and leaves the module, its name and its weights alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from milora.backbone.blocks import Block, find_blocks
+from milora.errors import MiLoraError
+from milora.tuners.adapter_file import check_adapter_file, check_adapter_tensors
+
+
+@dataclass
+class AttachmentConfig(PeftConfig):  # type: ignore[misc]
+    """What every method's configuration has.
+
+    Args:
+        target_modules: The modules to adapt, inside the blocks: `None` for the method's own choice, `all-linear`, name
+            endings, or a regular expression.
+        exclude_modules: Modules to leave out, likewise.
+        modules_to_save: Further modules to train and save with the adapter.
+        blocks: Path of the list of Transformer blocks, for models where it cannot be found.
+        modules: What is adapted, by path relative to the block, or a mapping from block to list where blocks differ.
+            Filled in when the adapter is made.
+    """
+
+    task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The type of task."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
+    modules: list[str] | dict[str, list[str]] | None = field(default=None, metadata={"help": "What is adapted."})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's; of a local adapter the weights' file is looked at too, before anything is built for it.
+
+        Raises:
+            MiLoraError: If the weights are missing, truncated or not safetensors.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if isinstance(config, cls) and folder.is_dir():
+            check_adapter_file(folder)
+        return config
+
+
+class Attachment(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A method's layer for one module, with the parameters of all adapters in `ModuleDict`s by adapter.
+
+    Subclasses set `child_name` (what the layer is called as a child of its module, which is also the method's prefix)
+    and `adapter_layer_names`, and implement [`Attachment.update_layer`] and [`Attachment.adapt`].
+
+    Args:
+        path: Path of the adapted module in the backbone.
+    """
+
+    child_name: ClassVar[str]
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.merged_adapters: list[str] = []
+        self._handles: list[Any] = []
+
+    def update_layer(self, adapter: str, module: nn.Module, config: Any) -> None:
+        """Adds an adapter's parameters for `module`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which parameters it has.")
+
+    def adapt(self, adapter: str, hidden: Tensor, output: Tensor) -> Tensor:
+        """The module's output under an adapter.
+
+        Args:
+            adapter: The adapter's name.
+            hidden: What the module was called with, (batch, tokens, d_in) or (batch * tokens, d_in).
+            output: What it returned, (..., d_out).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it changes an output.")
+
+    def attach(self, module: nn.Module) -> None:
+        """Makes the layer a child of its module and puts it to work."""
+        module.add_module(self.child_name, self)
+        self._handles = [module.register_forward_hook(self.after_forward, with_kwargs=True)]
+
+    def detach(self, module: nn.Module) -> None:
+        """Undoes [`Attachment.attach`]."""
+        for handle in self._handles:
+            handle.remove()
+        delattr(module, self.child_name)
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook; modules that return a tuple are adapted in its first element."""
+        if self.disable_adapters:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        result = output[0] if isinstance(output, tuple) else output
+        for adapter in self.active_adapters:
+            if adapter in self.adapters():
+                # In the output's own type, whatever the adapter computes in.
+                result = self.adapt(adapter, hidden, result).to(result.dtype)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    def adapters(self) -> set[str]:
+        """The adapters that have parameters here."""
+        return set(self._get_available_adapters())
+
+    def get_base_layer(self) -> nn.Module:
+        """Itself: it stands beside what its module computes and wraps nothing."""
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """One of its parameters, which says where the layer is and in which type."""
+        return next(self.parameters())
+
+    @property
+    def bias(self) -> None:
+        """None of its own."""
+        return
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: see [`AttachmentTuner`]."""
+        raise MiLoraError(f"{type(self).__name__} cannot be merged into its module's weight.")
+
+    def unmerge(self) -> None:
+        """Nothing to do: it is never merged."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if device is None:
+            return
+        for name in self.adapter_layer_names:
+            parts = getattr(self, name)
+            if adapter_name in parts and not any(p.is_meta for p in nn.ModuleDict(parts).parameters()):
+                parts[adapter_name] = parts[adapter_name].to(device)
+
+
+class AttachmentTuner(BaseTuner):  # type: ignore[misc]
+    """The tuner of a method whose layers are [`Attachment`]s.
+
+    Subclasses set `prefix`, `tuner_layer_cls` and `method`, the name for messages, and implement
+    [`AttachmentTuner.choose_modules`] unless all linear modules of the blocks are meant by default.
+    """
+
+    method: ClassVar[str]
+    tuner_layer_cls: type[Attachment]
+    target_module_mapping: Mapping[str, list[str]] = {}
+    uses_shared_state = True
+
+    def choose_modules(self, config: Any, block: Block) -> dict[str, nn.Module]:
+        """What the method may adapt in a block, by relative path, in order; all linear modules unless overridden."""
+        return block.linears
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        blocks = find_blocks(self.model, peft_config.blocks)
+        candidates = {block.path: self.choose_modules(peft_config, block) for block in blocks}
+        if peft_config.modules:
+            chosen = _listed(peft_config.modules, candidates)
+        else:
+            chosen = _targeted(peft_config, candidates)
+        lists = list(chosen.values())
+        peft_config.modules = lists[0] if all(of_block == lists[0] for of_block in lists) else chosen
+        peft_config.target_modules = list(dict.fromkeys(name for of_block in lists for name in of_block))
+        peft_config.module_paths = {f"{path}.{name}" for path, names in chosen.items() for name in names}
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        return key in peft_config.module_paths
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        layer = getattr(target, self.tuner_layer_cls.child_name, None)
+        if layer is None:
+            layer = self.new_layer(current_key, target)
+            layer.attach(target)
+        layer.update_layer(adapter_name, target, peft_config)
+        device = next(target.parameters()).device
+        if device.type != "meta":
+            layer._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name not in self.active_adapters:
+            layer.set_adapter(self.active_adapters)
+
+    def new_layer(self, path: str, module: nn.Module) -> Attachment:
+        """The layer of a module that has none yet."""
+        return self.tuner_layer_cls(path)
+
+    def layers(self) -> dict[str, Attachment]:
+        """The method's layers by their module's path."""
+        return {m.path: m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; a layer without adapters is taken away."""
+        super().delete_adapter(adapter_name)
+        # PEFT skips modules whose path contains the prefix, as the layers' do.
+        for path, layer in self.layers().items():
+            layer.delete_adapter(adapter_name)
+            if not layer.adapters():
+                layer.detach(self.model.get_submodule(path))
+        remaining = next((layer.active_adapters for layer in self.layers().values()), [])
+        self.active_adapter = list(remaining)
+
+    def unload(self) -> nn.Module:
+        """The bare backbone, without the method's layers or hooks."""
+        layers = self.layers()
+        model: nn.Module = super().unload()
+        for path, layer in layers.items():
+            layer.detach(model.get_submodule(path))
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        raise MiLoraError(f"{self.method} cannot be merged: what it adds is not a change of the backbone's weights.")
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise MiLoraError(
+                f"{self.method} serves one adapter at a time: choose it with set_adapter instead of adapter_names."
+            )
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_adapter_tensors(model, adapter_name, remapped)
+        return remapped
+
+
+def _listed(
+    modules: list[str] | dict[str, list[str]], candidates: dict[str, dict[str, nn.Module]]
+) -> dict[str, list[str]]:
+    """What the configuration of a saved adapter names, which must be there."""
+    by_block = modules if isinstance(modules, dict) else dict.fromkeys(candidates, modules)
+    for path, names in by_block.items():
+        missing = [name for name in names if name not in candidates.get(path, {})]
+        if missing:
+            found = f"has {list(candidates[path])}" if path in candidates else "has no such block"
+            raise MiLoraError(
+                f"The adapter is for another backbone: it has {missing} in {path}, and this backbone {found}."
+            )
+    return by_block
+
+
+def _targeted(config: Any, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, list[str]]:
+    """The candidates that `target_modules` names, as PEFT would match them."""
+    matcher = copy.copy(config)
+    if matcher.target_modules in (None, "all-linear"):
+        matcher.target_modules = r".*"
+    chosen = {
+        path: [name for name in names if check_target_module_exists(matcher, f"{path}.{name}")]
+        for path, names in candidates.items()
+    }
+    if not any(chosen.values()):
+        path, names = next(iter(candidates.items()))
+        raise MiLoraError(
+            f"target_modules={config.target_modules!r} names no module that can be adapted. {path} has {list(names)}."
+        )
+    return chosen
