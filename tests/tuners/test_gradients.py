@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.adapters import adapted, contract_tensors
+from support.adapted import adapted as adapted_with_reference
 from support.architectures import ARCHITECTURES, pad, random_prompts
 from support.reference import ReferenceMiLora
 from torch import Tensor
+
+
+def adapted(family: str, **settings: Any) -> PeftModel:
+    return adapted_with_reference(family, **settings).model
+
+
+def contract_tensors(model: PeftModel, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The adapter's parameters, or their gradients, by the names that its file has."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            key = name.replace(".default", "")
+            key = key.removesuffix(".weight") if "magnitude" in key else key
+            tensors[key] = parameter.grad if gradients else parameter.detach()
+    return tensors
+
 
 FAMILIES = ["llama", "gemma2", "qwen3", "gpt2", "gpt_neox", "phi3", "opt", "falcon"]
 
@@ -34,7 +51,9 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("gate", ["hard", "softmax", "renormalized"])
@@ -121,7 +140,9 @@ def test_micro_batches_with_num_items_add_up_to_the_whole_batch() -> None:
     whole(**batch, num_items_in_batch=items).loss.backward()
     model = adapted("llama", load_balancing_coef=0.0).train()
     for row in range(3):
-        model(**{name: tensor[row : row + 1] for name, tensor in batch.items()}, num_items_in_batch=items).loss.backward()
+        model(
+            **{name: tensor[row : row + 1] for name, tensor in batch.items()}, num_items_in_batch=items
+        ).loss.backward()
     assert_same(gradients(model), gradients(whole))
 
     balanced = adapted("llama", load_balancing_coef=0.5).train()
@@ -156,7 +177,9 @@ def test_every_parameter_gets_a_gradient_and_idle_experts_a_zero(top_k: int) -> 
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(parameter.grad is not None for parameter in trainable.values())
     layers = {name.rpartition(".lora_")[0] for name in trainable if ".lora_" in name}
-    idle = {layer for layer in layers if all(p.grad.abs().max() == 0 for n, p in trainable.items() if n.startswith(layer))}
+    idle = {
+        layer for layer in layers if all(p.grad.abs().max() == 0 for n, p in trainable.items() if n.startswith(layer))
+    }
     assert len(idle) == len(layers) - top_k * 2
 
 
