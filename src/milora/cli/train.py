@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from milora.training import DataArguments, MethodArguments, TrainingArguments
 
 
+SETTINGS: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+"""All flags are left for TRL's parser."""
+
+
 def command(context: typer.Context) -> None:
-    """Fine-tune an adapter.
+    """Fine-tune an adapter on files, tasks or hub data sets.
 
     Takes every flag of TRL's SFTTrainer (`milora train --help-all` lists them), and a YAML file of them with --config.
     """
@@ -59,7 +66,7 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
         unknown = [flag for flag in flags if flag.startswith("--") and flag[2:] not in _names(parser)]
         if unknown:
             names = sorted(_names(parser))
-            raise MiLoraError(f"Unknown flag {unknown[0]}.{did_you_mean(unknown[0][2:], names)}") from error
+            raise MiLoraError(f"Unknown flag {unknown[0]}{did_you_mean(unknown[0][2:], names)}") from error
         raise MiLoraError(str(error).splitlines()[0]) from error
     return parsed  # type: ignore[no-any-return]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -11,11 +13,16 @@ from torch import Tensor, nn
 from milora.errors import MiLoraError
 
 
-def check_adapter_file(folder: Path) -> None:
+def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None = None) -> None:
     """Checks that a folder's adapter weights are a complete safetensors file, by its header.
 
+    Args:
+        folder: The adapter's folder.
+        modules_to_save: Ends of the names of whole modules that the file must hold too.
+
     Raises:
-        MiLoraError: If there is none, only a pickled one (which is never opened), or the file is truncated.
+        MiLoraError: If there is none, only a pickled one (which is never opened), the file is truncated, or it lacks
+            a module.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -26,10 +33,13 @@ def check_adapter_file(folder: Path) -> None:
             )
         raise MiLoraError(f"{folder} has an adapter_config.json but no {SAFETENSORS_WEIGHTS_NAME}.")
     try:
-        with safe_open(path, framework="pt"):
-            return
+        with safe_open(path, framework="pt") as file:
+            names = [f".{name}" for name in file.keys()]  # noqa: SIM118 (it is no mapping)
     except SafetensorError as error:
         raise MiLoraError(f"{path} is truncated or not a safetensors file: {error}.") from error
+    for module in modules_to_save or ():
+        if not any(f".{module}." in name for name in names):
+            raise MiLoraError(f"{path} has no tensors of {module!r}, which its adapter_config.json says it saves.")
 
 
 def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
@@ -43,24 +53,35 @@ def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Ten
     Raises:
         MiLoraError: If tensors are missing, unknown, of another size, or not finite.
     """
-    suffix = f".{adapter}"
-    expected = {
-        name: parameter.shape
-        for name, parameter in model.named_parameters()
-        if (f"{suffix}." in name or name.endswith(suffix)) and ("lora_" in name)
-    }
-    given = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
-    _refuse(sorted(set(expected) - set(given)), "lacks {} tensors of this adapter")
-    _refuse(sorted(set(given) - set(expected)), "has {} tensors that this adapter has no place for")
+    expected = dict(_adapter_parameters(model, adapter))
+    places = model.state_dict(keep_vars=True)
+    _refuse(sorted(set(expected) - set(tensors)), "lacks {} tensors of this adapter")
+    _refuse(sorted(set(tensors) - set(places)), "has {} tensors that this adapter has no place for")
     sizes = [
-        f"{name} is {tuple(tensor.shape)}, the backbone needs {tuple(expected[name])}"
-        for name, tensor in given.items()
-        if tensor.shape != expected[name]
+        f"{name} is {tuple(tensor.shape)}, the backbone needs {tuple(places[name].shape)}"
+        for name, tensor in tensors.items()
+        if tensor.shape != places[name].shape
     ]
     _refuse(sizes, "is for another backbone or rank: {} tensors differ in size")
     _refuse(
-        [name for name, tensor in given.items() if not tensor.isfinite().all()], "has NaN or infinity in {} tensors"
+        [name for name, tensor in tensors.items() if not tensor.isfinite().all()], "has NaN or infinity in {} tensors"
     )
+
+
+def _adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    # By PEFT's layout and not by name: an adapter may be called "model", or "lora_A".
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for attribute in layer.adapter_layer_names:
+            part = getattr(layer, attribute)
+            if adapter not in part:
+                continue
+            name = f"{path}.{attribute}.{adapter}"
+            if isinstance(part[adapter], Tensor):
+                yield name, part[adapter]
+            else:
+                yield from part[adapter].named_parameters(name)
 
 
 def _refuse(names: list[str], complaint: str) -> None:

@@ -90,7 +90,13 @@ class MiLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
+        every = self.target_modules == "all-linear"
+        if every:
+            # PEFT takes layers_to_transform with a list only, and "all-linear" becomes one.
+            self.target_modules = None
         super().__post_init__()
+        if every:
+            self.target_modules = "all-linear"
         self.peft_type = add_peft_type("MILORA")
         self.rational_orders = list(self.rational_orders)
         self._check_choices()
@@ -108,7 +114,9 @@ class MiLoraConfig(LoraConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         if isinstance(config, cls) and folder.is_dir():
-            check_adapter_file(folder)
+            check_adapter_file(folder, config.modules_to_save)
+        # Until they are loaded, whoever adds the adapter to a model can take it back (no field: it is not saved).
+        config.awaits_weights = True
         return config  # type: ignore[no-any-return]
 
     def _check_choices(self) -> None:

@@ -6,14 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from milora.errors import MiLoraError
 from milora.routing import Decision, Route
+from milora.tuners.prompt_pass import PromptPass, PromptPasses
 
 
 class Selection:
@@ -78,23 +77,17 @@ class BlockRouting:
 
 
 @dataclass
-class RoutingPass:
+class RoutingPass(PromptPass):
     """One forward pass: whose prompts it holds, and what has been decided for them so far.
 
-    A pass outlives its forward where it is needed again: in the decode steps of a generation, and in the backward pass
-    under gradient checkpointing, which runs a block a second time.
-
     Attributes:
-        rows: Number of rows of the batch.
-        prompt: (rows, tokens), bool, or `None` where a route is forced.
         adapter_rows: Rows of each adapter, `None` for all rows.
-        forced: The route to follow instead of asking the routers, already of `rows` rows.
+        forced: The route to follow instead of asking the routers, already of `rows` rows; `prompt` is `None` then.
         routings: Adapter -> block -> decision.
+        routed_blocks: Blocks that have been reached.
     """
 
-    rows: int
-    prompt: Tensor | None
-    adapter_rows: dict[str, list[int] | None]
+    adapter_rows: dict[str, list[int] | None] = field(default_factory=dict)
     forced: Route | None = None
     routings: dict[str, dict[str, BlockRouting]] = field(default_factory=dict)
     routed_blocks: set[str] = field(default_factory=set)
@@ -139,43 +132,18 @@ class RoutingPass:
         return Route(gates, probabilities, experts, used)
 
 
-class _Generation:
-    """A running `generate`: its first forward pass is the prefill, whose decisions the others follow."""
-
-    def __init__(self, attended: Tensor | None) -> None:
-        self.attended = attended
-        self.routing_pass: RoutingPass | None = None
-
-
-class _Current(threading.local):
-    """What is in force in a thread: requests served by several threads must not see each other's routes."""
-
+class _RoutingInForce(threading.local):
     def __init__(self) -> None:
-        self.routing_pass: RoutingPass | None = None
-        self.generation: _Generation | None = None
         self.forced: Route | None = None
         self.adapter_names: list[str] | None = None
-        self.prompt: Tensor | None = None
 
 
-class Dispatcher:
-    """Holds what is in force: the running pass, the running generation, a forced route, the adapters of the rows."""
+class Dispatcher(PromptPasses):
+    """Holds what is in force: besides passes and generations, a forced route and the adapters of the rows."""
 
     def __init__(self) -> None:
-        self._current = _Current()
-        self._of_cache: WeakKeyDictionary[Any, RoutingPass] = WeakKeyDictionary()
-
-    # A copied or pickled model starts with nothing in force: passes belong to the model that ran them.
-    def __getstate__(self) -> dict[str, Any]:
-        return {"in_force": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
-
-    @property
-    def current(self) -> RoutingPass | None:
-        """The pass that is running in this thread."""
-        return self._current.routing_pass
+        super().__init__()
+        self._routing_in_force = _RoutingInForce()
 
     def current_selection(self, adapter: str, block: str, expert: int) -> Selection | None:
         """What an expert of the running pass does, `None` for nothing.
@@ -183,97 +151,39 @@ class Dispatcher:
         Raises:
             RuntimeError: If no pass is running, or it has not reached the block.
         """
-        if self.current is None:
+        running: RoutingPass | None = self.current
+        if running is None:
             raise RuntimeError(f"A layer of {block} was called outside the model: there is no route. Call the model.")
-        return self.current.selection(adapter, block, expert)
+        return running.selection(adapter, block, expert)
 
     @property
     def forced(self) -> Route | None:
         """The route that [`Dispatcher.forcing`] put in force."""
-        return self._current.forced
+        return self._routing_in_force.forced
 
     @property
     def adapter_names(self) -> list[str] | None:
         """The adapter of each row, where rows have their own."""
-        return self._current.adapter_names
-
-    @property
-    def prompt(self) -> Tensor | None:
-        """The prompt's tokens, where the caller said which they are."""
-        return self._current.prompt
-
-    def begin(self, routing_pass: RoutingPass) -> None:
-        """Puts a pass in force; in a generation it stays the one to follow until the generation ends."""
-        self._current.routing_pass = routing_pass
-        if self._current.generation is not None:
-            self._current.generation.routing_pass = routing_pass
-
-    def end(self, cache: Any = None) -> None:
-        """Ends the running pass. Outside `generate`, the cache that it filled keeps its decisions for later passes."""
-        if self._current.generation is None and cache is not None and self.current is not None:
-            self._of_cache[cache] = self.current
-        self._current.routing_pass = None
-
-    def following(self) -> RoutingPass | None:
-        """The pass whose decisions the next forward of this thread's generation follows; `None` at its prefill."""
-        generation = self._current.generation
-        return None if generation is None else generation.routing_pass
-
-    def generation_mask(self) -> Tensor | None:
-        """The attention mask that the caller gave to the running `generate`."""
-        generation = self._current.generation
-        return None if generation is None else generation.attended
-
-    def of_cache(self, cache: Any) -> RoutingPass | None:
-        """The pass that filled a cache in an earlier forward of the caller's own loop."""
-        return self._of_cache.get(cache)
-
-    @contextmanager
-    def generating(self, attended: Tensor | None) -> Iterator[_Generation]:
-        """In force: a generation. What it decided is freed at the end, however that comes."""
-        outer, self._current.generation = self._current.generation, _Generation(attended)
-        try:
-            yield self._current.generation
-        finally:
-            self._current.generation = outer
-            self._current.routing_pass = None
+        return self._routing_in_force.adapter_names
 
     @contextmanager
     def forcing(self, route: Route | None) -> Iterator[None]:
         """In force: a given route, instead of what the routers would decide; `None` changes nothing."""
-        outer = self._current.forced
-        self._current.forced = outer if route is None else route
+        outer = self.forced
+        self._routing_in_force.forced = outer if route is None else route
         try:
             yield
         finally:
-            self._current.forced = outer
+            self._routing_in_force.forced = outer
 
     @contextmanager
     def serving(self, adapter_names: list[str] | None) -> Iterator[None]:
         """In force: an adapter for each row."""
-        outer, self._current.adapter_names = self._current.adapter_names, adapter_names
+        outer, self._routing_in_force.adapter_names = self.adapter_names, adapter_names
         try:
             yield
         finally:
-            self._current.adapter_names = outer
-
-    @contextmanager
-    def prompting(self, prompt: Tensor) -> Iterator[None]:
-        """In force: which tokens are the prompt, for passes whose labels do not say."""
-        outer, self._current.prompt = self._current.prompt, prompt
-        try:
-            yield
-        finally:
-            self._current.prompt = outer
-
-    @contextmanager
-    def resuming(self, routing_pass: RoutingPass | None) -> Iterator[None]:
-        """In force again: the pass of an earlier forward, while one of its blocks is recomputed."""
-        outer, self._current.routing_pass = self._current.routing_pass, routing_pass
-        try:
-            yield
-        finally:
-            self._current.routing_pass = outer
+            self._routing_in_force.adapter_names = outer
 
 
 def follow(

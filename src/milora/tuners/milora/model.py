@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,6 @@ from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig
 
 from milora.backbone.blocks import OWN_ROUTER, Block, find_blocks, hidden_size
 from milora.errors import MiLoraError
@@ -25,7 +23,8 @@ from milora.tuners.milora.gradient import restore_checkpoint_function
 from milora.tuners.milora.layer import ExpertVariant, RouterLayer
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
-from milora.tuners.prompt import attended_tokens, prompt_tokens, supervised_tokens
+from milora.tuners.prompt import supervised_tokens
+from milora.tuners.prompt_pass import PromptTuner, labels_of, needs_own_pass, one_token
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
@@ -36,7 +35,7 @@ NO_MERGE = (
 )
 
 
-class MiLoraModel(LoraModel):  # type: ignore[misc]
+class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
     """A backbone with MiLoRA adapters; made by `get_peft_model(model, MiLoraConfig())`.
 
     Each block gets a router (`milora_router`), each adapted module stays a LoRA layer of PEFT. A forward pass reads the
@@ -52,9 +51,10 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
     def _pre_injection_hook(self, model: nn.Module, config: MiLoraConfig, adapter_name: str) -> None:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise MiLoraError(f"{type(model).__name__} is an encoder-decoder; MiLoRA routes decoder-only models.")
-        self.dispatcher = Dispatcher()
+        self.passes = self.dispatcher = Dispatcher()
         self.statistics = RoutingStatistics()
-        self._handles: list[Any] = []
+        self._watches = []
+        self._trained_before: list[nn.Parameter] = []
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then gives every block with experts its router.
@@ -63,17 +63,22 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
             MiLoraError: If no expert is found, `top_k` exceeds their number, or the adapter is for another backbone.
         """
         config: MiLoraConfig = self.peft_config[adapter_name]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        low_memory = bool(kwargs.get("low_cpu_mem_usage", False))
-        with init_empty_weights() if low_memory else nullcontext():
-            self._add_routers(adapter_name, config)
+        if not self.is_watching:
+            # PEFT freezes the backbone with its first adapter.
+            self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            low_memory = bool(kwargs.get("low_cpu_mem_usage", False))
+            with init_empty_weights() if low_memory else nullcontext():
+                self._add_routers(adapter_name, config)
+        except Exception:
+            self._take_back(adapter_name)
+            raise
+        if not getattr(config, "awaits_weights", False):
+            self._trained_before = []
         for router in self._routers().values():
             router.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if not self._handles:
-            self._handles = [
-                self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                self.model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
-            ]
+        self.watch()
 
     def _prepare_adapter_config(self, peft_config: MiLoraConfig, model_config: dict[str, Any]) -> MiLoraConfig:
         blocks = find_blocks(self.model, peft_config.blocks)
@@ -99,8 +104,11 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         return peft_config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: MiLoraConfig, key: str) -> bool:
-        return key in peft_config.expert_paths  # type: ignore[attr-defined]
+    def _check_target_module_exists(peft_config: MiLoraConfig, key: str) -> Any:
+        if key in peft_config.expert_paths:  # type: ignore[attr-defined]
+            return True
+        # PEFT tells an excluded module by a false value of its own, and warns where there is none.
+        return check_target_module_exists(peft_config, key) and False
 
     def _create_and_replace(
         self,
@@ -175,24 +183,34 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         for router in self._routers().values():
             router.delete_adapter(adapter_name)
             router.set_adapter(self.active_adapters)
-        for block in find_blocks(self.model, self._any_blocks_path()):
-            router = getattr(block.module, OWN_ROUTER, None)
+        for module in list(self.model.modules()):
+            router = getattr(module, OWN_ROUTER, None)
             if isinstance(router, RouterLayer) and not router.experts:
-                _remove_router(block)
+                _remove_router(module)
 
     def unload(self) -> nn.Module:
         """The bare backbone, without LoRA layers, routers or hooks."""
-        path = self._any_blocks_path()
         model: nn.Module = super().unload()
-        for block in find_blocks(model, path):
-            _remove_router(block)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for module in list(model.modules()):
+            _remove_router(module)
+        self.unwatch()
         return model
 
-    def _any_blocks_path(self) -> str | None:
-        return next((config.blocks for config in self.peft_config.values() if config.blocks is not None), None)
+    def _take_back(self, adapter_name: str) -> None:
+        """Leaves the model as it was before an adapter was added, or added in part."""
+        if set(self.peft_config) <= {adapter_name}:
+            trained = self._trained_before
+            self.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            return
+        active = self.active_adapter
+        self.delete_adapter(adapter_name)
+        self.active_adapter = active
+        for path, layer in list(self.model.named_modules()):
+            if isinstance(layer, LoraLayer) and not layer.r:
+                parent, _, name = path.rpartition(".")
+                self._replace_module(self.model.get_submodule(parent), name, layer.get_base_layer(), layer)
 
     def _check_merge_allowed(self) -> None:
         raise MiLoraError(NO_MERGE)
@@ -212,7 +230,16 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        check_adapter_tensors(model, adapter_name, remapped)
+        try:
+            check_adapter_tensors(model, adapter_name, remapped)
+        except MiLoraError:
+            # PEFT builds an adapter before it reads its weights.
+            if getattr(config, "awaits_weights", False) and isinstance(model.base_model, cls):
+                model.base_model._take_back(adapter_name)
+            raise
+        config.awaits_weights = False  # type: ignore[attr-defined]
+        if isinstance(model.base_model, cls):
+            model.base_model._trained_before = []
         return remapped
 
     # ------------------------------------------------------------ forward passes
@@ -246,37 +273,24 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
             return None
         if args[0].shape[0] != running.rows:
             raise MiLoraError(
-                f"{type(self.model).__name__} flattens batch and tokens before one of the adapted modules, so rows with "
-                "different adapters cannot be told apart there. Serve one adapter at a time."
+                f"{type(self.model).__name__} flattens batch and tokens before one of the adapted modules, so rows "
+                "with different adapters cannot be told apart there. Serve one adapter at a time."
             )
         return args, {**kwargs, "adapter_names": _expanded(names, running.rows, "adapter_names")}
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        following = self.dispatcher.following()
-        if following is not None:
-            self.dispatcher.begin(following)
-            return
-        if self._disabled():
-            return
-        arguments = {**dict(zip(_parameter_names(module) if args else (), args, strict=False)), **kwargs}
-        cache = arguments.get("past_key_values")
-        if isinstance(cache, Cache) and not self.training and cache.get_seq_length() > 0:
-            known = self.dispatcher.of_cache(cache)
-            if known is not None and self.dispatcher.forced is None:
-                self.dispatcher.begin(known)
-                return
-            if self.dispatcher.forced is None:
-                raise MiLoraError(
-                    "The cache already holds tokens, and which route they had is not known. Pass the route that made "
-                    "it: model.generate(..., route=route), or `with model.use_route(route):`."
-                )
-        self.dispatcher.begin(self._new_pass(arguments))
+    def keeps_across_caches(self) -> bool:
+        """A route in force says how any cache goes on."""
+        return self.dispatcher.forced is not None
 
-    def _new_pass(self, arguments: dict[str, Any]) -> RoutingPass:
-        attended = attended_tokens({**arguments, **self._generation_mask(arguments)})
+    def prompt_tuning_is_off(self) -> bool:
+        """Whether the adapters are disabled or there is none."""
+        return not self.active_adapters or any(router.disable_adapters for router in self._routers().values())
+
+    def new_pass(self, attended: Tensor, arguments: dict[str, Any]) -> RoutingPass:
+        """See [`PromptTuner.new_pass`]."""
         rows = attended.shape[0]
         names = self.dispatcher.adapter_names
-        adapter_rows: dict[str, list[int] | None] = {name: None for name in self.active_adapters}
+        adapter_rows: dict[str, list[int] | None] = dict.fromkeys(self.active_adapters)
         if names is not None:
             names = _expanded(names, rows, "adapter_names")
             adapter_rows = {
@@ -288,58 +302,26 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         if forced is not None:
             if rows % len(forced) != 0:
                 raise MiLoraError(f"The route in force is for {len(forced)} prompts; the batch has {rows} rows.")
-            return RoutingPass(rows, None, adapter_rows, forced.expand(rows // len(forced)))
-        prompt = self.dispatcher.prompt
-        if prompt is not None:
-            if prompt.shape != attended.shape:
-                raise MiLoraError(
-                    f"use_prompt was given a mask of shape {tuple(prompt.shape)}; the batch has {tuple(attended.shape)}."
-                )
-            return RoutingPass(rows, prompt.to(attended.device, torch.bool) & attended, adapter_rows)
-        labels, shifted = _labels(arguments)
-        if labels is None and self.training and torch.is_grad_enabled():
+            return RoutingPass(rows, None, adapter_rows=adapter_rows, forced=forced.expand(rows // len(forced)))
+        unlabelled = labels_of(arguments)[0] is None and self.passes.prompt is None
+        if unlabelled and self.training and torch.is_grad_enabled():
             self.statistics.warn_without_labels()
-        return RoutingPass(rows, prompt_tokens(attended, labels, shifted=shifted), adapter_rows)
+        return RoutingPass(rows, self.prompt_of(attended, arguments), adapter_rows=adapter_rows)
 
-    def _generation_mask(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        # Generation with a static cache hands the model a prepared mask, in which a window may hide a part.
-        mask = self.dispatcher.generation_mask()
-        source = arguments.get("input_ids")
-        source = arguments.get("inputs_embeds") if source is None else source
-        if mask is None or source is None or mask.dim() != 2 or source.shape[0] % mask.shape[0] != 0:
-            return {}
-        if mask.shape[1] != source.shape[1]:
-            return {}
-        return {"attention_mask": mask.repeat_interleave(source.shape[0] // mask.shape[0], dim=0)}
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        routing_pass = self.dispatcher.current
-        cache = getattr(output, "past_key_values", None)
-        self.dispatcher.end(cache if isinstance(cache, Cache) else None)
-        if routing_pass is None or output is None or not self.training or routing_pass.forced is not None:
+    def after_pass(self, prompt_pass: RoutingPass, arguments: dict[str, Any], output: Any) -> Any:
+        """Adds the load-balancing loss to a labelled pass of training; see [`PromptTuner.after_pass`]."""
+        labels, shifted = labels_of(arguments)
+        if labels is None or prompt_pass.forced is not None:
             return None
-        arguments = {**dict(zip(_parameter_names(module) if args else (), args, strict=False)), **kwargs}
-        labels, shifted = _labels(arguments)
-        if labels is None:
-            return None
-        return self._balanced(output, routing_pass, labels, shifted, arguments.get("num_items_in_batch"))
-
-    def _balanced(
-        self, output: Any, routing_pass: RoutingPass, labels: Tensor, shifted: bool, items: Tensor | int | None
-    ) -> Any:
-        for adapter, routings in routing_pass.routings.items():
-            if not routings:
-                continue
+        tokens = supervised_tokens(labels, shifted=shifted)
+        for adapter, routings in prompt_pass.routings.items():
             losses = [load_balancing_loss(routing.decision.probabilities) for routing in routings.values()]
             balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
             self.statistics.record(balance, routings)
             coefficient = self.peft_config[adapter].load_balancing_coef
-            if coefficient > 0 and routing_pass.rows > 0:
-                output = add_to_loss(output, coefficient * balance, supervised_tokens(labels, shifted=shifted), items)
+            if coefficient > 0:
+                output = add_to_loss(output, coefficient * balance, tokens, arguments.get("num_items_in_batch"))
         return output
-
-    def _disabled(self) -> bool:
-        return any(router.disable_adapters for router in self._routers().values()) or not self.active_adapters
 
     # -------------------------------------------------------------------- routes
 
@@ -357,7 +339,7 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
             MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, or a prompt is
                 empty.
         """
-        if self._disabled():
+        if self.prompt_tuning_is_off():
             return self.model.generate(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         route = route if route is not None else self.dispatcher.forced
@@ -367,7 +349,7 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
                 "first or by one of its own, and that is yours to say. Pass route=, for example the one that "
                 "model.route(**inputs) returned for the prompt that filled the cache."
             )
-        if route is None and self._needs_own_pass(kwargs):
+        if route is None and needs_own_pass(self.model, kwargs):
             prompts = {name: kwargs[name] for name in ("attention_mask", "inputs_embeds") if name in kwargs}
             route = self.route(
                 *args, **prompts, **({"input_ids": kwargs["input_ids"]} if "input_ids" in kwargs else {})
@@ -375,13 +357,6 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         attended = kwargs.get("attention_mask")
         with self.dispatcher.generating(attended), self.dispatcher.forcing(route):
             return self.model.generate(*args, **kwargs)
-
-    def _needs_own_pass(self, kwargs: dict[str, Any]) -> bool:
-        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-        names = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-        return kwargs.get("assistant_model") is not None or any(
-            kwargs.get(name, getattr(config, name, None)) is not None for name in names
-        )
 
     @torch.no_grad()
     def route(
@@ -408,7 +383,7 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         Raises:
             MiLoraError: If the adapters are disabled, a prompt is empty or fully masked.
         """
-        if self._disabled():
+        if self.prompt_tuning_is_off():
             raise MiLoraError("The adapters are disabled, so there are no routers to ask.")
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -424,9 +399,9 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
                 else:
                     # The prefill of generate itself: some models derive positions from the mask there, and not in a
                     # plain forward.
-                    self.model.generate(**inputs, generation_config=_one_token(self.model))
-                assert generation.routing_pass is not None
-                return generation.routing_pass.route(tuple(self._routers()))
+                    self.model.generate(**inputs, generation_config=one_token(self.model))
+                assert isinstance(generation.prompt_pass, RoutingPass)
+                return generation.prompt_pass.route(tuple(self._routers()))
         finally:
             self.train(training)
 
@@ -436,10 +411,6 @@ class MiLoraModel(LoraModel):  # type: ignore[misc]
         A batch of a multiple of the route's rows (beams, several return sequences) repeats each row in succession.
         """
         return self.dispatcher.forcing(route)
-
-    def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
-        """`with model.use_prompt(mask):` says which tokens are the prompt, (batch, tokens), where no labels do."""
-        return self.dispatcher.prompting(prompt)
 
     def routing_statistics(self, reset: bool = False) -> dict[str, float]:
         """The load-balancing loss and each expert's share of the choices, means over training passes since the reset.
@@ -481,47 +452,34 @@ def _targeted_experts(config: MiLoraConfig, blocks: list[Block]) -> dict[str, li
     """The linear modules of the blocks that `target_modules` names, as PEFT would match them."""
     matcher = copy.copy(config)
     if matcher.target_modules == "all-linear":
-        matcher.target_modules = r".*"
+        # By name and not by a regular expression, with which PEFT ignores layers_to_transform.
+        matcher.target_modules = list(dict.fromkeys(name for block in blocks for name in block.linears))
     experts = {
         block.path: [name for name in block.linears if check_target_module_exists(matcher, f"{block.path}.{name}")]
         for block in blocks
     }
     if not any(experts.values()):
+        named = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
         raise MiLoraError(
-            f"target_modules={config.target_modules!r} names no linear module of the blocks "
+            f"target_modules={named!r} names no linear module of the blocks "
             f"({blocks[0].path}, ...). They have {list(blocks[0].linears)}."
         )
     return experts
 
 
 def _expanded(names: list[str], rows: int, what: str) -> list[str]:
-    if rows % len(names) != 0:
+    if not names or rows % len(names) != 0:
         raise MiLoraError(f"{what} names {len(names)} rows; the batch has {rows}.")
     return [name for name in names for _ in range(rows // len(names))]
-
-
-def _parameter_names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def _labels(arguments: dict[str, Any]) -> tuple[Tensor | None, bool]:
-    shifted = arguments.get("shift_labels")
-    return (arguments.get("labels"), False) if shifted is None else (shifted, True)
-
-
-def _one_token(model: nn.Module) -> GenerationConfig:
-    own = getattr(model, "generation_config", None)
-    special = {name: getattr(own, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
-    return GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, **special)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
-def _remove_router(block: Block) -> None:
-    router = getattr(block.module, OWN_ROUTER, None)
+def _remove_router(block: nn.Module) -> None:
+    router = getattr(block, OWN_ROUTER, None)
     if isinstance(router, RouterLayer):
         router._hook.remove()
-        restore_checkpoint_function(block.module)
-        delattr(block.module, OWN_ROUTER)
+        restore_checkpoint_function(block)
+        delattr(block, OWN_ROUTER)

@@ -1,0 +1,8 @@
+"""`python -m milora`, the same as `milora`."""
+
+import sys
+
+from milora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

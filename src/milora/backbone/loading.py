@@ -1,0 +1,254 @@
+"""Loads a backbone with its tokenizer, and the adapters on it; what cannot be loaded is said in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from milora.backbone.bundled import TINY_BACKBONE
+from milora.errors import MiLoraError, did_you_mean
+
+TINY = "tiny"
+"""The name of the bundled backbone."""
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+"""What transformers and PEFT raise for files that are missing, broken or for something else."""
+
+
+def load_backbone(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **model_arguments: Any,
+) -> tuple[Any, Any]:
+    """A causal language model in eval mode, and its tokenizer: left padding, with a padding token where possible.
+
+    Args:
+        name_or_path: `tiny` (the bundled backbone), a folder, or a hub id.
+        dtype: `auto` keeps the dtype in which the model was saved.
+        device: The GPU where there is one by default.
+        **model_arguments: For `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        MiLoraError: If there is no such backbone, it cannot be read, or the dtype or the device is unknown.
+    """
+    source = _locate(os.fspath(name_or_path))
+    torch_dtype = _dtype(dtype)
+    target = _device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except _UNREADABLE as error:
+        raise MiLoraError(
+            f"The tokenizer of {name_or_path} cannot be loaded: {_reason(error)}.{_hub_hint(source)}"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **model_arguments)
+    except _UNREADABLE as error:
+        raise MiLoraError(
+            f"The backbone {name_or_path} cannot be loaded: {_reason(error)}.{_hub_hint(source)}"
+        ) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to(target).eval(), tokenizer
+
+
+def load_adapter(model: Any, path: str | os.PathLike[str], name: str = "default") -> Any:
+    """Puts an adapter on a backbone, or one more on a model that has some; the one that is active stays so.
+
+    Args:
+        model: What [`load_backbone`] or this function returned.
+        path: The adapter's folder or hub id, of any of PEFT's methods or ours.
+        name: What to call it in the model.
+
+    Returns:
+        The `PeftModel`, in eval mode.
+
+    Raises:
+        MiLoraError: If there is no adapter, it cannot be read, or it is for another backbone.
+    """
+    path = os.fspath(path)
+    read_adapter_config(path)
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, path, adapter_name=name)
+    except MiLoraError:
+        raise
+    except _UNREADABLE as error:
+        raise MiLoraError(f"The adapter {path} cannot be put on this backbone: {_reason(error)}.") from error
+    return model.eval()
+
+
+def load_for_inference(
+    adapters: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    backbone: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[Any, Any]:
+    """A backbone with adapters, and its tokenizer, to generate with.
+
+    Args:
+        adapters: An adapter's folder or hub id, or several by name, the first of which is active; an empty mapping
+            gives the bare backbone.
+        backbone: The backbone to put them on; by default the one that the adapters name.
+        dtype: As for [`load_backbone`].
+        device: As for [`load_backbone`].
+
+    Raises:
+        MiLoraError: If a part cannot be loaded, or the adapters name different backbones or none.
+    """
+    named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
+    # Every adapter is looked at first: a backbone can take minutes to load.
+    bases = {os.fspath(path): base_of(path) for path in named.values()}
+    if backbone is None:
+        backbone = _only_base(bases)
+    model, tokenizer = load_backbone(backbone, dtype=dtype, device=device)
+    for name, path in named.items():
+        model = load_adapter(model, path, name)
+    return model, tokenizer
+
+
+def read_adapter_config(path: str | os.PathLike[str]) -> Any:
+    """The PEFT configuration of an adapter.
+
+    Raises:
+        MiLoraError: If there is no adapter at `path`, or its configuration cannot be read.
+    """
+    path = os.fspath(path)
+    folder = Path(path).expanduser()
+    if not (folder / CONFIG_NAME).is_file():
+        if (folder / "config.json").is_file():
+            raise MiLoraError(f"{path} is a backbone and no adapter: it has a config.json but no {CONFIG_NAME}.")
+        if folder.is_dir():
+            inner = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
+            hint = f"; there is one in {inner[-1]}" if inner else ""
+            raise MiLoraError(f"{path} holds no adapter: it has no {CONFIG_NAME}{hint}.")
+        if not _could_be_hub_id(path) or "/" not in path:
+            raise MiLoraError(
+                f"{path}: there is no such adapter; give a folder with an {CONFIG_NAME}, or a hub id, owner/name"
+                f"{_neighbours(folder)}"
+            )
+    try:
+        return PeftConfig.from_pretrained(str(folder) if folder.is_dir() else path)
+    except MiLoraError:
+        raise
+    except _UNREADABLE as error:
+        raise MiLoraError(f"The adapter {path} cannot be read: {_reason(error)}.{_hub_hint(path)}") from error
+
+
+def base_of(adapter: str | os.PathLike[str]) -> str | None:
+    """The backbone that an adapter was made for, as its configuration names it.
+
+    Raises:
+        MiLoraError: If there is no such adapter.
+    """
+    base = read_adapter_config(adapter).base_model_name_or_path
+    if base is None:
+        return None
+    # An adapter of the bundled backbone names the place of the installation that trained it.
+    is_bundled = Path(base).parts[-3:] == TINY_BACKBONE.parts[-3:]
+    return TINY if is_bundled else str(base)
+
+
+def _only_base(bases: Mapping[str, str | None]) -> str:
+    if not bases:
+        raise MiLoraError("Neither a backbone nor an adapter is given: pass --backbone NAME or --adapter DIR.")
+    found = {base for base in bases.values() if base is not None}
+    if not found:
+        raise MiLoraError(f"The adapter {next(iter(bases))} does not name its backbone: pass --backbone NAME.")
+    if len(found) > 1:
+        raise MiLoraError(
+            f"The adapters are for different backbones ({', '.join(sorted(found))}), and one process serves one: load "
+            "them apart, or say with --backbone which it is."
+        )
+    return found.pop()
+
+
+def _locate(name: str) -> str:
+    if name == TINY:
+        if not (TINY_BACKBONE / "config.json").is_file():
+            raise MiLoraError(f"The bundled backbone is missing from this installation ({TINY_BACKBONE}): reinstall.")
+        return str(TINY_BACKBONE)
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return str(path)
+    if (path / CONFIG_NAME).is_file():
+        raise MiLoraError(f"{name} is an adapter and no backbone: pass it as --adapter.")
+    if path.is_dir():
+        raise MiLoraError(f"{name} holds no backbone: it has no config.json.")
+    if path.exists() or not _could_be_hub_id(name):
+        raise MiLoraError(
+            f"{name}: there is no such backbone; give {TINY!r}, a folder with a config.json, or a hub id"
+            f"{_neighbours(path)}"
+        )
+    return name
+
+
+def _could_be_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def _neighbours(path: Path) -> str:
+    """The end of a message about a path that does not exist."""
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent} either)."
+    return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir() if entry.is_dir()]) or "."
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise MiLoraError(f"There is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise MiLoraError(f"There is no device {device!r}; give cpu, cuda or cuda:1.") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise MiLoraError(f"There is no device {device!r} here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    return target
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of a library's message, in which the rest is advice about its own functions."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.rstrip(".: ")
+
+
+def _hub_hint(source: str) -> str:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return ""
+    hint = " Check the hub id, and that the hub can be reached (or was, so that it is cached); a folder works offline"
+    return f"{hint}{_neighbours(path)}"

@@ -1,0 +1,34 @@
+"""Options that several sub-commands share, each spelled and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Adapter = Annotated[str, typer.Option("--adapter", metavar="DIR", help="Folder or hub id of the adapter.")]
+Backbone = Annotated[
+    str | None,
+    typer.Option("--backbone", metavar="NAME", help="'tiny', a folder or a hub id; by default the adapter's own."),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", metavar="TEXT", help="A prompt; can be repeated."),
+]
+Split = Annotated[str, typer.Option("--split", help="Split of a task, folder or hub dataset.")]
+DataDirectory = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="Folder of a benchmark's files, in LLM-Adapters' layout."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Take the first rows only."),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts a batch.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Such as cpu or cuda:1; by default the GPU where there is one."),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (as the backbone was saved), float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]

@@ -1,0 +1,168 @@
+"""Pictures of what routers decide. Needs matplotlib: `pip install milora[plot]`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from milora.errors import MiLoraError
+from milora.routing import Route
+
+COLORS = "Blues"
+"""One hue from near-white (nobody) to dark (everybody): safe for the colour-blind and in grey print."""
+
+MOST_BLOCKS_WITH_VALUES = 40
+"""With more blocks than these, numbers in the cells would be too small to read."""
+
+
+def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title: str | None = None) -> None:
+    """Draws the share of prompts that chose each expert, by block: a panel for each route, side by side.
+
+    Args:
+        routes: A route, or several by label, such as one for each task.
+        path: Where to write; the ending (`.png`, `.svg`, `.pdf`) decides the format. Written whole or not at all.
+        title: Above the panels; by default says what is drawn.
+
+    Raises:
+        MiLoraError: If matplotlib is missing or cannot write the format, there is no route, or routes are over
+            different blocks or experts.
+    """
+    panels = {"": routes} if isinstance(routes, Route) else dict(routes)
+    first = _alike(panels)
+    figure = _figure()
+    blocks, experts = short_blocks(first.blocks), short_experts(first.experts)
+    text = title or _title(panels)
+    # All in inches: a cell holds "100%", and a column's name stands at a slant below it.
+    with_values = len(blocks) <= MOST_BLOCKS_WITH_VALUES
+    panel = 0.56 * len(experts), (0.3 if with_values else 0.12) * len(blocks)
+    left, right, gap = 0.7, 0.95, 0.35
+    bottom, top = 0.2 + 0.06 * max(map(len, experts)), 0.72 if any(panels) else 0.5
+    panels_width = panel[0] * len(panels) + gap * (len(panels) - 1)
+    width, height = max(left + panels_width + right, left + 0.1 * len(text)), bottom + panel[1] + top
+
+    def add_axes(x: float, of_width: float, of_height: float) -> Any:
+        y = bottom + panel[1] - of_height
+        return figure.add_axes((x / width, y / height, of_width / width, of_height / height))
+
+    figure.set_size_inches(width, height)
+    figure.suptitle(text, x=left / width, y=1 - 0.14 / height, ha="left", va="top", fontsize=11, fontweight="bold")
+    image: Any = None
+    for position, (label, route) in enumerate(panels.items()):
+        axes = add_axes(left + position * (panel[0] + gap), *panel)
+        share = route.share().cpu()
+        image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap=COLORS, aspect="auto")
+        _label(axes, experts, blocks if position == 0 else None)
+        if label:
+            axes.set_title(f"{label} ({_count(route)})", fontsize=9, loc="left", pad=5)
+        if with_values:
+            _write_values(axes, route, share)
+    bar = add_axes(left + panels_width + 0.2, 0.14, min(max(panel[1], 1.0), 4.0))
+    figure.colorbar(image, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.set_yticklabels(["0", "0.25", "0.5", "0.75", "1"], fontsize=8)
+    bar.set_ylabel("share of prompts", fontsize=8)
+    bar.tick_params(length=2)
+    _save(figure, Path(path))
+
+
+def short_experts(experts: Sequence[str]) -> list[str]:
+    """Each expert by the last part of its path, or by more of it where that would not tell them apart."""
+    return [_shortest(expert, experts) for expert in experts]
+
+
+def short_blocks(blocks: Sequence[str]) -> list[str]:
+    """Each block by its number."""
+    numbers = [block.rpartition(".")[2] for block in blocks]
+    return numbers if len(set(numbers)) == len(numbers) else list(blocks)
+
+
+def _shortest(expert: str, experts: Sequence[str]) -> str:
+    parts = expert.split(".")
+    for count in range(1, len(parts)):
+        ending = parts[-count:]
+        if sum(other.split(".")[-count:] == ending for other in experts) == 1:
+            return ".".join(ending)
+    return expert
+
+
+def _alike(panels: Mapping[str, Route]) -> Route:
+    if not panels:
+        raise MiLoraError("There is no route to draw.")
+    (first_label, first), *others = panels.items()
+    for label, route in others:
+        if (route.blocks, route.experts) != (first.blocks, first.experts):
+            raise MiLoraError(
+                f"The routes {first_label!r} and {label!r} are over different blocks or experts; draw them apart."
+            )
+    empty = next((label for label, route in panels.items() if len(route) == 0), None)
+    if empty is not None:
+        raise MiLoraError(f"The route {empty!r} is for no prompts; there is no share to draw.")
+    return first
+
+
+def _title(panels: Mapping[str, Route]) -> str:
+    if list(panels) != [""]:
+        return "Share of prompts that choose each expert"
+    if len(panels[""]) == 1:
+        return "Experts chosen for the prompt, with their probability"
+    return f"Share of {_count(panels[''])} that choose each expert"
+
+
+def _count(route: Route) -> str:
+    return "1 prompt" if len(route) == 1 else f"{len(route)} prompts"
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MiLoraError("Pictures need matplotlib, which is not installed: pip install milora[plot].") from error
+    # Without pyplot: neither the backend nor the current figure of whoever calls is touched.
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _label(axes: Any, experts: Sequence[str], blocks: Sequence[str] | None) -> None:
+    axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for edge in range(1, len(experts)):
+        axes.axvline(edge - 0.5, color="white", linewidth=1)
+    if blocks is None:
+        axes.set_yticks([])
+        return
+    step = 1 if len(blocks) <= MOST_BLOCKS_WITH_VALUES else 5
+    axes.set_yticks(range(0, len(blocks), step), blocks[::step], fontsize=8)
+    axes.set_ylabel("block", fontsize=9)
+
+
+def _write_values(axes: Any, route: Route, share: Tensor) -> None:
+    """The share in each cell; of a single prompt, where it is all or nothing, the probability."""
+    one = len(route) == 1
+    numbers = (route.probabilities[:, 0].cpu() if one else share).tolist()
+    for row, (of_block, shares) in enumerate(zip(numbers, share.tolist(), strict=True)):
+        for column, (number, shade) in enumerate(zip(of_block, shares, strict=True)):
+            text = f"{number:.2f}" if one else f"{number:.0%}"
+            color = "white" if shade > 0.6 else "0.1" if shade > 0 else "0.6"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+
+
+def _save(figure: Any, path: Path) -> None:
+    kind = path.suffix.lower().lstrip(".")
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise MiLoraError(
+            f"{path}: pictures are written as {', '.join(sorted(known))}; found the ending {path.suffix!r}."
+        )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format=kind, dpi=160, facecolor="white")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

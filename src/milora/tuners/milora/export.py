@@ -1,0 +1,135 @@
+"""One route of a MiLoRA adapter as a plain PEFT LoRA adapter, for engines that know no routers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from milora.errors import MiLoraError
+from milora.routing import Route
+from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.dispatch import follow
+
+PREFIX = "base_model.model."
+"""What the names of a PEFT file start with."""
+
+
+def export_route(model: Any, route: Route, folder: str | Path, adapter: str | None = None) -> LoraConfig:
+    """Writes the LoRA adapter that equals a MiLoRA adapter under one route, frozen for every prompt.
+
+    It holds the modules that the route chose and no others. A gate g scales the module's `lora_B`: the LoRA term
+    `g * scaling * B A x` is linear in B. MiDoRA with gates of 1 becomes DoRA.
+
+    Args:
+        model: The `PeftModel` with the MiLoRA adapter.
+        route: A route of one row.
+        folder: Where to write; must not exist, or be empty. Written whole or not at all.
+        adapter: The adapter's name in the model, by default the active one.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        MiLoraError: If the adapter is not MiLoRA's, the route is not its or has not exactly one row, nothing is
+            chosen, a MiDoRA gate is not 1, or the folder is in use.
+    """
+    adapter = adapter if adapter is not None else model.active_adapter
+    config = model.peft_config.get(adapter)
+    if not isinstance(config, MiLoraConfig):
+        found = "there is none of that name" if config is None else f"it is {config.peft_type.value}"
+        raise MiLoraError(f"Only a MiLoRA adapter has routes to export; of the adapter {adapter!r}, {found}.")
+    if len(route) != 1:
+        raise MiLoraError(
+            f"One route becomes one LoRA adapter; this one is for {len(route)} prompts: cut it, route[0]."
+        )
+    gates = _gates(model, route, adapter)
+    if config.use_dora and any(gate != 1 for gate in gates.values()):
+        raise MiLoraError(
+            f"MiDoRA with soft gates ({config.gate!r}) has no LoRA that equals it: DoRA divides by the norm of the "
+            "adapted weight, which a gate cannot be moved into. Train with gate='hard' to export."
+        )
+    tensors = _tensors(get_peft_model_state_dict(model, adapter_name=adapter), gates)
+    exported = _config(config, list(gates), model)
+    _write(Path(folder), exported, tensors)
+    return exported
+
+
+def _gates(model: Any, route: Route, adapter: str) -> dict[str, float]:
+    """Module path -> gate, of the modules that the route chose."""
+    gates: dict[str, float] = {}
+    for block, router in model.base_model._routers().items():
+        if adapter not in router.experts:
+            continue
+        experts = router.experts[adapter]
+        decision = follow(route, block, experts, None, torch.device("cpu"))
+        of_block = zip(experts, decision.gates[0].tolist(), strict=True)
+        gates |= {f"{block}.{expert}": gate for expert, gate in of_block if gate != 0}
+    if not gates:
+        raise MiLoraError("The route chooses no expert in any block, so there is nothing to export.")
+    return gates
+
+
+def _tensors(saved: dict[str, Tensor], gates: dict[str, float]) -> dict[str, Tensor]:
+    """The chosen experts' tensors with the gates in them, and whatever else is saved that is no router's."""
+    tensors = {}
+    for key, tensor in saved.items():
+        if ".milora_router." in key:
+            continue
+        module, is_lora, part = key.removeprefix(PREFIX).partition(".lora_")
+        if is_lora and module not in gates:
+            continue
+        gate = gates[module] if part.startswith("B.") else 1.0
+        # In float32 and rounded once; cloned, because a file's tensors may share no memory.
+        tensors[key] = (tensor.float() * gate).to(tensor.dtype) if gate != 1 else tensor.detach().clone()
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _config(config: MiLoraConfig, modules: list[str], model: Any) -> LoraConfig:
+    """LoRA's part of the configuration, for exactly these modules."""
+    values = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    for name in ("rank_pattern", "alpha_pattern"):
+        # PEFT takes the first pattern that matches, and warns about those that match nothing.
+        used = {get_pattern_key(values[name], module) for module in modules}
+        values[name] = {pattern: number for pattern, number in values[name].items() if pattern in used}
+    values |= {
+        "target_modules": modules,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        # How the weights began has no meaning for weights that are read from a file.
+        "init_lora_weights": True,
+        "eva_config": None,
+        "inference_mode": True,
+    }
+    exported = LoraConfig(**values)
+    exported.target_modules = modules  # LoraConfig makes a set of it, whose order in the file would vary
+    # PEFT matches a full path also as the ending of a longer one.
+    matched = {name for name, _ in model.base_model.model.named_modules() if check_target_module_exists(exported, name)}
+    if matched != set(modules):
+        raise MiLoraError(f"PEFT would also put LoRA on {sorted(matched - set(modules))[:2]}, which the route lacks.")
+    return exported
+
+
+def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MiLoraError(f"{folder} exists and is not an empty folder: choose another place for the exported adapter.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir()
+        save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(partial))
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

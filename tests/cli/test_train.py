@@ -1,0 +1,159 @@
+"""`milora train`: from files to an adapter, its flags and files, and a run that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from support.tokenizer import save_backbone
+
+from milora.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+def rows_file(folder: Path, count: int = 24) -> Path:
+    path = folder / "rows.jsonl"
+    letters = "abcdefgh"
+    rows = [
+        {"prompt": f"repeat {letters[i % 8]}{letters[i // 8]}: ", "completion": f"{letters[i % 8]}{letters[i // 8]}"}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def flags(backbone: Path, data: Path, output: Path, /, **settings: Any) -> list[str]:
+    values = {
+        "backbone": backbone,
+        "data": data,
+        "output_dir": output,
+        "r": 4,
+        "per_device_train_batch_size": 4,
+        "total_train_batch_size": 4,
+        "max_steps": 6,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_total_limit": 9,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        **settings,
+    }
+    return ["train", *[part for name, value in values.items() for part in (f"--{name}", str(value))]]
+
+
+def test_files_to_adapter(backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags(backbone, rows_file(tmp_path), tmp_path / "out"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["train_rows"], result["dev_rows"], result["skipped_rows"], result["steps"]) == (22, 2, 0, 6)
+    assert result["dev_perplexity_best"] < result["dev_perplexity_before"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("MILORA", 4, 8)
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("load_balancing_loss" in entry for entry in history)
+    assert main(["generate", "--adapter", str(tmp_path / "out"), "--prompt", "repeat ab: ", "--max-new-tokens", "4"]) == 0
+
+
+def test_a_yaml_file_and_flags_that_override_it(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"backbone": str(backbone), "data": [str(rows_file(tmp_path))], "top_k": 2, "r": 2}))
+    command = ["train", "--config", str(recipe), "--top_k", "1", "--max_steps", "1", "--use_cpu", "True"]
+    assert main([*command, "--output_dir", str(tmp_path / "out"), "--eval_on_start", "False", "--json"]) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["top_k"], config["r"]) == (1, 2)
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_rows_that_do_not_fit_are_counted_and_never_cut(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = rows_file(tmp_path)
+    with data.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 40, "completion": "x"}) + "\n")
+    assert main([*flags(backbone, data, tmp_path / "out", max_steps=1, max_length=32), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped_rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"pooler": "median"}, "Unknown pooler 'median'"),
+        ({"top_k": 9}, "top_k must lie between 1 and"),
+        ({"max_length": 3}, "fits max_length=3"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"topk": 2}, "--topk; did you mean 'top_k'"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"backbone": "nowhere/nothing/here"}, "nowhere/nothing/here"),
+        ({"packing": True}, "packing"),
+        ({"resume_from_checkpoint": "nowhere"}, "No checkpoint at nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], complaint: str
+) -> None:
+    assert main(flags(backbone, rows_file(tmp_path), tmp_path / "out", **change)) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("milora: ")
+    assert complaint in last
+    assert captured.out == ""
+
+
+def test_help_lists_our_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--top_k" in shown
+    assert "--deepspeed" not in shown
+    assert main(["train", "--help-all"]) == 0
+    assert "--deepspeed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -> None:
+    data = rows_file(tmp_path)
+    command = [sys.executable, "-m", "milora"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = {"max_steps": 12, "seed": 3, "lora_dropout": 0.1}
+    whole = flags(backbone, data, tmp_path / "whole", **settings)
+    subprocess.run([*command, *whole], env=environment, check=True, capture_output=True, timeout=300)
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, *flags(backbone, data, killed, **settings)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (killed / "checkpoint-4" / "trainer_state.json").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "adapter_model.safetensors").exists()
+
+    resumed = [*flags(backbone, data, killed, **settings), "--resume_from_checkpoint", "last", "--json"]
+    done = subprocess.run([*command, *resumed], env=environment, check=True, capture_output=True, timeout=300)
+    assert "checkpoint-" in json.loads(done.stdout)["resumed_from"]
+    expected, actual = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "whole", killed))
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert tensor.equal(actual[name]), name

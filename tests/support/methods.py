@@ -1,0 +1,80 @@
+"""The baselines on tiny backbones, for tests that hold for every method: a line in `METHODS` adds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from milora.tuners.bitfit import BitFitConfig
+from milora.tuners.ia3 import IA3ProjectedConfig
+from milora.tuners.learned_adapter import LearnedAdapterConfig
+from milora.tuners.moelora import MoeLoraConfig
+from milora.tuners.parallel_adapter import ParallelAdapterConfig
+from support.architectures import ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method at a size for tiny backbones.
+
+    Attributes:
+        config: Makes its configuration.
+        arguments: For a number of rows, what the model and `generate` need on top of the tokens, a row each.
+        spread: Standard deviation of the noise that makes an adapter's effect visible.
+    """
+
+    config: Callable[[], PeftConfig]
+    arguments: Callable[[int], dict[str, Tensor]] = lambda rows: {}
+    spread: float = 0.2
+
+
+def _tasks(rows: int) -> dict[str, Tensor]:
+    return {"task_ids": torch.arange(rows) % 3}
+
+
+METHODS: dict[str, Method] = {
+    "bitfit": Method(lambda: BitFitConfig(projection_dim=4)),
+    "bitfit-classic": Method(lambda: BitFitConfig(projection_dim=None)),
+    "ia3": Method(lambda: IA3ProjectedConfig(projection_dim=4)),
+    "ia3-classic": Method(lambda: IA3ProjectedConfig(projection_dim=None)),
+    # During its search, when it holds all candidates; what is found is in test_adapter_formulas.py.
+    "learned-adapter": Method(lambda: LearnedAdapterConfig(bottleneck=8)),
+    "moelora": Method(lambda: MoeLoraConfig(r=8, num_experts=4, top_k=2)),
+    "moelora-task": Method(
+        lambda: MoeLoraConfig(r=8, num_experts=4, gate="task", num_tasks=3, task_embedding_dim=6), _tasks
+    ),
+    "parallel-adapter": Method(lambda: ParallelAdapterConfig(bottleneck=8)),
+}
+
+
+def fresh(method: str, family: str, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A tiny backbone with a new adapter `default`, each time the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(ARCHITECTURES[family]().to(dtype), METHODS[method].config())
+
+
+def randomize(model: PeftModel, method: str, seed: int = 0) -> None:
+    """Moves what trains (the active adapter) off its start, so that it changes what the backbone says."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(METHODS[method].spread * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(method: str, family: str, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A tiny backbone with an adapter `default` that changes it, in evaluation mode."""
+    model = fresh(method, family, dtype)
+    randomize(model, method)
+    return model.eval()
+
+
+def forward(model: Any, method: str, tokens: Tensor, **arguments: Any) -> Any:
+    """The model's output."""
+    return model(input_ids=tokens, **METHODS[method].arguments(len(tokens)), **arguments)
