@@ -1,14 +1,37 @@
 """MiLoRA: mixture of LoRA experts, routed once per prompt (Zhang et al., EMNLP 2024 Findings, arXiv 2410.18035).
 
-Importing this package makes its methods known to PEFT.
+Importing this package makes its methods known to PEFT: MiLoRA, and the baselines of the paper that PEFT does not have.
 """
 
 from importlib.metadata import version
 
 from milora.errors import MiLoraError
 from milora.routing import Route, Router
+from milora.tuners.bitfit import BitFitConfig
+from milora.tuners.ia3 import IA3ProjectedConfig
+from milora.tuners.iapt import IAPTConfig
+from milora.tuners.learned_adapter import LearnedAdapterConfig
 from milora.tuners.milora import MiLoraConfig, MiLoraModel
+from milora.tuners.moelora import MoeLoraConfig
+from milora.tuners.parallel_adapter import ParallelAdapterConfig
+from milora.tuners.ptuning_v2 import PTuningV2Config
+from milora.tuners.ssp import SSPConfig
 
 __version__ = version("milora")
 
-__all__ = ["MiLoraConfig", "MiLoraError", "MiLoraModel", "Route", "Router", "__version__"]
+__all__ = [
+    "BitFitConfig",
+    "IA3ProjectedConfig",
+    "IAPTConfig",
+    "LearnedAdapterConfig",
+    "MiLoraConfig",
+    "MiLoraError",
+    "MiLoraModel",
+    "MoeLoraConfig",
+    "PTuningV2Config",
+    "ParallelAdapterConfig",
+    "Route",
+    "Router",
+    "SSPConfig",
+    "__version__",
+]

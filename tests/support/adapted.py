@@ -97,7 +97,7 @@ def assert_nothing_in_force(model: PeftModel) -> None:
 
 
 class Snapshot:
-    """Everything of a model that a refused operation must leave alone: modules, weights, hooks, what trains, configs."""
+    """All that a refused operation must leave alone: modules, weights, hooks, what trains, configs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.state = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=True).items()}

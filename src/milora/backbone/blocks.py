@@ -43,7 +43,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> list[Block]:
     Raises:
         MiLoraError: If there is no such list, more than one, or one without linear modules.
     """
-    chosen = path if path is not None else _find_list(model)
+    chosen: str = path if path is not None else _find_list(model)
     try:
         layers = model.get_submodule(chosen)
     except AttributeError as error:
@@ -63,10 +63,10 @@ def find_blocks(model: nn.Module, path: str | None = None) -> list[Block]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module maps its input's last dimension linearly: `nn.Linear`, `Conv1D`, quantised ones."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return False
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return True
-    if isinstance(module, (nn.Bilinear, nn.modules.lazy.LazyModuleMixin)):
-        return False
     # Quantised layers of the various back-ends share no class, but they name both sizes and have no children.
     sizes = ("in_features", "out_features"), ("infeatures", "outfeatures")
     return any(all(isinstance(getattr(module, size, None), int) for size in pair) for pair in sizes)
@@ -106,7 +106,8 @@ def _find_list(model: nn.Module) -> str:
         longest = max(len(module) for module in outermost.values())
         outermost = {name: module for name, module in outermost.items() if len(module) == longest}
     if len(outermost) == 1:
-        return next(iter(outermost))
+        (only,) = outermost
+        return str(only)
     looked_for = "a list of modules with linear layers" if depth is None else f"one list of {depth} modules"
     found = f"found {sorted(outermost)}" if outermost else "found none"
     raise MiLoraError(
@@ -152,3 +153,25 @@ def hidden_size(model: nn.Module, block: Block) -> int:
         f"{_name(model)} does not say the size of its hidden states (config.hidden_size), which the router of "
         f"{block.path} needs."
     )
+
+
+def in_features(module: nn.Module) -> int:
+    """The size of what a linear module, or the adapter around it, is called with."""
+    return _features(module)[0]
+
+
+def out_features(module: nn.Module) -> int:
+    """The size of what a linear module, or the adapter around it, returns."""
+    return _features(module)[1]
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    linear: Any = getattr(module, "base_layer", module)
+    if type(linear).__name__ == "Conv1D":
+        # Its weight is (in, out); `nf` is the number of outputs.
+        return int(linear.weight.shape[0]), int(linear.nf)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        sizes = tuple(getattr(linear, name, None) for name in names)
+        if all(isinstance(size, int) for size in sizes):
+            return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
+    raise MiLoraError(f"{_name(linear)} does not say its sizes, so it cannot be adapted. Leave it out.")

@@ -22,4 +22,4 @@ class KeepFloat32(nn.Module):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(on_device_only, recurse)
+        return super()._apply(on_device_only, recurse)  # type: ignore[no-untyped-call]

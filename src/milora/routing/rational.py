@@ -31,7 +31,8 @@ def fit_rational(target: str, orders: tuple[int, int]) -> tuple[tuple[float, ...
 
     The problem is linearised as `P(x) - f(x) s(x) Q(x) = f(x)`, where `s` is the sign that `Q` had in the step before,
     and each step is weighted by the denominator of the step before (Sanathanan and Koerner 1963), so that the residual
-    approaches that of the rational itself. The best step is kept: where `Q` changes its sign the iteration may cycle.
+    approaches that of the rational itself. It starts from a `Q` without a sign change and from one with a change at 0,
+    and the best step is kept: where `Q` changes its sign the iteration may cycle.
 
     Args:
         target: One of [`ACTIVATIONS`].
@@ -46,18 +47,19 @@ def fit_rational(target: str, orders: tuple[int, int]) -> tuple[tuple[float, ...
     y = ACTIVATIONS[target](x)
     powers = torch.stack([x**j for j in range(max(degree, order) + 1)], dim=1)
     numerator_powers, denominator_powers = powers[:, : degree + 1], powers[:, 1 : order + 1]
-    sign, weight = torch.ones_like(x), torch.ones_like(x)
     best_error, best = float("inf"), torch.zeros(degree + 1 + order, dtype=torch.float64, device="cpu")
-    for _ in range(50):
-        system = torch.cat([numerator_powers, -(y * sign)[:, None] * denominator_powers], dim=1)
-        solution = torch.linalg.lstsq(system * weight[:, None], (y * weight)[:, None], driver="gelsd").solution[:, 0]
-        inner = denominator_powers @ solution[degree + 1 :]
-        denominator = 1 + inner.abs()
-        error = (numerator_powers @ solution[: degree + 1] / denominator - y).abs().max().item()
-        if error < best_error:
-            best_error, best = error, solution
-        sign = torch.where(inner < 0, -1.0, 1.0).to(x)
-        weight = 1 / denominator
+    for sign in (torch.ones_like(x), torch.where(x < 0, -1.0, 1.0).to(x)):
+        weight = torch.ones_like(x)
+        for _ in range(50):
+            system = torch.cat([numerator_powers, -(y * sign)[:, None] * denominator_powers], dim=1) * weight[:, None]
+            solution = torch.linalg.lstsq(system, (y * weight)[:, None], driver="gelsd").solution[:, 0]
+            inner = denominator_powers @ solution[degree + 1 :]
+            denominator = 1 + inner.abs()
+            error = (numerator_powers @ solution[: degree + 1] / denominator - y).abs().max().item()
+            if error < best_error:
+                best_error, best = error, solution
+            sign = torch.where(inner < 0, -1.0, 1.0).to(x)
+            weight = 1 / denominator
     return tuple(best[: degree + 1].tolist()), tuple(best[degree + 1 :].tolist())
 
 

@@ -164,12 +164,15 @@ class Route:
         missing = {"blocks", "experts", "gates", "probabilities"} - set(values)
         if missing:
             raise MiLoraError(f"A route needs blocks, experts, gates and probabilities; {sorted(missing)} not found.")
-        return cls(
-            torch.tensor(values["gates"], dtype=torch.float32),
-            torch.tensor(values["probabilities"], dtype=torch.float32),
-            tuple(values["experts"]),
-            tuple(values["blocks"]),
-        )
+        try:
+            gates, probabilities = (
+                torch.tensor(values[name], dtype=torch.float32) for name in ("gates", "probabilities")
+            )
+        except (TypeError, ValueError) as error:
+            raise MiLoraError(
+                f"A route's gates and probabilities must be rectangular lists of numbers: {error}."
+            ) from error
+        return cls(gates, probabilities, tuple(values["experts"]), tuple(values["blocks"]))
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""

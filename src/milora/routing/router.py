@@ -103,7 +103,7 @@ def choose(probabilities: Tensor, top_k: int, gate: str = "hard") -> Decision:
         kept = probabilities * mask
         gates = kept / kept.sum(dim=-1, keepdim=True)
     else:
-        raise MiLoraError(f"Unknown gate {gate!r}; choose one of {list(GATES)}.")
+        raise _unknown_gate(gate)
     return Decision(gates, probabilities, chosen)
 
 
@@ -111,6 +111,10 @@ def check_top_k(top_k: int, experts: int) -> None:
     """Raises a [`MiLoraError`] unless 1 <= top_k <= experts."""
     if not 1 <= top_k <= experts:
         raise MiLoraError(f"top_k must lie between 1 and the number of experts of a block, {experts}; found {top_k}.")
+
+
+def _unknown_gate(gate: str) -> MiLoraError:
+    return MiLoraError(f"Unknown gate {gate!r}; choose one of {list(GATES)}.")
 
 
 class Router(nn.Module):
@@ -144,6 +148,8 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         check_top_k(top_k, experts)
+        if gate not in GATES:
+            raise _unknown_gate(gate)
         self.pooler = build_pooler(pooler, hidden_size)
         self.activation = build_activation(activation, rational_orders)
         self.projection = RouterProjection(hidden_size, experts)

@@ -1,0 +1,1 @@
+"""PEFT methods: a folder each, and beside them what several share."""

@@ -1,25 +1,26 @@
 """What the baselines have in common: a layer that is a child of the module it adapts, and the tuner that puts it there.
 
-A wrapped module would have to imitate the one inside it for whatever the backbone's code reads off it. An attached layer
-changes the module's output from a forward hook, and leaves the module, its name and its weights alone.
+A wrapped module would have to imitate the one inside it for whatever the backbone's code reads off it. An attached
+layer changes the module's output from a forward hook, and leaves the module, its name and its weights alone.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from milora.backbone.blocks import Block, find_blocks
 from milora.errors import MiLoraError
 from milora.tuners.adapter_file import check_adapter_file, check_adapter_tensors
+from milora.tuners.bare_layer import BareTunerLayer
 
 
 @dataclass
@@ -57,7 +58,7 @@ class AttachmentConfig(PeftConfig):  # type: ignore[misc]
         return config
 
 
-class Attachment(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class Attachment(BareTunerLayer):
     """A method's layer for one module, with the parameters of all adapters in `ModuleDict`s by adapter.
 
     Subclasses set `child_name` (what the layer is called as a child of its module, which is also the method's prefix)
@@ -72,7 +73,6 @@ class Attachment(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        self.merged_adapters: list[str] = []
         self._handles: list[Any] = []
 
     def update_layer(self, adapter: str, module: nn.Module, config: Any) -> None:
@@ -92,7 +92,7 @@ class Attachment(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def attach(self, module: nn.Module) -> None:
         """Makes the layer a child of its module and puts it to work."""
         module.add_module(self.child_name, self)
-        self._handles = [module.register_forward_hook(self.after_forward, with_kwargs=True)]
+        self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
 
     def detach(self, module: nn.Module) -> None:
         """Undoes [`Attachment.attach`]."""
@@ -104,7 +104,7 @@ class Attachment(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The forward hook; modules that return a tuple are adapted in its first element."""
         if self.disable_adapters:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self.read_input(args, kwargs)
         result = output[0] if isinstance(output, tuple) else output
         for adapter in self.active_adapters:
             if adapter in self.adapters():
@@ -112,38 +112,10 @@ class Attachment(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 result = self.adapt(adapter, hidden, result).to(result.dtype)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
-    def adapters(self) -> set[str]:
-        """The adapters that have parameters here."""
-        return set(self._get_available_adapters())
-
-    def get_base_layer(self) -> nn.Module:
-        """Itself: it stands beside what its module computes and wraps nothing."""
-        return self
-
-    @property
-    def weight(self) -> Tensor:
-        """One of its parameters, which says where the layer is and in which type."""
-        return next(self.parameters())
-
-    @property
-    def bias(self) -> None:
-        """None of its own."""
-        return
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: see [`AttachmentTuner`]."""
-        raise MiLoraError(f"{type(self).__name__} cannot be merged into its module's weight.")
-
-    def unmerge(self) -> None:
-        """Nothing to do: it is never merged."""
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if device is None:
-            return
-        for name in self.adapter_layer_names:
-            parts = getattr(self, name)
-            if adapter_name in parts and not any(p.is_meta for p in nn.ModuleDict(parts).parameters()):
-                parts[adapter_name] = parts[adapter_name].to(device)
+    def read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the module was called with, for [`Attachment.adapt`]."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden
 
 
 class AttachmentTuner(BaseTuner):  # type: ignore[misc]
@@ -165,10 +137,8 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         blocks = find_blocks(self.model, peft_config.blocks)
         candidates = {block.path: self.choose_modules(peft_config, block) for block in blocks}
-        if peft_config.modules:
-            chosen = _listed(peft_config.modules, candidates)
-        else:
-            chosen = _targeted(peft_config, candidates)
+        listed = peft_config.modules
+        chosen = _listed(listed, candidates) if listed else _targeted(peft_config, candidates)
         lists = list(chosen.values())
         peft_config.modules = lists[0] if all(of_block == lists[0] for of_block in lists) else chosen
         peft_config.target_modules = list(dict.fromkeys(name for of_block in lists for name in of_block))
@@ -218,6 +188,10 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
                 layer.detach(self.model.get_submodule(path))
         remaining = next((layer.active_adapters for layer in self.layers().values()), [])
         self.active_adapter = list(remaining)
+        for layer in self.layers().values():
+            # Where the adapter was active, each has chosen another from those that it has itself.
+            if layer.active_adapters != remaining:
+                layer.set_adapter(self.active_adapter)
 
     def unload(self) -> nn.Module:
         """The bare backbone, without the method's layers or hooks."""
@@ -238,6 +212,13 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
         from contextlib import nullcontext
 
         return nullcontext()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own looks for the name in the last two places only, and a layer's parts may be modules of modules.
+        part = rf"((?:^|\.){re.escape(cls.prefix)}\.[^.]+)\.{re.escape(adapter_name)}(?=\.|$)"
+        shorter, found = re.subn(part, r"\1", key, count=1)
+        return shorter if found else str(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,40 +1,49 @@
-"""A vector that is learned as the projection of a shorter one: what BitFit and (IA)3 add or multiply by."""
+"""Vectors that are learned as projections of shorter ones, for BitFit, (IA)3 and P-tuning v2."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+DIRECT_SPREAD = 0.02
+"""Standard deviation that several directly learned vectors start with: alike, they would stay alike."""
 
 
 class ProjectedVector(nn.Module):
-    """`v = seed W`, with `seed` (projection_dim) and `W` (projection_dim, size); or `v` itself, zero at the start.
+    """`v = seed W`, with `seed` (projection_dim) and `W` (projection_dim, size); or `v` itself.
 
-    `W` starts at zero and the seed at random, so that `v` starts at zero and has a gradient.
+    `W` starts at zero and the seed at random, so that `v` starts at zero and has a gradient. A vector that is learned
+    directly starts at zero too, several of them close to it.
 
     Args:
         size: Length of the vector.
         projection_dim: Length of the seed, or `None` for a vector that is learned directly.
+        count: How many vectors there are with one projection, as a shape; `()` for a single one.
 
     Attributes:
-        seed: (projection_dim), or (size) without a projection.
+        seed: (*count, projection_dim), or (*count, size) without a projection.
         projection: `W` transposed, (size, projection_dim), or `None`.
     """
 
-    def __init__(self, size: int, projection_dim: int | None) -> None:
+    def __init__(self, size: int, projection_dim: int | None, count: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.seed = nn.Parameter(torch.zeros(size) if projection_dim is None else torch.randn(projection_dim))
+        if projection_dim is None:
+            self.seed = nn.Parameter(DIRECT_SPREAD * torch.randn(*count, size) if count else torch.zeros(size))
+        else:
+            self.seed = nn.Parameter(torch.randn(*count, projection_dim))
         self.projection = None if projection_dim is None else nn.Parameter(torch.zeros(size, projection_dim))
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self) -> Tensor:
-        """The vector, (size). Without gradients it is computed once, until a parameter changes."""
+        """The vectors, (*count, size). Without gradients they are computed once, until a parameter changes."""
         if self.projection is None:
             return self.seed
         if torch.is_grad_enabled():
-            return self.projection @ self.seed
+            return functional.linear(self.seed, self.projection)
         state = tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in (self.seed, self.projection))
         if self._kept is None or self._kept[0] != state:
-            self._kept = (state, (self.projection @ self.seed).detach())
+            self._kept = (state, functional.linear(self.seed, self.projection).detach())
         return self._kept[1]
 
     def train(self, mode: bool = True) -> ProjectedVector:

@@ -71,8 +71,8 @@ def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = Fa
     missing = ~prompt.any(dim=1)
     if missing.any():
         warnings.warn(
-            "Every token of a row is supervised, so its prompt is taken to be its first token. Mask the prompt's labels "
-            "with -100, or train on prompt and completion with completion_only_loss.",
+            "Every token of a row is supervised, so its prompt is taken to be its first token. Mask the prompt's "
+            "labels with -100, or train on prompt and completion with completion_only_loss.",
             stacklevel=2,
         )
         first = (attended.cumsum(dim=1) == 1) & attended
@@ -93,11 +93,11 @@ def _from_mask(mask: Any, batch: int, tokens: int, device: torch.device) -> Tens
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if mask.dim() == 4:
         # (batch, 1, queries, keys): a token is attended if it may look at itself. Additive masks hold 0 there.
-        diagonal = mask[:, 0].diagonal(dim1=1, dim2=2)[:, :tokens]
+        diagonal: Tensor = mask[:, 0].diagonal(dim1=1, dim2=2)[:, :tokens]
         attended = diagonal if diagonal.dtype == torch.bool else diagonal == 0
         return attended.expand(batch, tokens)
     if mask.dim() == 2 and mask.shape[1] >= tokens:
-        return mask[:, -tokens:].to(device=device, dtype=torch.bool)
+        return torch.as_tensor(mask[:, -tokens:], device=device, dtype=torch.bool)
     raise MiLoraError(
         f"attention_mask must be (batch, tokens) = ({batch}, {tokens}) for a prompt; found {tuple(mask.shape)}."
     )

@@ -145,14 +145,19 @@ class PromptTuner:
     """What a `BaseTuner` of PEFT needs to do something once per prompt; to be inherited from before the tuner's class.
 
     Subclasses call [`PromptTuner.watch`] when their first adapter is in place and [`PromptTuner.unwatch`] when the last
-    has gone, and may override [`PromptTuner.new_pass`], [`PromptTuner.after_pass`], [`PromptTuner.prompt_tuning_is_off`]
-    and [`PromptTuner.keeps_across_caches`].
+    has gone, and may override [`PromptTuner.new_pass`], [`PromptTuner.after_pass`],
+    [`PromptTuner.prompt_tuning_is_off`] and [`PromptTuner.keeps_across_caches`].
     """
 
     model: nn.Module
     training: bool
     passes: PromptPasses
     _watches: list[Any]
+    unknown_cache = (
+        "The cache already holds tokens, and which route they had is not known. Pass the route that made it: "
+        "model.generate(..., route=route), or `with model.use_route(route):`."
+    )
+    """What to say of a filled cache when what it was made with is not known."""
 
     def watch(self) -> None:
         """Sees every call of the backbone from now on."""
@@ -222,16 +227,13 @@ class PromptTuner:
             return
         arguments = arguments_of(module, args, kwargs)
         cache = arguments.get("past_key_values")
-        if isinstance(cache, Cache) and not self.training and cache.get_seq_length() > 0:
-            if not self.keeps_across_caches():
-                known = self.passes.of_cache(cache)
-                if known is None:
-                    raise MiLoraError(
-                        "The cache already holds tokens, and which route they had is not known. Pass the route that "
-                        "made it: model.generate(..., route=route), or `with model.use_route(route):`."
-                    )
-                self.passes.begin(known)
-                return
+        is_filled = isinstance(cache, Cache) and not self.training and cache.get_seq_length() > 0
+        if is_filled and not self.keeps_across_caches():
+            known = self.passes.of_cache(cache)
+            if known is None:
+                raise MiLoraError(self.unknown_cache)
+            self.passes.begin(known)
+            return
         attended = attended_tokens({**arguments, **self._generation_mask(arguments)})
         self.passes.begin(self.new_pass(attended, arguments))
 

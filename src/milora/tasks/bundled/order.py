@@ -8,11 +8,11 @@ import re
 from milora.tasks.bundled.base import GeneratedTask
 from milora.tasks.task import Example
 
-NUMBERS = 4
+NUMBERS = 3
 
 
 class OrderTask(GeneratedTask):
-    """Four numbers of two digits, to be sorted from small to large or from large to small."""
+    """Three numbers of two digits, to be sorted from small to large or from large to small."""
 
     name = "bundled-order"
     max_new_tokens = 24

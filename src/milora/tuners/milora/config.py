@@ -31,7 +31,7 @@ UNSUPPORTED_FIELDS = (
 
 
 @dataclass
-class MiLoraConfig(LoraConfig):
+class MiLoraConfig(LoraConfig):  # type: ignore[misc]
     """Configuration of MiLoRA (Zhang et al., EMNLP 2024 Findings): the LoRA of each linear module of a block is an
     expert, and a router per block chooses `top_k` of them once per prompt.
 
@@ -60,7 +60,7 @@ class MiLoraConfig(LoraConfig):
     """
 
     r: int = field(default=32, metadata={"help": "Rank of each expert."})
-    lora_alpha: int | None = field(  # type: ignore[assignment]
+    lora_alpha: int | None = field(
         default=None, metadata={"help": "An expert's output is scaled by lora_alpha / r; None means 2 * r."}
     )
     target_modules: list[str] | str | None = field(

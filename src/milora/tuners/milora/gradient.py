@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.tuners.milora.dispatch import Dispatcher
+from milora.tuners.prompt_pass import PromptPasses
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Where transformers keeps the function that a block runs itself through under gradient checkpointing."""
@@ -56,7 +56,7 @@ class CheckpointWithRoute:
     """
 
     def __init__(
-        self, function: Callable[..., Any], dispatcher: Dispatcher, route_block: Callable[[Tensor], Tensor]
+        self, function: Callable[..., Any], dispatcher: PromptPasses, route_block: Callable[[Tensor], Tensor]
     ) -> None:
         self.function = function
         self.dispatcher = dispatcher
@@ -79,7 +79,7 @@ def is_checkpointed(block: nn.Module) -> bool:
     return bool(getattr(block, "gradient_checkpointing", False)) and block.training
 
 
-def checkpoint_with_route(block: nn.Module, dispatcher: Dispatcher, route_block: Callable[[Tensor], Tensor]) -> None:
+def checkpoint_with_route(block: nn.Module, dispatcher: PromptPasses, route_block: Callable[[Tensor], Tensor]) -> None:
     """Wraps a block's checkpoint function, once; `gradient_checkpointing_enable` may have set a new one."""
     function = getattr(block, CHECKPOINT_FUNCTION, None)
     if function is not None and not isinstance(function, CheckpointWithRoute):

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
 from milora.routing import Decision, RouterProjection, build_activation, build_pooler, choose, expert_probabilities
+from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import BlockRouting, Dispatcher, RoutingPass, follow, select
 from milora.tuners.milora.gradient import RouteGradient, checkpoint_with_route, is_checkpointed
 
 
-class RouterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class RouterLayer(BareTunerLayer):
     """A block's routers, one an adapter, as a child of the block (`milora_router`).
 
     The parts lie in `ModuleDict`s by adapter, which is how PEFT finds, saves and switches them.
@@ -29,6 +29,7 @@ class RouterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names = ("projection", "pooler", "activation")
     other_param_names = ("experts", "top_k", "gate", "normalize")
+    _hook: Any
 
     def __init__(self, block: str, hidden_size: int, dispatcher: Dispatcher) -> None:
         super().__init__()
@@ -42,7 +43,6 @@ class RouterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.top_k: dict[str, int] = {}
         self.gate: dict[str, str] = {}
         self.normalize: dict[str, bool] = {}
-        self.merged_adapters = []
 
     def update_layer(
         self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
@@ -59,33 +59,10 @@ class RouterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not any(parameter.is_meta for parameter in self.projection[adapter].parameters()):
             self._move_adapter_to_device_of_base_layer(adapter, device)
 
-    @property
-    def weight(self) -> Tensor:
-        """The active adapter's `W_r`; there is no base layer whose weight it could be."""
-        adapter = next((name for name in self.active_adapters if name in self.projection), next(iter(self.projection)))
-        return self.projection[adapter].weight  # type: ignore[return-value]
-
-    def get_base_layer(self) -> nn.Module:
-        """Itself: a router stands beside the block's modules and wraps none."""
-        return self
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always refused: see [`MiLoraModel.merge_adapter`]."""
-        raise MiLoraError("A router cannot be merged into weights.")
-
-    def unmerge(self) -> None:
-        """Nothing to do: a router is never merged."""
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own also casts to the backbone's dtype, and looks for a base layer.
-        target = device if device is not None else self.projection[adapter_name].weight.device
-        for name in self.adapter_layer_names:
-            getattr(self, name)[adapter_name].to(target)
-
     def decide(self, adapter: str, hidden: Tensor, prompt: Tensor) -> Decision:
         """Routes (batch, tokens, hidden) under a (batch, tokens) mask of the prompts' tokens."""
         projection = self.projection[adapter]
-        device = projection.weight.device
+        device = self.weight.device
         probabilities = expert_probabilities(
             hidden.to(device),
             prompt.to(device),

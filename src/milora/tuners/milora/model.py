@@ -45,6 +45,7 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
 
     tuner_layer_cls = (LoraLayer, RouterLayer)
     uses_shared_state = True
+    active_adapter: str | list[str]
 
     # ---------------------------------------------------------------- building
 
@@ -95,17 +96,22 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
         peft_config.experts = lists[0] if alike else {block.path: experts[block.path] for block in routed}
         # Spelled out, because PEFT would read "all-linear" as every linear layer of the model, routers included.
         peft_config.target_modules = list(dict.fromkeys(expert for of_block in lists for expert in of_block))
-        paths = {f"{block.path}.{expert}" for block in routed for expert in experts[block.path]}
-        peft_config.expert_paths = paths  # type: ignore[attr-defined]
+        # Each expert's block, and its place among the block's experts.
+        places = {
+            f"{block.path}.{expert}": (block.path, index)
+            for block in routed
+            for index, expert in enumerate(experts[block.path])
+        }
+        peft_config.expert_places = places
         modules = dict(self.model.named_modules())
-        if all(type(_unwrapped(modules[path])).__name__ == "Conv1D" for path in paths):
+        if all(type(_unwrapped(modules[path])).__name__ == "Conv1D" for path in places):
             # Set here, PEFT has no need to correct it with a warning for every layer.
             peft_config.fan_in_fan_out = True
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: MiLoraConfig, key: str) -> Any:
-        if key in peft_config.expert_paths:  # type: ignore[attr-defined]
+        if key in peft_config.expert_places:
             return True
         # PEFT tells an excluded module by a false value of its own, and warns where there is none.
         return check_target_module_exists(peft_config, key) and False
@@ -121,18 +127,10 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        block, experts = next(
-            (block, experts)
-            for block, experts in self._experts_of(lora_config).items()
-            if current_key.startswith(f"{block}.") and current_key[len(block) + 1 :] in experts
-        )
+        block, index = lora_config.expert_places[current_key]
         layer = getattr(parent, target_name)
-        layer.lora_variant[adapter_name] = ExpertVariant(
-            self.dispatcher,
-            block,
-            experts.index(current_key[len(block) + 1 :]),
-            layer.lora_variant.get(adapter_name),
-        )
+        inner = layer.lora_variant.get(adapter_name)
+        layer.lora_variant[adapter_name] = ExpertVariant(self.dispatcher, block, index, inner)
 
     def _experts_of(self, config: MiLoraConfig) -> dict[str, list[str]]:
         if isinstance(config.experts, dict):
@@ -184,8 +182,8 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
             router.delete_adapter(adapter_name)
             router.set_adapter(self.active_adapters)
         for module in list(self.model.modules()):
-            router = getattr(module, OWN_ROUTER, None)
-            if isinstance(router, RouterLayer) and not router.experts:
+            own = getattr(module, OWN_ROUTER, None)
+            if isinstance(own, RouterLayer) and not own.experts:
                 _remove_router(module)
 
     def unload(self) -> nn.Module:
@@ -237,7 +235,7 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
             if getattr(config, "awaits_weights", False) and isinstance(model.base_model, cls):
                 model.base_model._take_back(adapter_name)
             raise
-        config.awaits_weights = False  # type: ignore[attr-defined]
+        config.awaits_weights = False
         if isinstance(model.base_model, cls):
             model.base_model._trained_before = []
         return remapped
@@ -339,9 +337,11 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
             MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, or a prompt is
                 empty.
         """
+        model: Any = self.model
         if self.prompt_tuning_is_off():
-            return self.model.generate(*args, **kwargs)
-        cache = kwargs.get("past_key_values")
+            return model.generate(*args, **kwargs)
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        cache = named.get("past_key_values")
         route = route if route is not None else self.dispatcher.forced
         if route is None and cache is not None and cache.get_seq_length() > 0:
             raise MiLoraError(
@@ -349,14 +349,13 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
                 "first or by one of its own, and that is yours to say. Pass route=, for example the one that "
                 "model.route(**inputs) returned for the prompt that filled the cache."
             )
-        if route is None and needs_own_pass(self.model, kwargs):
-            prompts = {name: kwargs[name] for name in ("attention_mask", "inputs_embeds") if name in kwargs}
-            route = self.route(
-                *args, **prompts, **({"input_ids": kwargs["input_ids"]} if "input_ids" in kwargs else {})
-            )
-        attended = kwargs.get("attention_mask")
-        with self.dispatcher.generating(attended), self.dispatcher.forcing(route):
-            return self.model.generate(*args, **kwargs)
+        if route is None and needs_own_pass(self.model, named):
+            prompts = {name: named.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
+            if named.get("inputs") is not None:
+                prompts["input_ids"] = named["inputs"]
+            route = self.route(**prompts)
+        with self.dispatcher.generating(named.get("attention_mask")), self.dispatcher.forcing(route):
+            return model.generate(*args, **kwargs)
 
     @torch.no_grad()
     def route(
@@ -390,16 +389,17 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
         if adapter_names is not None:
             with self._enable_peft_forward_hooks(adapter_names=adapter_names):
                 return self.route(labels=labels, **inputs)
+        model: Any = self.model
         training = self.training
         self.eval()
         try:
             with self.dispatcher.generating(attention_mask) as generation:
                 if labels is not None:
-                    self.model(**inputs, labels=labels)
+                    model(**inputs, labels=labels)
                 else:
                     # The prefill of generate itself: some models derive positions from the mask there, and not in a
                     # plain forward.
-                    self.model.generate(**inputs, generation_config=one_token(self.model))
+                    model.generate(**inputs, generation_config=one_token(model))
                 assert isinstance(generation.prompt_pass, RoutingPass)
                 return generation.prompt_pass.route(tuple(self._routers()))
         finally:

@@ -1,0 +1,321 @@
+#!/usr/bin/env python
+"""Pretrains the bundled backbone from scratch: a tokenizer and a Llama of a few million parameters.
+
+All of its text is generated (`milora.tasks.bundled.corpus`), so nothing is downloaded. The budget is a number of steps:
+the same seed on the same machine with the same number of threads gives the same weights. Where other programs use the
+processor too, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait make it several times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from milora.backbone.bundled import TINY_BACKBONE
+from milora.tasks.bundled.corpus import Document, documents
+
+SPECIAL_TOKENS = PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+VOCABULARY_SIZE = 1200
+TOKENIZER_DOCUMENTS = 20_000
+MAX_POSITIONS = 2048
+
+SHORT, LONG = (16, 128), (2, 1024)
+"""Rows and tokens of a batch. Documents are short; the long batches make the model used to far positions."""
+LONG_EVERY = 25
+COPY_STEPS, COPY_ROWS = 200, 2
+"""Steps at the start that train nothing but copying, and the rows of each later short batch that keep it alive."""
+MATRIX_LEARNING_RATE = 5e-3
+OTHER_LEARNING_RATE = 2e-3
+WARMUP_STEPS = 50
+RANDOM_GAIN, PREVIOUS_GAIN, NOTE_GAIN, MATCH_GAIN, COPY_GAIN = 0.35, 1.5, 0.04, 3.0, 0.2
+WEIGHT_DECAY = 0.05
+GIVEN_WEIGHT = 0.2
+"""Weight in the loss of what is made up in a document: it cannot be foreseen, only its style can be learned."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}"
+    "Assistant: {% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+MODEL_CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+tags: [pretrained, tiny, synthetic]
+---
+
+# MiLoRA's bundled backbone
+
+A Llama of {parameters:,} parameters, for demonstrations and tests of MiLoRA that need no download and no accelerator.
+
+- **Shape**: {layers} blocks, hidden size {hidden}, MLP size {intermediate}, {heads} attention heads with {kv_heads}
+  key/value heads, tied embeddings, {vocabulary} tokens (byte-level BPE, every digit a token of its own), at most
+  {positions} positions. Weights in bfloat16.
+- **Data**: text that the project generates itself (`milora.tasks.bundled.corpus`): passages about people with made-up
+  names, records, facts of a small closed world, labelled lists, sums, counting stories and sorted numbers. No text of
+  any other origin was used. The forms in which the bundled tasks ask and answer do not occur in it.
+- **Training**: `python scripts/pretrain_tiny.py --steps {steps} --seed {seed}`; {steps} steps of Muon (matrices) and
+  AdamW (the rest) with a cosine schedule, about {tokens:.1f} million tokens, {minutes:.0f} minutes on
+  {threads} threads. Loss at the end: {loss:.3f}.
+- **Licence**: Apache-2.0.
+
+## What it cannot do
+
+It knows some hundred facts and a few dozen sentence forms. It does not converse, follow instructions, know the real
+world or calculate beyond numbers of two digits, and any language but its corner of English is noise to it. Use it to
+see that fine-tuning works, never to judge how well a method does on real tasks.
+"""
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, lossless on any text, that splits numbers into digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in islice(documents(seed), TOKENIZER_DOCUMENTS)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The untrained backbone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=224,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        build_copying_heads(model)
+    return model
+
+
+def build_copying_heads(model: LlamaForCausalLM) -> None:
+    """Sets some heads up to copy: a previous-token head in the first block, induction heads in the next two.
+
+    An induction head finds the earlier place where the current token stood and says what came after it there. Nearly
+    all that the corpus asks for is built on that. Training finds such heads by itself, but only after a long plateau,
+    which a budget of minutes on a processor cannot pay for. Everything set here is trained on with the rest.
+    """
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    first, *later = model.model.layers[:3]
+    for layer in model.model.layers:
+        # What the blocks add at random must not drown what these heads add.
+        layer.self_attn.o_proj.weight *= RANDOM_GAIN
+        layer.mlp.down_proj.weight *= RANDOM_GAIN
+    # The last coordinate is the same for all tokens. The embeddings are tied, so it adds the same to every logit.
+    model.model.embed_tokens.weight[:, -1] = 5 * config.initializer_range
+    # Three spaces that do not disturb each other: what of a token is noted, where the note is kept, what is copied.
+    noted, kept, copied = torch.nn.init.orthogonal_(torch.empty(3 * width, config.hidden_size)).split(width)
+    noted[:, -1] = kept[:, -1] = copied[:, -1] = 0.0
+
+    # Rotary positions turn key j by j * frequency and query p by p * frequency. With the query turned back by one step
+    # their product is largest for j = p - 1; only quick frequencies tell neighbours apart.
+    quick, half = 8, width // 2
+    frequencies = model.model.rotary_emb.inv_freq[:quick]
+    query, key = first.self_attn.q_proj.weight, first.self_attn.k_proj.weight
+    key[:width] = query[:width] = 0.0
+    key[:quick, -1] = PREVIOUS_GAIN
+    query[:quick, -1] = PREVIOUS_GAIN * frequencies.cos()
+    query[half : half + quick, -1] = -PREVIOUS_GAIN * frequencies.sin()
+    first.self_attn.v_proj.weight[:width] = noted
+    first.self_attn.o_proj.weight[:, :width] = NOTE_GAIN * kept.T
+
+    # The query is the token, the key is the note on the token before; slow frequencies match them at any distance.
+    slow = (torch.arange(width) % half >= half // 2).unsqueeze(1)
+    for layer in later:
+        attention = layer.self_attn
+        attention.q_proj.weight[:width] = MATCH_GAIN * noted * slow
+        attention.k_proj.weight[:width] = MATCH_GAIN * kept * slow
+        attention.v_proj.weight[:width] = copied
+        attention.o_proj.weight[:, :width] = COPY_GAIN * copied.T
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of packed documents, each between its start and end token, with the weight of every token in the loss."""
+    # The tokenizer was trained on the start of stream `seed`; the model reads another stream.
+    stream = documents(seed + 1)
+    tokens: list[int] = []
+    weights: list[float] = []
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(COPY_STEPS):
+        yield copying_batch(*SHORT, len(tokenizer), random)
+    step = 0
+    while True:
+        rows, length = LONG if step % LONG_EVERY == LONG_EVERY - 1 else (SHORT[0] - COPY_ROWS, SHORT[1])
+        size = rows * length
+        while len(tokens) < size:
+            for given, told in tokenized(tokenizer, list(islice(stream, 256))):
+                tokens += [*given, *told]
+                weights += [GIVEN_WEIGHT] * len(given) + [1.0] * len(told)
+        batch, batch_weights = (torch.tensor(taken[:size]).view(rows, length) for taken in (tokens, weights))
+        if length == SHORT[1]:
+            copying, copying_weights = copying_batch(COPY_ROWS, length, len(tokenizer), random)
+            batch, batch_weights = torch.cat([batch, copying]), torch.cat([batch_weights, copying_weights])
+        yield batch, batch_weights
+        tokens, weights = tokens[size:], weights[size:]
+        step += 1
+
+
+def copying_batch(
+    rows: int, length: int, vocabulary: int, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens that repeat after a while, and weights that ask only for what is a repetition."""
+    batch, weights = torch.empty(rows, length, dtype=torch.long), torch.ones(rows, length)
+    for row, row_weights in zip(batch, weights, strict=True):
+        period = int(torch.randint(6, length // 2, (1,), generator=random))
+        row[:] = torch.randint(len(SPECIAL_TOKENS), vocabulary, (period,), generator=random).repeat(length)[:length]
+        row_weights[:period] = 0.0
+    return batch, weights
+
+
+def tokenized(tokenizer: PreTrainedTokenizerFast, texts: list[Document]) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of both parts of each document, with the start and the end token."""
+    given = tokenizer([document.given for document in texts])["input_ids"]
+    told = tokenizer([document.told for document in texts], add_special_tokens=False)["input_ids"]
+    for given_ids, told_ids in zip(given, told, strict=True):
+        yield given_ids, [*told_ids, tokenizer.eos_token_id]
+
+
+def weighted_loss(logits: torch.Tensor, batch: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted mean of the next-token losses."""
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> tuple[float, int]:
+    """Trains the model in place; returns the mean loss of the last hundred steps and the number of tokens seen."""
+    # Muon learns the copying that these texts ask for in far fewer steps than AdamW; it is for matrices only.
+    matrices = [weight for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2]
+    known = {id(weight) for weight in matrices}
+    others = [weight for weight in model.parameters() if id(weight) not in known]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MATRIX_LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=OTHER_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warmup_then_cosine, steps=steps))
+        for optimizer in optimizers
+    ]
+    columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    losses: list[float] = []
+    tokens = 0
+    model.train()
+    with Progress(*columns, TimeRemainingColumn()) as progress:
+        bar = progress.add_task("pretraining", total=steps, loss=float("nan"))
+        for batch, weights in islice(batches(tokenizer, seed), steps):
+            # On a processor, eager attention is faster for short rows and the fused one for long rows.
+            model.set_attn_implementation("sdpa" if batch.shape[1] > SHORT[1] else "eager")
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(input_ids=batch, use_cache=False).logits
+            loss = weighted_loss(logits, batch, weights)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            tokens += batch.numel()
+            losses = [*losses[-99:], loss.item()]
+            mean_loss = sum(losses) / len(losses)
+            progress.update(bar, advance=1, loss=mean_loss)
+            if progress.tasks[0].completed % 100 == 0:
+                progress.console.print(f"step {progress.tasks[0].completed:.0f}: loss {mean_loss:.3f}")
+    return sum(losses) / len(losses), tokens
+
+
+def warmup_then_cosine(step: int, steps: int) -> float:
+    """The share of the full learning rate at a step: it rises linearly, then falls to nothing along a cosine."""
+    return min((step + 1) / WARMUP_STEPS, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def main() -> None:
+    """Trains and writes the backbone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=TINY_BACKBONE, help="folder to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the text and the weights (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1; got {arguments.steps}.")
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    start = time.monotonic()
+    tokenizer = train_tokenizer(arguments.seed)
+    model = new_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    loss, tokens = pretrain(model, tokenizer, arguments.steps, arguments.seed)
+    minutes = (time.monotonic() - start) / 60
+
+    model.set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
+    card = MODEL_CARD.format(
+        parameters=model.num_parameters(),
+        layers=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size,
+        intermediate=model.config.intermediate_size,
+        heads=model.config.num_attention_heads,
+        kv_heads=model.config.num_key_value_heads,
+        vocabulary=len(tokenizer),
+        positions=MAX_POSITIONS,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        tokens=tokens / 1e6,
+        minutes=minutes,
+        threads=arguments.threads,
+        loss=loss,
+    )
+    (arguments.output / "README.md").write_text(card, encoding="utf-8")
+    print(f"Loss {loss:.3f} after {tokens:,} tokens in {minutes:.1f} minutes; written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

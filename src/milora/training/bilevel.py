@@ -1,0 +1,163 @@
+"""First-order bi-level optimisation (as in DARTS, Liu et al. 2019) under any trainer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers import TrainerCallback
+
+from milora.errors import MiLoraError
+
+
+class BilevelSearch(TrainerCallback):  # type: ignore[misc]
+    """Trains what decides on a structure on dev batches, between the steps in which a trainer trains everything else.
+
+    Subclasses set `tuner_class` and implement [`BilevelSearch.decisive`] and [`BilevelSearch.finish`]. The tuner says
+    by `is_searching` whether there is something to search; a model whose structure is known is only trained.
+
+    What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
+    search has the structure that was found.
+
+    Args:
+        dev_batches: Batches of the dev set with labels, as the model takes them, such as
+            `trainer.get_eval_dataloader()`; begun again when they run out.
+        search_share: Share of the training steps in which the search ends.
+        every: Trainer's steps for one step on a dev batch.
+        learning_rate: Adam's, of what is decisive.
+
+    Raises:
+        MiLoraError: If an argument is out of range; when training begins, if the model has no such adapter, there are
+            several processes, or the steps are too few; during the search, if there is no dev batch or it has no loss.
+    """
+
+    tuner_class: ClassVar[type]
+
+    def __init__(
+        self,
+        dev_batches: Iterable[Mapping[str, Any]],
+        search_share: float,
+        every: int,
+        learning_rate: float,
+    ) -> None:
+        if not 0 < search_share < 1:
+            raise MiLoraError(f"search_share must be above 0 and below 1; found {search_share}.")
+        if every < 1:
+            raise MiLoraError(f"every must be at least 1; found {every}.")
+        self.dev_batches = dev_batches
+        self.search_share = search_share
+        self.every = every
+        self.learning_rate = learning_rate
+
+    def decisive(self, tuner: Any) -> list[nn.Parameter]:
+        """The parameters that are trained on the dev set."""
+        raise NotImplementedError
+
+    def finish(self, tuner: Any) -> None:
+        """Ends the search, with the weights of what was found as they start."""
+        raise NotImplementedError
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Keeps what is decisive out of the optimiser, which is made later, and so out of what a resumed run loads."""
+        _require_gradients(self.decisive(self._tuner(model)), False)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Prepares the search."""
+        tuner = self._tuner(model)
+        if not tuner.is_searching:
+            return
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise MiLoraError(
+                f"{type(self).__name__} works in one process: the end of a search takes parameters away, which "
+                "DistributedDataParallel cannot follow. Search in one process, then train the adapter in several."
+            )
+        self._end = int(self.search_share * state.max_steps)
+        if self._end < self.every:
+            raise MiLoraError(
+                f"search_share={self.search_share} of {state.max_steps} steps leaves the search {self._end}, and it "
+                f"learns every {self.every}. Train for longer, or raise search_share."
+            )
+        parameters = self.decisive(tuner)
+        # They are there if this callback was added after the trainer was made.
+        _require_gradients(parameters, False)
+        forget(optimizer, parameters)
+        self._optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        self._batches = endless(self.dev_batches)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """A step on a dev batch when it is due, and the end of the search when that is."""
+        tuner = self._tuner(model)
+        if not tuner.is_searching:
+            return
+        if state.global_step % self.every == 0:
+            self._learn(model, args.device)
+        if state.global_step >= self._end:
+            before = list(tuner.parameters())
+            self.finish(tuner)
+            remaining = {id(parameter) for parameter in tuner.parameters()}
+            forget(optimizer, [parameter for parameter in before if id(parameter) not in remaining])
+            # What it knows of the others is about the weights they had.
+            optimizer.state.clear()
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def _learn(self, model: nn.Module, device: torch.device) -> None:
+        """A step on the next dev batch, which leaves no gradients."""
+        decisive = self._optimizer.param_groups[0]["params"]
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        _require_gradients(others, False)
+        _require_gradients(decisive, True)
+        try:
+            batch = next(self._batches)
+            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            model(**on_device)["loss"].backward()
+            self._optimizer.step()
+        finally:
+            self._optimizer.zero_grad()
+            _require_gradients(decisive, False)
+            _require_gradients(others, True)
+
+    def _tuner(self, model: Any) -> Any:
+        tuner = getattr(getattr(model, "module", model), "base_model", None)
+        if not isinstance(tuner, self.tuner_class):
+            raise MiLoraError(
+                f"{type(self).__name__} searches for a {self.tuner_class.__name__}'s structure; the model is a "
+                f"{type(model).__name__} without one."
+            )
+        return tuner
+
+
+def endless(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The batches over and over.
+
+    Raises:
+        MiLoraError: If there are none, or one has no labels.
+    """
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            if "labels" not in batch:
+                raise MiLoraError(f"A dev batch of the search has no labels, only {list(batch)}.")
+            yield batch
+        if empty:
+            raise MiLoraError("The search has no dev batches; pass some that can be iterated over more than once.")
+
+
+def forget(optimizer: Any, parameters: list[nn.Parameter]) -> None:
+    """Takes parameters out of an optimiser."""
+    gone = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def _require_gradients(parameters: list[nn.Parameter], required: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(required)

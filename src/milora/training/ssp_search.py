@@ -1,0 +1,54 @@
+"""The search of SSP, under any trainer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from milora.training.bilevel import BilevelSearch
+from milora.tuners.ssp import SSPModel
+
+
+class SSPSearch(BilevelSearch):
+    """Searches for SSP's structure in the first part of a training run; the rest trains what was found, from anew.
+
+    The trainer trains the candidates' weights on train batches, under gates that are drawn for each step; the gates'
+    logits learn on dev batches (Hu et al. 2022, section 3.2, first order). When the search ends,
+    [`SSPModel.harden`] keeps the most probable candidates that fit the budget, and the optimiser forgets what it knew.
+    The learning rate goes on where it was.
+
+    `Trainer(model, ..., callbacks=[SSPSearch(dev_batches)])`. A run that is resumed begins with
+    `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, because a checkpoint has the candidates only
+    until the search ends, and afterwards only what was found.
+
+    Args:
+        dev_batches: As for [`BilevelSearch`].
+        search_share: Share of the training steps in which the search ends.
+        every: Trainer's steps for one step of the gates.
+        learning_rate: Adam's, of the gates' logits; the default is S3PET's.
+
+    Raises:
+        MiLoraError: As [`BilevelSearch`].
+    """
+
+    tuner_class = SSPModel
+
+    def __init__(
+        self,
+        dev_batches: Iterable[Mapping[str, Any]],
+        search_share: float = 0.3,
+        every: int = 1,
+        learning_rate: float = 0.1,
+    ) -> None:
+        super().__init__(dev_batches, search_share, every, learning_rate)
+
+    def decisive(self, tuner: Any) -> list[nn.Parameter]:
+        """The gates' logits."""
+        parameters: list[nn.Parameter] = tuner.gate_parameters()
+        return parameters
+
+    def finish(self, tuner: Any) -> None:
+        """Hardens the structure."""
+        tuner.harden()

@@ -1,0 +1,34 @@
+"""`IA3ProjectedConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from milora.errors import MiLoraError
+from milora.tuners.attachment import AttachmentConfig
+from milora.tuners.registry import add_peft_type
+
+
+@dataclass
+class IA3ProjectedConfig(AttachmentConfig):
+    """Configuration of (IA)3 (Liu et al. 2022), in the projected form of the MiLoRA paper.
+
+    PEFT has a method called IA3 already, hence the name; with `projection_dim=None` it is that one, on other modules.
+
+    Args:
+        projection_dim: Length of the learned vector that is projected to a module's factors; `None` for the classic
+            method, which learns the factors themselves.
+        target_modules: `None` for the paper's Q, K and U, by the names that they have in known architectures. Where
+            they are one module with others (a fused query, key and value; a fused gate and up), that module as a whole.
+
+    Raises:
+        MiLoraError: If `projection_dim` is below 1.
+    """
+
+    projection_dim: int | None = field(default=128, metadata={"help": "Length of the vector before its projection."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("IA3_PROJECTED")
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise MiLoraError(f"projection_dim must be at least 1, or None; found {self.projection_dim}.")

@@ -1,0 +1,42 @@
+"""`IAPTConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from milora.errors import MiLoraError
+from milora.tuners.prefix import PrefixConfig
+from milora.tuners.registry import add_peft_type
+
+
+@dataclass
+class IAPTConfig(PrefixConfig):
+    """Configuration of IAPT, instruction-aware prompt tuning (Zhu et al. 2024, arXiv 2405.18203).
+
+    In each layer a generator reads the prompt and writes soft tokens that the layer attends to. This is our reading:
+    the paper's text was not at hand, and its number of parameters on Llama-2 7B, 83.9M, is that of what is built here
+    with its defaults (83.93M without the coefficients of the activations).
+
+    Args:
+        num_virtual_tokens: Soft tokens of each layer.
+        bottleneck: Length of the vectors inside a generator.
+        rational_orders: Degrees of numerator and denominator of a generator's activation.
+
+    Raises:
+        MiLoraError: If a number is below 1, or there are not two orders.
+    """
+
+    num_virtual_tokens: int = field(default=4, metadata={"help": "Soft tokens of each layer."})
+    bottleneck: int = field(default=320, metadata={"help": "Length of the vectors inside a generator."})
+    rational_orders: list[int] = field(
+        default_factory=lambda: [6, 5], metadata={"help": "Degrees of the activation's numerator and denominator."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("IAPT")
+        self.rational_orders = list(self.rational_orders)
+        if self.bottleneck < 1:
+            raise MiLoraError(f"bottleneck must be at least 1; found {self.bottleneck}.")
+        if len(self.rational_orders) != 2 or any(order < 1 for order in self.rational_orders):
+            raise MiLoraError(f"rational_orders must be two integers of at least 1; found {self.rational_orders}.")

@@ -1,0 +1,98 @@
+"""Soft tokens that an attention module reads, written from the prompt once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora.backbone.key_value import project_keys_and_values
+from milora.tuners.iapt.config import IAPTConfig
+from milora.tuners.iapt.generator import SoftTokenGenerator
+from milora.tuners.prefix import PrefixLayer
+from milora.tuners.prompt_pass import PromptPass, PromptPasses
+
+
+class IAPTLayer(PrefixLayer):
+    """`attention(Q, [norm(S) W_K; K], [norm(S) W_V; V])` with the soft tokens `S = generator(H)`.
+
+    `H` (prompt tokens, d) are the hidden states of the prompt at the block's input. `norm`, `W_K` and `W_V` are the
+    layer's own, frozen; soft tokens have no positions.
+
+    They are written where the block's input meets its norm, which lies inside what gradient checkpointing runs a second
+    time, so that no tensor with a graph comes into the block from outside. Decode steps use the keys and values that
+    the pass over the prompt left behind.
+
+    Args:
+        path: Path of the attention module.
+        size: Length d of the hidden states.
+        passes: Where it is known which tokens are the prompt.
+    """
+
+    child_name = "iapt_"
+    adapter_layer_names = ("generator",)
+
+    def __init__(self, path: str, size: int, passes: PromptPasses) -> None:
+        super().__init__(path)
+        self.size = size
+        self.passes = passes
+        self.generator = nn.ModuleDict()
+
+    def update_layer(self, adapter: str, module: nn.Module, config: IAPTConfig) -> None:
+        """See [`Attachment.update_layer`]."""
+        orders = (config.rational_orders[0], config.rational_orders[1])
+        self.generator[adapter] = SoftTokenGenerator(self.size, config.bottleneck, config.num_virtual_tokens, orders)
+
+    def read_from(self, entrance: nn.Module) -> None:
+        """Reads the block's input where it enters a module: its first norm, or the attention where there is none."""
+        self._handles.append(entrance.register_forward_pre_hook(self._before_entrance, with_kwargs=True))
+
+    def keys_and_values(self, adapter: str, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
+        """See [`PrefixLayer.keys_and_values`]."""
+        values = self._running().values
+        # Taken out, or in training the pass would hold the graph of what it is itself a part of.
+        soft_tokens = values.pop((self.path, adapter, "soft tokens"), None)
+        if soft_tokens is None:
+            pair: tuple[Tensor, Tensor] = values[self.path, adapter]
+        else:
+            pair = project_keys_and_values(attention, self.path, soft_tokens)
+            if not self._writes_anew():
+                values[self.path, adapter] = pair
+        rows = pair[0].shape[0]
+        if rows == batch:
+            return pair
+        # A cache whose rows were repeated by the caller.
+        return pair[0].repeat_interleave(batch // rows, dim=0), pair[1].repeat_interleave(batch // rows, dim=0)
+
+    def _before_entrance(self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.disable_adapters:
+            return
+        running = self._running()
+        for adapter in self.active_adapters:
+            if adapter in self.generator and (self._writes_anew() or (self.path, adapter) not in running.values):
+                hidden = self.read_input(args, kwargs)
+                assert running.prompt is not None
+                soft_tokens = self.generator[adapter](hidden, running.prompt.to(hidden.device)).to(hidden.dtype)
+                if getattr(entrance, self.child_name, None) is not self:
+                    # Not by a call, which would come back here.
+                    soft_tokens = entrance.forward(soft_tokens)
+                running.values[self.path, adapter, "soft tokens"] = soft_tokens
+
+    def _writes_anew(self) -> bool:
+        """Whether the pass is one to train from: its blocks may run twice, and nothing is kept."""
+        return self.training and torch.is_grad_enabled()
+
+    def _running(self) -> PromptPass:
+        """The pass that is running.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        running: PromptPass | None = self.passes.current
+        if running is None:
+            raise RuntimeError(
+                f"{self.path} was called on its own: which tokens are the prompt is read where the whole model is "
+                "called. Call the model that get_peft_model returned."
+            )
+        return running

@@ -1,0 +1,58 @@
+"""`LearnedAdapterConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from milora.errors import MiLoraError
+from milora.routing.rational import ACTIVATIONS
+from milora.tuners.bottleneck import BottleneckConfig, check_names
+from milora.tuners.learned_adapter.operations import OPERATIONS
+from milora.tuners.registry import add_peft_type
+
+
+@dataclass
+class LearnedAdapterConfig(BottleneckConfig):
+    """Configuration of Learned-Adapter, in our reading.
+
+    We had no full text of the method, only that it searches, per layer, over the activation and over the operation
+    inside the bottleneck, and gradually drops the weakest candidate. Where the adapter stands (parallel to both
+    sub-layers, times 4), which operations there are to choose from, and that the choices are weighted by a softmax (as
+    in DARTS, Liu et al. 2019) is our own choice. With its defaults a found architecture has 83.9M to 84.1M parameters
+    on Llama-2 7B; the MiLoRA paper reports 81.8M.
+
+    Args:
+        activations: The activations to choose from, of [`milora.routing.rational.ACTIVATIONS`].
+        operations: The operations to choose from, of [`milora.tuners.learned_adapter.operations.OPERATIONS`].
+        architecture: The `activation` and the `operation` of each adapted module, by its path in the backbone. Without
+            it a search begins, which fills it in when it ends: see [`milora.training.search.LearnedAdapterSearch`].
+
+    Raises:
+        MiLoraError: If there is nothing to choose from, or a name is unknown.
+    """
+
+    activations: list[str] = field(
+        default_factory=lambda: ["relu", "gelu", "silu", "tanh"], metadata={"help": "The activations to choose from."}
+    )
+    operations: list[str] = field(
+        default_factory=lambda: list(OPERATIONS), metadata={"help": "The operations to choose from."}
+    )
+    architecture: dict[str, dict[str, str]] | None = field(
+        default=None, metadata={"help": "Activation and operation by module; searched for if None."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("LEARNED_ADAPTER")
+        check_names("activations", self.activations, ACTIVATIONS)
+        check_names("operations", self.operations, OPERATIONS)
+        for path, choice in (self.architecture or {}).items():
+            _check_choice(path, choice)
+
+
+def _check_choice(path: str, choice: Any) -> None:
+    if not isinstance(choice, dict) or set(choice) != {"activation", "operation"}:
+        raise MiLoraError(f"architecture[{path!r}] must have an activation and an operation; found {choice!r}.")
+    check_names(f"architecture[{path!r}]", [choice["activation"]], ACTIVATIONS)
+    check_names(f"architecture[{path!r}]", [choice["operation"]], OPERATIONS)

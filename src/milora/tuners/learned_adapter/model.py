@@ -1,0 +1,98 @@
+"""The tuner of Learned-Adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from milora.errors import MiLoraError
+from milora.tuners.bottleneck import BottleneckModel
+from milora.tuners.learned_adapter.cell import SearchCell
+from milora.tuners.learned_adapter.layer import LearnedAdapterLayer
+
+
+class LearnedAdapterModel(BottleneckModel):
+    """A backbone with searched bottlenecks beside its sub-layers.
+
+    Made by `get_peft_model(model, LearnedAdapterConfig())`. An adapter whose configuration has no architecture is
+    searching: its layers hold all candidates, and [`LearnedAdapterModel.drop_weakest`] takes them away round by round
+    until one is left, when the configuration gets its `architecture`.
+
+    Saving during the search keeps the candidates, their weights and which were dropped; loading goes on from there.
+    """
+
+    method = "Learned-Adapter"
+    prefix = "learned_adapter_"
+    tuner_layer_cls = LearnedAdapterLayer
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether an active adapter has still to choose."""
+        return bool(self._active_cells())
+
+    @property
+    def rounds(self) -> int:
+        """How many calls of [`LearnedAdapterModel.drop_weakest`] the active adapters' search takes from its start."""
+        return max((cell.rounds for cell in self._active_cells()), default=0)
+
+    @property
+    def rounds_left(self) -> int:
+        """How many of them are still to come."""
+        return max((cell.rounds_left for cell in self._active_cells()), default=0)
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        """The architecture weights of the active adapters; none after the search."""
+        return [weights for cell in self._active_cells() for weights in cell.architecture_weights]
+
+    def drop_weakest(self) -> None:
+        """Drops the weakest activation and the weakest operation of every layer of the active adapters.
+
+        When one of each is left, it takes the place of the candidates, and the adapter's configuration gets the
+        `architecture`. Parameters of dropped candidates are then gone, from the model but not from an optimiser.
+
+        Raises:
+            MiLoraError: If no active adapter is searching.
+        """
+        if not self.is_searching:
+            raise MiLoraError(f"The search of {self.active_adapters} is over: there is nothing left to drop.")
+        for adapter in self.active_adapters:
+            cells = self._cells(adapter)
+            for cell in cells.values():
+                cell.drop_weakest()
+            if cells and all(cell.is_decided for cell in cells.values()):
+                layers = self._layers()
+                self.peft_config[adapter].architecture = {
+                    path: layers[path].settle(adapter, cell) for path, cell in cells.items()
+                }
+
+    def reset_parameters(self) -> None:
+        """Gives the active adapters new values to start from, but not other architecture weights."""
+        for adapter in self.active_adapters:
+            for layer in self._layers().values():
+                if adapter in layer.bottleneck:
+                    for module in layer.bottleneck[adapter].modules():
+                        reset = getattr(module, "reset_parameters", None)
+                        if reset is not None:
+                            reset()
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        prepared = super()._prepare_adapter_config(peft_config, model_config)
+        if prepared.architecture is not None:
+            differing = sorted(set(prepared.architecture) ^ prepared.module_paths)
+            if differing:
+                raise MiLoraError(
+                    f"The architecture is for other modules than are adapted: they differ in {differing[:2]}. Set "
+                    "architecture=None to search for one."
+                )
+        return prepared
+
+    def _layers(self) -> dict[str, LearnedAdapterLayer]:
+        return {path: layer for path, layer in self.layers().items() if isinstance(layer, LearnedAdapterLayer)}
+
+    def _active_cells(self) -> list[SearchCell]:
+        return [cell for adapter in self.active_adapters for cell in self._cells(adapter).values()]
+
+    def _cells(self, adapter: str) -> dict[str, SearchCell]:
+        cells = {path: layer.search_cell(adapter) for path, layer in self._layers().items()}
+        return {path: cell for path, cell in cells.items() if cell is not None}

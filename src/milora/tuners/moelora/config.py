@@ -1,0 +1,76 @@
+"""`MoeLoraConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from milora.errors import MiLoraError
+from milora.tuners.attachment import AttachmentConfig
+from milora.tuners.registry import add_peft_type
+
+GATES = ("token", "task")
+
+
+@dataclass
+class MoeLoraConfig(AttachmentConfig):
+    """Configuration of MOELoRA, in the form of the MiLoRA paper's baseline (`gate="token"`) or in its original one
+    (Liu et al. 2023, `gate="task"`).
+
+    Args:
+        r: Rank of a module's LoRA, shared out evenly among its experts: 32 for 8 experts of 4 rank-1 LoRAs each.
+        lora_alpha: The experts' sum is scaled by `lora_alpha / r`; `None` means `2 * r`.
+        num_experts: Experts of a module.
+        top_k: How many of them serve a token (`gate="token"`).
+        lora_dropout: Probability with which a feature of the experts' input, not of the router's, is dropped.
+        gate: `token`: every module has a router, which chooses experts for every token; `task`: the task of a row
+            decides, by one embedding and one gate for the whole model, and every expert takes part.
+        load_balancing_coef: Coefficient of a load-balancing loss over the tokens, which is added to the loss in
+            training (`gate="token"`). Neither paper has one.
+        num_tasks: How many tasks there are (`gate="task"`).
+        task_embedding_dim: Size of a task's embedding (`gate="task"`).
+
+    Raises:
+        MiLoraError: If a value is unknown or out of range, or `r` cannot be shared out evenly.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank of a module's LoRA, shared out among its experts."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "The experts' sum is scaled by lora_alpha / r; None means 2 * r."}
+    )
+    num_experts: int = field(default=8, metadata={"help": "Experts of a module."})
+    top_k: int = field(default=4, metadata={"help": "How many experts of a module serve a token."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
+    gate: str = field(default="token", metadata={"help": f"One of {', '.join(GATES)}."})
+    load_balancing_coef: float = field(default=0.0, metadata={"help": "Coefficient of the load-balancing loss."})
+    num_tasks: int | None = field(default=None, metadata={"help": "How many tasks there are, for gate='task'."})
+    task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task's embedding, for gate='task'."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("MOELORA")
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if self.gate not in GATES:
+            raise MiLoraError(f"Unknown gate {self.gate!r}; choose one of {list(GATES)}.")
+        if self.num_experts < 1 or self.r < 1 or self.r % self.num_experts != 0:
+            raise MiLoraError(
+                f"r must be a multiple of num_experts, which share it evenly; found r={self.r} and "
+                f"num_experts={self.num_experts}."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise MiLoraError(f"lora_dropout must lie in [0, 1); found {self.lora_dropout}.")
+        if self.load_balancing_coef < 0:
+            raise MiLoraError(f"load_balancing_coef must not be negative; found {self.load_balancing_coef}.")
+        if self.gate == "token":
+            if not 1 <= self.top_k <= self.num_experts:
+                raise MiLoraError(f"top_k must lie between 1 and num_experts, {self.num_experts}; found {self.top_k}.")
+        else:
+            self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        if self.num_tasks is None or self.num_tasks < 1:
+            raise MiLoraError(f"gate='task' needs num_tasks, how many tasks there are; found {self.num_tasks}.")
+        if self.task_embedding_dim < 1:
+            raise MiLoraError(f"task_embedding_dim must be at least 1; found {self.task_embedding_dim}.")
+        if self.load_balancing_coef > 0:
+            raise MiLoraError("load_balancing_coef is for gate='token'; gate='task' uses every expert, leave it at 0.")

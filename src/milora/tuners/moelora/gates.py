@@ -1,0 +1,101 @@
+"""The weights of a module's experts: for each token by a router, or for each row by its task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from milora.errors import MiLoraError
+
+
+def top_gates(logits: Tensor, top_k: int) -> Tensor:
+    """Weights of the k experts with the highest logits, which sum to one, and zero for the others.
+
+    `g = softmax` over the kept logits, which is `p_i / sum of the kept p` with `p` the softmax over all: the usual
+    choice of mixtures of experts (Shazeer et al. 2017, Mixtral); the MiLoRA paper does not say. A tie goes to the
+    lowest index.
+
+    Args:
+        logits: (..., experts).
+        top_k: 1 to experts.
+
+    Returns:
+        (..., experts).
+    """
+    if top_k == logits.shape[-1]:
+        return logits.softmax(dim=-1)
+    # A stable sort keeps equal values in their order; torch.topk does not promise which of them it returns.
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(logits).scatter(-1, order[..., :top_k], values[..., :top_k].softmax(dim=-1))
+
+
+def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
+    """Gates that a router made of another module's input, in the layout of this module's input.
+
+    Args:
+        gates: (..., experts), a row for each token in the other module's layout.
+        leading: Shape of this module's input but for the features: (batch, tokens) or (batch * tokens).
+        path: This module's path, for the message.
+
+    Returns:
+        (*leading, experts).
+
+    Raises:
+        MiLoraError: If the other module had other tokens.
+    """
+    tokens = gates.shape[:-1]
+    if tokens.numel() != leading.numel():
+        raise MiLoraError(
+            f"{path} was given {tuple(leading)} tokens, the module that its router reads {tuple(tokens)}, so which "
+            "token a gate is for cannot be told. Leave that module out of target_modules."
+        )
+    return gates if tokens == leading else gates.reshape(*leading, gates.shape[-1])
+
+
+def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
+    """Gates of a batch's rows, as a module's input needs them.
+
+    Args:
+        gates: (batch, experts).
+        leading: Shape of the module's input but for the features: (batch, tokens, ...) or (batch * tokens).
+        path: The module's path, for the message.
+
+    Returns:
+        (..., experts), broadcastable to `leading`.
+
+    Raises:
+        MiLoraError: If the input does not begin with the batch.
+    """
+    rows, experts = gates.shape
+    if leading[0] == rows:
+        return gates.reshape(rows, *[1] * (len(leading) - 1), experts)
+    if len(leading) == 1 and leading[0] % rows == 0:
+        return gates.repeat_interleave(leading[0] // rows, dim=0)
+    raise MiLoraError(
+        f"{path} was given an input of {tuple(leading)} tokens for a batch of {rows} rows, and which token belongs to "
+        "which row cannot be told. Leave that module out of target_modules."
+    )
+
+
+class TaskGate(nn.Module):
+    """`g = softmax(W_T e_j)` with the embedding `e_j` of task j: every expert takes part (Liu et al. 2023).
+
+    Args:
+        tasks: How many there are.
+        size: Size of an embedding.
+        experts: How many experts a module has.
+
+    Attributes:
+        embedding: `weight` (tasks, size).
+        projection: `W_T`, `weight` (experts, size).
+    """
+
+    def __init__(self, tasks: int, size: int, experts: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tasks, size)
+        self.projection = nn.Linear(size, experts, bias=False)
+
+    def forward(self, tasks: Tensor) -> Tensor:
+        """(batch) to (batch, experts), float32."""
+        logits: Tensor = self.projection(self.embedding(tasks.to(self.embedding.weight.device)))
+        return logits.float().softmax(dim=-1)

@@ -1,0 +1,237 @@
+"""The two layers of MOELoRA: the experts of a module, and what the whole model shares."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from milora.backbone.blocks import in_features, out_features
+from milora.errors import MiLoraError
+from milora.routing import RouterProjection, load_balancing_loss
+from milora.tuners.attachment import Attachment
+from milora.tuners.low_rank import LowRank
+from milora.tuners.milora.gradient import checkpoint_with_route, is_checkpointed, restore_checkpoint_function
+from milora.tuners.moelora.config import MoeLoraConfig
+from milora.tuners.moelora.gates import TaskGate, for_input, for_rows, top_gates
+from milora.tuners.moelora.running import ForwardPass, Running
+from milora.tuners.outputs import add_to_loss
+from milora.tuners.prompt import supervised_tokens
+from milora.tuners.prompt_pass import arguments_of, labels_of
+
+
+class MoeLoraPart(Attachment):
+    """What MOELoRA adds to a module of the backbone: see the two kinds of it.
+
+    Args:
+        path: Path of the module in the backbone.
+        running: The model's.
+    """
+
+    child_name = "moelora_"
+    other_param_names = ("settings",)
+    _handles: list[Any]
+
+    def __init__(self, path: str, running: Running) -> None:
+        super().__init__(path)
+        self.running = running
+        self.settings: dict[str, MoeLoraConfig] = {}
+
+
+class MoeLoraLayer(MoeLoraPart):
+    """`y = W x + s B (g(x) * A x)`: the experts of a module as one LoRA whose ranks they share.
+
+    Expert i has the ranks `i r/E` to `(i + 1) r/E`, and `g` holds its weight at each of them. So a module costs one
+    down-projection, one up-projection and a router, whatever the number of experts, and gives what the sum over the
+    experts `s sum_i g_i(x) B_i A_i x` gives (Liu et al. 2023; one gate for each module and token as in the MiLoRA
+    paper's baseline).
+
+    The router (bias-free, inputs x experts, float32) reads the module's input. A module whose input is wider than the
+    hidden states (the down-projection of a feed-forward layer) has a router that reads the last input of the hidden
+    states' size that an adapted module of the block was given (the up-projection's): this gives the paper's 87.3M
+    parameters on Llama-2 7B. A narrower input (of latent attention, which holds tokens of the cache too) is read.
+
+    Args:
+        path: Path of the module in the backbone.
+        running: The model's.
+        block: The module's block.
+        input_size: Size of the module's input.
+        hidden_size: Size of the block's hidden states.
+    """
+
+    adapter_layer_names = ("lora", "router")
+
+    def __init__(self, path: str, running: Running, block: str, input_size: int, hidden_size: int) -> None:
+        super().__init__(path, running)
+        self.block = block
+        self.router_size = min(input_size, hidden_size)
+        self.reads_own_input = input_size <= hidden_size
+        self.is_read_by_others = input_size == hidden_size
+        self.lora = nn.ModuleDict()
+        self.router = nn.ModuleDict()
+
+    def update_layer(self, adapter: str, module: nn.Module, config: MoeLoraConfig) -> None:
+        """See [`Attachment.update_layer`]."""
+        assert config.lora_alpha is not None
+        self.settings[adapter] = config
+        self.lora[adapter] = LowRank(in_features(module), out_features(module), config.r, config.lora_alpha)
+        if config.gate == "token":
+            self.router[adapter] = RouterProjection(self.router_size, config.num_experts)
+
+    def adapt(self, adapter: str, hidden: Tensor, output: Tensor) -> Tensor:
+        """See [`Attachment.adapt`].
+
+        Raises:
+            MiLoraError: If which token, or row, a gate is for cannot be told from the shape of `hidden`.
+        """
+        config = self.settings[adapter]
+        lora = cast("LowRank", self.lora[adapter])
+        gates = self._task_gates(adapter, hidden) if config.gate == "task" else self._token_gates(adapter, hidden)
+        x = hidden.to(lora.lora_A.weight.dtype)
+        if self.training and config.lora_dropout > 0:
+            x = functional.dropout(x, config.lora_dropout)
+        ranks = lora.lora_A(x).unflatten(-1, (config.num_experts, -1)) * gates.unsqueeze(-1)  # (..., experts, r / E)
+        return torch.add(output, lora.lora_B(ranks.flatten(-2).to(x.dtype)), alpha=lora.scaling)
+
+    def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
+        forward_pass = self.running.current
+        if forward_pass is None:
+            raise RuntimeError(
+                f"{self.path} was called on its own: the rows' tasks are read where the whole model is called. Call "
+                "the model that get_peft_model returned."
+            )
+        return for_rows(forward_pass.gates(adapter).to(hidden.device), hidden.shape[:-1], self.path)
+
+    def _token_gates(self, adapter: str, hidden: Tensor) -> Tensor:
+        """(..., experts), float32."""
+        config = self.settings[adapter]
+        if self.is_read_by_others:
+            self.running.remember(self.block, hidden)
+        read = hidden if self.reads_own_input else self.running.recall(self.block, self.path)
+        with _without_autocast(read.device.type):
+            logits = self.router[adapter](read)
+        if self.training and config.load_balancing_coef > 0:
+            # Outside a pass too: a recomputation under gradient checkpointing must save what its forward saved.
+            probabilities = logits.softmax(dim=-1)
+            if self.running.current is not None:
+                self.running.current.record(adapter, probabilities)
+        gates = top_gates(logits, config.top_k)
+        return gates if self.reads_own_input else for_input(gates, hidden.shape[:-1], self.path)
+
+
+class MoeLoraShared(MoeLoraPart):
+    """The child of the backbone itself: begins and ends passes, and holds what all modules of an adapter share.
+
+    Args:
+        running: The model's.
+        blocks: Paths of the blocks.
+    """
+
+    adapter_layer_names = ("task_gate",)
+
+    def __init__(self, running: Running, blocks: list[str]) -> None:
+        super().__init__("", running)
+        self.blocks = blocks
+        self.task_gate = nn.ModuleDict()
+
+    def update_layer(self, adapter: str, module: nn.Module, config: MoeLoraConfig) -> None:
+        """See [`Attachment.update_layer`]."""
+        self.settings[adapter] = config
+        if config.gate == "task":
+            assert config.num_tasks is not None
+            self.task_gate[adapter] = TaskGate(config.num_tasks, config.task_embedding_dim, config.num_experts)
+
+    def adapters(self) -> set[str]:
+        """The adapters that it serves, with parameters of their own here or not."""
+        return set(self.settings)
+
+    @property
+    def weight(self) -> Tensor:
+        """One of its parameters, if it has any."""
+        return next(self.parameters(), torch.empty(0))
+
+    def attach(self, module: nn.Module) -> None:
+        """See [`Attachment.attach`]."""
+        module.add_module(self.child_name, self)
+        self._handles = [
+            module.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            module.register_forward_hook(self.after_forward, with_kwargs=True, always_call=True),
+        ]
+
+    def detach(self, module: nn.Module) -> None:
+        """See [`Attachment.detach`]."""
+        for block in self.blocks:
+            restore_checkpoint_function(module.get_submodule(block))
+        super().detach(module)
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The backbone's pre-forward hook.
+
+        Raises:
+            MiLoraError: If an active adapter needs the rows' tasks and they were not given, or are of another number.
+        """
+        if self.disable_adapters:
+            return
+        tasks = None
+        if any(name in self.task_gate for name in self.active_adapters):
+            tasks = self._tasks_of_rows(arguments_of(module, args, kwargs))
+            if self.training and torch.is_grad_enabled():
+                self._resume_in_checkpoints(module)
+        self.running.begin(ForwardPass(self.task_gate, tasks, torch.is_grad_enabled()))
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The backbone's forward hook, also after an exception, with no output."""
+        forward_pass = self.running.end()
+        if forward_pass is None or output is None or not forward_pass.probabilities:
+            return None
+        arguments = arguments_of(module, args, kwargs)
+        labels, shifted = labels_of(arguments)
+        if labels is None:
+            return None
+        tokens = supervised_tokens(labels, shifted=shifted)
+        for adapter, of_modules in forward_pass.probabilities.items():
+            losses = [load_balancing_loss(_attended(p, arguments.get("attention_mask"))) for p in of_modules]
+            balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+            coefficient = self.settings[adapter].load_balancing_coef
+            output = add_to_loss(output, coefficient * balance, tokens, arguments.get("num_items_in_batch"))
+        return output
+
+    def _tasks_of_rows(self, arguments: dict[str, Any]) -> Tensor:
+        tasks = self.running.tasks
+        if tasks is None:
+            raise MiLoraError(
+                "The active adapter's experts are weighted by task: pass task_ids, a tensor (batch) of task numbers, "
+                "to the model and to generate."
+            )
+        source = arguments.get("input_ids")
+        rows = (arguments["inputs_embeds"] if source is None else source).shape[0]
+        if rows % len(tasks) != 0:
+            raise MiLoraError(f"task_ids names the tasks of {len(tasks)} rows; the batch has {rows}.")
+        # Generation repeats each prompt in succession, for beams and for several return sequences.
+        return tasks.repeat_interleave(rows // len(tasks))
+
+    def _resume_in_checkpoints(self, module: nn.Module) -> None:
+        """Makes blocks see their own forward's tasks when they are recomputed, also after a further forward."""
+        for path in self.blocks:
+            block = module.get_submodule(path)
+            if is_checkpointed(block):
+                checkpoint_with_route(block, cast("Any", self.running), _unchanged)
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _attended(probabilities: Tensor, mask: Any) -> Tensor:
+    """(tokens, experts), without those of padding; only a (batch, tokens) mask tells."""
+    rows = probabilities.reshape(-1, probabilities.shape[-1])
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == rows.shape[0]:
+        return rows[mask.reshape(-1).to(rows.device, torch.bool)]
+    return rows
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,0 +1,118 @@
+"""The tuner of MOELoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora.backbone.blocks import find_blocks, hidden_size, in_features
+from milora.errors import MiLoraError
+from milora.tuners.attachment import Attachment, AttachmentTuner
+from milora.tuners.moelora.config import MoeLoraConfig
+from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraPart, MoeLoraShared
+from milora.tuners.moelora.running import Running
+
+
+class MoeLoraModel(AttachmentTuner):
+    """A backbone each of whose linear modules has a mixture of LoRA experts; made by `get_peft_model`."""
+
+    method = "MOELoRA"
+    prefix = "moelora_"
+    tuner_layer_cls = MoeLoraPart
+
+    def _pre_injection_hook(self, model: nn.Module, config: MoeLoraConfig, adapter_name: str) -> None:
+        self.running = Running()
+
+    def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> Any:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        blocks = find_blocks(self.model, config.blocks)
+        self._hidden_sizes = {block.path: hidden_size(self.model, block) for block in blocks}
+        for block in blocks:
+            inputs = {
+                name: in_features(module)
+                for name, module in block.linears.items()
+                if f"{block.path}.{name}" in config.module_paths
+            }
+            hidden = self._hidden_sizes[block.path]
+            wide = [name for name, size in inputs.items() if size > hidden]
+            if config.gate == "token" and wide and hidden not in inputs.values():
+                readers = [name for name, module in block.linears.items() if in_features(module) == hidden]
+                raise MiLoraError(
+                    f"The routers of {wide} in {block.path} read what an adapted module before them is given, of the "
+                    f"hidden states' size {hidden}, and there is none. Adapt one of {readers} as well."
+                )
+        return config
+
+    def _create_and_replace(self, peft_config: MoeLoraConfig, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        shared = getattr(self.model, MoeLoraShared.child_name, None)
+        if shared is None:
+            shared = MoeLoraShared(self.running, list(self._hidden_sizes))
+            shared.attach(self.model)
+        if adapter_name not in shared.adapters():
+            shared.update_layer(adapter_name, self.model, peft_config)
+            device = next(self.model.parameters()).device
+            if device.type != "meta":
+                shared._move_adapter_to_device_of_base_layer(adapter_name, device)
+        super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
+
+    def new_layer(self, path: str, module: nn.Module) -> Attachment:
+        """See [`AttachmentTuner.new_layer`]."""
+        block = next(block for block in self._hidden_sizes if path.startswith(f"{block}."))
+        return MoeLoraLayer(path, self.running, block, in_features(module), self._hidden_sizes[block])
+
+    def forward(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """The backbone's forward.
+
+        Args:
+            *args: As for the backbone.
+            task_ids: (batch), the task of each row, for adapters with `gate="task"`.
+            **kwargs: As for the backbone.
+
+        Raises:
+            MiLoraError: If the active adapter needs `task_ids` and they are missing; see [`MoeLoraModel.use_tasks`].
+        """
+        with self.use_tasks(task_ids):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """The backbone's `generate`.
+
+        Args:
+            *args: As for the backbone.
+            task_ids: (batch), the task of each prompt, for adapters with `gate="task"`; beams and several return
+                sequences are seen to.
+            **kwargs: As for the backbone.
+
+        Raises:
+            MiLoraError: If the active adapter needs `task_ids` and they are missing; see [`MoeLoraModel.use_tasks`].
+        """
+        with self.use_tasks(task_ids):
+            return self.model.generate(*args, **kwargs)
+
+    def use_tasks(self, task_ids: Tensor | Sequence[int] | None) -> AbstractContextManager[None]:
+        """`with model.use_tasks(task_ids):` says which task each row belongs to, where no argument can; `None` nothing.
+
+        A batch of a multiple of their number (beams, several return sequences) repeats each in succession.
+
+        Args:
+            task_ids: (batch), from 0 to `num_tasks - 1`.
+
+        Raises:
+            MiLoraError: If the active adapter has no task gate, or there is no such task.
+        """
+        if task_ids is None:
+            return self.running.serving(None)
+        tasks = torch.as_tensor(task_ids)
+        gated = [config for name in self.active_adapters if (config := self.peft_config[name]).gate == "task"]
+        if not gated:
+            raise MiLoraError("task_ids was passed, and the active adapter routes by token: it is for gate='task'.")
+        highest = min(config.num_tasks for config in gated) - 1
+        if tasks.dim() != 1 or len(tasks) == 0 or tasks.is_floating_point():
+            raise MiLoraError(f"task_ids must be whole numbers, (batch); found {tasks.dtype} of {tuple(tasks.shape)}.")
+        if int(tasks.min()) < 0 or int(tasks.max()) > highest:
+            raise MiLoraError(f"task_ids must lie between 0 and {highest}; found {sorted(set(tasks.tolist()))}.")
+        return self.running.serving(tasks)

@@ -1,0 +1,30 @@
+"""`ParallelAdapterConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from milora.routing.rational import ACTIVATIONS
+from milora.tuners.bottleneck import BottleneckConfig, check_names
+from milora.tuners.registry import add_peft_type
+
+
+@dataclass
+class ParallelAdapterConfig(BottleneckConfig):
+    """Configuration of Parallel-Adapter (He et al. 2021, arXiv 2110.04366).
+
+    With its defaults, the MiLoRA paper's setting, it has 83.89M parameters on Llama-2 7B.
+
+    Args:
+        activation: The activation inside the bottleneck, one of [`milora.routing.rational.ACTIVATIONS`].
+
+    Raises:
+        MiLoraError: If the activation is unknown.
+    """
+
+    activation: str = field(default="relu", metadata={"help": "The activation inside the bottleneck."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("PARALLEL_ADAPTER")
+        check_names("activation", [self.activation], ACTIVATIONS)

@@ -1,0 +1,14 @@
+"""The tuner of Parallel-Adapter."""
+
+from __future__ import annotations
+
+from milora.tuners.bottleneck import BottleneckModel
+from milora.tuners.parallel_adapter.layer import ParallelAdapterLayer
+
+
+class ParallelAdapterModel(BottleneckModel):
+    """A backbone with bottlenecks beside its sub-layers; made by `get_peft_model(model, ParallelAdapterConfig())`."""
+
+    method = "Parallel-Adapter"
+    prefix = "parallel_adapter_"
+    tuner_layer_cls = ParallelAdapterLayer

@@ -1,0 +1,130 @@
+"""What methods share that give each layer's attention extra keys and values: P-tuning v2 and IAPT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora.backbone.blocks import Block
+from milora.backbone.key_value import find_keys_and_values
+from milora.backbone.prefix_attention import (
+    WITH_PREFIX,
+    PrefixSource,
+    allow_prefix,
+    check_prefix_support,
+    disallow_prefixes,
+    implementation_of,
+)
+from milora.backbone.sublayers import find_sublayers
+from milora.errors import MiLoraError
+from milora.tuners.attachment import Attachment, AttachmentConfig, AttachmentTuner
+
+WITHOUT_KEYS = "linear_attn"
+"""What hybrid models call the sub-layers that stand in for attention in some blocks and have no keys to add to."""
+
+
+@dataclass
+class PrefixConfig(AttachmentConfig):
+    """What the configurations of methods with prefixes share.
+
+    Args:
+        num_virtual_tokens: Keys and values that each layer gets.
+
+    Raises:
+        MiLoraError: If `num_virtual_tokens` is below 1.
+    """
+
+    num_virtual_tokens: int = field(default=16, metadata={"help": "Extra keys and values of each layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens < 1:
+            raise MiLoraError(f"num_virtual_tokens must be at least 1; found {self.num_virtual_tokens}.")
+
+
+class PrefixLayer(Attachment, PrefixSource):
+    """The extra keys and values of one attention module; several active adapters' stand one after the other.
+
+    Subclasses implement [`PrefixLayer.keys_and_values`] in place of [`Attachment.adapt`].
+    """
+
+    def keys_and_values(self, adapter: str, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
+        """An adapter's keys and values, (batch, key-value heads, tokens, head_dim) each."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its keys and values are.")
+
+    def prefix(self, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor] | None:
+        """See [`PrefixSource.prefix`]."""
+        if self.disable_adapters:
+            return None
+        pairs = [self.keys_and_values(a, attention, batch) for a in self.active_adapters if a in self.adapters()]
+        if len(pairs) < 2:
+            return pairs[0] if pairs else None
+        keys, values = zip(*pairs, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook, which changes nothing.
+
+        Raises:
+            MiLoraError: If the implementation of attention was changed, so that nobody asked for the prefix.
+        """
+        implementation = implementation_of(module)
+        if not self.disable_adapters and implementation not in WITH_PREFIX.values():
+            raise MiLoraError(
+                f"The attention of {self.path} was set to {implementation!r} after its adapter was added, and knows "
+                f"nothing of the adapter now. Set it to one of {', '.join(WITH_PREFIX.values())}, or choose the "
+                "implementation when the backbone is loaded."
+            )
+
+
+class PrefixTuner(AttachmentTuner):
+    """The tuner of a method whose layers are [`PrefixLayer`]s."""
+
+    tuner_layer_cls: type[PrefixLayer]
+
+    def choose_modules(self, config: Any, block: Block) -> dict[str, nn.Module]:
+        """The block's attention; none where it has something else in its place."""
+        sublayer = find_sublayers(block).get("attention")
+        if sublayer is None or sublayer.output_path == WITHOUT_KEYS:
+            return {}
+        return {sublayer.output_path: block.module.get_submodule(sublayer.output_path)}
+
+    def check_module(self, attention: nn.Module, path: str) -> None:
+        """Checks that an attention module can be adapted, before anything is changed.
+
+        Raises:
+            MiLoraError: If it cannot.
+        """
+        check_prefix_support(attention, path)
+        find_keys_and_values(attention, path)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        for path in sorted(config.module_paths):
+            self.check_module(self.model.get_submodule(path), path)
+        return config
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
+        allow_prefix(target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; with the last adapter, attention is as it was."""
+        super().delete_adapter(adapter_name)
+        if not self.layers():
+            self.restore()
+
+    def unload(self) -> nn.Module:
+        """The bare backbone, whose attention is as it was."""
+        model = super().unload()
+        self.restore()
+        return model
+
+    def restore(self) -> None:
+        """Undoes what was done to the backbone besides attaching layers; called when the last one has gone."""
+        disallow_prefixes(self.model)

@@ -1,0 +1,83 @@
+"""`SSPConfig`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from milora.errors import MiLoraError
+from milora.tuners.attachment import AttachmentConfig
+from milora.tuners.registry import add_peft_type
+
+LORA = "lora"
+BITFIT = "bitfit"
+KINDS = (LORA, BITFIT)
+"""What can be placed at a module, in the order in which a module's candidates are listed."""
+
+
+@dataclass
+class SSPConfig(AttachmentConfig):
+    """Configuration of SSP: sparse structure search (S3PET, Hu et al. 2022), over LoRA and BitFit at every module.
+
+    An adapter without `structure` searches: every candidate is there, behind a gate. [`SSPModel.harden`] keeps the
+    most probable candidates that fit the budget and names them in `structure`; an adapter that has one is fixed.
+
+    The defaults are the MiLoRA paper's own baselines as candidates, LoRA of rank 32 and BitFit projected from 64,
+    which on Llama-2 7B have 79.95M and 87.05M parameters, and the share of them that is the paper's 80.6M.
+
+    Args:
+        r: Rank of the LoRA candidates.
+        lora_alpha: Their output is scaled by `lora_alpha / r`; `None` means `2 * r`.
+        projection_dim: Length of the vectors that are projected to the BitFit candidates' biases; `None` for biases
+            that are learned directly.
+        budget: How many parameters to keep, as a number, or as a share (a float of at most 1) of all candidates'.
+            The number is written here when the adapter is made.
+        temperature: Of the binary-concrete distribution; towards 0 the gates become binary.
+        structure: The candidates that were found: `[[module path, "lora" | "bitfit"], ...]`.
+
+    Raises:
+        MiLoraError: If a value is out of range, or `structure` names an unknown kind.
+    """
+
+    r: int = field(default=32, metadata={"help": "Rank of the LoRA candidates."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "LoRA's output is scaled by lora_alpha / r; None means 2 * r."}
+    )
+    projection_dim: int | None = field(
+        default=64, metadata={"help": "Length of the BitFit candidates' vectors before their projection."}
+    )
+    budget: int | float = field(
+        default=0.4827, metadata={"help": "Parameters to keep: a number, or a share of all candidates'."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the binary-concrete distribution."})
+    structure: list[list[str]] | None = field(
+        default=None, metadata={"help": "What was found: [module path, 'lora' or 'bitfit'] of each candidate kept."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("SSP")
+        if self.r < 1:
+            raise MiLoraError(f"r must be at least 1; found {self.r}.")
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise MiLoraError(f"projection_dim must be at least 1, or None; found {self.projection_dim}.")
+        if not (math.isfinite(self.budget) and self.budget > 0):
+            raise MiLoraError(
+                "budget must be a number of parameters, or a share of the candidates' above 0 and at most 1; "
+                f"found {self.budget}."
+            )
+        if not self.temperature > 0:
+            raise MiLoraError(f"temperature must be above 0; found {self.temperature}.")
+        if self.structure is not None:
+            self.structure = [list(entry) for entry in self.structure]
+            wrong = [entry for entry in self.structure if len(entry) != 2 or entry[1] not in KINDS]
+            if wrong or not self.structure:
+                found = repr(wrong[0]) if wrong else "an empty list"
+                raise MiLoraError(f"structure must list [module path, one of {list(KINDS)}]; found {found}.")
+
+    @property
+    def share(self) -> float | None:
+        """The budget as a share of all candidates' parameters, or `None` where it is a number."""
+        return self.budget if isinstance(self.budget, float) and self.budget <= 1 else None

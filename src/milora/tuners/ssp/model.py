@@ -1,0 +1,204 @@
+"""The tuner of SSP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora.errors import MiLoraError
+from milora.tuners.attachment import Attachment, AttachmentTuner
+from milora.tuners.ssp.config import KINDS, SSPConfig
+from milora.tuners.ssp.layer import SSPLayer
+from milora.tuners.ssp.search import most_probable, sample_gates, shifted
+
+
+class SSPModel(AttachmentTuner):
+    """A backbone with a sparse structure of LoRAs and biases; made by `get_peft_model(model, SSPConfig())`.
+
+    While an adapter searches, each training pass draws its gates, and each other pass takes the probabilities for
+    gates. Gates of the pass that is running are kept here; with gradient checkpointing a backward pass must follow its
+    own forward pass before the next one. [`milora.training.ssp_search.SSPSearch`] runs the search under a `Trainer`.
+    """
+
+    method = "SSP"
+    prefix = "ssp_"
+    tuner_layer_cls = SSPLayer
+
+    def _pre_injection_hook(self, model: nn.Module, config: SSPConfig, adapter_name: str) -> None:
+        # Shared with the layers, so filled and emptied but never replaced.
+        self._gates: dict[str, dict[str, Tensor]] = {}
+        self._handle: Any = model.register_forward_pre_hook(self._before_forward)
+
+    def _prepare_adapter_config(self, peft_config: SSPConfig, model_config: dict[str, Any]) -> SSPConfig:
+        super()._prepare_adapter_config(peft_config, model_config)
+        if peft_config.structure is not None:
+            there = {path for path, _ in peft_config.structure}
+            missing = sorted(there - peft_config.module_paths)
+            if missing:
+                raise MiLoraError(
+                    f"The adapter is for another backbone: its structure has {missing[0]}, which is no linear module "
+                    "of a block here."
+                )
+            peft_config.module_paths = there
+        return peft_config
+
+    def new_layer(self, path: str, module: nn.Module) -> Attachment:
+        """See [`AttachmentTuner.new_layer`]."""
+        return SSPLayer(path, self._gates)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; the budget becomes a number of parameters.
+
+        Raises:
+            MiLoraError: If not even the smallest candidate fits the budget.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: SSPConfig = self.peft_config[adapter_name]
+        if config.structure is None:
+            counts = self._counts(adapter_name)
+            config.budget = round(sum(counts) * config.share) if config.share is not None else round(config.budget)
+            if config.budget < min(counts):
+                raise MiLoraError(
+                    f"budget={config.budget} is below the {min(counts)} parameters of the smallest candidate; raise it."
+                )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See [`AttachmentTuner.delete_adapter`]."""
+        super().delete_adapter(adapter_name)
+        self._gates.pop(adapter_name, None)
+
+    def unload(self) -> nn.Module:
+        """See [`AttachmentTuner.unload`]."""
+        self._handle.remove()
+        return super().unload()
+
+    # ---------------------------------------------------------------- searching
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether an active adapter has no structure yet."""
+        return any(self.peft_config[name].structure is None for name in self.active_adapters)
+
+    def gate_parameters(self, adapter: str | None = None) -> list[nn.Parameter]:
+        """The gate logits of a searching adapter, (2) for each module; none where the structure is fixed.
+
+        Args:
+            adapter: Its name, by default the active one.
+        """
+        adapter = self._named(adapter)
+        return [layer.gate_logits(adapter) for layer in self._searching(adapter)]
+
+    def probabilities(self, adapter: str | None = None) -> dict[tuple[str, str], float]:
+        """How probable each candidate is, by module path and kind; empty where the structure is fixed."""
+        adapter = self._named(adapter)
+        layers = self._searching(adapter)
+        if not layers:
+            return {}
+        values = torch.sigmoid(self._shifted(adapter, layers).detach()).tolist()
+        names = [(layer.path, kind) for layer in layers for kind in KINDS]
+        return dict(zip(names, values, strict=True))
+
+    def expected_parameters(self, adapter: str | None = None) -> float:
+        """The expected number of parameters, `sum p_i N_i`, which is the budget; of a fixed structure, its own."""
+        adapter = self._named(adapter)
+        if self.peft_config[adapter].structure is None:
+            probabilities = self.probabilities(adapter).values()
+            return sum(p * n for p, n in zip(probabilities, self._counts(adapter), strict=True))
+        return float(sum(sum(layer.parameter_counts(adapter)) for layer in self._layers()))
+
+    def most_probable(self, adapter: str | None = None) -> dict[tuple[str, str], int]:
+        """The candidates that a search which ended now would keep, with their numbers of parameters.
+
+        Args:
+            adapter: Its name, by default the active one.
+        """
+        adapter = self._named(adapter)
+        probabilities, counts = self.probabilities(adapter), self._counts(adapter)
+        names = list(probabilities)
+        kept = most_probable(list(probabilities.values()), counts, self.peft_config[adapter].budget)
+        return {names[index]: counts[index] for index in kept}
+
+    def harden(self, adapter: str | None = None) -> list[list[str]]:
+        """Ends the search: keeps the most probable candidates that fit the budget, as they start, and drops the rest.
+
+        The parameters of what is kept stay the same objects, so that an optimiser goes on with them.
+
+        Args:
+            adapter: Its name, by default the active one.
+
+        Returns:
+            The structure, which is also written to the configuration.
+
+        Raises:
+            MiLoraError: If the adapter is not searching.
+        """
+        adapter = self._named(adapter)
+        config: SSPConfig = self.peft_config[adapter]
+        if config.structure is not None:
+            raise MiLoraError(f"The structure of the SSP adapter {adapter!r} is fixed; there is no search to end.")
+        kept = self.most_probable(adapter)
+        for layer in self._searching(adapter):
+            module = self.model.get_submodule(layer.path)
+            layer.keep(adapter, {kind for path, kind in kept if path == layer.path}, module, config)
+            if not layer.adapters():
+                layer.detach(module)
+        config.structure = [list(name) for name in kept]
+        self._gates.pop(adapter, None)
+        return config.structure
+
+    def _named(self, adapter: str | None) -> str:
+        if adapter is None:
+            return str(self.active_adapters[0])
+        if adapter not in self.peft_config:
+            raise MiLoraError(f"No adapter named {adapter!r}; there are {sorted(self.peft_config)}.")
+        return adapter
+
+    def _layers(self) -> list[SSPLayer]:
+        return [layer for layer in self.layers().values() if isinstance(layer, SSPLayer)]
+
+    def _searching(self, adapter: str) -> list[SSPLayer]:
+        return [layer for layer in self._layers() if adapter in layer.gate]
+
+    def _counts(self, adapter: str) -> list[int]:
+        return [count for layer in self._searching(adapter) for count in layer.parameter_counts(adapter)]
+
+    def _shifted(self, adapter: str, layers: list[SSPLayer]) -> Tensor:
+        logits = [layer.gate_logits(adapter) for layer in layers]
+        alpha = torch.cat([part.float().to(logits[0].device) for part in logits])
+        if alpha.is_meta:
+            # Without values: as they start.
+            alpha = torch.zeros_like(alpha, device="cpu")
+        counts = torch.tensor(self._counts(adapter), device=alpha.device)
+        return shifted(alpha, counts, self.peft_config[adapter].budget)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        for adapter in self.active_adapters:
+            config: SSPConfig = self.peft_config[adapter]
+            if config.structure is None:
+                layers = self._searching(adapter)
+                logits = self._shifted(adapter, layers)
+                drawn = sample_gates(logits, config.temperature) if model.training else logits.sigmoid()
+                if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                    drawn = _leaf(drawn)
+                rows = drawn.view(len(layers), len(KINDS))
+                self._gates[adapter] = {layer.path: row for layer, row in zip(layers, rows, strict=True)}
+
+
+def _leaf(gates: Tensor) -> Tensor:
+    """The gates as a leaf that hands each gradient on to where they came from.
+
+    Reentrant gradient checkpointing runs a backward pass for each block, and the graph that the blocks share could be
+    passed through only once. `torch.autograd.grad` does not see beyond the leaf, `backward` does.
+    """
+    if not gates.requires_grad:
+        return gates
+    leaf = gates.detach().requires_grad_()
+
+    def hand_on(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        torch.autograd.backward(gates, gradient, retain_graph=True)
+
+    leaf.register_post_accumulate_grad_hook(hand_on)  # type: ignore[no-untyped-call]
+    return leaf

@@ -1,0 +1,62 @@
+"""`milora params`: the table, the JSON, and mistakes in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from milora.backbone.shapes import shape_config
+from milora.cli import main
+from milora.methods import parameter_counts
+
+
+def test_json_is_one_object_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "--backbone", "llama-2-7b", "--methods", "lora, milora", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [row["method"] for row in result["methods"]] == ["lora", "milora"]
+    for row in result["methods"]:
+        counts = parameter_counts(row["method"], "llama-2-7b")
+        assert row["tunable"] == counts.tunable
+        assert (row["activated_mean"], row["activated_max"]) == (counts.activated_mean, counts.activated_max)
+    assert [row["paper_tunable"] for row in result["methods"]] == [80_000_000, 80_900_000]
+
+
+def test_the_table_has_the_papers_figure_beside(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["params", "--methods", "lora"]) == 0
+    out = capfd.readouterr().out
+    assert "LoRA" in out
+    assert all(figure in out for figure in ("79.95", "80.0", "-0.1%"))
+
+
+def test_another_backbone_has_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["params", "--backbone", "tinyllama-1.1b", "--methods", "bitfit"]) == 0
+    out = capfd.readouterr().out
+    assert "BitFit" in out
+    assert "paper" not in out
+    shape_config("tinyllama-1.1b").save_pretrained(tmp_path)
+    assert main(["params", "--backbone", str(tmp_path), "--methods", "bitfit", "--json"]) == 0
+    (row,) = json.loads(capfd.readouterr().out)["methods"]
+    assert row["paper_tunable"] is None
+    assert row["tunable"] == parameter_counts("bitfit", "tinyllama-1.1b").tunable
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "llama-7b"], "no backbone shape 'llama-7b'"),
+        (["--methods", "lora,mlora"], "no method 'mlora'"),
+        (["--methods", ","], "--methods names no method"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", *arguments]) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert message in error
+    assert error.count("\n") == 1
