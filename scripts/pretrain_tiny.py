@@ -33,13 +33,14 @@ MAX_POSITIONS = 2048
 SHORT, LONG = (16, 128), (2, 1024)
 """Rows and tokens of a batch. Documents are short; the long batches make the model used to far positions."""
 LONG_EVERY = 25
-COPY_STEPS, COPY_ROWS = 200, 2
-"""Steps at the start that train nothing but copying, and the rows of each later short batch that keep it alive."""
-MATRIX_LEARNING_RATE = 5e-3
+COPY_ROWS = 2
+"""Rows of each short batch that hold random tokens, repeated: they train copying of anything at all."""
+MATRIX_LEARNING_RATE = 4e-3
 OTHER_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 50
-RANDOM_GAIN, PREVIOUS_GAIN, NOTE_GAIN, MATCH_GAIN, COPY_GAIN = 0.35, 1.5, 0.04, 3.0, 0.2
-WEIGHT_DECAY = 0.05
+WARMUP_STEPS = 30
+EMBEDDING_DEVIATION, SHARED_COORDINATE, FINAL_SCALE, RANDOM_GAIN = 0.1, 1.0, 0.4, 0.35
+SHIFT_GAIN, NOTE_GAIN, MATCH_GAIN, COPY_GAIN = 1.5, 0.15, 2.0, 0.3
+WEIGHT_DECAY = 0.01
 GIVEN_WEIGHT = 0.2
 """Weight in the loss of what is made up in a document: it cannot be foreseen, only its style can be learned."""
 
@@ -126,50 +127,73 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
+        set_scales(model)
         build_copying_heads(model)
     return model
 
 
-def build_copying_heads(model: LlamaForCausalLM) -> None:
-    """Sets some heads up to copy: a previous-token head in the first block, induction heads in the next two.
-
-    An induction head finds the earlier place where the current token stood and says what came after it there. Nearly
-    all that the corpus asks for is built on that. Training finds such heads by itself, but only after a long plateau,
-    which a budget of minutes on a processor cannot pay for. Everything set here is trained on with the rest.
-    """
-    config = model.config
-    width = config.hidden_size // config.num_attention_heads
-    first, *later = model.model.layers[:3]
+def set_scales(model: LlamaForCausalLM) -> None:
+    """Large embeddings, which the high learning rate does not overthrow, and small contributions of the blocks."""
+    embedding = model.model.embed_tokens.weight
+    embedding *= EMBEDDING_DEVIATION / model.config.initializer_range
+    # The last coordinate is the same for all tokens. The embeddings are tied, so it adds the same to every logit.
+    embedding[:, -1] = SHARED_COORDINATE
+    model.model.norm.weight.fill_(FINAL_SCALE)
     for layer in model.model.layers:
-        # What the blocks add at random must not drown what these heads add.
         layer.self_attn.o_proj.weight *= RANDOM_GAIN
         layer.mlp.down_proj.weight *= RANDOM_GAIN
-    # The last coordinate is the same for all tokens. The embeddings are tied, so it adds the same to every logit.
-    model.model.embed_tokens.weight[:, -1] = 5 * config.initializer_range
-    # Three spaces that do not disturb each other: what of a token is noted, where the note is kept, what is copied.
-    noted, kept, copied = torch.nn.init.orthogonal_(torch.empty(3 * width, config.hidden_size)).split(width)
-    noted[:, -1] = kept[:, -1] = copied[:, -1] = 0.0
 
-    # Rotary positions turn key j by j * frequency and query p by p * frequency. With the query turned back by one step
-    # their product is largest for j = p - 1; only quick frequencies tell neighbours apart.
-    quick, half = 8, width // 2
+
+def build_copying_heads(model: LlamaForCausalLM) -> None:
+    """Starts the model with heads that copy: shifting heads in the first block, induction heads in the second.
+
+    All that the corpus asks for is looking things up: find where a word stood and tell what came after it. That takes
+    one head that notes at each token what came before it, and one in a later block that finds the note and copies what
+    stands there. Training discovers the pair only after a long plateau, which minutes on a processor do not pay for.
+    Where the shifting heads look stays fixed; what they note, and all else, is trained.
+    """
+    width, hidden = model.config.head_dim, model.config.hidden_size
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    embedding, query, key = model.model.embed_tokens.weight, first.q_proj.weight, first.k_proj.weight
+    # Four spaces that do not disturb each other: what is noted of a token, where the note is kept, what is copied.
+    noted, kept, *copied = torch.nn.init.orthogonal_(torch.empty(hidden, hidden)).split(width)
+    for space in (noted, kept, *copied):
+        space[:, -1] = 0.0
+
+    # Rotary positions turn key j by j * frequency and query p by p * frequency. With the query turned back by a shift
+    # their product is largest for j = p - shift; only quick frequencies tell neighbours apart.
+    quick = 8
     frequencies = model.model.rotary_emb.inv_freq[:quick]
-    query, key = first.self_attn.q_proj.weight, first.self_attn.k_proj.weight
-    key[:width] = query[:width] = 0.0
-    key[:quick, -1] = PREVIOUS_GAIN
-    query[:quick, -1] = PREVIOUS_GAIN * frequencies.cos()
-    query[half : half + quick, -1] = -PREVIOUS_GAIN * frequencies.sin()
-    first.self_attn.v_proj.weight[:width] = noted
-    first.self_attn.o_proj.weight[:, :width] = NOTE_GAIN * kept.T
+    query[: 2 * width] = key[:width] = 0.0
+    key[:quick, -1] = SHIFT_GAIN
+    for head, shift in enumerate((1, 2)):
+        cosine, sine = query[head * width :], query[head * width + width // 2 :]
+        cosine[:quick, -1] = SHIFT_GAIN * (shift * frequencies).cos()
+        sine[:quick, -1] = -SHIFT_GAIN * (shift * frequencies).sin()
+    first.v_proj.weight[:width] = noted
+    first.o_proj.weight[:, :width] = NOTE_GAIN * kept.T
 
     # The query is the token, the key is the note on the token before; slow frequencies match them at any distance.
-    slow = (torch.arange(width) % half >= half // 2).unsqueeze(1)
-    for layer in later:
-        attention = layer.self_attn
-        attention.q_proj.weight[:width] = MATCH_GAIN * noted * slow
-        attention.k_proj.weight[:width] = MATCH_GAIN * kept * slow
-        attention.v_proj.weight[:width] = copied
-        attention.o_proj.weight[:, :width] = COPY_GAIN * copied.T
+    slow = (torch.arange(width) % (width // 2) >= 10).unsqueeze(1)
+    for group, space in enumerate(copied):
+        head = group * model.config.num_attention_heads // model.config.num_key_value_heads
+        heads, groups = slice(head * width, (head + 1) * width), slice(group * width, (group + 1) * width)
+        second.q_proj.weight[heads] = MATCH_GAIN * noted * slow
+        second.k_proj.weight[groups] = MATCH_GAIN * kept * slow
+        second.v_proj.weight[groups] = space
+        second.o_proj.weight[:, heads] = COPY_GAIN * space.T
+
+    query.register_hook(partial(without_gradient, fixed=(slice(2 * width), slice(None))))
+    key.register_hook(partial(without_gradient, fixed=(slice(width), slice(None))))
+    embedding.register_hook(partial(without_gradient, fixed=(slice(None), -1)))
+    model.model.layers[0].input_layernorm.weight.requires_grad = False
+
+
+def without_gradient(gradient: torch.Tensor, fixed: tuple[slice | int, ...]) -> torch.Tensor:
+    """The gradient of a weight a part of which must stay as it is."""
+    gradient = gradient.clone()
+    gradient[fixed] = 0.0
+    return gradient
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -179,8 +203,6 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
     tokens: list[int] = []
     weights: list[float] = []
     random = torch.Generator().manual_seed(seed)
-    for _ in range(COPY_STEPS):
-        yield copying_batch(*SHORT, len(tokenizer), random)
     step = 0
     while True:
         rows, length = LONG if step % LONG_EVERY == LONG_EVERY - 1 else (SHORT[0] - COPY_ROWS, SHORT[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,12 +72,13 @@ def project_keys_and_values(attention: nn.Module, path: str, hidden: Tensor) -> 
     found = find_keys_and_values(attention, path)
     key, value = found.project(hidden)
     norm = _key_norm(attention)
-    if norm is not None and norm.weight.shape[-1] == found.size != found.head_dim:
-        key = norm.forward(key)
-        norm = None
-    key, value = (projected.unflatten(-1, (found.heads, found.head_dim)) for projected in (key, value))
-    if norm is not None:
-        key = norm.forward(key)
+    # A key norm spans all heads (OLMo 2) or each by itself.
+    spans_heads = norm is not None and norm.weight.shape[-1] == found.size != found.head_dim
+    if norm is not None and spans_heads:
+        key = norm(key)
+    key, value = (projected.reshape(*hidden.shape[:-1], found.heads, found.head_dim) for projected in (key, value))
+    if norm is not None and not spans_heads:
+        key = norm(key)
     return key.transpose(1, 2), value.transpose(1, 2)
 
 
@@ -117,7 +119,7 @@ def find_input_norm(block: Block) -> str | None:
     return found
 
 
-def _key_norm(attention: nn.Module) -> nn.Module | None:
+def _key_norm(attention: nn.Module) -> Any:
     return next((norm for name in KEY_NORMS if isinstance(norm := getattr(attention, name, None), nn.Module)), None)
 
 
@@ -165,7 +167,7 @@ def _by_head(attention: nn.Module, head_dim: int) -> KeysAndValues | None:
         return None
 
     def project(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        by_head: Tensor = fused(hidden).unflatten(-1, (heads, 3, head_dim))
+        by_head: Tensor = fused(hidden).reshape(*hidden.shape[:-1], heads, 3, head_dim)
         return _pair([of_all_heads.flatten(-2) for of_all_heads in by_head.unbind(-2)[1:]])
 
     return KeysAndValues(heads, head_dim, project)

@@ -15,7 +15,7 @@ from milora.errors import MiLoraError
 class BilevelSearch(TrainerCallback):  # type: ignore[misc]
     """Trains what decides on a structure on dev batches, between the steps in which a trainer trains everything else.
 
-    Subclasses set `tuner_class` and implement [`BilevelSearch.decisive`] and [`BilevelSearch.finish`]. The tuner says
+    Subclasses set `tuner_class` and implement [`BilevelSearch.decisive`] and [`BilevelSearch.advance`]. The tuner says
     by `is_searching` whether there is something to search; a model whose structure is known is only trained.
 
     What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
@@ -27,13 +27,17 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         search_share: Share of the training steps in which the search ends.
         every: Trainer's steps for one step on a dev batch.
         learning_rate: Adam's, of what is decisive.
+        betas: Adam's.
 
     Raises:
         MiLoraError: If an argument is out of range; when training begins, if the model has no such adapter, there are
-            several processes, or the steps are too few; during the search, if there is no dev batch or it has no loss.
+            several processes where only one can search, or the steps are too few; during the search, if there is no
+            dev batch or it has no loss.
     """
 
     tuner_class: ClassVar[type]
+    works_in_several_processes: ClassVar[bool] = False
+    """Whether what trains stays the same in every process until the search ends."""
 
     def __init__(
         self,
@@ -41,23 +45,37 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         search_share: float,
         every: int,
         learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        if not 0 < search_share < 1:
-            raise MiLoraError(f"search_share must be above 0 and below 1; found {search_share}.")
+        if not 0 < search_share <= 1:
+            raise MiLoraError(f"search_share must be above 0 and at most 1; found {search_share}.")
         if every < 1:
             raise MiLoraError(f"every must be at least 1; found {every}.")
         self.dev_batches = dev_batches
         self.search_share = search_share
         self.every = every
         self.learning_rate = learning_rate
+        self.betas = betas
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:
         """The parameters that are trained on the dev set."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what it trains on the dev set.")
 
-    def finish(self, tuner: Any) -> None:
-        """Ends the search, with the weights of what was found as they start."""
-        raise NotImplementedError
+    def prepare(self, tuner: Any, steps: int) -> None:
+        """Checks that a search of `steps` steps can be made."""
+        if steps < self.every:
+            raise MiLoraError(
+                f"search_share={self.search_share} leaves the search {steps} steps, and it learns every {self.every}. "
+                "Train for longer, or raise search_share."
+            )
+
+    def advance(self, tuner: Any, step: int, steps: int) -> bool:
+        """Makes the structural changes that are due after step `step` of a search of `steps`.
+
+        Returns:
+            Whether what is left begins anew, with an optimiser that knows nothing of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how its search advances.")
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keeps what is decisive out of the optimiser, which is made later, and so out of what a resumed run loads."""
@@ -70,22 +88,18 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         tuner = self._tuner(model)
         if not tuner.is_searching:
             return
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if _processes() > 1 and not self.works_in_several_processes:
             raise MiLoraError(
                 f"{type(self).__name__} works in one process: the end of a search takes parameters away, which "
                 "DistributedDataParallel cannot follow. Search in one process, then train the adapter in several."
             )
-        self._end = int(self.search_share * state.max_steps)
-        if self._end < self.every:
-            raise MiLoraError(
-                f"search_share={self.search_share} of {state.max_steps} steps leaves the search {self._end}, and it "
-                f"learns every {self.every}. Train for longer, or raise search_share."
-            )
+        self._steps = int(self.search_share * state.max_steps)
+        self.prepare(tuner, self._steps)
         parameters = self.decisive(tuner)
         # They are there if this callback was added after the trainer was made.
         _require_gradients(parameters, False)
         forget(optimizer, parameters)
-        self._optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        self._optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas)
         self._batches = endless(self.dev_batches)
 
     def on_step_end(
@@ -97,13 +111,14 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
             return
         if state.global_step % self.every == 0:
             self._learn(model, args.device)
-        if state.global_step >= self._end:
-            before = list(tuner.parameters())
-            self.finish(tuner)
-            remaining = {id(parameter) for parameter in tuner.parameters()}
-            forget(optimizer, [parameter for parameter in before if id(parameter) not in remaining])
-            # What it knows of the others is about the weights they had.
+        before = list(tuner.parameters())
+        begins_anew = self.advance(tuner, state.global_step, self._steps)
+        remaining = {id(parameter) for parameter in tuner.parameters()}
+        forget(optimizer, [parameter for parameter in before if id(parameter) not in remaining])
+        if begins_anew:
+            # What it knows of them is about the weights they had.
             optimizer.state.clear()
+        if not tuner.is_searching:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def _learn(self, model: nn.Module, device: torch.device) -> None:
@@ -116,6 +131,10 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
             batch = next(self._batches)
             on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             model(**on_device)["loss"].backward()
+            if _processes() > 1:
+                for parameter in decisive:
+                    distributed.all_reduce(parameter.grad)
+                    parameter.grad /= _processes()
             self._optimizer.step()
         finally:
             self._optimizer.zero_grad()
@@ -156,6 +175,10 @@ def forget(optimizer: Any, parameters: list[nn.Parameter]) -> None:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
+
+
+def _processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _require_gradients(parameters: list[nn.Parameter], required: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from milora.errors import MiLoraError
 from milora.training.bilevel import BilevelSearch
 from milora.tuners.ssp import SSPModel
 
@@ -42,6 +43,8 @@ class SSPSearch(BilevelSearch):
         every: int = 1,
         learning_rate: float = 0.1,
     ) -> None:
+        if search_share >= 1:
+            raise MiLoraError(f"search_share must be below 1, to leave steps for what was found; found {search_share}.")
         super().__init__(dev_batches, search_share, every, learning_rate)
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:
@@ -49,6 +52,9 @@ class SSPSearch(BilevelSearch):
         parameters: list[nn.Parameter] = tuner.gate_parameters()
         return parameters
 
-    def finish(self, tuner: Any) -> None:
-        """Hardens the structure."""
+    def advance(self, tuner: Any, step: int, steps: int) -> bool:
+        """Hardens the structure at the end, and begins anew with it."""
+        if step < steps:
+            return False
         tuner.harden()
+        return True

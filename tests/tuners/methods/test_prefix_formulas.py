@@ -164,7 +164,8 @@ def test_attention_is_the_formulas(method: str, family: str, window: int | None,
 def test_padding_never_enters_a_generator() -> None:
     generator = SoftTokenGenerator(12, 6, 2, (6, 5))
     hidden, prompt = torch.randn(2, 5, 12), torch.tensor([[False, False, True, True, True], [True] * 4 + [False]])
-    expected = [generator(h[p][None], torch.ones(1, int(p.sum()), dtype=torch.bool))[0] for h, p in zip(hidden, prompt)]
+    alone = [hidden[row, prompt[row]][None] for row in range(2)]
+    expected = [generator(h, torch.ones(h.shape[:2], dtype=torch.bool))[0] for h in alone]
     hidden[~prompt] = float("nan")
     torch.testing.assert_close(generator(hidden, prompt), torch.stack(expected))
 
@@ -259,10 +260,9 @@ def test_soft_tokens_are_written_once_a_prompt(settings: dict[str, Any]) -> None
 @torch.no_grad()
 def test_the_prompt_ends_where_supervision_begins() -> None:
     model = adapted("iapt")
-    prompt = torch.tensor([[False] * 2 + [True] * 3 + [False] * 4] * 3) & ATTENTION_MASK.bool()
-    labels = INPUT_IDS.masked_fill(torch.arange(9) < 5, -100)
-    labels[~ATTENTION_MASK.bool()] = -100
-    prompt |= ATTENTION_MASK.bool() & (torch.arange(9) < 5)
+    assert INPUT_IDS.shape[1] == 9
+    prompt = ATTENTION_MASK.bool() & (torch.arange(9) < 6)
+    labels = INPUT_IDS.masked_fill(torch.arange(9) < 6, -100)
     with model.base_model.use_prompt(prompt):
         expected = model(**BATCH).logits
     assert torch.equal(model(**BATCH, labels=labels).logits, expected)
@@ -299,9 +299,9 @@ def test_attention_is_as_it_was_when_the_last_adapter_has_gone(method: str) -> N
     backbone = model.base_model.model
     assert backbone.config._attn_implementation == "sdpa_with_prefix"
     model.add_adapter("second", METHODS[method]())
-    model.delete_adapter("default")
-    assert backbone.config._attn_implementation == "sdpa_with_prefix"
     model.delete_adapter("second")
+    assert backbone.config._attn_implementation == "sdpa_with_prefix"
+    model.delete_adapter("default")
     assert backbone.config._attn_implementation == "sdpa"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
     model = adapted(method, implementation="eager")
@@ -333,7 +333,7 @@ def test_other_attention_is_refused(method: str, family: str) -> None:
 def test_other_implementations_are_refused(method: str) -> None:
     model = ARCHITECTURES["llama"]()
     model.config._attn_implementation = "flex_attention"
-    with pytest.raises(MiLoraError, match="'flex_attention'.*attn_implementation='sdpa'"):
+    with pytest.raises(MiLoraError, match=r"'flex_attention'.*attn_implementation='sdpa'"):
         get_peft_model(model, METHODS[method]())
     model = adapted(method)
     model.base_model.model.set_attn_implementation("eager")

@@ -98,8 +98,9 @@ class IAPTModel(PromptTuner, PrefixTuner):
         Raises:
             MiLoraError: If the cache already holds tokens, or a prompt is empty.
         """
+        model: Any = self.model
         if self.prompt_tuning_is_off():
-            return self.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise MiLoraError(
@@ -107,11 +108,11 @@ class IAPTModel(PromptTuner, PrefixTuner):
                 "Give it the whole conversation and an empty cache, or go on from the cache in a loop of your own."
             )
         with self.passes.generating(kwargs.get("attention_mask")):
-            if needs_own_pass(self.model, kwargs):
+            if needs_own_pass(model, kwargs):
                 names = ("input_ids", "inputs", "attention_mask", "inputs_embeds")
                 prompts = {name: kwargs[name] for name in names if name in kwargs}
-                self.model.generate(*args, **prompts, generation_config=one_token(self.model))
-            return self.model.generate(*args, **kwargs)
+                model.generate(*args, **prompts, generation_config=one_token(model))
+            return model.generate(*args, **kwargs)
 
 
 def _unchanged(hidden: Tensor) -> Tensor:

@@ -37,6 +37,6 @@ class PTuningV2Layer(PrefixLayer):
     def keys_and_values(self, adapter: str, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
         """See [`PrefixLayer.keys_and_values`]."""
         vectors: Tensor = self.vectors[adapter]()  # (2, tokens, heads * head_dim)
-        by_head = vectors.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (2, heads, tokens, head_dim)
+        by_head = vectors.reshape(*vectors.shape[:2], self.heads, -1).transpose(1, 2)  # (2, heads, tokens, head_dim)
         keys, values = by_head.unsqueeze(1).expand(-1, batch, -1, -1, -1)
         return keys, values

@@ -1,0 +1,78 @@
+"""The search of Learned-Adapter, under any trainer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from milora.errors import MiLoraError
+from milora.training.bilevel import BilevelSearch
+from milora.tuners.learned_adapter import LearnedAdapterModel
+
+
+class LearnedAdapterSearch(BilevelSearch):
+    """Searches for the architecture during the first part of a training run; the rest trains what was found.
+
+    After every optimiser step of the trainer, the architecture weights take a step on a dev batch (first-order
+    bi-level optimisation, as in DARTS, Liu et al. 2019); the trainer itself leaves them alone. At evenly spaced steps
+    the weakest candidates are dropped, the last ones at the end of `search_share`.
+
+    `Trainer(model, ..., callbacks=[LearnedAdapterSearch(dev_batches)])`. A run that is resumed begins with
+    `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, during the search and after it: which
+    parameters there are depends on how far the search was. Resumed during the search, the architecture weights and the
+    drops go on where they were, but their Adam and the dev batches begin anew. A model whose architecture is known is
+    only trained.
+
+    What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
+    search has the architecture that was found.
+
+    Args:
+        dev_batches: Batches of the dev set with labels, as the model takes them; begun again when they run out.
+        search_share: Share of the training steps in which the search ends.
+        learning_rate: Adam's, of the architecture weights; the default is DARTS's.
+        retrain: Whether the adapters start again when the search ends, with an optimiser that has forgotten them. The
+            learning rate goes on where it was.
+
+    Raises:
+        MiLoraError: If `search_share` is not above 0 and at most 1; when training begins, if the model has no learned
+            adapter or the steps are too few; during the search, if there is no dev batch or it has no loss.
+    """
+
+    tuner_class = LearnedAdapterModel
+    works_in_several_processes = True
+
+    def __init__(
+        self,
+        dev_batches: Iterable[Mapping[str, Any]],
+        search_share: float = 0.3,
+        learning_rate: float = 3e-4,
+        retrain: bool = True,
+    ) -> None:
+        super().__init__(dev_batches, search_share, 1, learning_rate, betas=(0.5, 0.999))
+        self.retrain = retrain
+
+    def decisive(self, tuner: Any) -> list[nn.Parameter]:
+        """The architecture weights."""
+        parameters: list[nn.Parameter] = tuner.architecture_parameters()
+        return parameters
+
+    def prepare(self, tuner: Any, steps: int) -> None:
+        """Checks that there is a step for every round of drops."""
+        self._rounds = tuner.rounds
+        if steps < self._rounds:
+            raise MiLoraError(
+                f"The search drops candidates {self._rounds} times, and search_share={self.search_share} leaves it "
+                f"{steps} steps. Train for longer, or raise search_share."
+            )
+
+    def advance(self, tuner: Any, step: int, steps: int) -> bool:
+        """Drops the weakest candidates as often as is due; with the last of them the adapters may begin anew."""
+        due = self._rounds * step // steps
+        while tuner.rounds_left and self._rounds - tuner.rounds_left < due:
+            tuner.drop_weakest()
+        if tuner.rounds_left or not self.retrain:
+            return False
+        tuner.reset_parameters()
+        return True
