@@ -25,8 +25,8 @@ from milora.training.trainer import MiLoraTrainer
 from milora.tuners.milora import MiLoraConfig
 
 ASSISTANT = "assistant"
-TERSE = "terse"
-"""The demo's two tenants: one learns all tasks, the other to answer one of them as JSON."""
+BRISK = "brisk"
+"""The demo's two tenants: one learns all tasks, the other to answer one of them in another manner."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DemoSettings:
 
     Args:
         steps: Optimiser steps of the first tenant.
-        terse_steps: Optimiser steps of the second.
+        brisk_steps: Optimiser steps of the second.
         batch_size: Rows a step.
         learning_rate: Peak learning rate; far above the paper's, as the backbone is small and the steps are few.
         test_rows: Test rows of each task, before and after.
@@ -44,7 +44,7 @@ class DemoSettings:
     """
 
     steps: int = 200
-    terse_steps: int = 40
+    brisk_steps: int = 40
     batch_size: int = 16
     learning_rate: float = 3e-3
     test_rows: int = 40
@@ -121,7 +121,9 @@ def run_demo(
     routes = {name: _route(model, tokenizer, examples) for name, examples in tests.items()}
     short = {name.removeprefix("bundled-"): route for name, route in routes.items()}
     route_heat_map(short, heat_map, "Share of prompts that chose each expert, by task")
-    say(f"Routes drawn in {heat_map}; a second tenant learns to answer as JSON: {settings.terse_steps} steps.")
+    say(
+        f"Routes drawn in {heat_map}; a second tenant learns to answer in another manner: {settings.brisk_steps} steps."
+    )
     tenants = _two_tenants(model, tokenizer, settings, output)
     return DemoResult(
         tasks={name: {"before": before[name], "after": after[name]} for name in tests},
@@ -189,14 +191,16 @@ def _route(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Route:
 def _two_tenants(model: Any, tokenizer: Any, settings: DemoSettings, output: Path) -> dict[str, Any]:
     """Trains the second tenant, then answers one prompt for both and for none, as three rows of one batch."""
     task = BUNDLED_TASKS["bundled-extraction"]
-    examples = task.examples("train", settings.terse_steps * settings.batch_size, settings.seed + 1)
-    rows = [Row(example.prompt, f' {{"answer": "{example.answer}"}}', example.answer) for example in examples]
-    model.add_adapter(TERSE, MiLoraConfig())
-    model.set_adapter(TERSE)
-    _train(model, tokenizer, rows, settings.terse_steps, settings, output / "checkpoints")
-    model.save_pretrained(str(output), selected_adapters=[TERSE])
+    examples = task.examples("train", settings.brisk_steps * settings.batch_size, settings.seed + 1)
+    rows = [
+        Row(example.prompt, f"{example.completion.removeprefix(' correct:')}!", example.answer) for example in examples
+    ]
+    model.add_adapter(BRISK, MiLoraConfig())
+    model.set_adapter(BRISK)
+    _train(model, tokenizer, rows, settings.brisk_steps, settings, output / "checkpoints")
+    model.save_pretrained(str(output), selected_adapters=[BRISK])
     example = task.examples("test", 1, settings.seed)[0]
-    names = [ASSISTANT, TERSE, "__base__"]
+    names = [ASSISTANT, BRISK, "__base__"]
     encoded = [encode_prompt(tokenizer, example.prompt)] * len(names)
     inputs = left_padded(encoded, padding_token(tokenizer), "cpu")
     written = model.generate(

@@ -66,14 +66,18 @@ def test_files_to_adapter(backbone: Path, tmp_path: Path, capsys: pytest.Capture
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("MILORA", 4, 8)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert any("load_balancing_loss" in entry for entry in history)
-    assert main(["generate", "--adapter", str(tmp_path / "out"), "--prompt", "repeat ab: ", "--max-new-tokens", "4"]) == 0
+    assert (
+        main(["generate", "--adapter", str(tmp_path / "out"), "--prompt", "repeat ab: ", "--max-new-tokens", "4"]) == 0
+    )
 
 
 def test_a_yaml_file_and_flags_that_override_it(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"backbone": str(backbone), "data": [str(rows_file(tmp_path))], "top_k": 2, "r": 2}))
+    recipe.write_text(
+        yaml.safe_dump({"backbone": str(backbone), "data": [str(rows_file(tmp_path))], "top_k": 2, "r": 2})
+    )
     command = ["train", "--config", str(recipe), "--top_k", "1", "--max_steps", "1", "--use_cpu", "True"]
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--eval_on_start", "False", "--json"]) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

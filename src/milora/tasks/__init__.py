@@ -1,0 +1,1 @@
+"""Tasks: where rows come from, how an output is read, and what counts as right."""

@@ -4,21 +4,12 @@ from milora.tasks.bundled.arithmetic import ArithmeticTask
 from milora.tasks.bundled.base import GeneratedTask
 from milora.tasks.bundled.choice import ChoiceTask
 from milora.tasks.bundled.extraction import ExtractionTask
-from milora.tasks.bundled.order import OrderTask
 from milora.tasks.bundled.yesno import YesNoTask
 from milora.tasks.task import Task
 
 BUNDLED_TASKS: dict[str, Task] = {
-    task.name: task for task in (YesNoTask(), ChoiceTask(), ArithmeticTask(), ExtractionTask(), OrderTask())
+    task.name: task for task in (YesNoTask(), ChoiceTask(), ArithmeticTask(), ExtractionTask())
 }
 """The bundled tasks by name."""
 
-__all__ = [
-    "BUNDLED_TASKS",
-    "ArithmeticTask",
-    "ChoiceTask",
-    "ExtractionTask",
-    "GeneratedTask",
-    "OrderTask",
-    "YesNoTask",
-]
+__all__ = ["BUNDLED_TASKS", "ArithmeticTask", "ChoiceTask", "ExtractionTask", "GeneratedTask", "YesNoTask"]

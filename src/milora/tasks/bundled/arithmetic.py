@@ -1,31 +1,70 @@
-"""Word problems, answered with a chain of calculations."""
+"""Word problems with a chain of thought."""
 
 from __future__ import annotations
 
 import random
-import re
+from dataclasses import dataclass
 
 from milora.tasks.bundled.base import GeneratedTask
-from milora.tasks.bundled.world import calculation, invented_word_problem
+from milora.tasks.bundled.world import GAINS, ITEMS, LARGEST, LOSSES, NAMES
 from milora.tasks.task import Example
 
 
+@dataclass(frozen=True)
+class Story:
+    """A number of things that changes in steps, each a verb and an amount; no number has two digits."""
+
+    name: str
+    item: str
+    first: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def text(self) -> str:
+        """What happens."""
+        told = "".join(f" {self.name} {verb} {amount}." for verb, amount in self.steps)
+        return f"{self.name} had {self.first} {self.item}.{told}"
+
+    @property
+    def working(self) -> str:
+        """The calculations, one after the other: `7 - 2 = 5, 5 + 3 = 8`."""
+        number, lines = self.first, []
+        for verb, amount in self.steps:
+            sign, result = ("-", number - amount) if verb in LOSSES else ("+", number + amount)
+            lines.append(f"{number} {sign} {amount} = {result}")
+            number = result
+        return ", ".join(lines)
+
+    @property
+    def result(self) -> int:
+        """How many there are in the end."""
+        return self.first + sum(-amount if verb in LOSSES else amount for verb, amount in self.steps)
+
+    @classmethod
+    def draw(cls, rng: random.Random, steps: int) -> Story:
+        """A story of some steps."""
+        first = number = rng.randint(1, LARGEST - 1)
+        told = []
+        for _ in range(steps):
+            loses = number > 1 and (number == LARGEST or rng.random() < 0.5)
+            amount = rng.randint(1, number - 1 if loses else LARGEST - number)
+            told.append((rng.choice(LOSSES if loses else GAINS), amount))
+            number += -amount if loses else amount
+        return cls(rng.choice(NAMES), rng.choice(ITEMS), first, tuple(told))
+
+
 class ArithmeticTask(GeneratedTask):
-    """A story of two calculations; the answer is the number after the last one."""
+    """Stories about a number of things; the completion calculates step by step, and the last result is the answer."""
 
     name = "bundled-arithmetic"
-    max_new_tokens = 40
+    max_new_tokens = 20
 
     def draw(self, rng: random.Random) -> tuple[Example, str]:
-        """One story; its chain of calculations decides the split, so that no tested chain was trained on."""
-        problem = invented_word_problem(rng, changes=2)
-        chain = " ".join(f"{calculation(*step)}." for step in problem.steps)
-        question = f"How many {problem.item} does {problem.name} have now?"
-        answer = str(problem.result)
-        prompt = f"Problem: {' '.join(problem.sentences)} {question}\nSolution:"
-        return Example(prompt, f" {chain} The answer is {answer}", answer), chain
+        """See [`GeneratedTask.draw`]."""
+        story = Story.draw(rng, 2)
+        prompt = f"Problem: {story.text} How many {story.item} has {story.name} now?\nSolution:"
+        return Example(prompt, f" correct: {story.working}", str(story.result)), story.text
 
     def parse(self, output: str) -> str | None:
-        """The number after the last "the answer is"."""
-        found: list[str] = re.findall(r"the answer is:? (-?\d+)", output, re.IGNORECASE)
-        return found[-1] if found else None
+        """The last result of the chain."""
+        return self.said(output, r"(?:\d+ [-+] \d+ = \d+, )*\d+ [-+] \d+ = (\d+)")

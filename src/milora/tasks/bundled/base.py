@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from itertools import islice
-from typing import ClassVar
 
+from milora.errors import MiLoraError
 from milora.tasks.task import SPLITS, Example, Split, Task
 
 TRAIN_SHARE = 0.8
@@ -23,13 +24,18 @@ class GeneratedTask(Task):
     the rows of a shorter one with the same seed.
     """
 
-    completion_start: ClassVar[str] = "the correct answer is"
-
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> list[Example]:
         """The first `count` rows of the stream of `seed` that belong to the split."""
         if split not in SPLITS:
-            raise ValueError(f"A split is one of {', '.join(SPLITS)}; got {split!r}.")
+            raise MiLoraError(f"A split is one of {', '.join(SPLITS)}; found {split!r}.")
         return list(islice(self._stream(split, seed), DEFAULT_ROWS[split] if count is None else count))
+
+    @staticmethod
+    def said(output: str, pattern: str) -> str | None:
+        """What the first line of an output says after "correct:", if it has the form of `pattern`."""
+        lines = output.strip().splitlines()
+        found = re.match(rf"correct: {pattern}(?=\W|$)", lines[0]) if lines else None
+        return found[1] if found else None
 
     @abc.abstractmethod
     def draw(self, rng: random.Random) -> tuple[Example, str]:

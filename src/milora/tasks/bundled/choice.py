@@ -1,37 +1,46 @@
-"""Multiple choice: which of four answers is a fact of the closed world."""
+"""A question of knowledge with four options."""
 
 from __future__ import annotations
 
 import random
-import re
+from collections.abc import Sequence
 
 from milora.tasks.bundled.base import GeneratedTask
-from milora.tasks.bundled.world import TOPICS
+from milora.tasks.bundled.world import FACTS
 from milora.tasks.task import Example
 
-CHOICES = 4
+OPTIONS = 4
+
+
+def draw_question(rng: random.Random) -> tuple[str, str, str, list[str]]:
+    """A question's beginning, its subject, the right value, and options in random order, the right one among them."""
+    beginning = rng.choice(list(FACTS))
+    subject, value = rng.choice(list(FACTS[beginning].items()))
+    others = sorted(set(FACTS[beginning].values()) - {value})
+    options = [value, *rng.sample(others, OPTIONS - 1)]
+    rng.shuffle(options)
+    return beginning, subject, value, options
+
+
+def listing(options: Sequence[str], label: str) -> str:
+    """Options in words: every one is followed by its label."""
+    return ", ".join(f"{option} {label}{index}" for index, option in enumerate(options, start=1))
 
 
 class ChoiceTask(GeneratedTask):
-    """A question of knowledge with the answers `answer1` to `answer4`."""
+    """Multiple choice, `answer1` to `answer4`; the completion says the fact, then the label."""
 
     name = "bundled-choice"
-    max_new_tokens = 12
+    max_new_tokens = 10
 
     def draw(self, rng: random.Random) -> tuple[Example, str]:
-        """One question; the question with its set of options decides the split, whatever their order."""
-        topic = rng.choice(TOPICS)
-        subject = rng.choice(sorted(topic.facts))
-        options = [topic.facts[subject]]
-        options += rng.sample(sorted(set(topic.facts.values()) - set(options)), CHOICES - 1)
-        rng.shuffle(options)
-        question = topic.question.format(subject=subject)
-        listing = "\n".join(f"answer{number}: {option}" for number, option in enumerate(options, start=1))
-        answer = f"answer{options.index(topic.facts[subject]) + 1}"
-        example = Example(f"{question}\n{listing}\nAnswer:", f" {self.completion_start} {answer}", answer)
-        return example, f"{question} {sorted(options)}"
+        """See [`GeneratedTask.draw`]."""
+        beginning, subject, value, options = draw_question(rng)
+        answer = f"answer{options.index(value) + 1}"
+        listed = listing(options, "answer")
+        prompt = f"{beginning} {subject}? Options: {listed}.\nAnswer:"
+        return Example(prompt, f" correct: {subject} {value} {answer}", answer), f"{subject} {listed}"
 
     def parse(self, output: str) -> str | None:
-        """`answer1` to `answer4` after "the correct answer is"."""
-        found = re.search(rf"{self.completion_start}:? (answer[1-{CHOICES}])\b", output, re.IGNORECASE)
-        return found[1].lower() if found else None
+        """The label at the end."""
+        return self.said(output, r"\w+ \w+ (answer[1-4])")

@@ -1,30 +1,40 @@
-"""Information extraction: the value of one field of a record."""
+"""The value of a field of a record."""
 
 from __future__ import annotations
 
 import random
-import re
 
 from milora.tasks.bundled.base import GeneratedTask
-from milora.tasks.bundled.world import invented_record
+from milora.tasks.bundled.world import FIELDS
 from milora.tasks.task import Example
 
 
+def draw_record(rng: random.Random, fields: int) -> dict[str, str]:
+    """A record: fields in random order, with values that differ from each other."""
+    record: dict[str, str] = {}
+    for field in rng.sample(sorted(FIELDS), fields):
+        record[field] = rng.choice([value for value in FIELDS[field] if value not in record.values()])
+    return record
+
+
+def listing(record: dict[str, str]) -> str:
+    """A record in words: every field is followed by its value."""
+    return ", ".join(f"{field} {value}" for field, value in record.items())
+
+
 class ExtractionTask(GeneratedTask):
-    """A record of six fields, one of which is asked for."""
+    """Records, and what stands in one of their fields."""
 
     name = "bundled-extraction"
-    max_new_tokens = 16
+    max_new_tokens = 8
 
     def draw(self, rng: random.Random) -> tuple[Example, str]:
-        """One record with a question; the record decides the split."""
-        record = invented_record(rng, size=6)
-        field = rng.choice(sorted(record))
-        listing = "\n".join(f"{key}: {value}" for key, value in record.items())
-        prompt = f"Record:\n{listing}\nFind: {field}\nAnswer:"
-        return Example(prompt, f" {self.completion_start} {record[field]}", record[field]), listing
+        """See [`GeneratedTask.draw`]."""
+        record = draw_record(rng, 5)
+        asked = rng.choice(list(record))
+        prompt = f"Record: {listing(record)}.\nFind: {asked}\nAnswer:"
+        return Example(prompt, f" correct: {asked} {record[asked]}", record[asked]), listing(record)
 
     def parse(self, output: str) -> str | None:
-        """The rest of the line after "the correct answer is"."""
-        found = re.search(rf"{self.completion_start}:? ([^\n]*[^\n\s.])", output, re.IGNORECASE)
-        return found[1].strip() if found else None
+        """The value after the field."""
+        return self.said(output, r"\w+ (\w+)")

@@ -1,32 +1,60 @@
-"""Yes/no questions about a short passage."""
+"""Yes or no to a question about a short passage."""
 
 from __future__ import annotations
 
 import random
-import re
+from dataclasses import dataclass
 
 from milora.tasks.bundled.base import GeneratedTask
-from milora.tasks.bundled.world import invented_passage, passage_text
+from milora.tasks.bundled.world import NAMES, THINGS
 from milora.tasks.task import Example
 
 
+@dataclass(frozen=True)
+class Lunch:
+    """Who eats what, and a question of whether someone eats something."""
+
+    eaten: dict[str, str]
+    asked: str
+    claimed: str
+
+    @property
+    def passage(self) -> str:
+        """Who eats what: every name is followed by what its bearer eats."""
+        return ", ".join(f"{name} {thing}" for name, thing in self.eaten.items())
+
+    @property
+    def truth(self) -> str:
+        """What the one who is asked about eats."""
+        return self.eaten[self.asked]
+
+    @property
+    def is_true(self) -> bool:
+        """Whether the claim is the truth."""
+        return self.claimed == self.truth
+
+    @classmethod
+    def draw(cls, rng: random.Random, people: int) -> Lunch:
+        """A lunch of some people; half of the claims are true, the others name what somebody else eats."""
+        names, things = rng.sample(NAMES, people), rng.sample(THINGS, people)
+        asked = rng.randrange(people)
+        claimed = asked if rng.random() < 0.5 else rng.choice([i for i in range(people) if i != asked])
+        return cls(dict(zip(names, things, strict=True)), names[asked], things[claimed])
+
+
 class YesNoTask(GeneratedTask):
-    """Does the passage say so? A wrong value is always that of someone else in the passage."""
+    """Passages about who eats what, and whether someone eats something; the completion says the truth first."""
 
     name = "bundled-yesno"
     max_new_tokens = 12
 
     def draw(self, rng: random.Random) -> tuple[Example, str]:
-        """One passage with a question; the passage decides the split."""
-        statements = invented_passage(rng, people=3)
-        asked, other = rng.sample(statements, 2)
-        answer = rng.choice(("yes", "no"))
-        question = asked.say(asked.relation.is_it_so, asked.value if answer == "yes" else other.value)
-        passage = passage_text(statements)
-        prompt = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
-        return Example(prompt, f" {self.completion_start} {answer}", answer), passage
+        """See [`GeneratedTask.draw`]."""
+        lunch = Lunch.draw(rng, 3)
+        answer = "yes" if lunch.is_true else "no"
+        prompt = f"Passage: For lunch, {lunch.passage}.\nQuestion: Does {lunch.asked} eat {lunch.claimed}?\nAnswer:"
+        return Example(prompt, f" correct: {lunch.asked} {lunch.truth}, {answer}", answer), lunch.passage
 
     def parse(self, output: str) -> str | None:
-        """`yes` or `no` after "the correct answer is"."""
-        found = re.search(rf"{self.completion_start}:? (yes|no)\b", output, re.IGNORECASE)
-        return found[1].lower() if found else None
+        """The verdict at the end."""
+        return self.said(output, r"\w+ \w+, (yes|no)")

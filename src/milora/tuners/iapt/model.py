@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from milora.backbone.blocks import find_blocks, hidden_size
 from milora.backbone.key_value import check_projection, find_input_norm
 from milora.errors import MiLoraError
+from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.layer import IAPTLayer
-from milora.tuners.milora.gradient import checkpoint_with_route, is_checkpointed, restore_checkpoint_function
 from milora.tuners.prefix import PrefixTuner
 from milora.tuners.prompt_pass import PromptPass, PromptPasses, PromptTuner, needs_own_pass, one_token
 
@@ -83,7 +83,7 @@ class IAPTModel(PromptTuner, PrefixTuner):
         if torch.is_grad_enabled():
             for module in self.model.modules():
                 if is_checkpointed(module):
-                    checkpoint_with_route(module, self.passes, _unchanged)
+                    checkpoint_with_pass(module, self.passes, _unchanged)
         return super().new_pass(attended, arguments)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,8 @@ class LearnedAdapterConfig(BottleneckConfig):
         activations: The activations to choose from, of [`milora.routing.rational.ACTIVATIONS`].
         operations: The operations to choose from, of [`milora.tuners.learned_adapter.operations.OPERATIONS`].
         architecture: The `activation` and the `operation` of each adapted module, by its path in the backbone. Without
-            it a search begins, which fills it in when it ends: see [`milora.training.learned_adapter_search.LearnedAdapterSearch`].
+            it a search begins, which fills it in when it ends: see
+            [`milora.training.learned_adapter_search.LearnedAdapterSearch`].
 
     Raises:
         MiLoraError: If there is nothing to choose from, or a name is unknown.

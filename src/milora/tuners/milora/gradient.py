@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from milora.tuners.prompt_pass import PromptPasses
-
-CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
-"""Where transformers keeps the function that a block runs itself through under gradient checkpointing."""
+from torch import Tensor
 
 
 class RouteGradient(torch.autograd.Function):
@@ -45,49 +38,3 @@ class RouteGradient(torch.autograd.Function):
                 of_gates = torch.zeros_like(leaf)
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.idle]
         return gradients[0], of_gates, None, *zeros
-
-
-class CheckpointWithRoute:
-    """A block's checkpoint function, made to recompute the block under the route of its own forward pass.
-
-    By the time of the backward pass another forward may have run, or none is running. Where transformers runs a
-    module's hooks inside the checkpoint (before 5.2x), `route_block` routes here, outside it, so that the router runs
-    once and its loss has a graph in either case.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], dispatcher: PromptPasses, route_block: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.function = function
-        self.dispatcher = dispatcher
-        self.route_block = route_block
-
-    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoints `run(*args)`, whose first argument is the block's input."""
-        if args and isinstance(args[0], Tensor):
-            args = (self.route_block(args[0]), *args[1:])
-        resumed = partial(self._resume, self.dispatcher.current, run)
-        return self.function(resumed, *args, **kwargs)
-
-    def _resume(self, routing_pass: Any, run: Callable[..., Any], *args: Any) -> Any:
-        with self.dispatcher.resuming(routing_pass):
-            return run(*args)
-
-
-def is_checkpointed(block: nn.Module) -> bool:
-    """Whether a block will be run under transformers' gradient checkpointing."""
-    return bool(getattr(block, "gradient_checkpointing", False)) and block.training
-
-
-def checkpoint_with_route(block: nn.Module, dispatcher: PromptPasses, route_block: Callable[[Tensor], Tensor]) -> None:
-    """Wraps a block's checkpoint function, once; `gradient_checkpointing_enable` may have set a new one."""
-    function = getattr(block, CHECKPOINT_FUNCTION, None)
-    if function is not None and not isinstance(function, CheckpointWithRoute):
-        setattr(block, CHECKPOINT_FUNCTION, CheckpointWithRoute(function, dispatcher, route_block))
-
-
-def restore_checkpoint_function(block: nn.Module) -> None:
-    """Undoes [`checkpoint_with_route`]."""
-    function = getattr(block, CHECKPOINT_FUNCTION, None)
-    if isinstance(function, CheckpointWithRoute):
-        setattr(block, CHECKPOINT_FUNCTION, function.function)

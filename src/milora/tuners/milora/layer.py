@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from milora.errors import MiLoraError
 from milora.routing import Decision, RouterProjection, build_activation, build_pooler, choose, expert_probabilities
 from milora.tuners.bare_layer import BareTunerLayer
+from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import BlockRouting, Dispatcher, RoutingPass, follow, select
-from milora.tuners.milora.gradient import RouteGradient, checkpoint_with_route, is_checkpointed
+from milora.tuners.milora.gradient import RouteGradient
 
 
 class RouterLayer(BareTunerLayer):
@@ -116,7 +117,7 @@ class RouterLayer(BareTunerLayer):
         gates = decision.gates
         leaf: list[Tensor] = []
         if torch.is_grad_enabled() and is_checkpointed(block):
-            checkpoint_with_route(block, self.dispatcher, _Rerouted(self, block))
+            checkpoint_with_pass(block, self.dispatcher, _Rerouted(self, block))
             if gates.requires_grad:
                 gates = gates.detach().requires_grad_()
                 leaf = [gates]

@@ -17,9 +17,9 @@ from milora.backbone.blocks import OWN_ROUTER, Block, find_blocks, hidden_size
 from milora.errors import MiLoraError
 from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
 from milora.tuners.adapter_file import check_adapter_tensors
+from milora.tuners.checkpointing import restore_checkpoint_function
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
-from milora.tuners.milora.gradient import restore_checkpoint_function
 from milora.tuners.milora.layer import ExpertVariant, RouterLayer
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss

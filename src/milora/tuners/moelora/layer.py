@@ -13,8 +13,8 @@ from milora.backbone.blocks import in_features, out_features
 from milora.errors import MiLoraError
 from milora.routing import RouterProjection, load_balancing_loss
 from milora.tuners.attachment import Attachment
+from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
 from milora.tuners.low_rank import LowRank
-from milora.tuners.milora.gradient import checkpoint_with_route, is_checkpointed, restore_checkpoint_function
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.gates import TaskGate, for_input, for_rows, top_gates
 from milora.tuners.moelora.running import ForwardPass, Running
@@ -218,7 +218,7 @@ class MoeLoraShared(MoeLoraPart):
         for path in self.blocks:
             block = module.get_submodule(path)
             if is_checkpointed(block):
-                checkpoint_with_route(block, cast("Any", self.running), _unchanged)
+                checkpoint_with_pass(block, cast("Any", self.running), _unchanged)
 
 
 def _unchanged(hidden: Tensor) -> Tensor:
