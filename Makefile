@@ -10,10 +10,10 @@ demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it
 	$(BIN)/milora demo
 
 test: $(INSTALLED) lint types  ## Lint, types and all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-fast: $(INSTALLED)  ## The tests that take no more than a few seconds each
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ class DemoSettings:
         seed: Of the data, the adapters' start and the order of the rows.
     """
 
-    steps: int = 200
+    steps: int = 450
     brisk_steps: int = 40
     batch_size: int = 16
     learning_rate: float = 3e-3

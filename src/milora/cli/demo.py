@@ -15,7 +15,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", help="Folder for the adapters and the picture.")] = Path(
         "out/demo"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 450,
     test_rows: Annotated[int, typer.Option("--test-rows", min=1, help="Test rows of each task.")] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Seed of data and training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
