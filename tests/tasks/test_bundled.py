@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.backbone.bundled import TINY_BACKBONE
 from milora.errors import MiLoraError
@@ -211,3 +212,10 @@ def test_the_bundled_tokenizer_renders_a_chat() -> None:
     assert prompt == "<s>User: Where does a cow live?\nAssistant: "
     messages.append({"role": "assistant", "content": "On the farm."})
     assert tokenizer.apply_chat_template(messages, tokenize=False).startswith(f"{prompt}On the farm.</s>")
+
+
+def test_the_bundled_backbone_is_as_small_as_promised() -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY_BACKBONE)
+    assert 2_000_000 <= model.num_parameters() <= 4_000_000
+    assert model.dtype == torch.bfloat16
+    assert sum(file.stat().st_size for file in TINY_BACKBONE.iterdir()) <= 8_000_000

@@ -1,0 +1,36 @@
+"""The demo, in miniature: every part of it runs and leaves what it says it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from milora.cli.main import main
+from milora.demo import ASSISTANT, BRISK, DemoSettings, run_demo
+from milora.errors import MiLoraError
+from milora.tasks.bundled import BUNDLED_TASKS
+
+
+@pytest.mark.slow
+def test_every_part_of_the_demo(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = DemoSettings(steps=2, brisk_steps=2, test_rows=2, beams=2)
+    result = run_demo(tmp_path, settings, said.append)
+    assert result.tasks.keys() == BUNDLED_TASKS.keys()
+    assert all(0 <= value <= 1 for accuracy in result.tasks.values() for value in accuracy.values())
+    assert result.tenants["answers"].keys() == {ASSISTANT, BRISK, "__base__"}
+    assert Path(result.heat_map).read_bytes().startswith(b"\x89PNG")
+    for tenant in (ASSISTANT, BRISK):
+        assert json.loads((tmp_path / tenant / "adapter_config.json").read_text())["peft_type"] == "MILORA"
+    assert len(said) == 3
+    json.dumps(result.to_dict())
+
+
+def test_a_file_in_the_place_of_the_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MiLoraError, match="is a file; give a folder"):
+        run_demo(tmp_path / "file", DemoSettings())
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().out == ""
