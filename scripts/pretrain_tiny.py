@@ -43,6 +43,7 @@ WARMUP_STEPS = 50
 SHARED_COORDINATE, SHIFT_GAIN = 1.0, 1.5
 EMBEDDING_GAIN, FINAL_GAIN, RANDOM_GAIN, NOTE_GAIN, MATCH_GAIN, COPY_GAIN = 5.0, 0.3, 0.35, 0.15, 2.0, 0.3
 WEIGHT_DECAY = 0.01
+EMPTY_ROW_NOISE = 1e-3
 GIVEN_WEIGHT = 0.2
 """Weight in the loss of what is made up in a document: it cannot be foreseen, only its style can be learned."""
 
@@ -203,6 +204,17 @@ def without_gradient(gradient: torch.Tensor, fixed: tuple[slice | int, ...]) -> 
     return gradient
 
 
+def fill_empty_rows(model: LlamaForCausalLM, seed: int) -> None:
+    """Gives matrix rows that are zero a little noise: methods that divide by a row's length (DoRA) need one."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                empty = weight.norm(dim=1) == 0
+                noise = torch.randn(int(empty.sum()), weight.shape[1], generator=random)
+                weight[empty] = (EMPTY_ROW_NOISE * noise).to(weight.dtype)
+
+
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of packed documents, each between its start and end token, with the weight of every token in the loss."""
     # The tokenizer was trained on the start of stream `seed`; the model reads another stream.
@@ -324,7 +336,9 @@ def main() -> None:
     model.generation_config = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.to(torch.bfloat16)
+    fill_empty_rows(model, arguments.seed)
+    model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     card = MODEL_CARD.format(
         parameters=model.num_parameters(),

@@ -219,3 +219,9 @@ def test_the_bundled_backbone_is_as_small_as_promised() -> None:
     assert 2_000_000 <= model.num_parameters() <= 4_000_000
     assert model.dtype == torch.bfloat16
     assert sum(file.stat().st_size for file in TINY_BACKBONE.iterdir()) <= 8_000_000
+
+
+def test_no_row_of_the_bundled_backbone_is_empty() -> None:
+    """DoRA divides by the length of a row."""
+    model = AutoModelForCausalLM.from_pretrained(TINY_BACKBONE)
+    assert all(weight.norm(dim=1).min() > 0 for weight in model.parameters() if weight.ndim == 2)

@@ -6,7 +6,6 @@ layer changes the module's output from a forward hook, and leaves the module, it
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from milora.backbone.blocks import Block, find_blocks
 from milora.errors import MiLoraError
 from milora.tuners.adapter_file import check_adapter_file, check_adapter_tensors
 from milora.tuners.bare_layer import BareTunerLayer
+from milora.tuners.targets import listed_modules, targeted_modules
 
 
 @dataclass
@@ -138,7 +138,7 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
         blocks = find_blocks(self.model, peft_config.blocks)
         candidates = {block.path: self.choose_modules(peft_config, block) for block in blocks}
         listed = peft_config.modules
-        chosen = _listed(listed, candidates) if listed else _targeted(peft_config, candidates)
+        chosen = listed_modules(listed, candidates) if listed else targeted_modules(peft_config, candidates)
         lists = list(chosen.values())
         peft_config.modules = lists[0] if all(of_block == lists[0] for of_block in lists) else chosen
         peft_config.target_modules = list(dict.fromkeys(name for of_block in lists for name in of_block))
@@ -229,35 +229,3 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
         )
         check_adapter_tensors(model, adapter_name, remapped)
         return remapped
-
-
-def _listed(
-    modules: list[str] | dict[str, list[str]], candidates: dict[str, dict[str, nn.Module]]
-) -> dict[str, list[str]]:
-    """What the configuration of a saved adapter names, which must be there."""
-    by_block = modules if isinstance(modules, dict) else dict.fromkeys(candidates, modules)
-    for path, names in by_block.items():
-        missing = [name for name in names if name not in candidates.get(path, {})]
-        if missing:
-            found = f"has {list(candidates[path])}" if path in candidates else "has no such block"
-            raise MiLoraError(
-                f"The adapter is for another backbone: it has {missing} in {path}, and this backbone {found}."
-            )
-    return by_block
-
-
-def _targeted(config: Any, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, list[str]]:
-    """The candidates that `target_modules` names, as PEFT would match them."""
-    matcher = copy.copy(config)
-    if matcher.target_modules in (None, "all-linear"):
-        matcher.target_modules = r".*"
-    chosen = {
-        path: [name for name in names if check_target_module_exists(matcher, f"{path}.{name}")]
-        for path, names in candidates.items()
-    }
-    if not any(chosen.values()):
-        path, names = next(iter(candidates.items()))
-        raise MiLoraError(
-            f"target_modules={config.target_modules!r} names no module that can be adapted. {path} has {list(names)}."
-        )
-    return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from milora.backbone.blocks import OWN_ROUTER, Block, find_blocks, hidden_size
+from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.errors import MiLoraError
 from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
 from milora.tuners.adapter_file import check_adapter_tensors
@@ -25,6 +24,7 @@ from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
 from milora.tuners.prompt_pass import PromptTuner, labels_of, needs_own_pass, one_token
+from milora.tuners.targets import listed_modules, targeted_modules
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
@@ -83,7 +83,9 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
 
     def _prepare_adapter_config(self, peft_config: MiLoraConfig, model_config: dict[str, Any]) -> MiLoraConfig:
         blocks = find_blocks(self.model, peft_config.blocks)
-        experts = _listed_experts(peft_config, blocks) or _targeted_experts(peft_config, blocks)
+        candidates = {block.path: block.linears for block in blocks}
+        listed = peft_config.experts
+        experts = listed_modules(listed, candidates) if listed else targeted_modules(peft_config, candidates)
         routed = [block for block in blocks if experts.get(block.path)]
         check_top_k(peft_config.top_k, max(len(experts[block.path]) for block in routed))
         activations = peft_config.router_activation
@@ -430,41 +432,6 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
             for parameter in activation.parameters()
             if parameter.requires_grad
         ]
-
-
-def _listed_experts(config: MiLoraConfig, blocks: list[Block]) -> dict[str, list[str]]:
-    """The experts that the configuration of a saved adapter names, which must be there."""
-    if not config.experts:
-        return {}
-    experts = config.experts if isinstance(config.experts, dict) else {b.path: config.experts for b in blocks}
-    there = {block.path: block.linears for block in blocks}
-    for path, names in experts.items():
-        missing = [name for name in names if name not in there.get(path, {})]
-        if missing:
-            found = f"has {list(there[path])}" if path in there else "has no such block"
-            raise MiLoraError(
-                f"The adapter is for another backbone: it has experts {missing} in {path}, and this backbone {found}."
-            )
-    return experts
-
-
-def _targeted_experts(config: MiLoraConfig, blocks: list[Block]) -> dict[str, list[str]]:
-    """The linear modules of the blocks that `target_modules` names, as PEFT would match them."""
-    matcher = copy.copy(config)
-    if matcher.target_modules == "all-linear":
-        # By name and not by a regular expression, with which PEFT ignores layers_to_transform.
-        matcher.target_modules = list(dict.fromkeys(name for block in blocks for name in block.linears))
-    experts = {
-        block.path: [name for name in block.linears if check_target_module_exists(matcher, f"{block.path}.{name}")]
-        for block in blocks
-    }
-    if not any(experts.values()):
-        named = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
-        raise MiLoraError(
-            f"target_modules={named!r} names no linear module of the blocks "
-            f"({blocks[0].path}, ...). They have {list(blocks[0].linears)}."
-        )
-    return experts
 
 
 def _expanded(names: list[str], rows: int, what: str) -> list[str]:

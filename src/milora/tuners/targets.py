@@ -1,0 +1,64 @@
+"""Which modules of a backbone's blocks a configuration means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from milora.errors import MiLoraError
+
+Candidates = Mapping[str, Mapping[str, nn.Module]]
+"""Block -> relative path -> module: what a method could adapt, in order."""
+
+
+def listed_modules(modules: list[str] | dict[str, list[str]], candidates: Candidates) -> dict[str, list[str]]:
+    """What the configuration of a saved adapter names, by block.
+
+    Args:
+        modules: Relative paths, the same for all blocks, or by block.
+        candidates: What there is.
+
+    Raises:
+        MiLoraError: If one of them is not there.
+    """
+    by_block = modules if isinstance(modules, dict) else dict.fromkeys(candidates, modules)
+    for path, names in by_block.items():
+        missing = [name for name in names if name not in candidates.get(path, {})]
+        if missing:
+            found = f"has {list(candidates[path])}" if path in candidates else "has no such block"
+            raise MiLoraError(
+                f"The adapter is for another backbone: it has {missing} in {path}, and this backbone {found}."
+            )
+    return by_block
+
+
+def targeted_modules(config: Any, candidates: Candidates) -> dict[str, list[str]]:
+    """The candidates that a configuration's `target_modules` names, by block, as PEFT would match them.
+
+    Args:
+        config: A PEFT configuration; `None` and `all-linear` as `target_modules` mean every candidate.
+        candidates: What there is.
+
+    Raises:
+        MiLoraError: If it names none.
+    """
+    matcher = copy.copy(config)
+    if matcher.target_modules in (None, "all-linear"):
+        # By name and not by a regular expression, with which PEFT ignores layers_to_transform.
+        matcher.target_modules = list(dict.fromkeys(name for names in candidates.values() for name in names))
+    chosen = {
+        path: [name for name in names if check_target_module_exists(matcher, f"{path}.{name}")]
+        for path, names in candidates.items()
+    }
+    if not any(chosen.values()):
+        named = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
+        path, names = next(iter(candidates.items()))
+        raise MiLoraError(
+            f"target_modules={named!r} names no linear module of the blocks that could be adapted ({path}, ...). They "
+            f"have {list(names)}."
+        )
+    return chosen
