@@ -149,7 +149,7 @@ def _train(
         eval_on_start=False,
         load_best_model_at_end=False,
         save_strategy="no",
-        logging_steps=max(steps // 8, 1),
+        logging_strategy="no",
         report_to="none",
         use_cpu=True,
         seed=settings.seed,

@@ -21,11 +21,17 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Fine-tune MiLoRA on the bundled backbone, measure it, draw its routes, serve two tenants in one batch."""
+    from datasets import disable_progress_bars
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
+    from milora.cli.output import quiet_libraries
     from milora.demo import DemoSettings, run_demo
+
+    quiet_libraries()
+    # Of preparing a few thousand rows; the trainer's own bar stays.
+    disable_progress_bars()
 
     progress = Console(stderr=True)
 
