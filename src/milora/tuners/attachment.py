@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -209,8 +210,6 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
             raise MiLoraError(
                 f"{self.method} serves one adapter at a time: choose it with set_adapter instead of adapter_names."
             )
-        from contextlib import nullcontext
-
         return nullcontext()
 
     @classmethod

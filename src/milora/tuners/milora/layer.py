@@ -16,6 +16,11 @@ from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import BlockRouting, Dispatcher, RoutingPass, follow, select
 from milora.tuners.milora.gradient import RouteGradient
 
+NO_MERGE = (
+    "A MiLoRA adapter cannot be merged: which modules it changes depends on the prompt. Export one route as a plain "
+    "LoRA adapter (milora export) and merge that."
+)
+
 
 class RouterLayer(BareTunerLayer):
     """A block's routers, one an adapter, as a child of the block (`milora_router`).
@@ -232,10 +237,7 @@ class ExpertVariant(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def _refuse_merging(*args: Any, **kwargs: Any) -> Any:
-        raise MiLoraError(
-            "A MiLoRA adapter cannot be merged: which modules it changes depends on the prompt. Export one route as a "
-            "plain LoRA adapter (milora export) and merge that."
-        )
+        raise MiLoraError(NO_MERGE)
 
     merge_safe = merge_unsafe = unmerge = _refuse_merging
 

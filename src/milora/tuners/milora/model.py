@@ -19,7 +19,7 @@ from milora.tuners.adapter_file import check_adapter_tensors
 from milora.tuners.checkpointing import restore_checkpoint_function
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
-from milora.tuners.milora.layer import ExpertVariant, RouterLayer
+from milora.tuners.milora.layer import NO_MERGE, ExpertVariant, RouterLayer
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
@@ -28,11 +28,6 @@ from milora.tuners.targets import listed_modules, targeted_modules
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
-
-NO_MERGE = (
-    "A MiLoRA adapter cannot be merged: which modules it changes depends on the prompt. Export one route as a plain "
-    "LoRA adapter (milora export) and merge that."
-)
 
 
 class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
