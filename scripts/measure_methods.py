@@ -34,13 +34,14 @@ LEARNING_RATES = {"p-tuning-v2": 3e-2, "iapt": 1e-2, "bitfit": 1e-2, "ia3": 1e-2
 USUAL_LEARNING_RATE = 3e-3
 
 
-def measure(name: str, steps: int, batch_size: int, test_rows: int, seed: int, folder: Path) -> dict[str, Any]:
+def measure(
+    name: str, rate: float, steps: int, batch_size: int, test_rows: int, seed: int, folder: Path
+) -> dict[str, Any]:
     """Trains one method and returns its test accuracies."""
     set_seed(seed)
     backbone, tokenizer = load_backbone("tiny", dtype="float32", device="cpu")
     overrides = {"total_step": steps} if name == "adalora" else {}
     model = get_peft_model(backbone, config_for(name, backbone, **overrides))
-    rate = LEARNING_RATES.get(name, USUAL_LEARNING_RATE)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -112,9 +113,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, help="instead of each method's own")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("out/methods.jsonl"))
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     done = {}
     if arguments.results.exists():
@@ -122,7 +125,8 @@ def main() -> None:
     for name in arguments.methods:
         if name not in done:
             size = arguments.steps, arguments.batch_size, arguments.test_rows, arguments.seed
-            done[name] = measure(name, *size, arguments.results.parent / "checkpoints")
+            rate = arguments.learning_rate or LEARNING_RATES.get(name, USUAL_LEARNING_RATE)
+            done[name] = measure(name, rate, *size, arguments.results.parent / "checkpoints")
             with arguments.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[name]) + "\n")
     console = Console(width=200)
