@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
+
+
+class CheckedFileConfig(PeftConfig):  # type: ignore[misc]
+    """A configuration of an adapter whose file is looked at before anything is built for it."""
+
+    modules_to_save: list[str] | None
+    awaits_weights = False
+    """Whether the adapter was read from a file whose weights are not in the model yet. No field: it is not saved."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's; of a local adapter the weights' file is looked at too.
+
+        Raises:
+            MiLoraError: If the weights are missing, truncated or not safetensors.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        if isinstance(config, cls) and folder.is_dir():
+            check_adapter_file(folder, config.modules_to_save)
+        config.awaits_weights = True
+        return config
 
 
 def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None = None) -> None:

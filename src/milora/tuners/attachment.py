@@ -10,22 +10,20 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from milora.backbone.blocks import Block, find_blocks
 from milora.errors import MiLoraError
-from milora.tuners.adapter_file import check_adapter_file, check_adapter_tensors
+from milora.tuners.adapter_file import CheckedFileConfig
 from milora.tuners.bare_layer import BareTunerLayer
+from milora.tuners.rollback import RevertibleTuner
 from milora.tuners.targets import listed_modules, targeted_modules
 
 
 @dataclass
-class AttachmentConfig(PeftConfig):  # type: ignore[misc]
+class AttachmentConfig(CheckedFileConfig):
     """What every method's configuration has.
 
     Args:
@@ -44,19 +42,6 @@ class AttachmentConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
     blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
     modules: list[str] | dict[str, list[str]] | None = field(default=None, metadata={"help": "What is adapted."})
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's; of a local adapter the weights' file is looked at too, before anything is built for it.
-
-        Raises:
-            MiLoraError: If the weights are missing, truncated or not safetensors.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        if isinstance(config, cls) and folder.is_dir():
-            check_adapter_file(folder)
-        return config
 
 
 class Attachment(BareTunerLayer):
@@ -119,7 +104,7 @@ class Attachment(BareTunerLayer):
         return hidden
 
 
-class AttachmentTuner(BaseTuner):  # type: ignore[misc]
+class AttachmentTuner(RevertibleTuner):
     """The tuner of a method whose layers are [`Attachment`]s.
 
     Subclasses set `prefix`, `tuner_layer_cls` and `method`, the name for messages, and implement
@@ -218,13 +203,3 @@ class AttachmentTuner(BaseTuner):  # type: ignore[misc]
         part = rf"((?:^|\.){re.escape(cls.prefix)}\.[^.]+)\.{re.escape(adapter_name)}(?=\.|$)"
         shorter, found = re.subn(part, r"\1", key, count=1)
         return shorter if found else str(super()._remove_adapter_name_from_key(key, adapter_name))
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        check_adapter_tensors(model, adapter_name, remapped)
-        return remapped

@@ -36,9 +36,8 @@ class IAPTModel(PromptTuner, PrefixTuner):
         self.passes = PromptPasses()
         self._watches = []
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; from then on the backbone's calls are watched for prompts."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def complete_adapter(self, adapter_name: str, config: IAPTConfig, *args: Any, **kwargs: Any) -> None:
+        """From now on the backbone's calls are watched for prompts."""
         self.watch()
 
     def _prepare_adapter_config(self, peft_config: IAPTConfig, model_config: dict[str, Any]) -> Any:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
 from milora.errors import MiLoraError
 from milora.routing import ACTIVATIONS, GATES, POOLERS
-from milora.tuners.adapter_file import check_adapter_file
+from milora.tuners.adapter_file import CheckedFileConfig
 from milora.tuners.registry import add_peft_type
 
 WEIGHT_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -31,7 +29,7 @@ UNSUPPORTED_FIELDS = (
 
 
 @dataclass
-class MiLoraConfig(LoraConfig):  # type: ignore[misc]
+class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     """Configuration of MiLoRA (Zhang et al., EMNLP 2024 Findings): the LoRA of each linear module of a block is an
     expert, and a router per block chooses `top_k` of them once per prompt.
 
@@ -101,23 +99,6 @@ class MiLoraConfig(LoraConfig):  # type: ignore[misc]
         self.rational_orders = list(self.rational_orders)
         self._check_choices()
         self._check_lora_features()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> MiLoraConfig:
-        """As PEFT's; of a local adapter the weights' file is looked at too, before anything is built for it.
-
-        Raises:
-            MiLoraError: If the weights are missing, truncated or not safetensors.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        if isinstance(config, cls) and folder.is_dir():
-            check_adapter_file(folder, config.modules_to_save)
-        # Until they are loaded, whoever adds the adapter to a model can take it back (no field: it is not saved).
-        config.awaits_weights = True
-        return config  # type: ignore[no-any-return]
 
     def _check_choices(self) -> None:
         if not isinstance(self.top_k, int) or self.top_k < 1:

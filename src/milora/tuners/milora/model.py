@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.errors import MiLoraError
 from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
-from milora.tuners.adapter_file import check_adapter_tensors
 from milora.tuners.checkpointing import restore_checkpoint_function
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
@@ -24,13 +23,14 @@ from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
 from milora.tuners.prompt_pass import PromptTuner, labels_of, needs_own_pass, one_token
+from milora.tuners.rollback import RevertibleTuner
 from milora.tuners.targets import listed_modules, targeted_modules
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""
 
 
-class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
+class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc]
     """A backbone with MiLoRA adapters; made by `get_peft_model(model, MiLoraConfig())`.
 
     Each block gets a router (`milora_router`), each adapted module stays a LoRA layer of PEFT. A forward pass reads the
@@ -50,28 +50,12 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
         self.passes = self.dispatcher = Dispatcher()
         self.statistics = RoutingStatistics()
         self._watches = []
-        self._trained_before: list[nn.Parameter] = []
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then gives every block with experts its router.
-
-        Raises:
-            MiLoraError: If no expert is found, `top_k` exceeds their number, or the adapter is for another backbone.
-        """
-        config: MiLoraConfig = self.peft_config[adapter_name]
-        if not self.is_watching:
-            # PEFT freezes the backbone with its first adapter.
-            self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            low_memory = bool(kwargs.get("low_cpu_mem_usage", False))
-            with init_empty_weights() if low_memory else nullcontext():
-                self._add_routers(adapter_name, config)
-        except Exception:
-            self._take_back(adapter_name)
-            raise
-        if not getattr(config, "awaits_weights", False):
-            self._trained_before = []
+    def complete_adapter(self, adapter_name: str, config: MiLoraConfig, *args: Any, **kwargs: Any) -> None:
+        """Gives every block with experts its router."""
+        low_memory = bool(kwargs.get("low_cpu_mem_usage", False))
+        with init_empty_weights() if low_memory else nullcontext():
+            self._add_routers(adapter_name, config)
         for router in self._routers().values():
             router.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.watch()
@@ -191,17 +175,8 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
         self.unwatch()
         return model
 
-    def _take_back(self, adapter_name: str) -> None:
-        """Leaves the model as it was before an adapter was added, or added in part."""
-        if set(self.peft_config) <= {adapter_name}:
-            trained = self._trained_before
-            self.unload()
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            return
-        active = self.active_adapter
-        self.delete_adapter(adapter_name)
-        self.active_adapter = active
+    def remove_empty_layers(self) -> None:
+        """See [`RevertibleTuner.remove_empty_layers`]; PEFT leaves LoRA layers without adapters in their places."""
         for path, layer in list(self.model.named_modules()):
             if isinstance(layer, LoraLayer) and not layer.r:
                 parent, _, name = path.rpartition(".")
@@ -217,25 +192,6 @@ class MiLoraModel(PromptTuner, LoraModel):  # type: ignore[misc]
             MiLoraError: Always: routers of different adapters have no weighted sum.
         """
         raise MiLoraError("MiLoRA adapters cannot be combined: routers of different adapters have no weighted sum.")
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MiLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        try:
-            check_adapter_tensors(model, adapter_name, remapped)
-        except MiLoraError:
-            # PEFT builds an adapter before it reads its weights.
-            if getattr(config, "awaits_weights", False) and isinstance(model.base_model, cls):
-                model.base_model._take_back(adapter_name)
-            raise
-        config.awaits_weights = False
-        if isinstance(model.base_model, cls):
-            model.base_model._trained_before = []
-        return remapped
 
     # ------------------------------------------------------------ forward passes
 

@@ -48,14 +48,12 @@ class SSPModel(AttachmentTuner):
         """See [`AttachmentTuner.new_layer`]."""
         return SSPLayer(path, self._gates)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; the budget becomes a number of parameters.
+    def complete_adapter(self, adapter_name: str, config: SSPConfig, *args: Any, **kwargs: Any) -> None:
+        """The budget becomes a number of parameters.
 
         Raises:
             MiLoraError: If not even the smallest candidate fits the budget.
         """
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: SSPConfig = self.peft_config[adapter_name]
         if config.structure is None:
             counts = self._counts(adapter_name)
             config.budget = round(sum(counts) * config.share) if config.share is not None else round(config.budget)

@@ -1,0 +1,85 @@
+"""Adapters that cannot be built, or whose file does not fit, leave the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from milora.errors import MiLoraError
+from milora.tuners.adapter_file import check_adapter_tensors
+
+
+class RevertibleTuner(BaseTuner):  # type: ignore[misc]
+    """A tuner that takes an adapter back if adding it fails.
+
+    PEFT freezes the backbone, builds the adapter's layers and only then reads its weights, and does not clear up after
+    an exception. The configurations are [`milora.tuners.adapter_file.CheckedFileConfig`]s.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, and [`RevertibleTuner.complete_adapter`]; all of it or nothing.
+
+        Raises:
+            MiLoraError: If the adapter cannot be put into this model.
+        """
+        config = self.peft_config[adapter_name]
+        if self._is_only(adapter_name):
+            self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.complete_adapter(adapter_name, config, *args, **kwargs)
+        except Exception:
+            self._take_back(adapter_name)
+            raise
+        if not config.awaits_weights:
+            self._trained_before = []
+
+    def complete_adapter(self, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        """What a method adds to the layers that PEFT has built; nothing, unless overridden.
+
+        Args:
+            adapter_name: The adapter.
+            config: Its configuration.
+            *args: As for `inject_adapter`.
+            **kwargs: As for `inject_adapter`.
+        """
+
+    def remove_empty_layers(self) -> None:
+        """Takes away the layers that a removed adapter leaves without any; where `delete_adapter` does, nothing."""
+
+    def _is_only(self, adapter_name: str) -> bool:
+        return set(self.peft_config) <= {adapter_name}
+
+    def _take_back(self, adapter_name: str) -> None:
+        """Leaves the model as it was before an adapter was added, or added in part."""
+        if self._is_only(adapter_name):
+            trained = self._trained_before
+            self.unload()
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            return
+        active = self.active_adapter
+        self.delete_adapter(adapter_name)
+        self.active_adapter = active
+        self.remove_empty_layers()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        tuner = model.base_model if isinstance(model.base_model, cls) else None
+        try:
+            check_adapter_tensors(model, adapter_name, remapped)
+        except MiLoraError:
+            if tuner is not None and config.awaits_weights:
+                tuner._take_back(adapter_name)
+            raise
+        config.awaits_weights = False
+        if tuner is not None:
+            tuner._trained_before = []
+        return remapped
