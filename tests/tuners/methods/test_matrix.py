@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from support.adapted import Snapshot
 from support.architectures import ARCHITECTURES, pad, random_prompts
 from support.methods import METHODS, adapted, forward, fresh, randomize
 from torch import Tensor
@@ -116,6 +118,32 @@ def test_saved_adapters_load_as_they_were(method: str, family: str, low_cpu_mem_
     second.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
     second.set_adapter("second")
     assert torch.equal(logits_of(second, method), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_bad_weights_leave_the_model_as_it_was(
+    method: str, family: str, low_cpu_mem_usage: bool, tmp_path: Path
+) -> None:
+    adapted(method, family).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    sound = weights.read_bytes()
+    tensors = load_file(weights)
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    backbone = ARCHITECTURES[family]()
+    before = Snapshot(backbone)
+    with pytest.raises(MiLoraError, match="NaN"):
+        PeftModel.from_pretrained(backbone, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    before.assert_unchanged(backbone)
+    model = get_peft_model(backbone, METHODS[method].config()).eval()
+    before = Snapshot(model)
+    with pytest.raises(MiLoraError, match="NaN"):
+        model.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    before.assert_unchanged(model)
+    weights.write_bytes(sound)
+    model.load_adapter(tmp_path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("other")
+    assert torch.equal(logits_of(model, method), logits_of(adapted(method, family), method))
 
 
 def test_adapters_live_side_by_side_and_are_deleted(method: str, family: str) -> None:
