@@ -1,6 +1,7 @@
 import pytest
+import torch
 from peft import PeftModel
-from support.adapted import adapted
+from support.adapted import adapted, assert_nothing_in_force
 from support.architectures import ARCHITECTURES
 from support.tokenizer import END, character_tokenizer
 
@@ -106,3 +107,23 @@ def test_a_decoding_out_of_range_is_refused(values: dict) -> None:
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_generated(model: PeftModel) -> None:
     with pytest.raises(MiLoraError, match="128 positions"):
         generate_texts(model, character_tokenizer(), ["fits", "x" * 127], Decoding(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_text_comes_with_the_route_that_served_it(beams: int) -> None:
+    case = adapted("llama")
+    tokenizer = character_tokenizer()
+    made = generate_texts(case.model, tokenizer, PROMPTS, Decoding(max_new_tokens=3, beams=beams), batch_size=3)
+    for text in made:
+        assert text.route is not None
+        expected = case.reference.route(tokenizer(PROMPTS[text.index], return_tensors="pt")["input_ids"])
+        torch.testing.assert_close(text.route.gates[:, 0], expected.gates)
+        torch.testing.assert_close(text.route.probabilities[:, 0], expected.probabilities, rtol=1e-4, atol=1e-5)
+    assert_nothing_in_force(case.model)
+
+
+def test_a_model_without_routers_has_no_route(model: PeftModel) -> None:
+    decoding = Decoding(max_new_tokens=2, beams=1)
+    assert next(iter(generate_texts(ARCHITECTURES["llama"](), character_tokenizer(), ["x"], decoding))).route is None
+    with model.disable_adapter():
+        assert next(iter(generate_texts(model, character_tokenizer(), ["x"], decoding))).route is None

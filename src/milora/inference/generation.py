@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from milora.errors import MiLoraError
+from milora.routing import Route
 from milora.tasks.rows import Text
 
 
@@ -62,11 +64,13 @@ class GeneratedText:
         index: The prompt's place among those that were given.
         text: What was written, without special tokens, as it continues the prompt (often from a space).
         tokens: How many tokens were written, the end-of-sequence token included.
+        route: The route that served the prompt, one row, on the CPU; `None` for models that have no routers.
     """
 
     index: int
     text: str
     tokens: int
+    route: Route | None = None
 
 
 def generate_texts(
@@ -130,6 +134,15 @@ def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
     return tokens
 
 
+def positions_of(model: Any) -> int | None:
+    """How many tokens a model has positions for, prompt and new tokens together; `None` where it sets no limit."""
+    config = model.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
 def batches(
     encoded: Sequence[Sequence[int]], batch_size: int, groups: Sequence[str | None] | None = None
 ) -> list[list[int]]:
@@ -186,19 +199,28 @@ def _generate(
                 model.set_adapter(name)
             inputs = left_padded([encoded[index] for index in batch], padding, model.device)
             try:
-                output = model.generate(**inputs, generation_config=settings)
+                with _recorded_routes(model) as routes:
+                    output = model.generate(**inputs, generation_config=settings)
             except torch.OutOfMemoryError as error:
                 raise MiLoraError(
                     f"The GPU's memory does not suffice for a batch of {len(batch)} prompts of up to "
                     f"{inputs['input_ids'].shape[1]} tokens with {decoding.beams} beams: lower the batch size."
                 ) from error
-            for index, written in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            # Beams of a prompt share its route.
+            route = routes[0][:: len(routes[0]) // len(batch)].to("cpu") if routes else None
+            for place, written in enumerate(output[:, inputs["input_ids"].shape[1] :].tolist()):
                 tokens = _until_end(written, ends)
-                yield GeneratedText(index, tokenizer.decode(tokens, skip_special_tokens=True), len(tokens))
+                text = tokenizer.decode(tokens, skip_special_tokens=True)
+                yield GeneratedText(batch[place], text, len(tokens), None if route is None else route[place])
     finally:
         model.train(training)
         if any(name is not None for name in names) and model.active_adapter != before:
             model.set_adapter(before)
+
+
+def _recorded_routes(model: Any) -> AbstractContextManager[list[Route]]:
+    record = getattr(model, "record_routes", None)
+    return nullcontext([]) if record is None else record()
 
 
 def _generation_config(decoding: Decoding, padding: int, ends: list[int]) -> GenerationConfig:
@@ -229,11 +251,8 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def _check_lengths(model: Any, prompts: Sequence[Text], encoded: Sequence[Sequence[int]], new_tokens: int) -> None:
-    config = model.config
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
+    positions = positions_of(model)
+    if positions is None:
         return
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if len(tokens) + new_tokens > positions:

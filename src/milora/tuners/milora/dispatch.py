@@ -136,6 +136,7 @@ class _RoutingInForce(threading.local):
     def __init__(self) -> None:
         self.forced: Route | None = None
         self.adapter_names: list[str] | None = None
+        self.records: list[Route] | None = None
 
 
 class Dispatcher(PromptPasses):
@@ -175,6 +176,20 @@ class Dispatcher(PromptPasses):
             yield
         finally:
             self._routing_in_force.forced = outer
+
+    @property
+    def records(self) -> list[Route] | None:
+        """Where the routes of generations go while a caller records them."""
+        return self._routing_in_force.records
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Route]]:
+        """In force: a list that gets the route of each generation at its end."""
+        outer, self._routing_in_force.records = self.records, []
+        try:
+            yield self._routing_in_force.records
+        finally:
+            self._routing_in_force.records = outer
 
     @contextmanager
     def serving(self, adapter_names: list[str] | None) -> Iterator[None]:

@@ -307,8 +307,15 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             if named.get("inputs") is not None:
                 prompts["input_ids"] = named["inputs"]
             route = self.route(**prompts)
-        with self.dispatcher.generating(named.get("attention_mask")), self.dispatcher.forcing(route):
-            return model.generate(*args, **kwargs)
+        with (
+            self.dispatcher.generating(named.get("attention_mask")) as generation,
+            self.dispatcher.forcing(route),
+        ):
+            output = model.generate(*args, **kwargs)
+        if self.dispatcher.records is not None:
+            assert isinstance(generation.prompt_pass, RoutingPass)
+            self.dispatcher.records.append(generation.prompt_pass.route(tuple(self._routers())))
+        return output
 
     @torch.no_grad()
     def route(
@@ -364,6 +371,14 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         A batch of a multiple of the route's rows (beams, several return sequences) repeats each row in succession.
         """
         return self.dispatcher.forcing(route)
+
+    def record_routes(self) -> AbstractContextManager[list[Route]]:
+        """`with model.record_routes() as routes:` gets the route of every `generate` inside, once it has ended.
+
+        It is the decision that the generation itself made, or followed, on the backbone's device; nothing is computed
+        for it. With beams or several return sequences a prompt has as many equal rows in succession, as the prefill had.
+        """
+        return self.dispatcher.recording()
 
     def routing_statistics(self, reset: bool = False) -> dict[str, float]:
         """The load-balancing loss and each expert's share of the choices, means over training passes since the reset.
