@@ -53,7 +53,7 @@ def load_backbone(
     Raises:
         MiLoraError: If there is no such backbone, it cannot be read, or the dtype or the device is unknown.
     """
-    source = _locate(os.fspath(name_or_path))
+    source = locate(os.fspath(name_or_path))
     torch_dtype = _dtype(dtype)
     target = _device(device)
     try:
@@ -188,7 +188,12 @@ def _only_base(bases: Mapping[str, str | None]) -> str:
     return found.pop()
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
+    """What `from_pretrained` loads a backbone from: a folder, also that of the bundled one, or a hub id.
+
+    Raises:
+        MiLoraError: If there is no such backbone.
+    """
     if name == TINY:
         if not (TINY_BACKBONE / "config.json").is_file():
             raise MiLoraError(f"The bundled backbone is missing from this installation ({TINY_BACKBONE}): reinstall.")
