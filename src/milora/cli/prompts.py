@@ -79,7 +79,7 @@ def _records(path: Path) -> Iterator[tuple[str, object]]:
             f"{path}: files that end in {suffix!r} are not read; give its lines on standard input, or convert it to "
             "JSON lines (.jsonl)"
         )
-    text = files._read_text(path)
+    text = files.read_text(path)
     if not text.strip():
         raise DataError(f"{path} is empty")
     return files._lines(path, text) if suffix in files.LINE_SUFFIXES else files._array(path, text)

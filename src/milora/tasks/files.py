@@ -22,19 +22,42 @@ def read_file(path: Path) -> list[Row]:
         DataError: the file cannot be opened, is not UTF-8, is of an unknown format or empty, or has a line (JSON lines)
             or a row (JSON array) that is not JSON or not a row. The message gives its number, counted from 1.
     """
+    return read_records(read_values(path), str(path))
+
+
+def read_values(path: Path) -> Iterator[tuple[str, object]]:
+    """The JSON values of a file that has a value a row, whatever they are, each with the place it stands at.
+
+    Raises:
+        DataError: as [`read_file`], but for the rows' shape.
+    """
     suffix = path.suffix.lower()
     if suffix not in FILE_SUFFIXES:
         raise DataError(
             f"{path}: files that end in {suffix!r} are not read; convert it to JSON lines (.jsonl, a row a line) "
             "or to a JSON array (.json)"
         )
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         raise DataError(f"{path} is empty")
-    return read_records(_lines(path, text) if suffix in LINE_SUFFIXES else _array(path, text), str(path))
+    return _lines(path, text) if suffix in LINE_SUFFIXES else _array(path, text)
 
 
-def _read_text(path: Path) -> str:
+def read_json(path: Path) -> object:
+    """The one JSON value of a file.
+
+    Raises:
+        DataError: the file cannot be opened, is not UTF-8 or is not JSON.
+    """
+    return _parse(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without a byte order mark.
+
+    Raises:
+        DataError: the file cannot be opened or is not UTF-8.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:

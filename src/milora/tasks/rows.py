@@ -90,7 +90,7 @@ def _read_record(record: object, where: str) -> tuple[str, list[Row]]:
     """The shape of a record, in words, and its rows."""
     if not isinstance(record, Mapping):
         raise DataError(
-            f"{where}: a row is {_json_type(record)}, it must be an object with the fields {_SHAPES_IN_WORDS}"
+            f"{where}: a row is {json_type(record)}, it must be an object with the fields {_SHAPES_IN_WORDS}"
         )
     shape = _shape(record, where)
     answer = _answer(record.get("answer"), where)
@@ -106,7 +106,7 @@ def _read_record(record: object, where: str) -> tuple[str, list[Row]]:
     prompt, completion = (_text(record[field], field, where) for field in ("prompt", "completion"))
     if isinstance(prompt, str) != isinstance(completion, str):
         raise DataError(
-            f"{where}: `prompt` is {_json_type(prompt)} and `completion` is {_json_type(completion)}: "
+            f"{where}: `prompt` is {json_type(prompt)} and `completion` is {json_type(completion)}: "
             "make both strings, or both lists of messages"
         )
     if isinstance(completion, list) and completion[0]["role"] != "assistant":
@@ -161,7 +161,7 @@ def _text(value: object, field: str, where: str) -> Text:
 
 def _messages(value: object, field: str, where: str) -> list[Message]:
     if not isinstance(value, list):
-        raise DataError(f"{where}: `{field}` is {_json_type(value)}, it must be a list of messages")
+        raise DataError(f"{where}: `{field}` is {json_type(value)}, it must be a list of messages")
     if not value:
         raise DataError(f"{where}: `{field}` is an empty list, it must hold at least one message")
     return [_message(message, f"{field}[{index}]", where) for index, message in enumerate(value)]
@@ -170,7 +170,7 @@ def _messages(value: object, field: str, where: str) -> list[Message]:
 def _message(value: object, field: str, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise DataError(
-            f"{where}: `{field}` is {_json_type(value)}, it must be an object with the fields `role` and `content`"
+            f"{where}: `{field}` is {json_type(value)}, it must be an object with the fields `role` and `content`"
         )
     fields = {key: item for key, item in value.items() if item is not None}
     if set(fields) != {"role", "content"}:
@@ -185,7 +185,7 @@ def _message(value: object, field: str, where: str) -> Message:
 
 def _string(value: object, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{field}` is {_json_type(value)}, it must be a string")
+        raise DataError(f"{where}: `{field}` is {json_type(value)}, it must be a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -207,7 +207,7 @@ def _refuse_blank(text: Text, field: str, where: str) -> None:
         raise DataError(f"{where}: `{field}` is empty")
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
     """What a value is, in JSON's words."""
     if value is None:
         return "null"

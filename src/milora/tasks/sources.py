@@ -14,8 +14,8 @@ from milora.errors import DataError, did_you_mean
 from milora.tasks import registry
 from milora.tasks.files import FILE_SUFFIXES, read_file
 from milora.tasks.hub import load_split
-from milora.tasks.label import check_split
 from milora.tasks.rows import Row, read_records
+from milora.tasks.task import check_split
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
+
+from milora.errors import MiLoraError
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -17,12 +19,14 @@ class Example:
 
     `prompt` is all that the model reads, `completion` what it is trained to write after it (prompt + completion is the
     whole text; the end-of-sequence token is appended by the trainer), `answer` the gold answer that
-    [`Task.is_correct`] compares with.
+    [`Task.is_correct`] compares with. `group` is the part of the benchmark that the row belongs to (a subject of MMLU, a
+    task of BBH), where it has parts.
     """
 
     prompt: str
     completion: str
     answer: str
+    group: str | None = None
 
 
 class Task(abc.ABC):
@@ -31,6 +35,12 @@ class Task(abc.ABC):
     name: str
     max_new_tokens: int
     """Enough for every gold completion of the task."""
+
+    splits: ClassVar[tuple[str, ...]] = SPLITS
+    """The splits that the task has."""
+
+    average: ClassVar[Literal["rows", "groups"]] = "rows"
+    """What the benchmark's one figure is the mean over: all rows, or the accuracies of its groups."""
 
     @abc.abstractmethod
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> Sequence[Example]:
@@ -43,3 +53,14 @@ class Task(abc.ABC):
     def is_correct(self, output: str, answer: str) -> bool:
         """Whether a generated text gives the gold answer; an output that cannot be parsed is wrong."""
         return self.parse(output) == answer
+
+
+def check_split(task: str, split: str, splits: Sequence[str] = SPLITS) -> Split:
+    """The split, if it is one that the task has.
+
+    Raises:
+        MiLoraError: it is none.
+    """
+    if split not in splits:
+        raise MiLoraError(f"{task} has no split {split!r}; its splits: {', '.join(splits)}")
+    return cast(Split, split)

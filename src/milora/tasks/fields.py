@@ -1,0 +1,45 @@
+"""Records in a benchmark's own schema: the fields that a task needs, checked with the place of the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from milora.errors import DataError
+from milora.tasks.rows import json_type
+
+_KINDS: dict[type, str] = {
+    str: "a string",
+    int: "a number",
+    bool: "a boolean",
+    list: "a list of strings",
+    dict: "an object",
+}
+
+
+def check_fields(record: object, fields: Mapping[str, type], where: str) -> Mapping[str, Any]:
+    """A record, once it has each of the fields, of its type; a list must be of strings.
+
+    Args:
+        record: What stands in the file or the dataset.
+        fields: The types of the fields that are needed: `str`, `int`, `bool`, `list` or `dict`.
+        where: The record's place, such as `test.jsonl, line 3`.
+
+    Raises:
+        DataError: the record is no object, or a field is missing, null or of another type.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: a row is {json_type(record)}, it must be an object with {_listed(fields)}")
+    for field, kind in fields.items():
+        value = record.get(field)
+        if value is None:
+            found = ", ".join(f"`{name}`" if item is not None else f"`{name}` (null)" for name, item in record.items())
+            raise DataError(f"{where}: `{field}` is missing; fields found: {found or 'none'}")
+        is_kind = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+        if not is_kind or (kind is list and not all(isinstance(item, str) for item in value)):
+            raise DataError(f"{where}: `{field}` is {json_type(value)}, it must be {_KINDS[kind]}")
+    return record
+
+
+def _listed(fields: Mapping[str, type]) -> str:
+    return ", ".join(f"`{field}`" for field in fields)
