@@ -376,7 +376,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         """`with model.record_routes() as routes:` gets the route of every `generate` inside, once it has ended.
 
         It is the decision that the generation itself made, or followed, on the backbone's device; nothing is computed
-        for it. With beams or several return sequences a prompt has as many equal rows in succession, as the prefill had.
+        for it. With beams or several return sequences a prompt has as many equal rows in succession as the prefill had.
         """
         return self.dispatcher.recording()
 

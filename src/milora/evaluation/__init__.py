@@ -1,0 +1,1 @@
+"""Measures models on tasks: generated answers and their accuracy, perplexity, predictions that survive interruption."""

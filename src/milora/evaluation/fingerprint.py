@@ -1,0 +1,48 @@
+"""Tells models apart by their contents, so that the results of one are never taken for another's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+SAMPLE = 16
+"""Numbers read of each parameter of a backbone: training moves all of them, and a whole backbone takes long to read."""
+
+_PLACES = frozenset({"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"})
+"""Fields of an adapter's configuration that change nothing in what it computes."""
+
+
+def model_fingerprint(model: Any) -> str:
+    """A digest of what decides a model's outputs: its active adapter, whole, and a sample of the backbone's weights.
+
+    Where the model lies, its device and the names of files do not enter.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(model, PeftModel):
+        adapter = model.active_adapter
+        settings = {name: value for name, value in model.active_peft_config.to_dict().items() if name not in _PLACES}
+        digest.update(json.dumps(settings, sort_keys=True, default=_stable).encode())
+        # PEFT adds an embedding of changed size from a look at the hub, which no digest needs.
+        tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        for name, tensor in sorted(tensors.items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+        model = model.get_base_model()
+    config = getattr(model, "config", None)
+    digest.update(str(getattr(config, "model_type", type(model).__name__)).encode())
+    for parameter in model.parameters():
+        digest.update(_bytes(parameter.detach().flatten()[:SAMPLE]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _stable(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
