@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora.errors import DataError, MiLoraError
-from milora.evaluation.records import append_record, read_records, writing
+from milora.evaluation.files import writing
+from milora.records import append_record, drop_half_line, read_records
 
 if TYPE_CHECKING:
     from milora.inference.generation import GeneratedText
@@ -121,10 +122,13 @@ class Predictions:
     def _keep(self, index: int, row: dict[str, Any]) -> None:
         if self._path is not None:
             kept = f"; its {len(self._rows)} rows are kept: make room, and run the same again to go on with them"
-            append_record(self._path, {**row, "run": self._run}, kept)
+            with writing(self._path, kept):
+                append_record(self._path, {**row, "run": self._run})
         self._rows[index] = row
 
     def _resume(self, path: Path) -> None:
+        with writing(path):
+            drop_half_line(path)
         try:
             for where, row in read_records(path):
                 self._take(row, where)
@@ -150,7 +154,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: There is no such file, or a line is no row.
     """
-    return sorted((row for _, row in read_records(path, cut=False)), key=lambda row: row.get("row", 0))
+    return sorted((row for _, row in read_records(path)), key=lambda row: row.get("row", 0))
 
 
 def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:
