@@ -1,0 +1,228 @@
+"""Judgements of answers: single answers graded, or two models' answers compared."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from milora.errors import DataError, MiLoraError
+from milora.evaluation.mt_bench.answers import TURNS, Answer
+from milora.evaluation.mt_bench.prompts import JudgePrompt, name_of
+from milora.records import append_record, drop_half_line, read_records
+from milora.tasks.mt_bench import Question
+
+UNPARSED = -1
+"""The grade of a judgement that gives none, as FastChat writes it."""
+
+_RATING = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
+_VERDICT = re.compile(r"\[\[([ABC])\]\]")
+MAX_TOKENS = 2048
+
+
+class Judge(Protocol):
+    """Whoever replies to a conversation; [`milora.evaluation.mt_bench.client.ChatEndpoint`] is one."""
+
+    model: str
+
+    def complete(self, messages: Sequence[Any], *, temperature: float, max_tokens: int) -> str:
+        """The reply."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a set of judgements.
+
+    Attributes:
+        records: The judgements in FastChat's format, those of earlier runs included.
+        failed: How many could not be had, and why the first one could not.
+        reason: Of the first failure.
+    """
+
+    records: list[dict[str, Any]]
+    failed: int
+    reason: str | None
+
+
+def parse_rating(judgement: str) -> float:
+    """The grade from 1 to 10 that a judgement gives as `[[7]]` (or `[7]`), `UNPARSED` if it gives none."""
+    for pattern in _RATING:
+        if match := pattern.search(judgement):
+            rating = float(match[1])
+            return rating if 1 <= rating <= 10 else UNPARSED
+    return UNPARSED
+
+
+def parse_verdict(judgement: str) -> str | None:
+    """`A`, `B` or `C` (a tie) as a judgement gives it, `None` if it gives none or several different ones."""
+    found = set(_VERDICT.findall(judgement))
+    return found.pop() if len(found) == 1 else None
+
+
+def grade(
+    judge: Judge,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    prompts: dict[str, JudgePrompt],
+    path: Path,
+    *,
+    workers: int = 4,
+    advance: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Has every turn of every answer graded, and appends each judgement to a file as it comes.
+
+    Args:
+        judge: Who grades.
+        questions: What was asked.
+        answers: What was answered, by one model.
+        prompts: By name; see [`milora.evaluation.mt_bench.prompts.load`].
+        path: JSON lines as FastChat's `gpt-4_single.jsonl`: what it holds of this model and judge is not asked again.
+        workers: How many requests are made at a time.
+        advance: Called after each judgement.
+    """
+    asked = {question.id: question for question in questions}
+
+    def one(answer: Answer, turn: int) -> dict[str, Any]:
+        question = asked[answer.question]
+        prompt = _prompt_for("single", question, turn, prompts)
+        messages = prompt.fill(_parts(question, turn, {"": answer}))
+        judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
+        return {
+            "question_id": question.id,
+            "model": answer.model,
+            "judge": [judge.model, prompt.name],
+            "user_prompt": messages[1]["content"],
+            "judgment": judgement,
+            "score": parse_rating(judgement),
+            "turn": turn,
+            "tstamp": time.time(),
+        }
+
+    jobs = {(answer.question, answer.model, turn): (answer, turn) for answer in answers for turn in (1, 2)}
+    return _run(jobs, one, ("question_id", "model", "turn"), judge.model, path, workers, advance)
+
+
+def compare(
+    judge: Judge,
+    questions: Sequence[Question],
+    answers: Sequence[Answer],
+    others: Sequence[Answer],
+    prompts: dict[str, JudgePrompt],
+    path: Path,
+    *,
+    workers: int = 4,
+    advance: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """Has the answers of two models compared, each pair twice with the places swapped, as FastChat does.
+
+    Args:
+        judge: Who compares.
+        questions: What was asked.
+        answers: The first model's (`model_1`).
+        others: The second model's, of the same questions.
+        prompts: By name.
+        path: JSON lines as FastChat's `gpt-4_pair.jsonl`: what it holds of these models and judge is not asked again.
+        workers: How many requests are made at a time.
+        advance: Called after each pair.
+
+    Raises:
+        DataError: If a question has an answer of one model only.
+    """
+    asked = {question.id: question for question in questions}
+    second = {answer.question: answer for answer in others}
+    if lacking := sorted({answer.question for answer in answers} ^ set(second)):
+        raise DataError(f"MT-Bench question {lacking[0]} has an answer of only one of the two models.")
+
+    def one(answer: Answer, turn: int) -> dict[str, Any]:
+        question, other = asked[answer.question], second[answer.question]
+        prompt = _prompt_for("pair", question, turn, prompts)
+        games: dict[str, str] = {}
+        for game, (a, b) in {"g1": (answer, other), "g2": (other, answer)}.items():
+            messages = prompt.fill(_parts(question, turn, {"_a": a, "_b": b}))
+            judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
+            names = {"A": "model_1" if a is answer else "model_2", "B": "model_2" if a is answer else "model_1"}
+            verdict = parse_verdict(judgement)
+            games |= {
+                f"{game}_winner": "error" if verdict is None else names.get(verdict, "tie"),
+                f"{game}_user_prompt": messages[1]["content"],
+                f"{game}_judgment": judgement,
+            }
+        return {
+            "question_id": question.id,
+            "model_1": answer.model,
+            "model_2": other.model,
+            "judge": [judge.model, prompt.name],
+            **games,
+            "turn": turn,
+            "tstamp": time.time(),
+        }
+
+    jobs = {
+        (answer.question, answer.model, second[answer.question].model, turn): (answer, turn)
+        for answer in answers
+        for turn in (1, 2)
+    }
+    return _run(jobs, one, ("question_id", "model_1", "model_2", "turn"), judge.model, path, workers, advance)
+
+
+def _run(
+    jobs: dict[tuple[Any, ...], tuple[Answer, int]],
+    one: Callable[[Answer, int], dict[str, Any]],
+    identity: tuple[str, ...],
+    judge: str,
+    path: Path,
+    workers: int,
+    advance: Callable[[], None],
+) -> Outcome:
+    """Does what is not in the file yet. A failure stops no other job, and is tried again by the next run."""
+    drop_half_line(path)
+    done: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for where, record in read_records(path) if path.exists() else ():
+        try:
+            key = tuple(record[name] for name in identity)
+            of_this_judge = record["judge"][0] == judge
+        except (KeyError, TypeError, IndexError) as error:
+            raise DataError(f"{where}: no judgement of this kind in FastChat's format") from error
+        if of_this_judge and key in jobs:
+            done[key] = record
+    failed, reason = 0, None
+    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
+        futures = {pool.submit(one, *job): key for key, job in jobs.items() if key not in done}
+        try:
+            for future in as_completed(futures):
+                try:
+                    record = future.result()
+                except MiLoraError as error:
+                    failed, reason = failed + 1, reason or str(error)
+                else:
+                    append_record(path, record)
+                    done[futures[future]] = record
+                advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return Outcome([done[key] for key in jobs if key in done], failed, reason)
+
+
+def _prompt_for(kind: str, question: Question, turn: int, prompts: dict[str, JudgePrompt]) -> JudgePrompt:
+    name = name_of(kind, with_reference=len(question.references) >= turn, second_turn=turn == TURNS)
+    if name not in prompts:
+        raise DataError(f"There is no judge prompt {name!r}; there are {', '.join(sorted(prompts))}.")
+    return prompts[name]
+
+
+def _parts(question: Question, turn: int, sides: dict[str, Answer]) -> dict[str, str]:
+    """What fills a prompt's places: everything up to the turn."""
+    parts = {f"ref_answer_{number}": text for number, text in enumerate(question.references[:turn], start=1)}
+    if turn == 1:
+        parts["question"] = question.turns[0]
+        parts |= {f"answer{side}": answer.turns[0] for side, answer in sides.items()}
+        return parts
+    for number in range(1, TURNS + 1):
+        parts[f"question_{number}"] = question.turns[number - 1]
+        parts |= {f"answer{side}_{number}": answer.turns[number - 1] for side, answer in sides.items()}
+    return parts

@@ -1,0 +1,118 @@
+"""MT-Bench from start to end: answers, judgements, scores, each in a file that a later run goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora.errors import MiLoraError
+from milora.evaluation.mt_bench import judging, prompts, scores
+from milora.evaluation.mt_bench.answers import answer_questions, read_answers
+from milora.tasks.mt_bench import Question
+
+Advance = Callable[[], None]
+
+
+def answers_file(folder: Path, model_id: str) -> Path:
+    """Where the answers of a model lie, as in FastChat's `data/mt_bench`."""
+    return folder / "model_answer" / f"{_file_name(model_id)}.jsonl"
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    folder: Path,
+    model_id: str,
+    *,
+    judge: judging.Judge | None = None,
+    opponent: Path | None = None,
+    prompts_folder: Path | None = None,
+    workers: int = 4,
+    track: Callable[[str, int], Advance] = lambda description, total: lambda: None,
+    **generation: Any,
+) -> dict[str, Any]:
+    """Answers the questions, and has the answers judged if there is a judge.
+
+    The folder is laid out as FastChat's `data/mt_bench`: `model_answer/{model}.jsonl`,
+    `model_judgment/{judge}_single.jsonl` and `model_judgment/{judge}_pair.jsonl`.
+
+    Args:
+        model: A causal language model, with an adapter or without.
+        tokenizer: The model's.
+        questions: What to ask.
+        folder: Where everything is written; what is there already is not done again.
+        model_id: The model's name in the files.
+        judge: Grades the answers; `None` leaves them unjudged.
+        opponent: A file of another model's answers to compare with.
+        prompts_folder: Where FastChat's `judge_prompts.jsonl` is looked for.
+        workers: Requests to the judge at a time.
+        track: Called with a description and a number of steps, returns what is called after each.
+        **generation: `max_new_tokens`, `beams` and `batch_size` of
+            [`milora.evaluation.mt_bench.answers.answer_questions`].
+
+    Returns:
+        `answers` (the file); with a judge `judge`, `prompts` ("fastchat" or "own"), `failed`, `reason`, and what
+        [`milora.evaluation.mt_bench.scores.grades`] gives; with an opponent too `pairwise`.
+
+    Raises:
+        MiLoraError: If there is an opponent and no judge, or a judgement could be had for none of the answers.
+    """
+    if opponent is not None and judge is None:
+        raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
+    others = None if opponent is None else read_answers(opponent, questions)
+    path = answers_file(folder, model_id)
+    advance = track("answering", 2 * len(questions))
+    answers = answer_questions(model, tokenizer, questions, path, model_id, advance=advance, **generation)
+    result: dict[str, Any] = {"model": model_id, "questions": len(questions), "answers": str(path)}
+    if judge is None:
+        return result
+    wording = prompts.load(prompts_folder)
+    judgements = folder / "model_judgment" / _file_name(judge.model)
+    graded = judging.grade(
+        judge,
+        questions,
+        answers,
+        wording,
+        judgements.with_name(f"{judgements.name}_single.jsonl"),
+        workers=workers,
+        advance=track("grading", 2 * len(answers)),
+    )
+    _require(graded)
+    own = all(wording[name] == prompt for name, prompt in prompts.OWN.items())
+    result |= {
+        "judge": judge.model,
+        "prompts": "own" if own else "fastchat",
+        "failed": graded.failed,
+        "reason": graded.reason,
+        **scores.grades(graded.records, questions),
+    }
+    if others is not None:
+        compared = judging.compare(
+            judge,
+            questions,
+            answers,
+            others,
+            wording,
+            judgements.with_name(f"{judgements.name}_pair.jsonl"),
+            workers=workers,
+            advance=track("comparing", 2 * len(answers)),
+        )
+        _require(compared)
+        result["pairwise"] = {
+            "opponent": others[0].model,
+            "failed": compared.failed,
+            "reason": compared.reason,
+            **scores.wins(compared.records),
+        }
+    return result
+
+
+def _require(outcome: judging.Outcome) -> None:
+    if outcome.failed and not outcome.records:
+        raise MiLoraError(f"No judgement could be had. {outcome.reason} The answers are kept.")
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "--")

@@ -1,0 +1,151 @@
+"""Answers to MT-Bench: two turns, FastChat's format, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.adapted import adapted
+from support.tokenizer import character_tokenizer
+
+from milora.errors import DataError
+from milora.evaluation.mt_bench import answers as module
+from milora.evaluation.mt_bench.answers import answer_questions, read_answers
+from milora.evaluation.mt_bench.run import run
+from milora.tasks.mt_bench import Question, load_questions
+from milora.tasks.rows import instruction_prompt
+
+DATA = Path(os.environ.get("MILORA_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
+QUESTIONS = [
+    Question(1, "math", ("ab?", "cd?")),
+    Question(2, "math", ("abcde?", "f?")),
+    Question(3, "coding", ("gh?", "ij?")),
+]
+
+
+def model_and_tokenizer() -> tuple[Any, Any]:
+    model = adapted("llama").model
+    # Rotary positions go on beyond what the tiny model's configuration says.
+    model.config.max_position_embeddings = 1024
+    return model, character_tokenizer()
+
+
+def by_hand(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
+    inputs = tokenizer(text, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_both_turns_against_a_loop_of_single_prompts(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    # The adapter's routes depend on the prompt: a second turn that kept the first one's would differ.
+    path = tmp_path / "folder" / "m.jsonl"
+    ticks: list[int] = []
+    found = answer_questions(
+        model, tokenizer, QUESTIONS, path, "m", max_new_tokens=6, batch_size=2, advance=lambda: ticks.append(1)
+    )
+    assert len(ticks) == 6
+    for question, answer in zip(QUESTIONS, found, strict=True):
+        first = instruction_prompt(question.turns[0])
+        reply = by_hand(model, tokenizer, first, 6)
+        second = f"{first}{reply}\n\n### Instruction:\n{question.turns[1]}\n\n### Response:\n"
+        assert answer.turns == (reply, by_hand(model, tokenizer, second, 6))
+    assert read_answers(path, QUESTIONS) == found
+    row = json.loads(path.read_text().splitlines()[0])
+    assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert row["choices"] == [{"index": 0, "turns": list(found[0].turns)}]
+
+
+def test_the_chat_template_is_used_where_there_is_one() -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    assert module._prompt(tokenizer, ["a", "b"], ["x"]) == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "b"},
+    ]
+
+
+def test_what_is_answered_is_not_answered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_and_tokenizer()
+    path = tmp_path / "m.jsonl"
+    settings: dict[str, Any] = {"max_new_tokens": 4, "beams": 2}
+    whole = answer_questions(model, tokenizer, QUESTIONS, path, "m", **settings)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:30])
+    asked: list[str] = []
+    generate = module.generate_texts
+    monkeypatch.setattr(module, "generate_texts", lambda *a, **k: asked.extend(a[2]) or generate(*a, **k))
+    assert answer_questions(model, tokenizer, QUESTIONS, path, "m", **settings) == whole
+    assert len(asked) == 4
+    with pytest.raises(DataError, match=r"answers of 'm', not of 'other'"):
+        answer_questions(model, tokenizer, QUESTIONS, path, "other", **settings)
+
+
+def test_creative_questions_are_drawn_from_seeds(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    question = [Question(1, "writing", ("ab?", "cd?"))]
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(seed)
+        texts.append(answer_questions(model, tokenizer, question, tmp_path / name, "m", max_new_tokens=8)[0].turns)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"question_id": 1, "model_id": "m", "choices": [{"turns": ["a"]}]}'])
+def test_files_that_hold_no_answers(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match="line 1"):
+        read_answers(tmp_path / "m.jsonl", QUESTIONS)
+
+
+class FakeJudge:
+    model = "org/judge"
+
+    def complete(self, messages: Any, *, temperature: float, max_tokens: int) -> str:
+        return "[[3]] [[A]]"
+
+
+def test_from_questions_to_scores(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    settings: dict[str, Any] = {"max_new_tokens": 3, "beams": 1}
+    other = run(model, tokenizer, QUESTIONS, tmp_path, "base", **settings)
+    steps: dict[str, list[int]] = {}
+
+    def track(description: str, total: int) -> Any:
+        steps[description] = [total, 0]
+        return lambda: steps[description].__setitem__(1, steps[description][1] + 1)
+
+    result = run(
+        model,
+        tokenizer,
+        QUESTIONS,
+        tmp_path,
+        "ours",
+        judge=FakeJudge(),
+        opponent=Path(other["answers"]),
+        track=track,
+        **settings,
+    )
+    assert (result["score"], result["prompts"], result["failed"]) == (3, "own", 0)
+    assert result["pairwise"]["ties"] == 6
+    assert result["pairwise"]["opponent"] == "base"
+    assert steps == {"answering": [6, 6], "grading": [6, 6], "comparing": [6, 6]}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")} == {
+        "model_answer/base.jsonl",
+        "model_answer/ours.jsonl",
+        "model_judgment/org--judge_single.jsonl",
+        "model_judgment/org--judge_pair.jsonl",
+    }
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark data in {DATA}")
+def test_the_published_references_are_a_model_s_answers() -> None:
+    questions = load_questions(DATA)
+    answers = read_answers(DATA / "mt_bench" / "reference_answer_gpt-4.jsonl", questions)
+    assert len(answers) == 30
+    assert {answer.model for answer in answers} == {"gpt-4"}

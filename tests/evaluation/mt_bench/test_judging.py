@@ -1,0 +1,323 @@
+"""Judging over real HTTP, against a server that speaks the protocol and misbehaves when told to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milora.errors import DataError, MiLoraError
+from milora.evaluation.mt_bench import judging, prompts, scores
+from milora.evaluation.mt_bench.answers import Answer
+from milora.evaluation.mt_bench.client import ChatEndpoint
+from milora.tasks.mt_bench import Question
+
+QUESTIONS = [
+    Question(81, "writing", ("Write {a} poem.", "Shorten it."), ()),
+    Question(101, "reasoning", ("Who is second?", "And now?"), ("You are.", "Still you.")),
+]
+OURS = [Answer(81, "ours", ("Roses.", "Rose.")), Answer(101, "ours", ("Me.", "Me too."))]
+THEIRS = [Answer(81, "theirs", ("Violets.", "Violet.")), Answer(101, "theirs", ("Him.", "Him too."))]
+
+
+class Server:
+    """Answers `POST /v1/chat/completions` as `reply` says: a text, (status, headers, body), or `None` for silence."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.reply: Callable[[dict[str, Any], int], Any] = lambda body, number: "Fine. Rating: [[7]]"
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer._lock:
+                    outer.requests.append(body)
+                    outer.headers.append(dict(self.headers))
+                    number = len(outer.requests)
+                if self.path != "/v1/chat/completions":
+                    self.send_error(404)
+                    return
+                reply = outer.reply(body, number)
+                if reply is None:
+                    time.sleep(0.6)
+                    self.close_connection = True
+                    return
+                if isinstance(reply, str):
+                    content = {"choices": [{"message": {"role": "assistant", "content": reply}}]}
+                    reply = 200, {}, json.dumps(content)
+                status, headers, text = reply
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    running = Server()
+    yield running
+    running.close()
+
+
+def endpoint(server: Server, **settings: Any) -> ChatEndpoint:
+    return ChatEndpoint(server.url, "judge-1", **{"backoff": 0.0, "timeout": 5.0, "retries": 2, **settings})
+
+
+def grade(server: Server, path: Path, **settings: Any) -> judging.Outcome:
+    return judging.grade(endpoint(server, **settings), QUESTIONS, OURS, prompts.OWN, path)
+
+
+class TestClient:
+    def test_what_is_sent(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", "other")
+        monkeypatch.setenv("MILORA_JUDGE_API_KEY", "secret")
+        messages = [{"role": "user", "content": "Hi"}]
+        assert endpoint(server).complete(messages, temperature=0, max_tokens=9) == "Fine. Rating: [[7]]"
+        assert server.requests == [{"model": "judge-1", "messages": messages, "temperature": 0, "max_tokens": 9}]
+        assert server.headers[0]["Authorization"] == "Bearer secret"
+
+    def test_no_key_no_header(self, server: Server) -> None:
+        endpoint(server).complete([], temperature=0, max_tokens=1)
+        assert "Authorization" not in server.headers[0]
+
+    @pytest.mark.parametrize("status", [429, 500, 503])
+    def test_repeated(self, server: Server, status: int) -> None:
+        server.reply = lambda body, number: (status, {}, "busy") if number < 3 else "done"
+        assert endpoint(server).complete([], temperature=0, max_tokens=1) == "done"
+        assert len(server.requests) == 3
+
+    def test_waits_as_long_as_the_server_asks(self, server: Server) -> None:
+        server.reply = lambda body, number: (429, {"Retry-After": "1"}, "") if number == 1 else "done"
+        before = time.monotonic()
+        assert endpoint(server).complete([], temperature=0, max_tokens=1) == "done"
+        assert time.monotonic() - before >= 1
+
+    @pytest.mark.parametrize(
+        ("reply", "message", "requests"),
+        [
+            ((503, {}, "over  capacity"), "answered 503: over capacity", 3),
+            ((400, {}, "no such\nmodel"), "answered 400: no such model", 1),
+            ((401, {}, ""), r"refuses \(401\).*set MILORA_JUDGE_API_KEY", 1),
+            ((200, {}, "<html>"), "no chat completion: <html>", 1),
+            ((200, {}, '{"choices": []}'), "no chat completion", 1),
+            ((200, {}, '{"choices": [{"message": {"content": null}}]}'), "without text", 1),
+        ],
+    )
+    def test_refusals(self, server: Server, reply: Any, message: str, requests: int) -> None:
+        server.reply = lambda body, number: reply
+        with pytest.raises(MiLoraError, match=message):
+            endpoint(server).complete([], temperature=0, max_tokens=1)
+        assert len(server.requests) == requests
+
+    def test_a_server_that_is_silent(self, server: Server) -> None:
+        server.reply = lambda body, number: None
+        with pytest.raises(MiLoraError, match=r"does not answer"):
+            endpoint(server, timeout=0.2, retries=1).complete([], temperature=0, max_tokens=1)
+        assert len(server.requests) == 2
+
+    def test_no_server(self) -> None:
+        with pytest.raises(MiLoraError, match=r"127.0.0.1:1/v1/chat/completions does not answer"):
+            ChatEndpoint("http://127.0.0.1:1/v1", "m", retries=0).complete([], temperature=0, max_tokens=1)
+
+    def test_no_address(self) -> None:
+        with pytest.raises(MiLoraError, match=r"http:// or https://"):
+            ChatEndpoint("api.openai.com", "m")
+
+
+class TestGrading:
+    def test_every_turn_is_graded_once(self, server: Server, tmp_path: Path) -> None:
+        path = tmp_path / "single.jsonl"
+        outcome = grade(server, path)
+        assert outcome.failed == 0
+        assert [(r["question_id"], r["turn"], r["score"]) for r in outcome.records] == [
+            (81, 1, 7.0),
+            (81, 2, 7.0),
+            (101, 1, 7.0),
+            (101, 2, 7.0),
+        ]
+        assert {tuple(r["judge"]) for r in outcome.records} == {
+            ("judge-1", name)
+            for name in ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
+        }
+        assert len(server.requests) == 4
+        assert grade(server, path).records == outcome.records
+        assert len(server.requests) == 4
+
+    def test_what_the_judge_reads(self, server: Server, tmp_path: Path) -> None:
+        records = grade(server, tmp_path / "single.jsonl").records
+        texts = {(r["question_id"], r["turn"]): r["user_prompt"] for r in records}
+        assert "Write {a} poem." in texts[81, 1]
+        assert "Roses." in texts[81, 1]
+        assert "Rose." not in texts[81, 1].replace("Roses.", "")
+        for part in (*QUESTIONS[1].turns, *QUESTIONS[1].references, *OURS[1].turns):
+            assert part in texts[101, 2]
+        assert "Still you." not in texts[101, 1]
+
+    def test_a_judge_that_talks_nonsense(self, server: Server, tmp_path: Path) -> None:
+        server.reply = lambda body, number: "I like it." if number == 1 else "[[4]]"
+        outcome = judging.grade(endpoint(server), QUESTIONS, OURS, prompts.OWN, tmp_path / "s.jsonl", workers=1)
+        summary = scores.grades(outcome.records, QUESTIONS)
+        assert summary["unparsed"] == 1
+        assert summary["judgements"] == 4
+        assert summary["score"] == 4
+
+    def test_failures_are_counted_and_tried_again(self, server: Server, tmp_path: Path) -> None:
+        path = tmp_path / "single.jsonl"
+        server.reply = lambda body, number: (
+            "[[9]]" if "poem" in body["messages"][1]["content"] else (400, {}, "too long")
+        )
+        outcome = grade(server, path)
+        assert (len(outcome.records), outcome.failed) == (2, 2)
+        assert outcome.reason is not None
+        assert "too long" in outcome.reason
+        server.reply = lambda body, number: "[[5]]"
+        assert [r["score"] for r in grade(server, path).records] == [9, 9, 5, 5]
+        assert len(path.read_text().splitlines()) == 4
+
+    def test_goes_on_after_half_a_line(self, server: Server, tmp_path: Path) -> None:
+        path = tmp_path / "single.jsonl"
+        grade(server, path)
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(lines[0] + lines[1][:40])
+        assert len(grade(server, path).records) == 4
+        assert len(server.requests) == 4 + 3
+        assert len(path.read_text().splitlines()) == 4
+
+    def test_another_judge_grades_anew(self, server: Server, tmp_path: Path) -> None:
+        path = tmp_path / "single.jsonl"
+        grade(server, path)
+        other = ChatEndpoint(server.url, "judge-2", backoff=0)
+        assert len(judging.grade(other, QUESTIONS, OURS, prompts.OWN, path).records) == 4
+        assert len(server.requests) == 8
+
+
+class TestComparing:
+    @pytest.mark.parametrize(
+        ("reply", "winners", "summary"),
+        [
+            ("[[C]]", ("tie", "tie"), {"wins": 0, "ties": 4, "losses": 0, "unparsed": 0, "win_rate": 0.5}),
+            # Always the first place: no one wins.
+            ("[[A]]", ("model_1", "model_2"), {"wins": 0, "ties": 4, "losses": 0, "unparsed": 0, "win_rate": 0.5}),
+            ("who?", ("error", "error"), {"wins": 0, "ties": 0, "losses": 0, "unparsed": 4, "win_rate": None}),
+            (
+                "[[A]] or [[B]]",
+                ("error", "error"),
+                {"wins": 0, "ties": 0, "losses": 0, "unparsed": 4, "win_rate": None},
+            ),
+        ],
+    )
+    def test_verdicts(
+        self, server: Server, tmp_path: Path, reply: str, winners: tuple[str, str], summary: dict[str, Any]
+    ) -> None:
+        server.reply = lambda body, number: reply
+        outcome = judging.compare(endpoint(server), QUESTIONS, OURS, THEIRS, prompts.OWN, tmp_path / "pair.jsonl")
+        assert {(r["g1_winner"], r["g2_winner"]) for r in outcome.records} == {winners}
+        assert scores.wins(outcome.records) == summary
+        assert len(server.requests) == 8
+
+    def test_the_better_one_wins_from_both_places(self, server: Server, tmp_path: Path) -> None:
+        def prefers_ours(body: dict[str, Any], number: int) -> str:
+            text = body["messages"][1]["content"]
+            ours = min(text.find(word) for word in ("Roses.", "Me.") if word in text)
+            theirs = min(text.find(word) for word in ("Violets.", "Him.") if word in text)
+            return "[[A]]" if ours < theirs else "[[B]]"
+
+        server.reply = prefers_ours
+        path = tmp_path / "pair.jsonl"
+        judge = endpoint(server)
+        outcome = judging.compare(judge, QUESTIONS, OURS, THEIRS, prompts.OWN, path)
+        assert scores.wins(outcome.records)["wins"] == 4
+        judging.compare(judge, QUESTIONS, OURS, THEIRS, prompts.OWN, path)
+        assert len(server.requests) == 8
+
+    def test_an_answer_without_its_counterpart(self, server: Server, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="101 has an answer of only one"):
+            judging.compare(endpoint(server), QUESTIONS, OURS, THEIRS[:1], prompts.OWN, tmp_path / "pair.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("judgement", "rating"),
+    [
+        ("Rating: [[5]]", 5),
+        ("[[8.5]] good", 8.5),
+        ("Rating: [10]", 10),
+        ("[[11]]", -1),
+        ("[[0]]", -1),
+        ("ten", -1),
+        ("[1] is fine, so [[9]]", 9),
+    ],
+)
+def test_ratings(judgement: str, rating: float) -> None:
+    assert judging.parse_rating(judgement) == rating
+
+
+@given(st.text())
+def test_no_judgement_breaks_the_parsers(text: str) -> None:
+    assert judging.parse_rating(text) == -1 or 1 <= judging.parse_rating(text) <= 10
+    assert judging.parse_verdict(text) in {None, "A", "B", "C"}
+
+
+def test_means_by_hand() -> None:
+    rows = [(81, 1, 8), (81, 2, 4), (101, 1, -1), (101, 2, 6)]
+    records = [{"question_id": question, "turn": turn, "score": score} for question, turn, score in rows]
+    assert scores.grades(records, QUESTIONS) == {
+        "score": 6,
+        "turns": {"1": 8, "2": 5},
+        "categories": {"writing": 6, "reasoning": 6},
+        "judgements": 4,
+        "unparsed": 1,
+    }
+
+
+class TestPrompts:
+    def test_fastchats_file_is_used_where_it_lies(self, tmp_path: Path) -> None:
+        row = {
+            "name": "single-v1",
+            "system_prompt": "S",
+            "prompt_template": "Q {question} A {answer}",
+            "type": "single",
+        }
+        (tmp_path / "judge_prompts.jsonl").write_text(json.dumps(row) + "\n")
+        loaded = prompts.load(tmp_path)
+        assert loaded["single-v1"].fill({"question": "q", "answer": "{a}"})[1]["content"] == "Q q A {a}"
+        assert loaded["pair-v2"] == prompts.OWN["pair-v2"]
+
+    def test_a_broken_file(self, tmp_path: Path) -> None:
+        (tmp_path / "judge_prompts.jsonl").write_text('{"name": "x"}\n')
+        with pytest.raises(DataError, match="line 1: not a judge prompt"):
+            prompts.load(tmp_path)
+
+    def test_a_place_that_nothing_fills(self) -> None:
+        with pytest.raises(DataError, match=r"'x' has a place 'mood'"):
+            prompts.JudgePrompt("x", "", "{mood}").fill({"question": ""})
+
+
+def test_a_reference_to_the_first_turn_only(server: Server, tmp_path: Path) -> None:
+    question = Question(1, "math", ("a?", "b?"), ("first",))
+    outcome = judging.grade(endpoint(server), [question], [Answer(1, "m", ("x", "y"))], prompts.OWN, tmp_path / "s")
+    assert [record["judge"][1] for record in outcome.records] == ["single-math-v1", "single-v1-multi-turn"]
