@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +14,13 @@ import typer
 
 from milora.cli import options
 from milora.cli.output import json_only, progress_bar, quiet_libraries
-from milora.cli.prompts import Request, read_requests
+from milora.cli.prompts import read_requests
 from milora.errors import MiLoraError
+from milora.evaluation.predictions import Predictions, Request
+from milora.evaluation.scores import score
 
 if TYPE_CHECKING:
-    from milora.inference.generation import Decoding, GeneratedText
+    from milora.inference.generation import Decoding
     from milora.tasks.task import Task
 
 DEFAULT_ADAPTER = "default"
@@ -91,8 +93,13 @@ def command(
             top_p=top_p,
         )
         quiet_libraries()
-        results = Results(requests, names, judge_task, output, _run(backbone, adapters, decoding, seed))
-        missing = results.missing()
+        # Rows name their adapter where there is a choice.
+        named = [
+            replace(request, adapter=None if name in ("", DEFAULT_ADAPTER) else name)
+            for request, name in zip(requests, names, strict=True)
+        ]
+        predictions = Predictions(named, judge_task, output, _run(backbone, adapters, decoding, seed))
+        missing = predictions.missing()
         seconds, tokens = 0.0, 0
         if missing:
             model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
@@ -108,18 +115,22 @@ def command(
             )
             with progress_bar() as progress:
                 for text in progress.track(texts, total=len(missing), description="generating"):
-                    results.add(missing[text.index], text)
+                    predictions.add(missing[text.index], text)
                     tokens += text.tokens
             seconds = time.perf_counter() - started
+        of_all = score(predictions.records()).whole
         summary = {
-            **results.summary(),
+            "rows": len(requests),
+            "accuracy": of_all.accuracy,
+            "unparsed": of_all.unparsed if of_all.rows else None,
+            "output": str(output) if output else None,
             "generated": len(missing),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
         }
-        print_result(summary if output else {**summary, "texts": results.records()})
+        print_result(summary if output else {**summary, "texts": predictions.records()})
         if not as_json:
-            _print(results, summary)
+            _print(predictions.records(), summary)
 
 
 def parse_adapters(values: Sequence[str]) -> dict[str, str]:
@@ -164,107 +175,6 @@ def adapter_of_each(requests: Sequence[Request], adapters: Mapping[str, str]) ->
     return names
 
 
-class Results:
-    """The rows of a run, in a file of JSON lines if one is given, where a later run finds what is done.
-
-    Args:
-        requests: The prompts.
-        names: The adapter of each.
-        task: Reads the answers; without one, an output is compared with the answer as a whole.
-        path: The file, or `None`.
-        run: What the rows of this run are marked with, so that those of another adapter are not taken for its own.
-
-    Raises:
-        MiLoraError: If the file has rows of other prompts or of another run.
-    """
-
-    def __init__(
-        self, requests: Sequence[Request], names: Sequence[str], task: Task | None, path: Path | None, run: str
-    ) -> None:
-        self._requests = requests
-        self._names = names
-        self._task = task
-        self._path = path
-        self._run = run
-        self._rows: dict[int, dict[str, Any]] = {}
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
-                self._resume(path)
-
-    def missing(self) -> list[int]:
-        """The prompts that have no row yet."""
-        return [index for index in range(len(self._requests)) if index not in self._rows]
-
-    def add(self, index: int, text: GeneratedText) -> None:
-        """Judges a text, and writes its row at once: what is done survives an interruption."""
-        request = self._requests[index]
-        row: dict[str, Any] = {"row": index, "prompt": request.prompt, "output": text.text, "tokens": text.tokens}
-        if self._names[index] not in ("", DEFAULT_ADAPTER):
-            row["adapter"] = self._names[index]
-        if request.answer is not None:
-            parsed = self._task.parse(text.text) if self._task else text.text.strip()
-            is_correct: Callable[[str, str], bool] = self._task.is_correct if self._task else _same
-            row |= {"answer": request.answer, "parsed": parsed, "correct": is_correct(text.text, request.answer)}
-        self._rows[index] = row
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "run": self._run}, ensure_ascii=False) + "\n")
-
-    def records(self) -> list[dict[str, Any]]:
-        """The rows in the order of the prompts."""
-        return [self._rows[index] for index in sorted(self._rows)]
-
-    def summary(self) -> dict[str, Any]:
-        """`rows`, `accuracy` and `unparsed` over the rows with an answer (null where none has one), `output`."""
-        judged = [row for row in self._rows.values() if "correct" in row]
-        return {
-            "rows": len(self._rows),
-            "accuracy": sum(row["correct"] for row in judged) / len(judged) if judged else None,
-            "unparsed": sum(row["parsed"] is None for row in judged) if judged else None,
-            "output": str(self._path) if self._path else None,
-        }
-
-    def _resume(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        # A run that was killed may have left half a line, which is generated again.
-        complete = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(complete.split("\n")[:-1], start=1):
-            self._take(_parse(line, path, number), f"{path}, line {number}")
-        if complete != text:
-            with path.open("r+b") as file:
-                file.truncate(len(complete.encode()))
-
-    def _take(self, row: dict[str, Any], where: str) -> None:
-        index = row.get("row")
-        elsewhere = "give another --output, or remove the file"
-        if row.pop("run", None) != self._run:
-            raise MiLoraError(f"{where} is of a run with another adapter, backbone or settings: {elsewhere}.")
-        if (
-            not isinstance(index, int)
-            or not 0 <= index < len(self._requests)
-            or row.get("prompt") != self._requests[index].prompt
-            or row.get("answer") != self._requests[index].answer
-            or row.get("adapter", self._names[index]) != self._names[index]
-        ):
-            raise MiLoraError(f"{where} is for another prompt than these: {elsewhere}.")
-        self._rows[index] = row
-
-
-def _same(output: str, answer: str) -> bool:
-    return output.strip() == answer.strip()
-
-
-def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        row = None
-    if not isinstance(row, dict):
-        raise MiLoraError(f"{path}, line {number} is no row of milora generate: give another --output.")
-    return row
-
-
 def _task(name: str | None, data: str | None, data_dir: Path | None) -> Task | None:
     if name is None and data is None:
         return None
@@ -292,9 +202,9 @@ def _run(backbone: str | None, adapters: Mapping[str, str], decoding: Decoding, 
     return digest.hexdigest()
 
 
-def _print(results: Results, summary: Mapping[str, Any]) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     if summary["output"] is None:
-        for row in results.records():
+        for row in rows:
             typer.echo(row["output"].strip())
     if summary["accuracy"] is not None:
         typer.echo(

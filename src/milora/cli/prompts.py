@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora.errors import DataError, MiLoraError
+from milora.evaluation.predictions import Request
 
 if TYPE_CHECKING:
-    from milora.tasks.rows import Row, Text
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, the gold answer where there is one, and the adapter that the row names."""
-
-    prompt: Text
-    answer: str | None = None
-    adapter: str | None = None
+    from milora.tasks.rows import Row
 
 
 def read_requests(
