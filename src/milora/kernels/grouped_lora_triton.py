@@ -5,7 +5,7 @@ never read. The shrinking sum over d_in is cut into pieces, so that a batch of f
 summed by the expanding kernel in a fixed order, so that results do not vary from run to run.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import torch
