@@ -1,0 +1,150 @@
+"""lm-eval's own MMLU, BBH and GSM8K on a folder's rows: each task again, its name with `_local` behind it.
+
+Prompts, few-shot examples, filters and metrics stay lm-eval's: a local task is a YAML of a few lines that includes
+lm-eval's and says where the rows are. Nothing of lm-eval is copied, and nothing is asked of a hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from milora.evaluation.lm_eval import rows
+from milora.evaluation.lm_eval.upstream import task_files
+
+SUFFIX = "_local"
+
+FAMILIES = ("mmlu", "bbh", "gsm8k")
+"""Folders of lm-eval's tasks that are searched for tasks on the datasets below."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of one of the hub's datasets lie in a folder.
+
+    Attributes:
+        reader: Reads a file; a function of `milora.evaluation.lm_eval.rows`.
+        files: A split's file, below the folder, `{name}` being the dataset's configuration.
+    """
+
+    reader: Callable[[Path], list[dict[str, Any]]]
+    files: Mapping[str, str]
+
+
+SOURCES = {
+    "cais/mmlu": Source(rows.read_mmlu, {"dev": "mmlu/dev/{name}_dev.csv", "test": "mmlu/test/{name}_test.csv"}),
+    "SaylorTwift/bbh": Source(rows.read_bbh, {"test": "bbh/{name}.json"}),
+    "openai/gsm8k": Source(
+        rows.read_gsm8k, {"train": "gsm8k/train.original.jsonl", "test": "gsm8k/test.original.jsonl"}
+    ),
+}
+"""By the name of the dataset that lm-eval's tasks load from the hub."""
+
+
+def local_dataset(*, reader: str, files: Mapping[str, str], **_: Any) -> Any:
+    """The rows of a local task by split; what a task's `custom_dataset` calls.
+
+    Args:
+        reader: Name of a function in `milora.evaluation.lm_eval.rows`.
+        files: A split's file.
+        **_: What lm-eval passes of its own: `--metadata`, `--model_args`.
+
+    Raises:
+        DataError: If a file cannot be read, with the line or the row.
+    """
+    from datasets import Dataset, DatasetDict
+
+    read = getattr(rows, reader)
+    return DatasetDict({split: Dataset.from_list(read(Path(file))) for split, file in files.items()})
+
+
+def write_local_tasks(folder: Path, data_dir: Path | None) -> dict[str, Path | None]:
+    """Writes the local tasks and groups for lm-eval's `--include_path`, or for `TaskManager(include_path=folder)`.
+
+    Args:
+        folder: Where to; it must exist.
+        data_dir: The folder that holds `mmlu`, `bbh` and `gsm8k`; with `None` nothing is written.
+
+    Returns:
+        The name of every local task and group, with the first file that is missing, or `None` where it was written. A
+        group is written when all its tasks are: a part of a benchmark would pass for the whole.
+    """
+    tasks: dict[str, tuple[Path, dict[str, Any]]] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    tags: dict[str, list[str]] = {}
+    for path, config in task_files(FAMILIES):
+        if "group" in config:
+            groups[config["group"]] = config
+        elif config.get("dataset_path") in SOURCES and "task" in config:
+            tasks[config["task"]] = (path, config)
+            for tag in _listed(config.get("tag")):
+                tags.setdefault(tag, []).append(config["task"])
+    missing: dict[str, Path | None] = {}
+    for name, (path, config) in tasks.items():
+        source = SOURCES[config["dataset_path"]]
+        files = {
+            split: (data_dir or Path()) / file.format(name=config["dataset_name"])
+            for split, file in source.files.items()
+        }
+        missing[name] = next((file for file in files.values() if data_dir is None or not file.is_file()), None)
+        if missing[name] is None:
+            _write(folder, name, _task_yaml(path, config, source, files))
+    for name, config in groups.items():
+        members = list(_leaves(config["task"], groups, tags))
+        if all(member in tasks for member in members):
+            missing[name] = next((missing[member] for member in members if missing[member]), None)
+            if missing[name] is None:
+                _write(folder, name, yaml.safe_dump(_renamed(config), sort_keys=False))
+    return {name + SUFFIX: file for name, file in missing.items()}
+
+
+def _task_yaml(path: Path, config: Mapping[str, Any], source: Source, files: Mapping[str, Path]) -> str:
+    lines = {
+        "include": str(path),
+        "task": config["task"] + SUFFIX,
+        # Its own tags, or it would count among the members of lm-eval's.
+        "tag": [tag + SUFFIX for tag in _listed(config.get("tag"))],
+        "dataset_kwargs": {
+            "reader": source.reader.__name__,
+            "files": {split: str(file) for split, file in files.items()},
+        },
+    }
+    function = f"{local_dataset.__module__}.{local_dataset.__name__}"
+    return yaml.safe_dump(lines, sort_keys=False) + f"custom_dataset: !function {function}\n"
+
+
+def _leaves(members: list[Any], groups: Mapping[str, dict[str, Any]], tags: Mapping[str, list[str]]) -> Iterator[str]:
+    """The tasks of a group, through its groups and tags."""
+    for member in members:
+        name = member if isinstance(member, str) else member.get("group") or member["task"]
+        if isinstance(member, dict) and isinstance(member.get("task"), list):
+            yield from _leaves(member["task"], groups, tags)
+        elif name in groups:
+            yield from _leaves(groups[name]["task"], groups, tags)
+        else:
+            yield from tags.get(name, [name])
+
+
+def _renamed(value: Any) -> Any:
+    """A group's configuration with the suffix behind every task, group and tag."""
+    if isinstance(value, list):
+        return [each + SUFFIX if isinstance(each, str) else _renamed(each) for each in value]
+    renamed = dict(value)
+    for key in ("group", "task"):
+        if isinstance(value.get(key), str):
+            renamed[key] = value[key] + SUFFIX
+        elif isinstance(value.get(key), list):
+            renamed[key] = _renamed(value[key])
+    return renamed
+
+
+def _listed(tag: str | list[str] | None) -> list[str]:
+    return [tag] if isinstance(tag, str) else list(tag or [])
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    (folder / f"{name}{SUFFIX}.yaml").write_text(text)
