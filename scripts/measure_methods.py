@@ -48,6 +48,7 @@ def measure(
         per_device_train_batch_size=batch_size,
         total_train_batch_size=batch_size,
         learning_rate=rate,
+        activation_training="joint",
         activation_learning_rate=rate / 100,
         gradient_checkpointing=False,
         eval_strategy="no",

@@ -143,6 +143,7 @@ def _train(
         per_device_train_batch_size=settings.batch_size,
         total_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
+        activation_training="joint",
         activation_learning_rate=settings.learning_rate / 100,
         gradient_checkpointing=False,
         eval_strategy="no",

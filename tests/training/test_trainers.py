@@ -136,6 +136,7 @@ def test_the_activations_have_their_own_learning_rate(tmp_path: Path) -> None:
         str(tmp_path),
         max_steps=1,
         learning_rate=1e-2,
+        activation_training="joint",
         activation_learning_rate=1e-5,
         warmup_steps=0,
         eval_strategy="no",

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def command(context: typer.Context) -> None:
-    """Fine-tune an adapter on files, tasks or hub data sets.
+    """Fine-tune an adapter of any of the paper's methods on tasks, files or hub data sets.
 
     Takes every flag of TRL's SFTTrainer (`milora train --help-all` lists them), and a YAML file of them with --config.
     """
@@ -39,13 +39,19 @@ def command(context: typer.Context) -> None:
     # Trainers print to standard output; with --json only the result belongs there.
     with contextlib.redirect_stdout(sys.stderr):
         result = train(data, method, arguments)
+    if arguments.process_index > 0:
+        return
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
-    typer.echo(
-        f"{result.train_rows} training rows, {result.dev_rows} dev rows, {result.skipped_rows} left out for their "
-        f"length; {result.steps} steps in {result.seconds:.0f} s"
-    )
+    for name, counts in result.rows.items():
+        no_room = f" (of {counts['no_room']} the prompt alone)" if counts["no_room"] else ""
+        typer.echo(
+            f"{name}: {counts['train']} training rows, {counts['dev']} dev rows, "
+            f"{counts['too_long'] + counts['no_room']} left out for their length{no_room}"
+        )
+    early = ", where the dev perplexity no longer fell" if result.stopped_early else ""
+    typer.echo(f"{result.method}: {result.steps} steps in {result.seconds:.0f} s{early}")
     if result.dev_perplexity_before is not None and result.dev_perplexity_best is not None:
         typer.echo(f"dev perplexity {result.dev_perplexity_before:.3f} -> {result.dev_perplexity_best:.3f}")
     typer.echo(f"adapter in {result.output}")
@@ -98,7 +104,9 @@ def _print_help(*, everything: bool) -> None:
 
     own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
     by_name = {action.dest: action for action in parser._actions}
-    typer.echo("Usage: milora train --data DATA [DATA ...] [--backbone BACKBONE] [--output_dir OUTPUT_DIR] ...\n")
+    typer.echo(
+        "Usage: milora train [--method NAME] --task NAME[,NAME...] [--backbone BACKBONE] [--output_dir DIR] ...\n"
+    )
     typer.echo("  --config FILE  YAML with any of these; flags override it\n  --json  print the result as JSON")
     for name in own:
         action = by_name[name]

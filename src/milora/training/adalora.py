@@ -8,6 +8,7 @@ from peft import AdaLoraModel
 from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
+from milora.training.stopping import forget_best
 
 
 class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
@@ -35,6 +36,17 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Allocates, while the gradients are there."""
         _tuner(model).update_and_allocate(state.global_step + 1)
+
+    def is_open(self, model: Any, step: int) -> bool:
+        """See [`milora.training.stopping.Undecided`]."""
+        tuner = _tuner(model)
+        config = tuner.peft_config[tuner.trainable_adapter_name]
+        return bool(step < config.total_step - config.tfinal)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Forgets the best checkpoint when the ranks are down: no earlier one is within the budget."""
+        if not self.is_open(model, state.global_step) and self.is_open(model, state.global_step - 1):
+            forget_best(state)
 
 
 def _tuner(model: Any) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from trl import SFTConfig
 
-from milora.errors import MiLoraError
-from milora.tuners.milora import MiLoraConfig
+from milora.errors import MiLoraError, did_you_mean
+from milora.tasks import registry
 
 SMALL_TRAIN_SET = 10_000
 """Below this many rows the paper trains with batches of 16, from it on with 128."""
+
+ACTIVATION_TRAINING = ("bilevel", "joint", "frozen")
 
 
 @dataclass
@@ -23,9 +25,13 @@ class DataArguments:
     dtype: str = field(
         default="auto", metadata={"help": "The backbone's dtype; by default as it was saved, on a CPU float32."}
     )
+    task: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tasks to learn, by name, with commas or spaces between them; several are mixed."},
+    )
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Training rows, one or several of: a task's name, a .jsonl or .json file, a hub data set."},
+        metadata={"help": "Further training rows: a .jsonl or .json file, a folder, a hub data set, a task's name."},
     )
     dev_data: list[str] = field(
         default_factory=list,
@@ -38,35 +44,25 @@ class DataArguments:
     train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of each training source."})
     dev_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of each dev source."})
 
+    def __post_init__(self) -> None:
+        self.task = [name for part in _listed(self.task) for name in part.replace(",", " ").split()]
+        self.data, self.dev_data = _listed(self.data), _listed(self.dev_data)
+        for name in self.task:
+            if name not in registry.names():
+                raise MiLoraError(
+                    f"There is no task {name!r}; there are {', '.join(registry.names())}"
+                    f"{did_you_mean(name, registry.names())} Files are passed as --data."
+                )
 
-@dataclass
-class MethodArguments:
-    """The adapter: MiLoRA's own settings."""
+    @property
+    def sources(self) -> list[str]:
+        """All that training rows come from, each once."""
+        return list(dict.fromkeys([*self.task, *self.data]))
 
-    r: int = field(default=32, metadata={"help": "Rank of each expert."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Outputs are scaled by this / r; default 2 r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' inputs."})
-    target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Name endings of the experts; by default every linear module of the blocks."}
-    )
-    use_dora: bool = field(default=False, metadata={"help": "MiDoRA: experts are DoRAs."})
-    top_k: int = field(default=3, metadata={"help": "How many experts of a block serve a prompt."})
-    pooler: str = field(default="attention", metadata={"help": "attention, mean, max or last."})
-    router_activation: list[str] = field(
-        default_factory=lambda: ["rational"],
-        metadata={"help": "rational, or gelu, relu, silu, tanh, identity; one, or one for each block."},
-    )
-    gate: str = field(default="hard", metadata={"help": "hard, softmax or renormalized."})
-    load_balancing_coef: float = field(default=1e-2, metadata={"help": "Coefficient of the load-balancing loss."})
-    normalize_router_input: bool = field(default=False, metadata={"help": "Normalise the pooled vector."})
 
-    def to_config(self) -> MiLoraConfig:
-        """The PEFT configuration that these arguments describe."""
-        values: dict[str, Any] = dict(vars(self))
-        values["target_modules"] = self.target_modules or "all-linear"
-        if len(self.router_activation) == 1:
-            values["router_activation"] = self.router_activation[0]
-        return MiLoraConfig(**values)
+def _listed(value: list[str] | str) -> list[str]:
+    """A YAML file may have a single name where a list is meant."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 @dataclass
@@ -80,6 +76,18 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of adapters and routers."})
     activation_learning_rate: float = field(
         default=1e-6, metadata={"help": "Learning rate of the routers' rational activations (Theta)."}
+    )
+    activation_training: str = field(
+        default="bilevel",
+        metadata={
+            "help": "How the routers' rational activations learn: bilevel (on dev batches, between the steps of all "
+            "else), joint (on train batches, with all else) or frozen.",
+            "choices": ACTIVATION_TRAINING,
+        },
+    )
+    bilevel_every: int = field(default=1, metadata={"help": "Optimiser steps for one step on a dev batch."})
+    search_share: float = field(
+        default=0.3, metadata={"help": "Share of the steps in which SSP and Learned-Adapter search for a structure."}
     )
     total_train_batch_size: int | None = field(
         default=None,
@@ -104,6 +112,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             # TRL would turn bf16 on everywhere; CPUs without native support are slower with it.
             self.bf16 = torch.cuda.is_available()
         super().__post_init__()
+        if self.activation_training not in ACTIVATION_TRAINING:
+            raise MiLoraError(
+                f"activation_training must be one of {', '.join(ACTIVATION_TRAINING)}; found "
+                f"{self.activation_training!r}."
+            )
+        if self.bilevel_every < 1:
+            raise MiLoraError(f"bilevel_every must be at least 1; found {self.bilevel_every}.")
         if self.packing or self.padding_free:
             raise MiLoraError(
                 "packing and padding_free put several prompts into one row, and a row has one route; leave both off."
@@ -128,3 +143,11 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
                 "(per_device_train_batch_size x devices)."
             )
         self.gradient_accumulation_steps = max(total // at_once, 1)
+
+    def optimizer_steps(self, rows: int) -> int:
+        """How many optimiser steps a run on so many rows makes, if nothing stops it early."""
+        if self.max_steps > 0:  # type: ignore[has-type]
+            return int(self.max_steps)  # type: ignore[has-type]
+        at_once = self.per_device_train_batch_size * max(self.world_size, 1) * max(self.n_gpu, 1)
+        batches = rows // at_once if self.dataloader_drop_last else math.ceil(rows / at_once)
+        return math.ceil(self.num_train_epochs * max(math.ceil(batches / self.gradient_accumulation_steps), 1))

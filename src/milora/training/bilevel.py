@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
+from milora.training.dev_step import Batch, DevStep, processes, require_gradients
+from milora.training.stopping import forget_best
 
 
 class BilevelSearch(TrainerCallback):  # type: ignore[misc]
@@ -23,7 +25,8 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
 
     Args:
         dev_batches: Batches of the dev set with labels, as the model takes them, such as
-            `trainer.get_eval_dataloader()`; begun again when they run out.
+            `trainer.get_eval_dataloader()`; begun again when they run out. `None` for those of the
+            [`milora.training.MiLoraTrainer`] that the callback is given to.
         search_share: Share of the training steps in which the search ends.
         every: Trainer's steps for one step on a dev batch.
         learning_rate: Adam's, of what is decisive.
@@ -41,7 +44,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        dev_batches: Iterable[Mapping[str, Any]],
+        dev_batches: Iterable[Batch] | None,
         search_share: float,
         every: int,
         learning_rate: float,
@@ -56,6 +59,21 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         self.every = every
         self.learning_rate = learning_rate
         self.betas = betas
+        self.model_arguments: dict[str, Any] = {}
+        self._step: DevStep | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    def is_open(self, model: Any, step: int) -> bool:
+        """See [`milora.training.stopping.Undecided`]."""
+        return bool(self._tuner(model).is_searching)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that is resumed during the search needs beside the model."""
+        return {} if self._step is None else {"dev_step": self._step.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state; called before the training begins."""
+        self._resumed = state.get("dev_step")
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:
         """The parameters that are trained on the dev set."""
@@ -79,7 +97,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keeps what is decisive out of the optimiser, which is made later, and so out of what a resumed run loads."""
-        _require_gradients(self.decisive(self._tuner(model)), False)
+        require_gradients(self.decisive(self._tuner(model)), False)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -88,7 +106,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         tuner = self._tuner(model)
         if not tuner.is_searching:
             return
-        if _processes() > 1 and not self.works_in_several_processes:
+        if processes() > 1 and not self.works_in_several_processes:
             raise MiLoraError(
                 f"{type(self).__name__} works in one process: the end of a search takes parameters away, which "
                 "DistributedDataParallel cannot follow. Search in one process, then train the adapter in several."
@@ -97,10 +115,21 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         self.prepare(tuner, self._steps)
         parameters = self.decisive(tuner)
         # They are there if this callback was added after the trainer was made.
-        _require_gradients(parameters, False)
+        require_gradients(parameters, False)
         forget(optimizer, parameters)
-        self._optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas)
-        self._batches = endless(self.dev_batches)
+        if self.dev_batches is None:
+            raise MiLoraError(f"{type(self).__name__} has no dev batches to learn from.")
+        # In training mode, because that is where the candidates compete.
+        self._step = DevStep(
+            parameters,
+            torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas),
+            self.dev_batches,
+            evaluation=False,
+            arguments=self.model_arguments,
+        )
+        if self._resumed is not None:
+            self._step.load_state_dict(self._resumed)
+            self._resumed = None
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -109,8 +138,9 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         tuner = self._tuner(model)
         if not tuner.is_searching:
             return
+        assert self._step is not None
         if state.global_step % self.every == 0:
-            self._learn(model, args.device)
+            self._step(model, args.device)
         before = list(tuner.parameters())
         begins_anew = self.advance(tuner, state.global_step, self._steps)
         remaining = {id(parameter) for parameter in tuner.parameters()}
@@ -119,27 +149,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
             # What it knows of them is about the weights they had.
             optimizer.state.clear()
         if not tuner.is_searching:
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-    def _learn(self, model: nn.Module, device: torch.device) -> None:
-        """A step on the next dev batch, which leaves no gradients."""
-        decisive = self._optimizer.param_groups[0]["params"]
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        _require_gradients(others, False)
-        _require_gradients(decisive, True)
-        try:
-            batch = next(self._batches)
-            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            model(**on_device)["loss"].backward()
-            if _processes() > 1:
-                for parameter in decisive:
-                    distributed.all_reduce(parameter.grad)
-                    parameter.grad /= _processes()
-            self._optimizer.step()
-        finally:
-            self._optimizer.zero_grad()
-            _require_gradients(decisive, False)
-            _require_gradients(others, True)
+            forget_best(state)
 
     def _tuner(self, model: Any) -> Any:
         tuner = getattr(getattr(model, "module", model), "base_model", None)
@@ -151,23 +161,6 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         return tuner
 
 
-def endless(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The batches over and over.
-
-    Raises:
-        MiLoraError: If there are none, or one has no labels.
-    """
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            if "labels" not in batch:
-                raise MiLoraError(f"A dev batch of the search has no labels, only {list(batch)}.")
-            yield batch
-        if empty:
-            raise MiLoraError("The search has no dev batches; pass some that can be iterated over more than once.")
-
-
 def forget(optimizer: Any, parameters: list[nn.Parameter]) -> None:
     """Takes parameters out of an optimiser."""
     gone = {id(parameter) for parameter in parameters}
@@ -175,12 +168,3 @@ def forget(optimizer: Any, parameters: list[nn.Parameter]) -> None:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _require_gradients(parameters: list[nn.Parameter], required: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(required)

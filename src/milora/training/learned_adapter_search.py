@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from milora.errors import MiLoraError
 from milora.training.bilevel import BilevelSearch
+from milora.training.dev_step import Batch
 from milora.tuners.learned_adapter import LearnedAdapterModel
 
 
@@ -45,7 +46,7 @@ class LearnedAdapterSearch(BilevelSearch):
 
     def __init__(
         self,
-        dev_batches: Iterable[Mapping[str, Any]],
+        dev_batches: Iterable[Batch] | None = None,
         search_share: float = 0.3,
         learning_rate: float = 3e-4,
         retrain: bool = True,

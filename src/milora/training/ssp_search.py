@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from milora.errors import MiLoraError
 from milora.training.bilevel import BilevelSearch
+from milora.training.dev_step import Batch
 from milora.tuners.ssp import SSPModel
 
 
@@ -38,7 +39,7 @@ class SSPSearch(BilevelSearch):
 
     def __init__(
         self,
-        dev_batches: Iterable[Mapping[str, Any]],
+        dev_batches: Iterable[Batch] | None = None,
         search_share: float = 0.3,
         every: int = 1,
         learning_rate: float = 0.1,

@@ -1,55 +1,155 @@
-"""TRL's `SFTTrainer` for adapters with routers."""
+"""TRL's `SFTTrainer` for adapters of all methods."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from milora.errors import MiLoraError
+from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.arguments import TrainingArguments
+from milora.training.bilevel import BilevelSearch
 from milora.training.callbacks import routing_metrics
-from milora.tuners.milora import MiLoraModel
+from milora.training.dev_step import DevBatches, require_gradients
 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 """What a checkpoint needs to be resumed from; transformers writes `trainer_state.json` last."""
 
+STATE_FILE = "milora_state.pt"
+"""In a checkpoint: what transformers does not keep, above all the optimiser of what trains on dev batches."""
+
 
 class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
-    """`SFTTrainer` with a learning rate of their own for the rational activations, and the routing in its log.
+    """`SFTTrainer` that trains the rational activations on dev batches, and has the routing in its log.
 
-    The activations' coefficients (Theta of the paper's equation 7) form their own parameter group, at
-    `TrainingArguments.activation_learning_rate`. Logs carry `load_balancing_loss`, `expert_share/{expert}` and
-    `eval_perplexity`.
+    The activations' coefficients (Theta of the paper's equation 7) train by `TrainingArguments.activation_training`:
+
+    - `bilevel`: on batches of `eval_dataset`, between the steps in which everything else trains
+      ([`BilevelActivations`]), every `bilevel_every`-th step, at `activation_learning_rate`;
+    - `joint`: on train batches with everything else, in a parameter group of their own at that rate;
+    - `frozen`: not at all.
+
+    Logs carry `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss` and `eval_perplexity`. Searches on dev
+    batches ([`BilevelSearch`]) that come without batches are given those of `eval_dataset`. Checkpoints keep the state
+    of all of these. For methods without a router it is `SFTTrainer`, with those batches and checkpoints.
+
+    Raises:
+        MiLoraError: If something is to be trained on dev batches and there is no `eval_dataset`.
     """
 
     args: TrainingArguments
 
+    def __init__(
+        self, model: Any, args: TrainingArguments, *more: Any, callbacks: Sequence[Any] | None = None, **settings: Any
+    ) -> None:
+        self._theta = activation_parameters(model)
+        self._activations: BilevelActivations | None = None
+        if self._theta and args.activation_training == "bilevel":
+            self._activations = BilevelActivations(None, args.bilevel_every, args.activation_learning_rate)
+        own = [] if self._activations is None else [self._activations]
+        super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
+        if self._activations is not None and self.eval_dataset is None:
+            raise MiLoraError(
+                "The routers' activations train on dev rows (--activation_training bilevel, as in the paper), and "
+                "there are none: pass --dev_data, or --activation_training joint or frozen."
+            )
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, BilevelSearch | BilevelActivations) and callback.dev_batches is None:
+                callback.dev_batches = self.dev_batches()
+                # Scores the supervised tokens alone, as the training step does.
+                callback.model_arguments = {"fused_lm_head": True}
+
+    def dev_batches(self) -> DevBatches:
+        """Batches of the dev set, of the size of the training batches of a device.
+
+        Raises:
+            MiLoraError: If there is no dev set.
+        """
+        rows = self.eval_dataset
+        if rows is None:
+            raise MiLoraError("There is no eval_dataset to make dev batches of.")
+        if isinstance(rows, dict):
+            rows = concatenate_datasets(list(rows.values()))
+        return DevBatches(
+            rows,
+            self.data_collator,
+            self.args.per_device_train_batch_size,
+            self.args.seed,
+            self.args.process_index,
+            self.args.world_size,
+        )
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s, with Theta in a group of its own and without weight decay."""
+        """As `Trainer`'s; Theta in a group of its own and without weight decay, or not there."""
         is_new = self.optimizer is None
+        if self.args.activation_training != "joint":
+            # Loading a checkpoint may have switched them on again.
+            require_gradients(self._theta, False)
+            return super().create_optimizer(model)  # type: ignore[no-any-return]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        tuner = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
-        theta = tuner.activation_parameters() if isinstance(tuner, MiLoraModel) else []
-        if is_new and theta:
-            own = {id(parameter) for parameter in theta}
+        if is_new and self._theta:
+            own = {id(parameter) for parameter in self._theta}
             for group in optimizer.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
             rate = self.args.activation_learning_rate
-            optimizer.add_param_group({"params": theta, "lr": rate, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": self._theta, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def tunable_parameters(self) -> int:
+        """How many parameters train, by whichever optimiser."""
+        theta = {id(parameter) for parameter in self._theta} if self.args.activation_training == "bilevel" else set()
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad or id(p) in theta)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with the routing statistics in training logs and the perplexity in evaluation logs."""
         if "loss" in logs:
             logs.update(routing_metrics(self.accelerator.unwrap_model(self.model)))
+            if self._activations is not None and self._activations.loss is not None:
+                logs["dev_step_loss"] = self._activations.loss.item()
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
+
+    # transformers has no public place in a checkpoint for a second optimiser: these two write and read the first one.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {name: callback.state_dict() for name, callback in self._stateful().items()}
+            torch.save(state, Path(output_dir) / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / STATE_FILE
+        if not file.is_file():
+            if self._activations is not None:
+                raise MiLoraError(
+                    f"{checkpoint} has no {STATE_FILE}, where the optimiser of the routers' activations is: it was "
+                    f"written with another activation_training than {self.args.activation_training!r}, or by another "
+                    "trainer."
+                )
+            return
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        for name, callback in self._stateful().items():
+            if name in state:
+                callback.load_state_dict(state[name])
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            type(callback).__name__: callback
+            for callback in self.callback_handler.callbacks
+            if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
+        }
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,0 +1,106 @@
+"""Theta of the paper's equation 7, the routers' rational activations, trained on dev batches under any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from milora.errors import MiLoraError
+from milora.training.dev_step import Batch, DevStep, require_gradients
+from milora.tuners.milora import MiLoraModel
+
+
+class BilevelActivations(TrainerCallback):  # type: ignore[misc]
+    """Trains the coefficients of the routers' rational activations on dev batches, everything else stays the trainer's.
+
+    After every `every`-th optimiser step of the trainer, Theta takes one step of Adam's on one dev batch (first-order
+    bi-level optimisation, equation 7 of Zhang et al. 2024), at a constant learning rate: one forward and one backward
+    pass in which nothing else gets gradients. The pass is in evaluation mode: the loss is the dev loss itself, without
+    the load-balancing loss (which belongs to the lower problem, in training), without a trace in the routing
+    statistics, and without dropout. Under gradient checkpointing it is checkpointed too; dropout that a block of the
+    backbone applies by itself, outside its sub-modules, is then left on.
+
+    `Trainer(model, ..., callbacks=[BilevelActivations(dev_batches)])`; [`milora.training.MiLoraTrainer`] adds one by
+    itself, and keeps its state in the checkpoints. A model without such activations is left alone.
+
+    Args:
+        dev_batches: Batches of the dev set with labels, as the model takes them. In several processes each has its
+            own, and Theta stays the same in all. `None` for those of the `MiLoraTrainer` it is given to.
+        every: Optimiser steps of the trainer for one step of Theta.
+        learning_rate: Adam's, of Theta.
+
+    Raises:
+        MiLoraError: If an argument is out of range; in training if there are no dev batches.
+    """
+
+    def __init__(self, dev_batches: Iterable[Batch] | None = None, every: int = 1, learning_rate: float = 1e-6) -> None:
+        if every < 1:
+            raise MiLoraError(f"every must be at least 1; found {every}.")
+        self.dev_batches = dev_batches
+        self.every = every
+        self.learning_rate = learning_rate
+        self.model_arguments: dict[str, Any] = {}
+        self.loss: Tensor | None = None
+        """Of the last dev batch."""
+        self._theta: list[nn.Parameter] = []
+        self._step: DevStep | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many Theta has made."""
+        return 0 if self._step is None else self._step.steps
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Keeps Theta out of the trainer's optimiser, which is made later, and out of gradients between processes."""
+        self._theta = activation_parameters(model)
+        require_gradients(self._theta, False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Makes Theta's optimiser, or goes on with it."""
+        self._theta = self._theta or activation_parameters(model)
+        require_gradients(self._theta, False)
+        if not self._theta:
+            return
+        if self.dev_batches is None:
+            raise MiLoraError(
+                "Theta, the routers' activations, trains on dev batches (activation_training='bilevel'), and there are "
+                "none: pass dev rows, or activation_training='joint' or 'frozen'."
+            )
+        self._step = DevStep(
+            self._theta,
+            torch.optim.AdamW(self._theta, lr=self.learning_rate, weight_decay=0.0),
+            self.dev_batches,
+            evaluation=True,
+            arguments=self.model_arguments,
+        )
+        if self._resumed is not None:
+            self._step.load_state_dict(self._resumed)
+            self._resumed = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """A step of Theta, when it is due."""
+        if self._step is not None and state.global_step % self.every == 0:
+            self.loss = self._step(model, args.device)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves Theta as PEFT had it."""
+        require_gradients(self._theta, True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model: the optimiser's state and the number of steps."""
+        return {} if self._step is None else {"dev_step": self._step.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state; called before the training begins."""
+        self._resumed = state.get("dev_step")
+
+
+def activation_parameters(model: Any) -> list[nn.Parameter]:
+    """Theta of a (wrapped) model's active adapter, as far as it trains; empty for other methods."""
+    tuner = getattr(getattr(model, "module", model), "base_model", None)
+    return tuner.activation_parameters() if isinstance(tuner, MiLoraModel) else []

@@ -1,0 +1,44 @@
+"""The callbacks that a method cannot be trained without, and early stopping, which has to know of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import AdaLoraModel
+from transformers import TrainerCallback
+
+from milora.errors import MiLoraError
+from milora.training.adalora import AdaLoraAllocation
+from milora.training.arguments import TrainingArguments
+from milora.training.learned_adapter_search import LearnedAdapterSearch
+from milora.training.ssp_search import SSPSearch
+from milora.training.stopping import EarlyStopping
+from milora.tuners.learned_adapter import LearnedAdapterModel
+from milora.tuners.ssp import SSPModel
+
+
+def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> list[TrainerCallback]:
+    """The callbacks for a model with an adapter of any of the thirteen methods, under a [`MiLoraTrainer`].
+
+    Args:
+        model: What `get_peft_model` returned.
+        arguments: `search_share` and `early_stopping_patience` are read.
+        has_dev: Whether there are dev rows: to search with, and to stop by.
+
+    Raises:
+        MiLoraError: If the method searches on dev rows and there are none.
+    """
+    tuner = model.base_model
+    undecided: list[Any] = []
+    if isinstance(tuner, AdaLoraModel):
+        undecided.append(AdaLoraAllocation())
+    elif isinstance(tuner, SSPModel | LearnedAdapterModel) and tuner.is_searching:
+        if not has_dev:
+            raise MiLoraError(
+                f"{tuner.method} searches for its structure on dev rows, and there are none: pass --dev_data, or raise "
+                "--dev_fraction."
+            )
+        search = SSPSearch if isinstance(tuner, SSPModel) else LearnedAdapterSearch
+        undecided.append(search(search_share=arguments.search_share))
+    patience = arguments.early_stopping_patience
+    return [*undecided, EarlyStopping(patience, undecided)] if patience > 0 and has_dev else undecided

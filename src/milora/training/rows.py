@@ -1,0 +1,168 @@
+"""The rows of a training run: from its sources to a mixture, with a dev set, and what does not fit counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from milora.errors import MiLoraError
+from milora.tasks import registry
+from milora.tasks.rows import Row
+from milora.tasks.sources import read_rows
+from milora.training.arguments import DataArguments
+
+LARGEST_DEV = 500
+"""Rows held out at most, where the data have no dev split of their own."""
+
+
+@dataclass
+class SourceCounts:
+    """What a source gave.
+
+    Attributes:
+        train: Rows to train on.
+        dev: Rows of the dev set.
+        too_long: Rows left out because prompt and completion together do not fit.
+        no_room: Rows left out because the prompt alone leaves no room for any answer.
+    """
+
+    train: int = 0
+    dev: int = 0
+    too_long: int = 0
+    no_room: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Mixture:
+    """The rows of all sources, one source after the other (the trainer shuffles them anew in each epoch, by its seed).
+
+    Attributes:
+        train: Rows to train on.
+        dev: Rows for dev perplexity, and for what is trained on dev batches.
+        counts: By source.
+    """
+
+    train: list[Row] = field(default_factory=list)
+    dev: list[Row] = field(default_factory=list)
+    counts: dict[str, SourceCounts] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> int:
+        """Rows that did not fit."""
+        return sum(count.too_long + count.no_room for count in self.counts.values())
+
+
+@dataclass
+class SourceRows:
+    """The rows of one source, as they were read."""
+
+    train: Sequence[Row] = ()
+    dev: Sequence[Row] = ()
+
+
+def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
+    """Reads all sources, and holds out dev rows where there are none.
+
+    A task has its own dev split; of other sources a share of the rows is held out, unless `dev_data` is given.
+
+    Args:
+        data: The sources.
+        seed: Decides which rows are held out.
+
+    Raises:
+        MiLoraError: If there is no source, or one cannot be read.
+    """
+    if not data.sources:
+        raise MiLoraError("There is nothing to learn from: pass --task with a task's name, or --data with a file.")
+    sources: dict[str, SourceRows] = {}
+    for name in data.sources:
+        rows: Sequence[Row] = read_rows(name, "train", data.data_dir)
+        dev: Sequence[Row] = ()
+        if not data.dev_data:
+            if name in registry.names():
+                dev = read_rows(name, "dev", data.data_dir)
+            else:
+                rows, dev = _hold_out(rows, data.dev_fraction, seed)
+        sources[name] = SourceRows(rows[: data.train_rows], dev[: data.dev_rows])
+    for name in data.dev_data:
+        split = "dev" if name in registry.names() else None
+        source = sources.setdefault(name, SourceRows())
+        source.dev = [*source.dev, *read_rows(name, split, data.data_dir)[: data.dev_rows]]
+    return sources
+
+
+def mix(sources: Mapping[str, SourceRows], tokenizer: Any, max_length: int | None) -> Mixture:
+    """Puts the sources together, and leaves out the rows that do not fit, which it counts. No row is ever cut.
+
+    Args:
+        sources: By name.
+        tokenizer: Of the backbone.
+        max_length: Most tokens of a row, with the end of sequence; `None` for any number.
+
+    Raises:
+        MiLoraError: If no training row is left.
+    """
+    mixture = Mixture()
+    for name, source in sources.items():
+        counts = mixture.counts[name] = SourceCounts()
+        train = _fitting(source.train, tokenizer, max_length, counts)
+        dev = _fitting(source.dev, tokenizer, max_length, counts)
+        counts.train, counts.dev = len(train), len(dev)
+        mixture.train += train
+        mixture.dev += dev
+    if not mixture.train:
+        no_room = sum(count.no_room for count in mixture.counts.values())
+        raise MiLoraError(
+            f"None of the training rows fits max_length={max_length} ({mixture.left_out} rows are too long, of "
+            f"{no_room} the prompt alone): raise --max_length."
+        )
+    return mixture
+
+
+def _hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Splits rows at random into train and dev; the order within each stays."""
+    if not 0 <= fraction < 1:
+        raise MiLoraError(f"dev_fraction must be at least 0 and below 1; found {fraction}.")
+    count = min(int(len(rows) * fraction), LARGEST_DEV)
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    return (
+        [row for index, row in enumerate(rows) if index not in held_out],
+        [row for index, row in enumerate(rows) if index in held_out],
+    )
+
+
+def _fitting(rows: Sequence[Row], tokenizer: Any, max_length: int | None, counts: SourceCounts) -> list[Row]:
+    """The rows whose prompt and completion, with the end of sequence, fit; the others are counted."""
+    if max_length is None:
+        return list(rows)
+    fitting = []
+    for row in rows:
+        if _length(row, tokenizer) <= max_length:
+            fitting.append(row)
+        elif _prompt_length(row, tokenizer) >= max_length:
+            counts.no_room += 1
+        else:
+            counts.too_long += 1
+    return fitting
+
+
+def _length(row: Row, tokenizer: Any) -> int:
+    if isinstance(row.prompt, str) and isinstance(row.completion, str):
+        return len(tokenizer(row.prompt + row.completion)["input_ids"]) + 1
+    return _chat_length([*row.prompt, *row.completion], tokenizer)
+
+
+def _prompt_length(row: Row, tokenizer: Any) -> int:
+    if isinstance(row.prompt, str):
+        return len(tokenizer(row.prompt)["input_ids"])
+    return _chat_length(row.prompt, tokenizer, add_generation_prompt=True)
+
+
+def _chat_length(messages: Sequence[Any], tokenizer: Any, **options: Any) -> int:
+    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])

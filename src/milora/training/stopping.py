@@ -1,0 +1,52 @@
+"""When a run ends early, and which checkpoint may be its best, where a method first decides on its structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from transformers import EarlyStoppingCallback
+
+
+@runtime_checkable
+class Undecided(Protocol):
+    """A callback under which the model's structure is at first open: a search, or a pruning schedule."""
+
+    def is_open(self, model: Any, step: int) -> bool:
+        """Whether it is after optimiser step `step`, so that what is evaluated then is not what will be kept."""
+
+
+class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+    """Ends a run after `patience` evaluations without a better one, none of them counted while a structure is open.
+
+    A search makes the dev perplexity worse before it makes it better (what it finds begins anew), and ended in its
+    midst it would leave an adapter that is none of the method's.
+
+    Args:
+        patience: Evaluations.
+        undecided: The callbacks that may hold it off.
+    """
+
+    def __init__(self, patience: int, undecided: Sequence[Undecided] = ()) -> None:
+        super().__init__(patience)
+        self.undecided = undecided
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **kwargs: Any) -> None:
+        """Counts an evaluation."""
+        if any(callback.is_open(model, state.global_step) for callback in self.undecided):
+            self.early_stopping_patience_counter = 0
+            return
+        super().on_evaluate(args, state, control, metrics, model=model, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"counter": self.early_stopping_patience_counter}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on counting."""
+        self.early_stopping_patience_counter = state["counter"]
+
+
+def forget_best(state: Any) -> None:
+    """Makes a trainer choose its best checkpoint from those to come."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
