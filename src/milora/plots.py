@@ -33,7 +33,7 @@ def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title:
     """
     panels = {"": routes} if isinstance(routes, Route) else dict(routes)
     first = _alike(panels)
-    figure = _figure()
+    figure = new_figure()
     blocks, experts = short_blocks(first.blocks), short_experts(first.experts)
     text = title or _title(panels)
     # All in inches: a cell holds "100%", and a column's name stands at a slant below it.
@@ -55,7 +55,7 @@ def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title:
         axes = add_axes(left + position * (panel[0] + gap), *panel)
         share = route.share().cpu()
         image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap=COLORS, aspect="auto")
-        _label(axes, experts, blocks if position == 0 else None)
+        label_cells(axes, experts, blocks if position == 0 else None)
         if label:
             axes.set_title(f"{label} ({_count(route)})", fontsize=9, loc="left", pad=5)
         if with_values:
@@ -65,7 +65,7 @@ def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title:
     bar.set_yticklabels(["0", "0.25", "0.5", "0.75", "1"], fontsize=8)
     bar.set_ylabel("share of prompts", fontsize=8)
     bar.tick_params(length=2)
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))
 
 
 def short_experts(experts: Sequence[str]) -> list[str]:
@@ -115,7 +115,12 @@ def _count(route: Route) -> str:
     return "1 prompt" if len(route) == 1 else f"{len(route)} prompts"
 
 
-def _figure() -> Any:
+def new_figure() -> Any:
+    """A figure of matplotlib, with a canvas of its own.
+
+    Raises:
+        MiLoraError: If matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -127,7 +132,8 @@ def _figure() -> Any:
     return figure
 
 
-def _label(axes: Any, experts: Sequence[str], blocks: Sequence[str] | None) -> None:
+def label_cells(axes: Any, experts: Sequence[str], blocks: Sequence[str] | None) -> None:
+    """Names the columns and, with `blocks`, the rows of a heat map of experts by block."""
     axes.set_xticks(range(len(experts)), experts, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -153,7 +159,12 @@ def _write_values(axes: Any, route: Route, share: Tensor) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure in the format of the path's ending, whole or not at all.
+
+    Raises:
+        MiLoraError: If matplotlib cannot write that format.
+    """
     kind = path.suffix.lower().lstrip(".")
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
