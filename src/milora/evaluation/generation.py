@@ -6,20 +6,18 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from milora.errors import MiLoraError
 from milora.evaluation.fingerprint import model_fingerprint
 from milora.evaluation.predictions import Predictions, Request
-from milora.evaluation.scores import Score, score
+from milora.evaluation.progress import Watch
+from milora.evaluation.scores import Scores, score
 from milora.inference.generation import Decoding, encode_prompt, generate_texts, positions_of
 from milora.tasks.task import Split, Task
-
-Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Wraps an iterable in a progress bar, given what it is and how many come."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,8 @@ class Evaluation:
     Attributes:
         task: The task's name.
         split: Which of its rows.
-        score: Of all rows.
-        groups: Of each of the task's parts, where it has parts (MMLU's subjects).
-        macro_accuracy: The mean over the groups, `None` without groups; `accuracy` is the mean over rows.
+        scores: Of all rows, and of each of the task's parts, where it has parts (MMLU's subjects).
+        average: Whether the accuracy is the mean over `rows` or over `groups`, as the benchmark has it.
         generated: How many rows were generated now; the others were in the file.
         seconds: How long that took.
         predictions: The file of the rows, see [`milora.evaluation.predictions.Predictions`].
@@ -39,9 +36,8 @@ class Evaluation:
 
     task: str
     split: str
-    score: Score
-    groups: dict[str, Score] = field(default_factory=dict)
-    macro_accuracy: float | None = None
+    scores: Scores
+    average: str = "rows"
     generated: int = 0
     seconds: float = 0.0
     predictions: Path | None = None
@@ -49,35 +45,40 @@ class Evaluation:
     @property
     def rows(self) -> int:
         """How many rows."""
-        return self.score.rows
+        return self.scores.whole.rows
 
     @property
     def correct(self) -> int:
         """How many of them are right."""
-        return self.score.correct
+        return self.scores.whole.correct
 
     @property
     def accuracy(self) -> float:
-        """The share of right rows."""
-        return self.score.correct / self.score.rows
+        """The benchmark's figure: the share of right rows, or the mean of the groups' shares."""
+        macro = self.scores.macro_accuracy
+        return self.correct / self.rows if macro is None or self.average == "rows" else macro
 
     @property
     def unparsed(self) -> int:
         """How many outputs give no answer that could be read."""
-        return self.score.unparsed
+        return self.scores.whole.unparsed
 
     @property
     def no_room(self) -> int:
         """How many prompts leave no room for an answer."""
-        return self.score.no_room
+        return self.scores.whole.no_room
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the whole score beside the rest."""
+        """For JSON. `interval` is that of `micro_accuracy`, the share of right rows."""
+        whole = self.scores.whole.to_dict()
+        groups = {name: of_group.to_dict() for name, of_group in self.scores.groups.items()}
         return {
             "split": self.split,
-            **self.score.to_dict(),
-            "macro_accuracy": self.macro_accuracy,
-            "groups": {name: of_group.to_dict() for name, of_group in self.groups.items()},
+            **whole,
+            "accuracy": self.accuracy,
+            "micro_accuracy": whole["accuracy"],
+            "macro_accuracy": self.scores.macro_accuracy,
+            "groups": groups,
             "generated": self.generated,
             "seconds": round(self.seconds, 3),
             "predictions": None if self.predictions is None else str(self.predictions),
@@ -122,8 +123,7 @@ def evaluate_task(
     """
     decoding = decoding or Decoding(max_new_tokens=task.max_new_tokens)
     requests = [
-        Request(example.prompt, example.answer, group=getattr(example, "group", None))
-        for example in task.examples(split, limit, seed)
+        Request(example.prompt, example.answer, group=example.group) for example in task.examples(split, limit, seed)
     ]
     if not requests:
         raise MiLoraError(f"{task.name} has no rows in its split {split!r}.")
@@ -142,13 +142,11 @@ def evaluate_task(
     texts: Iterable[Any] = generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size)
     for text in progress(texts, task.name, len(fitting)) if progress else texts:
         predictions.add(fitting[text.index], text)
-    scores = score(predictions.records())
     return Evaluation(
         task=task.name,
         split=split,
-        score=scores.whole,
-        groups=scores.groups,
-        macro_accuracy=scores.macro_accuracy,
+        scores=score(predictions.records()),
+        average=task.average,
         generated=len(missing),
         seconds=time.perf_counter() - started,
         predictions=path,
