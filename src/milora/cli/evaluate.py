@@ -1,0 +1,162 @@
+"""`milora evaluate`: accuracy on tasks, as a table, and every prediction in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from milora.cli import options
+from milora.cli.output import json_only, progress_bar, quiet_libraries
+from milora.errors import MiLoraError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from milora.tasks.task import Task
+
+RESULTS_FILE = "results.json"
+
+
+def command(
+    task: Annotated[
+        list[str],
+        typer.Option("--task", metavar="NAME[,NAME...]", help="Tasks to evaluate on; can be repeated."),
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="DIR", help="Folder or hub id of an adapter; without, the bare backbone."),
+    ] = None,
+    backbone: options.Backbone = None,
+    data_dir: options.DataDirectory = None,
+    split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
+    limit: options.Limit = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the rows' order, and so of what --limit takes.")] = 0,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir",
+            metavar="DIR",
+            help=f"Predictions, a file a task, and {RESULTS_FILE}; the same command goes on with what is there.",
+        ),
+    ] = None,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Beams; 3, as in the paper.")] = 3,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="By default what each task needs.")
+    ] = None,
+    batch_size: options.BatchSize = 8,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure the gold completions' too.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Whether to generate answers, or measure perplexity alone.")
+    ] = True,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Evaluate an adapter, or a bare backbone, on tasks.
+
+    Answers are generated with beam search and read as each task reads them; one that cannot be read is wrong.
+    """
+    with json_only(as_json) as print_result:
+        tasks = find_tasks(task, data_dir)
+
+        from milora.backbone.loading import load_for_inference
+        from milora.evaluation.files import write_json
+        from milora.evaluation.run import EvaluationSettings, check_rows, evaluate, mean_accuracy
+        from milora.tasks.task import check_split
+
+        settings = EvaluationSettings(
+            split=check_split("milora evaluate", split),
+            limit=limit,
+            seed=seed,
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            accuracy=generate,
+            perplexity=perplexity,
+            output_dir=output_dir,
+        )
+        # A mistake in the last task's data should not show after hours with the others.
+        for of_task in tasks:
+            check_rows(of_task, settings)
+        quiet_libraries()
+        model, tokenizer = load_for_inference({} if adapter is None else adapter, backbone, dtype=dtype, device=device)
+        about = {"adapter": adapter, "backbone": model.config.name_or_path, **settings.to_dict()}
+        results: dict[str, dict[str, Any]] = {}
+        for of_task in tasks:
+            results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
+            result = {**about, "tasks": results, "mean": mean_accuracy(results)}
+            if output_dir is not None:
+                write_json(output_dir / RESULTS_FILE, result)
+        print_result(result)
+        if not as_json:
+            from rich.console import Console
+
+            Console().print(table(results, result["mean"]))
+            if output_dir is not None:
+                typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
+
+
+def find_tasks(names: Sequence[str], data_dir: Path | None) -> list[Task]:
+    """The tasks of `--task` options, each of one name or of several between commas.
+
+    Raises:
+        MiLoraError: If there is no task of a name, or none at all.
+    """
+    from milora.tasks import registry
+
+    separate = [name.strip() for listed in names for name in listed.split(",")]
+    found = [registry.get(name, data_dir) for name in dict.fromkeys(separate) if name]
+    if not found:
+        raise MiLoraError(f"--task names no task; there are {', '.join(registry.names())}.")
+    return found
+
+
+def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table:
+    """A row a task; columns that say nothing of any task are left out."""
+    from rich.table import Table
+
+    columns = {
+        "task": list(results),
+        "rows": [_number(result.get("rows", result.get("perplexity_rows"))) for result in results.values()],
+        "accuracy": [_share(result.get("accuracy")) for result in results.values()],
+        "95 % interval": [_interval(result.get("interval")) for result in results.values()],
+        "groups": [_number(len(result.get("groups", ())) or None) for result in results.values()],
+        "unparsed": [_number(result.get("unparsed")) for result in results.values()],
+        "no room": [
+            _number(result.get("no_room", 0) + result.get("perplexity_no_room", 0) or None)
+            for result in results.values()
+        ],
+        "perplexity": [_decimal(result.get("perplexity")) for result in results.values()],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    result = Table(show_footer=mean is not None and len(results) > 1)
+    for name in shown:
+        footer = "mean" if name == "task" else _share(mean) if name == "accuracy" else ""
+        result.add_column(name, footer=footer, justify="left" if name == "task" else "right")
+    for cells in zip(*shown.values(), strict=True):
+        result.add_row(*cells)
+    return result
+
+
+def _watch(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    with progress_bar() as progress:
+        yield from progress.track(items, total=count, description=what)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    return "" if value is None else f"{value[0]:.1%} to {value[1]:.1%}"
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
