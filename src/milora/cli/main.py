@@ -11,22 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
-from milora.cli import demo, evaluate, export, generate, lm_eval, params, route, train
+from milora.cli import bench, demo, export, generate, lm_eval, params, route, train
 from milora.errors import MiLoraError
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "train": train,
     "generate": generate,
-    "evaluate": evaluate,
     "lm-eval": lm_eval,
     "params": params,
+    "bench": bench,
     "route": route,
     "export": export,
 }
 """The sub-commands in the order of `milora --help`: modules with a function `command`, and where it parses its own
-arguments with `SETTINGS` for `Typer.command`. They are imported with every start, so they may import neither torch nor
-transformers at their top level."""
+arguments with `SETTINGS` for `Typer.command`; or with an `app` of sub-commands of their own. They are imported with
+every start, so they may import neither torch nor transformers at their top level."""
 
 USER_MISTAKES = (
     MiLoraError,
@@ -55,7 +55,10 @@ def milora(
 
 
 for _name, _module in COMMANDS.items():
-    app.command(_name, **getattr(_module, "SETTINGS", {}))(_module.command)
+    if hasattr(_module, "app"):
+        app.add_typer(_module.app, name=_name)
+    else:
+        app.command(_name, **getattr(_module, "SETTINGS", {}))(_module.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

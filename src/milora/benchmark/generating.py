@@ -1,0 +1,143 @@
+"""One timed generation: the prefill and the decode steps apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from milora.benchmark.methods import MeasuredMethod
+from milora.benchmark.settings import Settings
+
+FEWEST_TOKENS = 4
+"""That a slow method generates at least: a prefill and three decode steps."""
+
+
+class TokenClock(LogitsProcessor):  # type: ignore[misc]
+    """Notes when the logits of each new token are there; it changes nothing.
+
+    On a GPU the moments are events in the stream, which nobody waits for while it generates.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ticks: list[Any] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A decoding step; see `transformers.LogitsProcessor`."""
+        self.tick()
+        return scores
+
+    def tick(self) -> None:
+        """Notes a moment."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ticks.append(event)
+        else:
+            self.ticks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Seconds from the first moment to every other."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return [self.ticks[0].elapsed_time(tick) / 1000 for tick in self.ticks[1:]]
+        return [tick - self.ticks[0] for tick in self.ticks[1:]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one generation took.
+
+    Attributes:
+        prompts: Rows of the batch.
+        steps: Forward passes after the prefill.
+        first_token: Seconds from the call until the logits of the first token were there.
+        decode: Seconds from there until those of the last token were.
+        output: (batch, tokens), prompt and new tokens.
+    """
+
+    prompts: int
+    steps: int
+    first_token: float
+    decode: float
+    output: Tensor
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows, one a row and step however many beams are searched, by decoding time."""
+        return self.prompts * self.steps / self.decode
+
+    def __str__(self) -> str:
+        return f"{self.tokens_per_second:.2f} tokens/s, first token after {self.first_token:.3f} s"
+
+
+def random_prompts(vocabulary: int, batch: int, tokens: int, settings: Settings) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, both (batch, tokens)."""
+    drawn = torch.randint(1, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(settings.seed))
+    input_ids = drawn.to(settings.device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def generation_config(settings: Settings, beams: int, new_tokens: int) -> GenerationConfig:
+    """Greedy or beam search that nothing ends before the last token; under `--compile` with a static cache."""
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, num_beams=beams, do_sample=False, pad_token_id=0, use_cache=True
+    )
+    if settings.compile:
+        on_gpu = torch.device(settings.device or "cpu").type == "cuda"
+        config.cache_implementation = "static"
+        config.compile_config = CompileConfig(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+        # transformers compiles on GPUs only, unless told.
+        config.compile_config._compile_all_devices = True
+    return config
+
+
+def generate(
+    method: MeasuredMethod,
+    prompts: Mapping[str, Tensor],
+    settings: Settings,
+    *,
+    beams: int,
+    new_tokens: int,
+) -> Timing:
+    """Generates once, and takes the time.
+
+    Args:
+        method: Whose model generates.
+        prompts: As from [`random_prompts`].
+        settings: The benchmark's.
+        beams: Width of the search.
+        new_tokens: How many, at least 2.
+
+    Raises:
+        RuntimeError: If fewer tokens came out.
+    """
+    clock = TokenClock(torch.device(settings.device or "cpu"))
+    processors = LogitsProcessorList([clock])
+    config = generation_config(settings, beams, new_tokens)
+    with method.running():
+        clock.tick()
+        output = method.model.generate(
+            **prompts, generation_config=config, logits_processor=processors, **method.variant.generate
+        )
+        seconds = clock.seconds()
+    batch, length = prompts["input_ids"].shape
+    if output.shape != (batch, length + new_tokens) or len(seconds) != new_tokens:
+        raise RuntimeError(
+            f"{method.name} was to write {new_tokens} tokens after each of {batch} prompts of {length}, and returned "
+            f"{tuple(output.shape)} after {len(seconds)} steps."
+        )
+    return Timing(batch, new_tokens - 1, seconds[0], seconds[-1] - seconds[0], output)
+
+
+def affordable_tokens(timing: Timing, new_tokens: int, round_seconds: float) -> int:
+    """How many tokens a method generates in a round that is to last no longer than `round_seconds`."""
+    a_step = timing.decode / timing.steps
+    steps = int((round_seconds - timing.first_token) / a_step)
+    return max(min(FEWEST_TOKENS, new_tokens), min(new_tokens, steps + 1))

@@ -1,0 +1,200 @@
+"""The methods that are measured, each on modules of its own around the one backbone's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.helpers import DoraCaching
+from torch import nn
+
+from milora.backbone.blocks import find_blocks
+from milora.backbone.shapes import build
+from milora.benchmark.settings import Settings
+from milora.benchmark.sharing import shared_copy
+from milora.errors import MiLoraError, did_you_mean
+from milora.methods import METHODS, config_for
+from milora.routing import RouterProjection
+
+BASE = "base"
+"""The frozen backbone itself, with nothing around it."""
+
+_STEPS = {"adalora": {"total_step": 1000}}
+"""What a configuration cannot be made without, and inference does not read."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a measured method is made.
+
+    Attributes:
+        method: Its name in `milora.methods`; `None` for the bare backbone.
+        overrides: Fields of its configuration.
+        dora_caching: Whether PEFT's DoRA caching is switched on while it runs.
+        merged: Whether the adapter is merged into (a copy of) the weights.
+        generate: Further arguments of `generate`.
+        one_route: Whether all rows of a batch must have one route.
+    """
+
+    method: str | None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    dora_caching: bool = False
+    merged: bool = False
+    generate: Mapping[str, Any] = field(default_factory=dict)
+    one_route: bool = False
+
+
+VARIANTS: Mapping[str, Variant] = {
+    BASE: Variant(None),
+    "lora": Variant("lora"),
+    "lora-merged": Variant("lora", merged=True),
+    "dora": Variant("dora"),
+    "dora-cached": Variant("dora", dora_caching=True),
+    "moelora": Variant("moelora"),
+    "milora-k1": Variant("milora", {"top_k": 1}),
+    "milora-k2": Variant("milora", {"top_k": 2}),
+    "milora": Variant("milora"),
+    "midora": Variant("midora"),
+}
+"""By name. Further ones: every other method of `milora.methods`, and `milora-k4` or `midora-k1` for any k."""
+
+
+def variant(name: str) -> Variant:
+    """The variant of a name.
+
+    Raises:
+        MiLoraError: If there is none; the message has the names and the nearest.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if name in METHODS:
+        return Variant(name, _STEPS.get(name, {}))
+    routed = re.fullmatch(r"(milora|midora)-k([1-9]\d*)", name)
+    if routed:
+        return Variant(routed[1], {"top_k": int(routed[2])})
+    known = [*VARIANTS, *(method for method in METHODS if method not in VARIANTS)]
+    raise MiLoraError(
+        f"There is no method {name!r}; there are {', '.join(known)}, milora-k4 and so on{did_you_mean(name, known)}"
+    )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuses names that cannot be measured, before a backbone is built for them.
+
+    Raises:
+        MiLoraError: If there is none, one is unknown, or one is there twice.
+    """
+    if not names:
+        raise MiLoraError(f"No method is given; give some of {', '.join(VARIANTS)}.")
+    for name in names:
+        variant(name)
+        if names.count(name) > 1:
+            raise MiLoraError(f"The method {name!r} is given twice.")
+
+
+@dataclass(frozen=True)
+class MeasuredMethod:
+    """A method that is ready to run.
+
+    Attributes:
+        name: As in the results.
+        variant: How it was made.
+        model: The bare backbone for `base`, a `PeftModel` (or for a merged adapter a plain model) otherwise.
+        own_weights: Bytes of backbone weights that it holds a second time, which alone it would not need twice.
+    """
+
+    name: str
+    variant: Variant
+    model: Any
+    own_weights: int = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """In force while it runs: PEFT's DoRA caching, on or off."""
+        with DoraCaching(enabled=self.variant.dora_caching):
+            yield
+
+
+def build_backbone(settings: Settings) -> Any:
+    """The backbone with random weights, without an end-of-sequence token."""
+    assert settings.backbone is not None
+    assert settings.device is not None
+    fields: dict[str, Any] = {} if settings.layers is None else {"num_hidden_layers": settings.layers}
+    if settings.attention is not None:
+        fields["_attn_implementation"] = settings.attention
+    torch.manual_seed(settings.seed)
+    model = build(settings.backbone, settings.device, settings.torch_dtype, **fields)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.requires_grad_(False)
+
+
+def build_method(
+    name: str, backbone: Any, settings: Settings, adapters: Sequence[str] = ("default",)
+) -> MeasuredMethod:
+    """A method around the backbone's weights, in eval mode, with random values in the adapter's every tensor.
+
+    Args:
+        name: As for [`variant`].
+        backbone: What [`build_backbone`] returned; it is left as it is.
+        settings: The benchmark's.
+        adapters: Names of the adapters; each gets random values of its own.
+
+    Raises:
+        MiLoraError: If there is no such method.
+    """
+    found = variant(name)
+    if found.method is None:
+        return MeasuredMethod(name, found, backbone)
+    linears = [linear for block in find_blocks(backbone) for linear in block.linears.values()] if found.merged else []
+    own = sum(parameter.nbytes for linear in linears for parameter in linear.parameters())
+    torch.manual_seed(settings.seed)
+    inner = shared_copy(backbone, linears)
+    model = None
+    for adapter in adapters:
+        config = config_for(found.method, inner, **found.overrides)
+        floating = settings.adapter_dtype == "float32"
+        if model is None:
+            model = get_peft_model(inner, config, adapter_name=adapter, autocast_adapter_dtype=floating)
+        else:
+            model.add_adapter(adapter, config, autocast_adapter_dtype=floating)
+    randomize(model, {id(parameter) for parameter in backbone.parameters()})
+    if found.merged:
+        model = model.merge_and_unload()  # type: ignore[union-attr]
+    return MeasuredMethod(name, found, model.eval(), own)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def randomize(model: Any, frozen: set[int]) -> None:
+    """Gives an adapter values as after a training: nothing is zero, and routers tell prompts apart.
+
+    Args:
+        model: A `PeftModel`.
+        frozen: Identities of the backbone's parameters.
+    """
+    for module in model.modules():
+        if isinstance(module, RouterProjection):
+            # Pooled hidden states of random backbones are small; this makes the choice a matter of their direction.
+            for parameter in module.parameters():
+                parameter.normal_()
+    for parameter in model.parameters():
+        if id(parameter) not in frozen and not parameter.any():
+            parameter.normal_(std=0.02)
+
+
+def with_generate_arguments(method: MeasuredMethod, **arguments: Any) -> MeasuredMethod:
+    """The method with further arguments for `generate`."""
+    return replace(method, variant=replace(method.variant, generate={**method.variant.generate, **arguments}))
+
+
+def adapter_parameters(method: MeasuredMethod, backbone: nn.Module) -> int:
+    """How many parameters a method adds to the backbone."""
+    frozen = {id(parameter) for parameter in backbone.parameters()}
+    if method.variant.merged:
+        return 0
+    return sum(parameter.numel() for parameter in method.model.parameters() if id(parameter) not in frozen)

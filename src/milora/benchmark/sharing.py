@@ -1,0 +1,39 @@
+"""Many methods on one backbone in memory: copies of its modules that share its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def shared_copy(backbone: nn.Module, own: Iterable[nn.Module] = ()) -> Any:
+    """A copy of a model's modules whose parameters and buffers are the same tensors as the model's.
+
+    Adapters put into the copy leave the model itself as it was: it has no wrapped modules and no hooks.
+
+    Args:
+        backbone: The model to copy.
+        own: Modules in it of whose parameters the copy gets its own.
+    """
+    owned = {id(parameter) for module in own for parameter in module.parameters()}
+    shared = {id(tensor): tensor for tensor in _tensors(backbone) if id(tensor) not in owned}
+    return copy.deepcopy(backbone, memo=shared)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of some tensors, each storage counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return tensor_bytes(_tensors(model))
+
+
+def _tensors(model: nn.Module) -> Iterable[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -1,0 +1,50 @@
+"""`milora.benchmark.decode`: turns, lengths, memory, and rows that follow from what was measured."""
+
+import statistics
+
+import pytest
+
+from milora.benchmark import DecodeSettings, decode
+from milora.benchmark.methods import VARIANTS
+from milora.errors import MiLoraError
+
+QUICK = {"device": "cpu", "dtype": "float32", "beams": (1,), "prompt_tokens": 5, "new_tokens": 4, "rounds": 2}
+
+
+def test_methods_take_turns(tiny_shape: str) -> None:
+    names = ("base", "milora", "lora")
+    result = decode(DecodeSettings(backbone=tiny_shape, methods=names, **{**QUICK, "beams": (1, 2)}))
+    assert [(turn.case, turn.round, turn.method) for turn in result.order] == [
+        (case, number, name) for case in ("beam 1, batch 1", "beam 2, batch 1") for number in (0, 1) for name in names
+    ]
+
+
+def test_every_method_runs_and_ratios_are_those_of_the_same_round(tiny_shape: str) -> None:
+    result = decode(DecodeSettings(backbone=tiny_shape, methods=tuple(VARIANTS), batch=2, **{**QUICK, "rounds": 3}))
+    rows = {row["method"]: row for row in result.rows}
+    assert list(rows) == list(VARIANTS)
+    for row in rows.values():
+        assert row["new_tokens"] == 4
+        assert row["tokens_per_second"] == statistics.median(row["rounds"])
+        by_round = [own / base for own, base in zip(row["rounds"], rows["base"]["rounds"], strict=True)]
+        assert row["ratio_to_base"] == statistics.median(by_round)
+    assert rows["milora"]["ratios"]["lora"]["low"] == min(
+        own / lora for own, lora in zip(rows["milora"]["rounds"], rows["lora"]["rounds"], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ("base", "mlora")}, "no method 'mlora'.*did you mean 'milora'"),
+        ({"methods": ("base", "base")}, "given twice"),
+        ({"methods": ()}, "No method is given"),
+        ({"beams": (0,)}, "beams must be at least 1"),
+        ({"new_tokens": 1}, "new_tokens must be at least 2"),
+        ({"dtype": "auto"}, "no dtype 'auto'"),
+        ({"adapter_dtype": "float16"}, "the backbone's dtype"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_built(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(MiLoraError, match=message):
+        DecodeSettings(**settings)  # type: ignore[arg-type]
