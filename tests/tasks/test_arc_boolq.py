@@ -14,10 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from milora.errors import DataError, MiLoraError
-from milora.tasks import label
+from milora.tasks import instruction
 from milora.tasks.arc import Arc, ArcChallenge, ArcEasy
 from milora.tasks.boolq import BoolQ
-from milora.tasks.label import LabelTask, hold_out
+from milora.tasks.label import LabelTask
+from milora.tasks.public import hold_out
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import SPLITS, Example
 
@@ -203,14 +204,14 @@ class TestHub:
             calls.append((name, split, config))
             return Dataset.from_list([{**row, "question": f"{split} {number}"} for number in range(20)])
 
-        monkeypatch.setattr(label, "load_split", load_split)
+        monkeypatch.setattr(instruction, "load_split", load_split)
         rows = task()
         sizes = {split: len(rows.examples(split)) for split in ("train", "dev", "test")}
         assert calls == [(task.hub_id, split, config) for split in asked]
         assert sizes == ({"train": 18, "dev": 2, "test": 20} if task is BoolQ else dict.fromkeys(SPLITS, 20))
 
     def test_another_schema(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(label, "load_split", lambda *_: Dataset.from_list([{"query": "a", "answer": True}]))
+        monkeypatch.setattr(instruction, "load_split", lambda *_: Dataset.from_list([{"query": "a", "answer": True}]))
         with pytest.raises(DataError, match="google/boolq lacks the columns question; columns found: query, answer"):
             BoolQ().examples("test")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from milora.errors import DataError
-from milora.tasks.label import LabelTask, labelled_example
+from milora.tasks.fields import check_fields
+from milora.tasks.label import LabelTask, chosen, labelled_example
 from milora.tasks.task import Example
 
 
@@ -20,7 +20,7 @@ class Arc(LabelTask):
     labels = tuple(f"answer{number}" for number in range(1, 6))
     hub_id = "allenai/ai2_arc"
     hub_splits = {"train": "train", "dev": "validation", "test": "test"}  # noqa: RUF012
-    hub_columns = frozenset({"question", "choices", "answerKey"})
+    hub_columns = {"question": str, "choices": dict, "answerKey": str}  # noqa: RUF012
 
     @staticmethod
     def from_hub_row(row: Mapping[str, Any]) -> Example:
@@ -29,18 +29,7 @@ class Arc(LabelTask):
         Raises:
             DataError: `answerKey` is none of the choices' labels.
         """
-        texts, keys = row["choices"]["text"], list(row["choices"]["label"])
-        if row["answerKey"] not in keys:
-            raise DataError(
-                f"the ARC question {row['question']!r}: its answer {row['answerKey']!r} is none of {', '.join(keys)}"
-            )
-        choices = " ".join(f"Answer{number}: {text}" for number, text in enumerate(texts, start=1))
-        labels = [f"answer{number}" for number in range(1, len(texts) + 1)]
-        return labelled_example(
-            f"Please choose the correct answer to the question: {row['question']}\n\n{choices}\n\n"
-            f"Answer format: {'/'.join(labels)}",
-            labels[keys.index(row["answerKey"])],
-        )
+        return choice_example(row["question"], row["choices"], row["answerKey"])
 
 
 class ArcEasy(Arc):
@@ -57,3 +46,20 @@ class ArcChallenge(Arc):
     name = "arc-challenge"
     folder = "ARC-Challenge"
     hub_config = "ARC-Challenge"
+
+
+def choice_example(question: str, choices: Mapping[str, Any], key: str) -> Example:
+    """The example of a question with `choices` (`text` and `label`, side by side) and the `key` of the right one.
+
+    Raises:
+        DataError: a choice has no label or no text, or `key` is none of the labels.
+    """
+    fields = check_fields(choices, {"text": list, "label": list}, f"the question {question!r}, `choices`")
+    texts, keys = fields["text"], fields["label"]
+    labels = [f"answer{number}" for number in range(1, len(texts) + 1)]
+    listed = " ".join(f"Answer{number}: {text}" for number, text in enumerate(texts, start=1))
+    return labelled_example(
+        f"Please choose the correct answer to the question: {question}\n\n{listed}\n\n"
+        f"Answer format: {'/'.join(labels)}",
+        labels[chosen(question, keys, key)],
+    )

@@ -21,7 +21,7 @@ class BoolQ(LabelTask):
     labels = ("true", "false")
     hub_id = "google/boolq"
     hub_splits = {"train": "train", "test": "validation"}  # noqa: RUF012
-    hub_columns = frozenset({"question", "answer"})
+    hub_columns = {"question": str, "answer": bool}  # noqa: RUF012
 
     @staticmethod
     def from_hub_row(row: Mapping[str, Any]) -> Example:

@@ -33,8 +33,8 @@ _TURNS = 2
 class Question:
     """A conversation to hold.
 
-    `turns` are the user's messages; `references` an answer to each, for the judge of questions that have a right answer,
-    or empty.
+    `turns` are the user's messages; `references` an answer to each, for the judge of questions that have a right
+    answer, or empty.
     """
 
     id: int
@@ -95,7 +95,9 @@ def load_questions(data_dir: str | os.PathLike[str] | None = None) -> list[Quest
     """
     if data_dir is None:
         return [
-            _question({"question_id": number, "turns": row.get("prompt"), **row}, f"{HUB_ID}, row {number - FIRST_ID + 1}")
+            _question(
+                {"question_id": number, "turns": row.get("prompt"), **row}, f"{HUB_ID}, row {number - FIRST_ID + 1}"
+            )
             for number, row in enumerate(load_split(HUB_ID, "train"), start=FIRST_ID)
         ]
     root = Path(data_dir)

@@ -19,8 +19,8 @@ class Example:
 
     `prompt` is all that the model reads, `completion` what it is trained to write after it (prompt + completion is the
     whole text; the end-of-sequence token is appended by the trainer), `answer` the gold answer that
-    [`Task.is_correct`] compares with. `group` is the part of the benchmark that the row belongs to (a subject of MMLU, a
-    task of BBH), where it has parts.
+    [`Task.is_correct`] compares with. `group` is the part of the benchmark that the row belongs to (a subject of MMLU,
+    a task of BBH), where it has parts.
     """
 
     prompt: str

@@ -1,0 +1,143 @@
+"""BIG-Bench Hard (Suzgun et al. 2023): 27 tasks that language models found hard, answered freely.
+
+The authors' prompts, three solved examples a task with a chain of thought, are not part of the data, and are not here.
+Without them the questions are asked as they stand. lm-eval has the prompts: its `bbh_cot_fewshot` and `bbh_fewshot` run
+through `milora evaluate` too, and their figures are those to compare with published ones.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from milora.errors import DataError, MiLoraError
+from milora.tasks.answers import CUE
+from milora.tasks.fields import check_fields
+from milora.tasks.files import read_json
+from milora.tasks.hub import load_split
+from milora.tasks.numbers import number
+from milora.tasks.public import PublicTask
+from milora.tasks.rows import json_type
+from milora.tasks.task import Example, Split
+
+FOLDER = "bbh"
+# The authors of lukaemon/bbh have a loading script, which `datasets` runs no more; this is the same in Parquet files.
+HUB_ID = "SaylorTwift/bbh"
+TASKS = (
+    "boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages",
+    "formal_fallacies", "geometric_shapes", "hyperbaton", "logical_deduction_five_objects",
+    "logical_deduction_seven_objects", "logical_deduction_three_objects", "movie_recommendation",
+    "multistep_arithmetic_two", "navigate", "object_counting", "penguins_in_a_table",
+    "reasoning_about_colored_objects", "ruin_names", "salient_translation_error_detection", "snarks",
+    "sports_understanding", "temporal_sequences", "tracking_shuffled_objects_five_objects",
+    "tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects", "web_of_lies",
+    "word_sorting",
+)  # fmt: skip
+
+_FIELDS: dict[str, type] = {"input": str, "target": str}
+_OPTION = re.compile(r"\(\s*([a-z])\s*\)|([a-z])(?:[.):](?=\s|$)|$)")
+_VERDICT = re.compile(r"(yes|no|true|false|valid|invalid)(?=[.,;:!]|$)")
+_COUNT = re.compile(r"(-?[0-9][0-9,.]*) [a-z][a-z ]*")
+
+
+class Bbh(PublicTask):
+    """BBH's rows as `Q: ...` and `A:`; right is an exact match, but for the form that [`parse`][Bbh.parse] allows.
+
+    The benchmark's figure is the mean of its 27 tasks' accuracies. An example's `group` is its task.
+
+    Args:
+        data_dir: A folder that holds `bbh/{task}.json`; the hub if `None`.
+        shots: How many solved rows of the task stand before each question. They are drawn from its own rows, the same
+            ones always, and are not tested then: each task has that many rows fewer.
+    """
+
+    name = "bbh"
+    max_new_tokens = 128
+    splits: ClassVar[tuple[str, ...]] = ("test",)
+    average: ClassVar[Literal["rows", "groups"]] = "groups"
+
+    def __init__(self, data_dir: str | os.PathLike[str] | None = None, shots: int = 0):
+        super().__init__(data_dir)
+        if shots < 0:
+            raise MiLoraError(f"shots is {shots}, it must be 0 or more")
+        self.shots = shots
+
+    def load(self, split: Split) -> list[Example]:
+        """Every row that is tested, task by task."""
+        return [example for task in TASKS for example in self._of_task(task)]
+
+    def parse(self, output: str) -> str | None:
+        """What a text answers, as gold answers are written here, or `None` where it is empty.
+
+        It is what follows the last "answer is" (or another cue of [`milora.tasks.answers.CUE`]) on its line, else the
+        first line. Case, space, quotation marks, bold and a full stop at the end do not matter, nor commas between
+        words. An option is its letter ("(B) robin", "B.", "b"); a yes, no, true, false, valid or invalid with more
+        after a comma or a full stop is that word; a number is its value, whatever it counts.
+        """
+        for cue in reversed(list(CUE.finditer(output))):
+            if found := _normalised(_first_line(output[cue.end() :])):
+                return found
+        return _normalised(_first_line(output)) or None
+
+    def _of_task(self, task: str) -> list[Example]:
+        rows = _read(self.data_dir, task)
+        if len(rows) <= self.shots:
+            raise MiLoraError(f"shots is {self.shots}, but {task} has {len(rows)} rows in all")
+        drawn = random.Random(task).sample(range(len(rows)), self.shots)
+        solved = "".join(f"Q: {rows[place][0]}\nA: {rows[place][1]}\n\n" for place in drawn)
+        shown = {rows[place][0] for place in drawn}
+        return [
+            Example(f"{solved}Q: {question}\nA:", f" {target}", _normalised(target), task)
+            for question, target in rows
+            if question not in shown
+        ]
+
+
+def _read(data_dir: Path | None, task: str) -> list[tuple[str, str]]:
+    """The questions and answers of a task."""
+    if data_dir is None:
+        source = f"{HUB_ID} ({task})"
+        records = list(load_split(HUB_ID, "test", task))
+    else:
+        path = data_dir / FOLDER / f"{task}.json"
+        source = str(path)
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no such file; the data folder must hold {FOLDER}/TASK.json for each of the {len(TASKS)} "
+                f"tasks; without a data folder, bbh comes from the hub ({HUB_ID})"
+            )
+        value = read_json(path)
+        found = value.get("examples") if isinstance(value, dict) else value
+        if not isinstance(found, list) or not found:
+            raise DataError(f"{path}: `examples` is {json_type(found)}, it must be a list of rows")
+        records = found
+    rows = []
+    for place, record in enumerate(records, start=1):
+        row = check_fields(record, _FIELDS, f"{source}, row {place}")
+        if not _normalised(row["target"]):
+            raise DataError(f"{source}, row {place}: `target` is empty")
+        rows.append((row["input"].strip(), row["target"].strip()))
+    return rows
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.splitlines() if line.strip(" \t*:")), "")
+
+
+def _normalised(text: str) -> str:
+    """An answer in the one form that gold answers and outputs are compared in."""
+    text = re.sub(r"\\boxed|\\text|[{}$\"`]|\*\*", " ", text) if "\\" in text or "*" in text else text
+    text = " ".join(text.casefold().strip().strip("\"'\u201c\u201d`").split()).removesuffix(".").strip()
+    if option := _OPTION.match(text):
+        return f"({option[1] or option[2]})"
+    if verdict := _VERDICT.match(text):
+        return verdict[1]
+    count = _COUNT.fullmatch(text)
+    if value := number(count[1].rstrip(".,") if count else text):
+        return value
+    if not re.search(r"\w", text):
+        return "".join(text.split())  # brackets to close
+    return " ".join(text.replace(",", " ").split())

@@ -1,0 +1,145 @@
+"""MMLU (Hendrycks et al. 2021): questions with four choices on 57 subjects, in the words of its authors' evaluation."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from milora.errors import DataError, MiLoraError
+from milora.tasks.answers import find_letter
+from milora.tasks.fields import check_fields
+from milora.tasks.files import read_text
+from milora.tasks.hub import load_split
+from milora.tasks.public import PublicTask
+from milora.tasks.task import Example, Split
+
+LETTERS = "ABCD"
+FOLDER = "mmlu"
+HUB_ID = "cais/mmlu"
+HUB_CONFIG = "all"
+HUB_COLUMNS: dict[str, type] = {"question": str, "subject": str, "choices": list, "answer": int}
+
+_CSV_HEADER = ["question", *(f"choice{number}" for number in range(len(LETTERS))), "answer"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices in order and the letter of the right one; `subject` in words, with spaces."""
+
+    subject: str
+    text: str
+    choices: tuple[str, ...]
+    answer: str
+
+    def posed(self) -> str:
+        """The question and its lettered choices, a line each, up to the `Answer:` that is to be completed."""
+        lines = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=True))
+        return "\n".join([self.text.strip(), *lines, "Answer:"])
+
+
+class Mmlu(PublicTask):
+    """MMLU's test rows, after some solved questions of the same subject; the answer is a letter, `A` to `D`.
+
+    The prompt is a line that names the subject, then the solved questions (the subject's dev rows, in their order),
+    then the question, each ending in `Answer:`; the completion is a space and the letter. This is the form of the
+    authors' code and of the public harnesses, without an instruction template. An example's `group` is its subject.
+
+    Args:
+        data_dir: A folder that holds `mmlu/dev/*_dev.csv` and `mmlu/test/*_test.csv`; the hub if `None`.
+        shots: How many solved questions, 0 to 5.
+    """
+
+    name = "mmlu"
+    max_new_tokens = 16
+    splits: ClassVar[tuple[str, ...]] = ("test",)
+
+    def __init__(self, data_dir: str | os.PathLike[str] | None = None, shots: int = 5):
+        super().__init__(data_dir)
+        if shots < 0:
+            raise MiLoraError(f"shots is {shots}, it must be 0 or more")
+        self.shots = shots
+
+    def load(self, split: Split) -> list[Example]:
+        """Every row of a split, subject by subject."""
+        solved: dict[str, list[Question]] = {}
+        if self.shots:
+            for question in read_questions(self.data_dir, "dev"):
+                solved.setdefault(question.subject, []).append(question)
+        return [
+            self._example(question, solved.get(question.subject, []))
+            for question in read_questions(self.data_dir, split)
+        ]
+
+    def parse(self, output: str) -> str | None:
+        """The letter that a text gives before its first empty line, or `None`; what follows is no answer any more.
+
+        See [`milora.tasks.answers.find_letter`].
+        """
+        return find_letter(output.strip().partition("\n\n")[0], LETTERS)
+
+    def _example(self, question: Question, solved: list[Question]) -> Example:
+        if len(solved) < self.shots:
+            raise MiLoraError(f"shots is {self.shots}, but {question.subject} has {len(solved)} solved questions")
+        header = f"The following are multiple choice questions (with answers) about {question.subject}.\n\n"
+        shots = "".join(f"{shot.posed()} {shot.answer}\n\n" for shot in solved[: self.shots])
+        return Example(f"{header}{shots}{question.posed()}", f" {question.answer}", question.answer, question.subject)
+
+
+def read_questions(data_dir: Path | None, split: str) -> list[Question]:
+    """The questions of `dev` or `test`, subject by subject.
+
+    Files are `{data_dir}/mmlu/{split}/{subject}_{split}.csv` of the columns `question`, `choice0` to `choice3` and
+    `answer` (its index), or without a header and with a letter as the answer, as the authors published them.
+
+    Raises:
+        DataError: there are no files, or one cannot be read or has a row that is no question.
+    """
+    if data_dir is None:
+        dataset = load_split(HUB_ID, split, HUB_CONFIG)
+        source = f"{HUB_ID} ({split})"
+        return [_from_record(row, f"{source}, row {number}") for number, row in enumerate(dataset, start=1)]
+    folder = data_dir / FOLDER / split
+    files = sorted(folder.glob(f"*_{split}.csv"))
+    if not files:
+        raise DataError(
+            f"{folder}: no files *_{split}.csv; the data folder must hold {FOLDER}/dev and {FOLDER}/test, a CSV file a "
+            f"subject; without a data folder, mmlu comes from the hub ({HUB_ID})"
+        )
+    return [question for path in files for question in _from_csv(path, path.stem.removesuffix(f"_{split}"))]
+
+
+def _from_csv(path: Path, subject: str) -> Iterator[Question]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if row == _CSV_HEADER or not row:
+                continue
+            if len(row) != len(_CSV_HEADER):
+                raise DataError(f"{where}: {len(row)} columns, it must have {', '.join(_CSV_HEADER)}")
+            text, *choices, answer = row
+            yield _question(subject, text, choices, answer, where)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: this is not CSV: {error}") from error
+
+
+def _from_record(record: Mapping[str, Any], where: str) -> Question:
+    row = check_fields(record, HUB_COLUMNS, where)
+    return _question(row["subject"], row["question"], row["choices"], str(row["answer"]), where)
+
+
+def _question(subject: str, text: str, choices: list[str], answer: str, where: str) -> Question:
+    keys = [str(number) for number in range(len(LETTERS))]
+    letter = LETTERS[keys.index(answer)] if answer in keys else answer
+    if letter not in list(LETTERS) or len(choices) != len(LETTERS):
+        raise DataError(
+            f"{where}: {len(choices)} choices and the answer {answer!r}, it must be four and 0 to 3 or A to D"
+        )
+    if not text.strip():
+        raise DataError(f"{where}: `question` is empty")
+    return Question(subject.replace("_", " "), text, tuple(choices), letter)
