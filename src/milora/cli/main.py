@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from milora.cli import bench, demo, export, generate, lm_eval, params, route, train
+from milora.cli import bench, demo, evaluate, export, generate, lm_eval, params, route, train
 from milora.errors import MiLoraError
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "evaluate": evaluate,
     "lm-eval": lm_eval,
     "params": params,
     "bench": bench,
