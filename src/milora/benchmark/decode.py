@@ -12,7 +12,7 @@ from torch import Tensor
 from milora.benchmark.compiling import Compilations, room_for_graphs
 from milora.benchmark.environment import environment
 from milora.benchmark.generating import Timing, affordable_tokens, generate, random_prompts
-from milora.benchmark.memory import live_bytes, peak_growth
+from milora.benchmark.memory import live_bytes, only_new_objects, peak_growth
 from milora.benchmark.methods import BASE, MeasuredMethod, build_backbone, build_method, check_names
 from milora.benchmark.result import MIB, Result
 from milora.benchmark.rounds import Progress, Turn, compared, in_turn, spread
@@ -87,7 +87,7 @@ def decode(settings: DecodeSettings, progress: Progress = lambda line: None, bui
     prompts = random_prompts(backbone.config.vocab_size, settings.batch, settings.prompt_tokens, settings)
     rows: list[dict[str, Any]] = []
     order: list[Turn] = []
-    with room_for_graphs(len(settings.methods) * len(settings.beams)):
+    with only_new_objects(), room_for_graphs(len(settings.methods) * len(settings.beams)):
         methods, kept = build_all(settings.methods, backbone, settings, build, progress)
         for beams in settings.beams:
             case = Case(settings, methods, prompts, beams, settings.new_tokens, model_bytes(backbone), kept)
