@@ -68,6 +68,8 @@ class PromptPasses:
     def __init__(self) -> None:
         self._in_force = _InForce()
         self._of_cache: WeakKeyDictionary[Any, PromptPass] = WeakKeyDictionary()
+        # Whether a generation's decode steps are compiled: they read what the prefill wrote, and no hook is traced.
+        self.is_compiled = False
 
     # A copied or pickled model starts with nothing in force: passes belong to the model that ran them.
     def __getstate__(self) -> dict[str, Any]:
@@ -219,6 +221,8 @@ class PromptTuner:
         return self.passes.prompting(prompt)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() and self.passes.is_compiled:
+            return
         following = self.passes.following()
         if following is not None:
             self.passes.begin(following)
@@ -238,6 +242,8 @@ class PromptTuner:
         self.passes.begin(self.new_pass(attended, arguments))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling() and self.passes.is_compiled:
+            return None
         prompt_pass = self.passes.current
         cache = getattr(output, "past_key_values", None)
         self.passes.end(cache if isinstance(cache, Cache) else None)

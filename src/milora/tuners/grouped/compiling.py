@@ -1,0 +1,63 @@
+"""The one place that meets transformers' compiled decode step: which options of `generate` ask for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CompileConfig, DynamicCache
+
+from milora.errors import MiLoraError
+
+ALL_DEVICES = "_compile_all_devices"
+"""transformers compiles on accelerators only, unless a `CompileConfig` has this set; private, and no constructor's."""
+
+
+def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` under which its decode steps are compiled whole, on any device.
+
+    Args:
+        named: The arguments that the caller gave; a `cache_implementation` or `compile_config` among them is kept.
+
+    Raises:
+        MiLoraError: If another argument rules a compiled step out.
+    """
+    own = named.get("generation_config")
+    if _value(named, own, "use_cache") is False or _value(named, own, "disable_compile"):
+        raise MiLoraError("compiled=True needs the cache (use_cache=True) and no disable_compile=True.")
+    cache = named.get("past_key_values")
+    if isinstance(cache, DynamicCache):
+        raise MiLoraError(
+            "compiled=True needs a cache of fixed size: leave past_key_values out, or give a StaticCache."
+        )
+    config = _value(named, own, "compile_config")
+    if config is None:
+        config = CompileConfig(fullgraph=True)
+    setattr(config, ALL_DEVICES, True)
+    settings: dict[str, Any] = {"compile_config": config}
+    if cache is None:
+        settings["cache_implementation"] = _value(named, own, "cache_implementation") or "static"
+    return settings
+
+
+def is_compiled_by_transformers(model: Any, named: dict[str, Any]) -> bool:
+    """Whether `generate` with these arguments would compile its decode steps of its own accord.
+
+    Args:
+        model: The backbone.
+        named: The arguments that the caller gave.
+    """
+    own = named.get("generation_config") or getattr(model, "generation_config", None)
+    config = _value(named, own, "compile_config")
+    if _value(named, own, "disable_compile"):
+        return False
+    if model.device.type not in ("cuda", "xpu") and not getattr(config, ALL_DEVICES, None):
+        return False
+    cache = named.get("past_key_values")
+    if cache is not None:
+        return bool(getattr(cache, "is_compileable", False)) and type(cache) is not DynamicCache
+    return str(_value(named, own, "cache_implementation")) in ("static", "offloaded_static", "sliding_window", "hybrid")
+
+
+def _value(named: dict[str, Any], config: Any, name: str) -> Any:
+    value = named.get(name)
+    return value if value is not None else getattr(config, name, None)

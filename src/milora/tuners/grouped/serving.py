@@ -1,0 +1,260 @@
+"""What replaces PEFT's loop over adapters: each adapted module adds the LoRA of all rows with one operator."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from milora.errors import MiLoraError
+from milora.kernels import add_grouped_lora
+from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack
+
+
+class Share(NamedTuple):
+    """What one adapter has of a batch in one module."""
+
+    adapter: str
+    rows: list[int] | None
+    """Its rows, `None` for all."""
+    gates: Tensor | None
+    """(its rows), float32: the module's gate for each, `None` where all are 1."""
+
+
+UNKNOWN: Any = object()
+"""Stands for rows that have not been looked at yet."""
+
+
+class ModuleRows(NamedTuple):
+    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch."""
+
+    slots: Tensor
+    """(rows), int32: each row's place in the stacks, -1 for none."""
+    gates: Tensor
+    """(rows), float32, LoRA's scaling in them."""
+    lora_a: Tensor
+    lora_b: Tensor
+
+    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
+        """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
+        rows = self.slots.shape[0]
+        x = x.to(self.lora_a.dtype)
+        changed = add_grouped_lora(
+            result.view(rows, -1, result.shape[-1]),
+            x.reshape(rows, -1, x.shape[-1]),
+            self.slots,
+            self.gates,
+            self.lora_a,
+            self.lora_b,
+        )
+        return changed.view(result.shape)
+
+
+class GroupedModule(ModuleStack):
+    """A module's stacks and, while they serve, its forward.
+
+    Attributes:
+        fixed: Slots and gates at an address that stays, which a compiled decode step reads.
+    """
+
+    def __init__(self, path: str, layer: LoraLayer, serving: GroupedServing) -> None:
+        super().__init__(path, layer)
+        self.serving = serving
+        self.fixed: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In place of the layer's own: the base layer, and the LoRA of all rows by `grouped_lora`."""
+        layer: Any = self.layer
+        if torch.compiler.is_compiling():
+            rows = self._fixed_rows()
+        else:
+            rows = self._rows(x)
+            if rows is None:
+                return self._own_forward(x, *args, **kwargs)
+        if rows is None:
+            return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        kwargs.pop("adapter_names", None)
+        return rows.add_to(layer.base_layer(x, *args, **kwargs), x)
+
+    def _fixed_rows(self) -> ModuleRows | None:
+        if not self.serving.is_compiled or self.fixed is None:
+            return None
+        return ModuleRows(*self.fixed, self.lora_a, self.lora_b)
+
+    def _rows(self, x: Tensor) -> ModuleRows | None:
+        serving, layer = self.serving, self.layer
+        batch = serving.batch()
+        if batch is None or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+            return None
+        kept = serving.kept(batch)
+        known: ModuleRows | None = kept.get(self, UNKNOWN)
+        if known is UNKNOWN or (known is not None and known.lora_a is not self.lora_a):
+            known = kept[self] = self._build(batch, x)
+        return known
+
+    def _own_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self.layer
+        batch = self.serving.batch()
+        names = None if batch is None else self.serving.names(batch, x)
+        if names is not None:
+            kwargs["adapter_names"] = names
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _build(self, batch: Any, x: Tensor) -> ModuleRows | None:
+        shares = list(self.serving.shares(batch, self, x))
+        served = [share for share in shares if share.adapter in self.slots]
+        if any(share.adapter in self.layer.lora_A for share in shares if share.adapter not in self.slots):
+            if self.serving.is_compiled:
+                raise MiLoraError(_cannot_compile(self.path))
+            return None
+        rows, device = self.serving.rows(batch, x), self.lora_a.device
+        slots = [-1] * rows
+        gates = torch.zeros(rows, device=device)
+        for share in served:
+            scaling = self.layer.scaling[share.adapter]
+            places = range(rows) if share.rows is None else share.rows
+            for row in places:
+                slots[row] = self.slots[share.adapter]
+            gate = scaling if share.gates is None else share.gates.detach().to(device) * scaling
+            if share.rows is None:
+                gates[:] = gate
+            else:
+                gates[torch.tensor(share.rows, device=device)] = torch.as_tensor(gate, device=device)
+        answer = ModuleRows(torch.tensor(slots, dtype=torch.int32, device=device), gates, self.lora_a, self.lora_b)
+        return self._fix(answer) if self.serving.is_compiled else answer
+
+    def _fix(self, rows: ModuleRows) -> ModuleRows:
+        """Writes slots and gates to where the compiled step reads them, for a batch of this size."""
+        count = rows.slots.shape[0]
+        if count not in self._kept or self._kept[count][0].device != rows.slots.device:
+            self._kept[count] = (torch.empty_like(rows.slots), torch.empty_like(rows.gates))
+            for tensor in self._kept[count]:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.fixed = self._kept[count]
+        self.fixed[0].copy_(rows.slots)
+        self.fixed[1].copy_(rows.gates)
+        return ModuleRows(*self.fixed, rows.lora_a, rows.lora_b)
+
+
+class _Stacks(AdapterStacks):
+    def __init__(self, serving: GroupedServing, capacity: int) -> None:
+        super().__init__(serving.model, serving.is_plain, capacity)
+        self.serving = serving
+
+    def new_module(self, path: str, layer: LoraLayer) -> GroupedModule:
+        return GroupedModule(path, layer, self.serving)
+
+
+class GroupedServing(ABC):
+    """Serves rows with different adapters and routes through `grouped_lora`; a subclass a tuner says which rows.
+
+    Args:
+        model: The backbone with PEFT's layers in it.
+        capacity: How many adapters to make room for; see [`AdapterStacks`].
+    """
+
+    def __init__(self, model: nn.Module, capacity: int = 0) -> None:
+        self.model = model
+        self.capacity = capacity
+        self.is_compiled = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.stacks = _Stacks(self, self.capacity)
+        self._lock = threading.Lock()
+        self._compiled_lock = threading.Lock()
+        self._users = 0
+        self._serving_layers: set[LoraLayer] = set()
+
+    # A copied or pickled model starts without stacks: its adapters have storage of their own.
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("stacks", "_lock", "_compiled_lock", "_users", "_serving_layers", "is_compiled")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.is_compiled = False
+        self._begin()
+
+    @abstractmethod
+    def batch(self) -> Any:
+        """The batch that this thread is serving, or `None` where the layers' own forward is to run."""
+
+    @abstractmethod
+    def kept(self, batch: Any) -> dict[Any, Any]:
+        """What is kept as long as the batch is served."""
+
+    @abstractmethod
+    def rows(self, batch: Any, x: Tensor) -> int:
+        """How many rows the batch has; `x` is a module's input."""
+
+    @abstractmethod
+    def shares(self, batch: Any, module: ModuleStack, x: Tensor) -> Iterable[Share]:
+        """What each adapter has of the batch in a module."""
+
+    @abstractmethod
+    def names(self, batch: Any, x: Tensor) -> list[str] | None:
+        """The adapter of each row, for PEFT's own path; `None` if the active one serves all."""
+
+    def is_plain(self, layer: LoraLayer, adapter: str) -> bool:
+        """Whether an adapter is `x A B` in a layer."""
+        return adapter not in layer.lora_variant
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """While in force the stacks are up to date and serve what [`GroupedServing.batch`] says."""
+        with self._lock:
+            self.stacks.refresh()
+            self._users += 1
+            for module in self.stacks.modules.values():
+                module.layer.__dict__["forward"] = module.forward
+                self._serving_layers.add(module.layer)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    for layer in self._serving_layers:
+                        layer.__dict__.pop("forward", None)
+                    self._serving_layers.clear()
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """While in force a compiled decode step may run: one generation at a time, for its rows are at one address.
+
+        Raises:
+            MiLoraError: If another thread's compiled generation is running, or a layer cannot be compiled.
+        """
+        if not self._compiled_lock.acquire(blocking=False):
+            raise MiLoraError(
+                "Another compiled generation is running on this model, and its decode step reads one set of routes. "
+                "Generate one after the other, or with compiled=False."
+            )
+        try:
+            with self.serving():
+                stacked = self.stacks.modules
+                for path, module in self.model.named_modules():
+                    if isinstance(module, LoraLayer) and path not in stacked:
+                        raise MiLoraError(_cannot_compile(path))
+                self.is_compiled = True
+                try:
+                    yield
+                finally:
+                    self.is_compiled = False
+        finally:
+            self._compiled_lock.release()
+
+
+def _cannot_compile(path: str) -> str:
+    return (
+        f"{path} cannot be part of a compiled decode step: its base layer is quantised, or its adapter is more than "
+        "LoRA there (DoRA, a bias). Generate with compiled=False."
+    )
