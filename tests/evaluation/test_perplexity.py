@@ -5,7 +5,6 @@ import pytest
 import torch
 from support.adapted import adapted
 from support.architectures import ARCHITECTURES
-from support.methods import METHODS
 from support.methods import adapted as adapted_by
 from support.tokenizer import END, character_tokenizer
 
@@ -38,7 +37,7 @@ def by_hand(model: Any, **arguments: Any) -> tuple[float, int]:
     return math.exp(-logs / count), count
 
 
-@pytest.mark.parametrize("method", ["none", "milora", "bitfit", "ptuning-v2", "adalora"])
+@pytest.mark.parametrize("method", ["none", "milora", "iapt", "bitfit", "ptuning-v2", "adalora"])
 def test_it_is_the_products_of_the_tokens_probabilities(method: str) -> None:
     if method == "none":
         model = ARCHITECTURES["llama"]()
@@ -47,11 +46,11 @@ def test_it_is_the_products_of_the_tokens_probabilities(method: str) -> None:
     elif method == "adalora":
         from peft import AdaLoraConfig, get_peft_model
 
-        config = AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj"], orth_reg_weight=1.0)
+        config = AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj"], inference_mode=True)
+        # As an adapter is loaded for inference, in which AdaLoRA can compute no loss of its own.
         model = get_peft_model(ARCHITECTURES["llama"](), config).eval()
     else:
         model = adapted_by(method, "llama")
-    assert method in ("none", "milora", "adalora", *METHODS)
     expected, tokens = by_hand(model)
     model.train()
     found = completion_perplexity(model, TOKENIZER, ROWS, batch_size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import Any
@@ -76,7 +77,7 @@ def completion_perplexity(
             for batch in progress(plan, "perplexity", len(plan)) if progress else plan:
                 inputs = _right_padded([fitting[index] for index in batch], padding_token(tokenizer), model.device)
                 try:
-                    losses.append(_loss_sum(model(**inputs, use_cache=False).logits, inputs["labels"]))
+                    losses.append(_loss_sum(model, **inputs))
                 except torch.OutOfMemoryError as error:
                     raise MiLoraError(
                         f"The GPU's memory does not suffice for a batch of {len(batch)} rows of up to "
@@ -107,8 +108,13 @@ def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], int]:
     return whole, max(1, sum(1 for _ in shared))
 
 
-def _loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    # Not the model's own loss, to which methods (AdaLoRA) and backbones (mixtures of experts) add terms of theirs.
+def _loss_sum(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    # The labels are not given to the model: to a loss of its own methods (AdaLoRA) and backbones (mixtures of experts)
+    # add terms of theirs. Methods that read the prompt are told which it is.
+    use_prompt = getattr(model, "use_prompt", None)
+    prompt = attention_mask.bool() & (labels == NO_LABEL)
+    with nullcontext() if use_prompt is None else use_prompt(prompt):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     of_completions = labels[:, 1:] != NO_LABEL
     chosen = logits[:, :-1][of_completions].float()  # (tokens of completions, vocabulary)
     return functional.cross_entropy(chosen, labels[:, 1:][of_completions], reduction="sum").double()

@@ -46,9 +46,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if not self.accuracy and not self.perplexity:
-            raise MiLoraError(
-                "Without answers and without perplexity there is nothing to measure: ask for one of them."
-            )
+            raise MiLoraError("There is nothing to measure: ask for accuracy, for perplexity, or for both.")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, beside results: what they depend on."""

@@ -44,7 +44,7 @@ class Score:
             "rows": self.rows,
             "correct": self.correct,
             "accuracy": self.accuracy,
-            "interval": None if interval is None else list(interval),
+            "interval": None if interval is None else [round(bound, 6) for bound in interval],
             "unparsed": self.unparsed,
             "no_room": self.no_room,
         }
