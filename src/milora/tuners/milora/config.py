@@ -26,6 +26,26 @@ UNSUPPORTED_FIELDS = (
     "velora_config",
 )
 
+PARTS = "|"
+"""Between the activations of equal parts of the blocks."""
+
+
+def activations_by_block(activation: str | list[str], blocks: int) -> str | list[str]:
+    """A list with an activation for each block, of `a|b`; anything else as it is.
+
+    Where the blocks cannot be shared out evenly, the lower parts have one more.
+
+    Raises:
+        MiLoraError: If there are fewer blocks than parts.
+    """
+    if isinstance(activation, list) or PARTS not in activation:
+        return activation
+    parts = activation.split(PARTS)
+    if len(parts) > blocks:
+        raise MiLoraError(f"router_activation={activation!r} names {len(parts)} parts of {blocks} blocks.")
+    each, more = divmod(blocks, len(parts))
+    return [name for place, name in enumerate(parts) for _ in range(each + (place < more))]
+
 
 @dataclass
 class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
@@ -42,7 +62,9 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         top_k: How many experts of a block serve a prompt, from 1 to the number of its experts.
         pooler: How the prompt's hidden states become one vector: `attention` (self-attention), `mean`, `max`, `last`.
         router_activation: `rational` (learnable, starting as GeLU; `rational-relu` and so on for other starts), a
-            fixed one (`gelu`, `relu`, `silu`, `tanh`, `identity`), or a list with one for each block.
+            fixed one (`gelu`, `relu`, `silu`, `tanh`, `identity`), several for equal parts of the blocks from the
+            lowest on (`relu|gelu`: ReLU in the lower half, GeLU in the upper), or a list with one for each block,
+            which is what is saved of several.
         rational_orders: Degrees of the rational's numerator and denominator.
         gate: Weight of a chosen expert: `hard` (1, with a straight-through gradient), `softmax` (its probability),
             `renormalized` (its share of the chosen ones' probability).
@@ -69,7 +91,7 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     pooler: str = field(default="attention", metadata={"help": f"One of {', '.join(POOLERS)}."})
     router_activation: str | list[str] = field(
         default="rational",
-        metadata={"help": f"rational, or one of {', '.join(ACTIVATIONS)}, or a list with one per block."},
+        metadata={"help": f"rational, or one of {', '.join(ACTIVATIONS)}, a|b for halves, or a list with one per block."},
     )
     rational_orders: list[int] | tuple[int, int] = field(
         default_factory=lambda: [6, 5], metadata={"help": "Degrees of the rational's numerator and denominator."}
@@ -111,8 +133,8 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         orders = self.rational_orders
         if len(orders) != 2 or any(not isinstance(order, int) or order < 1 for order in orders):
             raise MiLoraError(f"rational_orders must be two integers of at least 1, such as [6, 5]; found {orders!r}.")
-        names = self.router_activation if isinstance(self.router_activation, list) else [self.router_activation]
-        for name in names:
+        names = self.router_activation
+        for name in names if isinstance(names, list) else names.split(PARTS):
             kind, _, start = name.partition("-")
             known = kind == "rational" and (not start or start in ACTIVATIONS)
             if not known and name not in ACTIVATIONS:

@@ -16,7 +16,7 @@ from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.errors import MiLoraError
 from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
 from milora.tuners.checkpointing import restore_checkpoint_function
-from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.config import MiLoraConfig, activations_by_block
 from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
 from milora.tuners.milora.layer import NO_MERGE, ExpertVariant, RouterLayer
 from milora.tuners.milora.statistics import RoutingStatistics
@@ -67,7 +67,8 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         experts = listed_modules(listed, candidates) if listed else targeted_modules(peft_config, candidates)
         routed = [block for block in blocks if experts.get(block.path)]
         check_top_k(peft_config.top_k, max(len(experts[block.path]) for block in routed))
-        activations = peft_config.router_activation
+        activations = activations_by_block(peft_config.router_activation, len(routed))
+        peft_config.router_activation = activations
         if isinstance(activations, list) and len(activations) != len(routed):
             raise MiLoraError(
                 f"router_activation lists {len(activations)} activations, and {len(routed)} blocks have a router."
