@@ -91,7 +91,9 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     pooler: str = field(default="attention", metadata={"help": f"One of {', '.join(POOLERS)}."})
     router_activation: str | list[str] = field(
         default="rational",
-        metadata={"help": f"rational, or one of {', '.join(ACTIVATIONS)}, a|b for halves, or a list with one per block."},
+        metadata={
+            "help": f"rational, or one of {', '.join(ACTIVATIONS)}, a|b for halves, or a list with one per block."
+        },
     )
     rational_orders: list[int] | tuple[int, int] = field(
         default_factory=lambda: [6, 5], metadata={"help": "Degrees of the rational's numerator and denominator."}
