@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -15,6 +20,17 @@ SETTINGS: dict[str, Any] = {
 """All flags are left for lm-eval's parser."""
 
 DATA_DIR_FLAG = "--data_dir"
+OUTPUT_FLAGS = ("--output_path", "-o")
+
+HELP = """\
+milora lm-eval is lm-eval with our models (--model milora, the default here), whose prompts are routed on the context
+alone, and with lm-eval's MMLU, BBH and GSM8K tasks on local files, by their names with _local behind them.
+
+  --data_dir DIR  the folder with mmlu, bbh and gsm8k (default: MILORA_DATA_DIR)
+  --json          print what --output_path would save, and nothing else
+
+lm-eval's own flags:
+"""
 
 
 def command(context: typer.Context) -> None:
@@ -24,15 +40,23 @@ def command(context: typer.Context) -> None:
     """
     flags = list(context.args)
     if not flags or flags in (["--help"], ["-h"]):
-        typer.echo(
-            "milora lm-eval is lm-eval with --model milora (the default here), and its MMLU, BBH and GSM8K tasks with\n"
-            "_local behind their names on the files of a folder: --data_dir DIR, or MILORA_DATA_DIR.\n"
-        )
+        typer.echo(HELP)
         flags = ["run", "--help"]
+    as_json = "--json" in flags
+    flags = [flag for flag in flags if flag != "--json"]
     data_dir = _take(flags, DATA_DIR_FLAG)
     from milora.evaluation.lm_eval import run
 
-    run(flags, data_dir)
+    if not as_json:
+        run(flags, data_dir)
+        return
+    if any(flag.partition("=")[0] in OUTPUT_FLAGS for flag in flags):
+        raise MiLoraError("--json prints what --output_path would save: pass one of them.")
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            run([*flags, "--output_path", folder], data_dir)
+        (results,) = Path(folder).rglob("results_*.json")
+        typer.echo(json.dumps(json.loads(results.read_text())))
 
 
 def _take(flags: list[str], name: str) -> str | None:

@@ -1,0 +1,106 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.adapted import adapted
+from support.tokenizer import save_backbone
+
+from milora.cli.main import main
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'milora[eval]'")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "mmlu_local"], "mmlu_local reads a folder: name it with --data_dir or MILORA_DATA_DIR"),
+        (["--tasks", "x,bbh_local", "--data_dir", "."], "bbh_local needs bbh/boolean_expressions.json"),
+        (["--tasks", "bbh_local", "--data-dir=."], "bbh_local needs bbh/boolean_expressions.json"),
+        (["--tasks", "x", "--data_dir"], "--data_dir needs a folder"),
+        (["--tasks", "x", "--limit", "many"], "--limit"),
+        (["--tasks", "x", "--nonsense", "1"], "--nonsense"),
+        (["--config", "list.yaml", "--limit", "1"], "list.yaml must hold a YAML mapping"),
+        (["--config", "tasks.yaml", "--limit", "1"], "gsm8k_local reads a folder"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("MILORA_DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("[1]")
+    Path("tasks.yaml").write_text("tasks: [gsm8k_local]")
+    assert main(["lm-eval", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_without_lm_eval_the_extra_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["lm-eval", "--tasks", "x", "--limit", "1"]) == 2
+    assert "pip install 'milora[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluates_an_adapter_on_local_and_own_tasks(tmp_path: Path) -> None:
+    base = save_backbone(tmp_path / "base")
+    model = adapted("llama").model
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "data/gsm8k").mkdir(parents=True)
+    for split in ("train", "test"):
+        (tmp_path / f"data/gsm8k/{split}.original.jsonl").write_text(
+            '{"question": "One and one?", "answer": "#### 2"}\n'
+        )
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/rows.jsonl").write_text('{"question": "Is iron a metal?", "answer": "yes"}\n')
+    (tmp_path / "own/metal.yaml").write_text(
+        f"""task: metal
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "own/rows.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["no", "yes"]
+doc_to_target: answer
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "milora", "lm-eval", "--model_args", "peft=adapter,max_length=64", "--tasks"]
+        + ["gsm8k_local,metal", "--num_fewshot", "0", "--gen_kwargs", "max_gen_toks=4", "--batch_size", "2"]
+        + ["--include_path", "own", "--data_dir", "data", "--output_path", "results"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gsm8k_local" in done.stdout
+    assert "Custom kwargs" not in done.stderr
+    (file,) = (tmp_path / "results").rglob("results_*.json")
+    results = json.loads(file.read_text())
+    assert results["config"]["model"] == "milora"
+    assert set(results["results"]) == {"gsm8k_local", "metal"}
+    assert results["configs"]["gsm8k_local"]["dataset_kwargs"]["files"]["test"].endswith("gsm8k/test.original.jsonl")
+
+    unknown = subprocess.run(
+        [sys.executable, "-m", "milora", "lm-eval", "--model_args", "peft=adapter", "--tasks", "mmlu_locl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert unknown.returncode == 2
+    assert "did you mean 'mmlu_local'" in unknown.stderr.splitlines()[-1]
