@@ -12,6 +12,7 @@ from torch import Tensor
 
 from milora.errors import MiLoraError
 from milora.routing import Decision, Route
+from milora.tuners.milora.decoding import PreparedExperts
 from milora.tuners.prompt_pass import PromptPass, PromptPasses
 
 
@@ -20,11 +21,15 @@ class Selection:
 
     Attributes:
         batch: How many rows the adapter's batch has.
-        rows: Indices of the rows that chose the expert, or `None` for all.
+        weights: Row -> gate, of the rows that chose the expert, as the host knows them.
+        rows: Indices of those rows on the device, or `None` for all.
     """
 
-    def __init__(self, batch: int, rows: Tensor | None, gates: Tensor | None, column: int) -> None:
+    def __init__(
+        self, batch: int, weights: dict[int, float], rows: Tensor | None, gates: Tensor | None, column: int
+    ) -> None:
         self.batch = batch
+        self.weights = weights
         self.rows = rows
         self._gates = gates
         self._column = column
@@ -37,6 +42,12 @@ class Selection:
         if self._gates is None or self._constant is not None:
             return self._constant
         return self._cut()
+
+    @property
+    def common_weight(self) -> float | None:
+        """The weight that all rows of the batch have in common, `None` where rows differ."""
+        different = set(self.weights.values())
+        return different.pop() if self.rows is None and len(different) == 1 else None
 
     def _cut(self) -> Tensor:
         assert self._gates is not None
@@ -51,19 +62,23 @@ def select(gates: Tensor, chosen: Tensor) -> list[Selection | None]:
         gates: (batch, experts), float32.
         chosen: (batch, experts), bool.
     """
-    # One transfer for both questions: who is chosen, and whether every chosen one has weight 1.
-    answers = torch.stack([chosen, gates.detach() == 1]).tolist()
-    rows_of = [[row for row, of_row in enumerate(answers[0]) if of_row[expert]] for expert in range(chosen.shape[1])]
-    is_one = all(
-        one for picks, ones in zip(*answers, strict=True) for pick, one in zip(picks, ones, strict=True) if pick
-    )
+    # One transfer for both questions: who is chosen, and with which weight.
+    picks, weights = torch.stack([chosen.to(gates.dtype), gates.detach()]).tolist()
+    batch, experts = chosen.shape
+    of_expert = [{row: weights[row][expert] for row in range(batch) if picks[row][expert]} for expert in range(experts)]
+    is_one = all(weight == 1 for of_rows in of_expert for weight in of_rows.values())
     kept = None if is_one and not gates.requires_grad else gates
-    batch = chosen.shape[0]
     return [
-        Selection(batch, None if len(rows) == batch else torch.tensor(rows, device=gates.device), kept, expert)
-        if rows
+        Selection(
+            batch,
+            of_rows,
+            None if len(of_rows) == batch else torch.tensor(list(of_rows), device=gates.device),
+            kept,
+            expert,
+        )
+        if of_rows
         else None
-        for expert, rows in enumerate(rows_of)
+        for expert, of_rows in enumerate(of_expert)
     ]
 
 
@@ -85,12 +100,26 @@ class RoutingPass(PromptPass):
         forced: The route to follow instead of asking the routers, already of `rows` rows; `prompt` is `None` then.
         routings: Adapter -> block -> decision.
         routed_blocks: Blocks that have been reached.
+        prepared: What the decode steps of a generation compute, `None` outside `generate`.
+        is_decode_step: Whether the running forward is a decode step that may use what is prepared.
+        is_merged: Whether the chosen experts are in the backbone's weights.
     """
 
     adapter_rows: dict[str, list[int] | None] = field(default_factory=dict)
     forced: Route | None = None
     routings: dict[str, dict[str, BlockRouting]] = field(default_factory=dict)
     routed_blocks: set[str] = field(default_factory=set)
+    prepared: PreparedExperts | None = None
+    is_decode_step: bool = False
+    is_merged: bool = False
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that serves all rows, `None` where rows have their own."""
+        if len(self.adapter_rows) != 1:
+            return None
+        ((adapter, rows),) = self.adapter_rows.items()
+        return adapter if rows is None else None
 
     def selection(self, adapter: str, block: str, expert: int) -> Selection | None:
         """What an expert of an adapter does; a block that this pass has not reached has no answer.
@@ -135,6 +164,7 @@ class RoutingPass(PromptPass):
 class _RoutingInForce(threading.local):
     def __init__(self) -> None:
         self.forced: Route | None = None
+        self.merged: Route | None = None
         self.adapter_names: list[str] | None = None
         self.records: list[Route] | None = None
 
@@ -145,6 +175,19 @@ class Dispatcher(PromptPasses):
     def __init__(self) -> None:
         super().__init__()
         self._routing_in_force = _RoutingInForce()
+
+    def begin(self, prompt_pass: PromptPass) -> None:
+        """As [`PromptPasses.begin`]; in a generation every forward but the first is a decode step."""
+        in_generation = self._in_force.generation is not None
+        follows = in_generation and self.following() is prompt_pass
+        super().begin(prompt_pass)
+        if not isinstance(prompt_pass, RoutingPass):
+            return
+        prompt_pass.is_merged = self.merged is not None
+        if in_generation and prompt_pass.prepared is None:
+            prompt_pass.prepared = PreparedExperts()
+        # Autocast casts weights on their way into every product, and gradients need the parameters themselves.
+        prompt_pass.is_decode_step = follows and not torch.is_grad_enabled() and not _is_autocast_enabled()
 
     def current_selection(self, adapter: str, block: str, expert: int) -> Selection | None:
         """What an expert of the running pass does, `None` for nothing.
@@ -178,6 +221,24 @@ class Dispatcher(PromptPasses):
             self._routing_in_force.forced = outer
 
     @property
+    def merged(self) -> Route | None:
+        """The route that this thread has merged into the backbone's weights."""
+        return self._routing_in_force.merged
+
+    @contextmanager
+    def following_merged(self, route: Route) -> Iterator[None]:
+        """In force: a route whose experts are in the backbone's weights, so that no layer computes any."""
+        if self.current is not None:
+            self.current.is_merged = True
+        self._routing_in_force.merged = route
+        try:
+            yield
+        finally:
+            self._routing_in_force.merged = None
+            if self.current is not None:
+                self.current.is_merged = False
+
+    @property
     def records(self) -> list[Route] | None:
         """Where the routes of generations go while a caller records them."""
         return self._routing_in_force.records
@@ -199,6 +260,10 @@ class Dispatcher(PromptPasses):
             yield
         finally:
             self._routing_in_force.adapter_names = outer
+
+
+def _is_autocast_enabled() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def follow(

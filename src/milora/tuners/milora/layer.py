@@ -1,25 +1,18 @@
-"""The two layers of MiLoRA: a block's router, and the LoRA of a module as an expert of that router."""
+"""A block's router as a layer that PEFT keeps, saves and switches."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
 from milora.routing import Decision, RouterProjection, build_activation, build_pooler, choose, expert_probabilities
 from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import BlockRouting, Dispatcher, RoutingPass, follow, select
 from milora.tuners.milora.gradient import RouteGradient
-
-NO_MERGE = (
-    "A MiLoRA adapter cannot be merged: which modules it changes depends on the prompt. Export one route as a plain "
-    "LoRA adapter (milora export) and merge that."
-)
 
 
 class RouterLayer(BareTunerLayer):
@@ -81,7 +74,7 @@ class RouterLayer(BareTunerLayer):
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's pre-forward hook: routes the pass that is running, unless that has been done."""
-        if self.disable_adapters:
+        if self.disable_adapters or (torch.compiler.is_compiling() and self.dispatcher.is_compiled):
             return None
         if args:
             return (self.route_block(block, args[0]), *args[1:]), kwargs
@@ -167,85 +160,3 @@ class _Rerouted:
 
 def _parameters(value: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [value] if isinstance(value, nn.Parameter) else list(value.parameters())
-
-
-class ExpertVariant(LoraVariant):  # type: ignore[misc]
-    """Makes any LoRA layer of PEFT an expert: it runs for the rows that chose it, weighted by their gates.
-
-    `x W + g_i (x A B) * scaling` for the rows with gate `g_i`, and `x W`, nothing computed, for the others. Another
-    variant inside (DoRA) gives `y` in place of LoRA's sum, of which `x W + g_i (y - x W)` is made.
-
-    Args:
-        dispatcher: Where the decisions are read.
-        block: The block's path.
-        expert: The module's place among the block's experts.
-        inner: The variant that the layer had, `None` for plain LoRA.
-    """
-
-    def __init__(self, dispatcher: Dispatcher, block: str, expert: int, inner: LoraVariant | None) -> None:
-        self.dispatcher = dispatcher
-        self.block = block
-        self.expert = expert
-        self.inner = inner
-
-    def supports_lora_conversion(self) -> bool:
-        """No: a module's change depends on the prompt; `milora export` freezes a route."""
-        return False
-
-    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output; see [`LoraVariant.forward`].
-
-        Args:
-            module: The LoRA layer.
-            active_adapter: The adapter that serves these rows.
-            x: (batch, tokens, d_in), or (batch * tokens, d_in) as some blocks flatten it.
-            result: The base layer's output for `x`.
-            **kwargs: Passed on to the inner variant.
-        """
-        selection = self.dispatcher.current_selection(active_adapter, self.block, self.expert)
-        if selection is None:
-            return result
-        shape = result.shape
-        if x.shape[0] != selection.batch or x.dim() == 2:
-            x, result = (_by_row(tensor, selection.batch, self.block) for tensor in (x, result))
-        gate = selection.gate()
-        if selection.rows is None:
-            return self._adapt(module, active_adapter, x, result, gate, kwargs).reshape(shape)
-        part = self._adapt(
-            module,
-            active_adapter,
-            x.index_select(0, selection.rows),
-            result.index_select(0, selection.rows),
-            gate,
-            kwargs,
-        )
-        # Rounded as the layer's output will be, so that a row's result does not depend on its neighbours' routes.
-        return result.index_copy(0, selection.rows, part.to(result.dtype)).reshape(shape)
-
-    def _adapt(
-        self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        if gate is not None:
-            gate = gate.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
-        if self.inner is not None:
-            adapted: Tensor = self.inner.forward(module, active_adapter=adapter, x=x, result=result, **kwargs)
-            return adapted if gate is None else result + gate.to(adapted.dtype) * (adapted - result)
-        lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
-        x = module._cast_input_dtype(x, lora_a.weight.dtype)
-        delta: Tensor = lora_b(lora_a(module.lora_dropout[adapter](x))) * module.scaling[adapter]
-        return result + delta if gate is None else result + gate.to(delta.dtype) * delta
-
-    @staticmethod
-    def _refuse_merging(*args: Any, **kwargs: Any) -> Any:
-        raise MiLoraError(NO_MERGE)
-
-    merge_safe = merge_unsafe = unmerge = _refuse_merging
-
-
-def _by_row(tensor: Tensor, batch: int, block: str) -> Tensor:
-    if tensor.dim() > 2 or tensor.shape[0] % batch != 0:
-        raise MiLoraError(
-            f"A module of {block} was given an input of shape {tuple(tensor.shape)} for a batch of {batch} prompts, "
-            "and which token belongs to which prompt cannot be told. Leave that module out of target_modules."
-        )
-    return tensor.reshape(batch, -1, tensor.shape[-1])

@@ -16,9 +16,13 @@ from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.errors import MiLoraError
 from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
 from milora.tuners.checkpointing import restore_checkpoint_function
+from milora.tuners.grouped import lora_layers
+from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
 from milora.tuners.milora.config import MiLoraConfig, activations_by_block
 from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
-from milora.tuners.milora.layer import NO_MERGE, ExpertVariant, RouterLayer
+from milora.tuners.milora.expert import NO_MERGE, ExpertVariant, as_expert
+from milora.tuners.milora.grouped import RoutedServing
+from milora.tuners.milora.layer import RouterLayer
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
@@ -50,6 +54,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         self.passes = self.dispatcher = Dispatcher()
         self.statistics = RoutingStatistics()
         self._watches = []
+        self.grouped = RoutedServing(model, self.dispatcher, self._row_names)
 
     def complete_adapter(self, adapter_name: str, config: MiLoraConfig, *args: Any, **kwargs: Any) -> None:
         """Gives every block with experts its router."""
@@ -113,6 +118,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         layer = getattr(parent, target_name)
         inner = layer.lora_variant.get(adapter_name)
         layer.lora_variant[adapter_name] = ExpertVariant(self.dispatcher, block, index, inner)
+        as_expert(layer, self.dispatcher)
 
     def _experts_of(self, config: MiLoraConfig) -> dict[str, list[str]]:
         if isinstance(config.experts, dict):
@@ -209,26 +215,33 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         unknown = {name for name in names if name != BASE_ROW} - set(self.peft_config)
         if unknown:
             raise MiLoraError(f"No adapter named {sorted(unknown)}; there are {sorted(self.peft_config)}.")
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        handles = [layer.register_forward_pre_hook(self._name_rows, with_kwargs=True) for layer in layers]
+        handles: list[Any] = []
         try:
-            with self.dispatcher.serving(list(names)):
+            with self.grouped.serving(), self.dispatcher.serving(list(names)):
+                for path, layer in lora_layers(self.model):
+                    if path not in self.grouped.stacks.modules:
+                        handles.append(layer.register_forward_pre_hook(self._name_rows, with_kwargs=True))
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _name_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self._row_names(args[0])
+        return None if names is None else (args, {**kwargs, "adapter_names": names})
+
+    def _row_names(self, x: Tensor) -> list[str] | None:
+        """The adapter of each row of a layer's input, `None` where the rows have no adapters of their own."""
         running = self.dispatcher.current
         names = self.dispatcher.adapter_names
         if running is None or names is None:
             return None
-        if args[0].shape[0] != running.rows:
+        if x.shape[0] != running.rows:
             raise MiLoraError(
                 f"{type(self.model).__name__} flattens batch and tokens before one of the adapted modules, so rows "
                 "with different adapters cannot be told apart there. Serve one adapter at a time."
             )
-        return args, {**kwargs, "adapter_names": _expanded(names, running.rows, "adapter_names")}
+        return _expanded(names, running.rows, "adapter_names")
 
     def keeps_across_caches(self) -> bool:
         """A route in force says how any cache goes on."""
@@ -277,7 +290,9 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
 
     # -------------------------------------------------------------------- routes
 
-    def generate(self, *args: Any, route: Route | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, route: Route | None = None, compiled: bool | None = None, **kwargs: Any
+    ) -> Any:
         """`generate` of the backbone, routed once: at the prefill, or by `route`.
 
         Assisted generation and chunked prefill, whose first pass is not the prompt, route in a pass of its own first.
@@ -285,6 +300,9 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         Args:
             *args: As for the backbone's `generate`.
             route: A route to follow, a row for each prompt; needed to continue a cache that already holds tokens.
+            compiled: Compile the decode step (static cache, `torch.compile`): routes and adapters are data that it
+                reads, so that other prompts and tenants compile nothing anew. `None` leaves it to transformers, which
+                compiles on a GPU with `cache_implementation="static"`; `False` rules it out.
             **kwargs: As for the backbone's `generate`.
 
         Raises:
@@ -292,9 +310,14 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
                 empty.
         """
         model: Any = self.model
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        if compiled:
+            kwargs |= compiled_settings(named)
+        elif compiled is False:
+            kwargs["disable_compile"] = True
         if self.prompt_tuning_is_off():
             return model.generate(*args, **kwargs)
-        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        compiled = compiled or is_compiled_by_transformers(model, {**named, **kwargs})
         cache = named.get("past_key_values")
         route = route if route is not None else self.dispatcher.forced
         if route is None and cache is not None and cache.get_seq_length() > 0:
@@ -311,6 +334,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         with (
             self.dispatcher.generating(named.get("attention_mask")) as generation,
             self.dispatcher.forcing(route),
+            self.grouped.compiled() if compiled else nullcontext(),
         ):
             output = model.generate(*args, **kwargs)
         if self.dispatcher.records is not None:

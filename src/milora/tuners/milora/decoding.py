@@ -1,0 +1,214 @@
+"""What the chosen experts of a generation compute in a decode step, prepared once from their route.
+
+A decode step has a token or a few a row, so it is paid for by reading weights and by the number of operations. Experts
+that are given the same input (query, key and value; gate and up) read it in one product with their `lora_A`s stacked.
+Scaling, and a gate that all rows share, are the factor with which `lora_B`'s product is added; rows that did not choose
+an expert, and rows with gates of their own, are told apart where tensors are as narrow as the rank. Nothing is asked of
+the device.
+
+`lora_B` is used as it lies, and `lora_A` is copied only to be stacked. Both keep the adapter's precision: the sum with
+the base layer's output is rounded once, as PEFT's LoRA rounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+from torch.nn import functional
+
+from milora.tuners.milora.dora import dora_scale
+
+if TYPE_CHECKING:
+    from milora.tuners.milora.dispatch import RoutingPass, Selection
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Takes a layer's input and the base layer's output, which it may write into, and gives the layer's output."""
+
+
+class PreparedExperts:
+    """The decode steps of one generation's experts; made at the prefill, freed with the generation.
+
+    The prefill notes which chosen experts were given the same tensor; each step is made when the first decode step
+    reaches its layer.
+    """
+
+    def __init__(self) -> None:
+        self._last_input: ref[Tensor] | None = None
+        self._inputs = 0
+        self._input_of: dict[LoraLayer, int] = {}
+        self._steps: dict[LoraLayer, Step | None] = {}
+
+    def note_input(self, layer: LoraLayer, x: Tensor) -> None:
+        """Notes, in the prefill, that a chosen expert was given `x`."""
+        if self._last_input is None or self._last_input() is not x:
+            self._last_input = ref(x)
+            self._inputs += 1
+        self._input_of[layer] = self._inputs
+
+    def step(self, layer: LoraLayer, running: RoutingPass) -> Step | None:
+        """What a layer adds to its base layer in the running pass; `None` for nothing."""
+        if layer not in self._steps:
+            self._prepare(layer, running)
+        return self._steps[layer]
+
+    def _prepare(self, layer: LoraLayer, running: RoutingPass) -> None:
+        expert = _chosen(layer, running)
+        if expert is None:
+            self._steps[layer] = None
+            return
+        if not expert.is_prepared:
+            self._steps[layer] = expert.unprepared
+            return
+        mates = [mate for mate, number in self._input_of.items() if number == self._input_of.get(layer)]
+        experts = [mate for mate in (_chosen(mate, running) for mate in mates or [layer]) if mate is not None]
+        experts = [mate for mate in experts if mate.is_prepared and mate.shares_with(expert)]
+        down = _Down(experts)
+        end = 0
+        for mate in experts:
+            start, end = end, end + mate.a.shape[0]
+            step = _DoraStep if mate.is_dora else _LoraStep
+            self._steps[mate.layer] = step(down, slice(start, end), mate)
+
+
+class _Chosen(NamedTuple):
+    """An expert that some row chose."""
+
+    layer: Any
+    adapter: str
+    selection: Selection
+    is_prepared: bool
+
+    @property
+    def a(self) -> Tensor:
+        """(r, d_in)."""
+        weight: Tensor = self.layer.lora_A[self.adapter].weight.detach()
+        return weight
+
+    @property
+    def b(self) -> Tensor:
+        """(d_out, r)."""
+        weight: Tensor = self.layer.lora_B[self.adapter].weight.detach()
+        return weight
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it is MiDoRA's."""
+        return self.layer.lora_variant[self.adapter].inner is not None
+
+    def shares_with(self, other: _Chosen) -> bool:
+        """Whether their `lora_A`s can be stacked."""
+        return (self.a.dtype, self.a.device, self.a.shape[1]) == (other.a.dtype, other.a.device, other.a.shape[1])
+
+    def unprepared(self, x: Tensor, result: Tensor) -> Tensor:
+        """The step that computes it as the prefill does."""
+        variant = self.layer.lora_variant[self.adapter]
+        adapted: Tensor = variant.adapt(self.layer, self.adapter, self.selection, x, result)
+        return adapted.to(result.dtype)
+
+
+def _chosen(layer: Any, running: RoutingPass) -> _Chosen | None:
+    adapter = running.adapter
+    variant = layer.lora_variant.get(adapter)
+    if adapter is None or variant is None:
+        return None
+    selection = running.selection(adapter, variant.block, variant.expert)
+    if selection is None:
+        return None
+    return _Chosen(layer, adapter, selection, variant.can_be_prepared(layer, adapter, selection))
+
+
+class _Down:
+    """`x A` of the experts that are given the same input, computed by the first of them that is reached."""
+
+    def __init__(self, experts: list[_Chosen]) -> None:
+        # One alone is used where it lies.
+        self._weight = experts[0].a if len(experts) == 1 else torch.cat([expert.a for expert in experts])
+        self._batch = experts[0].selection.batch
+        self._not_chosen, self._gates = self._by_row(experts)
+        self._input: ref[Tensor] | None = None
+        self._output = self._weight
+
+    def _by_row(self, experts: list[_Chosen]) -> tuple[Tensor | None, Tensor | None]:
+        """(batch, 1, ranks): which rows did not choose, and the gates of those that did; `None` where all agree."""
+        selections = [expert.selection for expert in experts]
+        if all(selection.common_weight is not None for selection in selections):
+            return None, None
+        weight = self._weight
+        ranks = [expert.a.shape[0] for expert in experts]
+        rows = range(self._batch)
+
+        def table(values: list[list[Any]], dtype: torch.dtype) -> Tensor:
+            of_ranks = [[value for value, rank in zip(row, ranks, strict=True) for _ in range(rank)] for row in values]
+            return torch.tensor(of_ranks, dtype=dtype, device=weight.device)[:, None]
+
+        idle = [[row not in selection.weights for selection in selections] for row in rows]
+        # A weight that all rows share is in the step's factor.
+        gates = [
+            [selection.weights.get(row, 1.0) if selection.common_weight is None else 1.0 for selection in selections]
+            for row in rows
+        ]
+        return (
+            table(idle, torch.bool) if any(map(any, idle)) else None,
+            table(gates, weight.dtype) if any(gate != 1 for of_row in gates for gate in of_row) else None,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(batch * tokens, ranks), of the adapter's type."""
+        if self._input is not None and self._input() is x:
+            return self._output
+        output = functional.linear(x.to(self._weight.dtype), self._weight)
+        if self._not_chosen is not None or self._gates is not None:
+            output = output.view(self._batch, -1, output.shape[-1])
+            if self._gates is not None:
+                output.mul_(self._gates)
+            if self._not_chosen is not None:
+                # Not multiplied by zero: another row's infinity would become NaN.
+                output.masked_fill_(self._not_chosen, 0)
+        self._input, self._output = ref(x), output.view(-1, output.shape[-1])
+        return self._output
+
+
+class _LoraStep:
+    """`result + s g (x A) B`, written into `result`."""
+
+    def __init__(self, down: _Down, columns: slice, expert: _Chosen) -> None:
+        self._down = down
+        self._columns = columns
+        self._up = expert.b.T  # (r, d_out)
+        common = expert.selection.common_weight
+        self._factor = expert.layer.scaling[expert.adapter] * (1.0 if common is None else common)
+
+    def __call__(self, x: Tensor, result: Tensor) -> Tensor:
+        inner = self._down(x)[:, self._columns]
+        flat = result.reshape(-1, result.shape[-1])
+        if flat.dtype == inner.dtype:
+            flat.addmm_(inner, self._up, alpha=self._factor)
+        else:
+            flat.add_(inner @ self._up, alpha=self._factor)
+        return flat.view(result.shape)
+
+
+class _DoraStep:
+    """`(1 - g) result + g (m / n (result - bias + s (x A) B) + bias)`, for a gate that all rows share."""
+
+    def __init__(self, down: _Down, columns: slice, expert: _Chosen) -> None:
+        self._down = down
+        self._columns = columns
+        scale, gate = dora_scale(expert.layer, expert.adapter), expert.selection.common_weight
+        assert gate is not None
+        bias = getattr(expert.layer.get_base_layer(), "bias", None)
+        self._of_result = 1 + gate * (scale - 1)
+        self._up = expert.b.T * (gate * expert.layer.scaling[expert.adapter] * scale)  # (r, d_out)
+        self._constant = None if bias is None else (gate * (1 - scale) * bias).to(scale.dtype)
+
+    def __call__(self, x: Tensor, result: Tensor) -> Tensor:
+        flat = result.reshape(-1, result.shape[-1])
+        adapted = torch.addcmul(self._down(x)[:, self._columns] @ self._up, flat, self._of_result)
+        if self._constant is not None:
+            adapted.add_(self._constant)
+        return flat.copy_(adapted).view(result.shape)
