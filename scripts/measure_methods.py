@@ -20,7 +20,8 @@ from rich.console import Console
 from transformers import set_seed
 
 from milora.backbone.loading import load_backbone
-from milora.inference.generation import Decoding, generate_texts
+from milora.evaluation.generation import evaluate_task
+from milora.inference.generation import Decoding
 from milora.methods import METHODS, config_for
 from milora.tasks.bundled import BUNDLED_TASKS
 from milora.tasks.rows import Row
@@ -96,14 +97,18 @@ def _rows(split: Any, count: int, seed: int) -> list[Row]:
 
 
 def _accuracy(model: PeftModel, tokenizer: Any, test_rows: int, seed: int) -> dict[str, float]:
-    accuracy = {}
-    for name, task in BUNDLED_TASKS.items():
-        examples = task.examples("test", test_rows, seed)
-        decoding = Decoding(max_new_tokens=task.max_new_tokens, beams=1)
-        prompts = [example.prompt for example in examples]
-        texts = generate_texts(model, tokenizer, prompts, decoding, batch_size=test_rows)
-        accuracy[name] = sum(task.is_correct(text.text, examples[text.index].answer) for text in texts) / test_rows
-    return accuracy
+    return {
+        name: evaluate_task(
+            model,
+            tokenizer,
+            task,
+            limit=test_rows,
+            seed=seed,
+            decoding=Decoding(task.max_new_tokens, beams=1),
+            batch_size=test_rows,
+        ).accuracy
+        for name, task in BUNDLED_TASKS.items()
+    }
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from transformers import set_seed
 
 from milora.backbone.loading import load_backbone
 from milora.errors import MiLoraError
-from milora.inference.generation import Decoding, encode_prompt, generate_texts, left_padded, padding_token
+from milora.evaluation.generation import evaluate_task
+from milora.evaluation.progress import Watch
+from milora.inference.generation import Decoding, encode_prompt, left_padded, padding_token
 from milora.plots import route_heat_map
 from milora.routing import Route
 from milora.tasks.bundled import BUNDLED_TASKS
 from milora.tasks.rows import Row
 from milora.tasks.sources import to_dataset
-from milora.tasks.task import Example, Task
+from milora.tasks.task import Example
 from milora.training.arguments import TrainingArguments
 from milora.training.trainer import MiLoraTrainer
 from milora.tuners.milora import MiLoraConfig
@@ -75,10 +77,6 @@ class DemoResult:
         return dict(vars(self))
 
 
-Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Wraps an iterable in a progress bar, given what it is and how many come."""
-
-
 def run_demo(
     output: Path, settings: DemoSettings, say: Callable[[str], None] = lambda _: None, watch: Watch | None = None
 ) -> DemoResult:
@@ -96,7 +94,6 @@ def run_demo(
     if output.exists() and not output.is_dir():
         raise MiLoraError(f"{output} is a file; give a folder for the demo's adapters and picture.")
     started = time.monotonic()
-    watch = watch or (lambda items, _what, _count: items)
     set_seed(settings.seed)
     model, tokenizer = load_backbone("tiny", dtype="float32", device="cpu")
     tests = {name: task.examples("test", settings.test_rows, settings.seed) for name, task in BUNDLED_TASKS.items()}
@@ -104,7 +101,7 @@ def run_demo(
         f"The bundled backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
         f"{len(tests)} tasks, {settings.test_rows} test rows each, beam {settings.beams}."
     )
-    before = _accuracies(model, tokenizer, tests, settings, watch, "before")
+    before = _accuracies(model, tokenizer, settings, watch)
     model = get_peft_model(model, MiLoraConfig(), adapter_name=ASSISTANT)
     say(f"Fine-tuning MiLoRA on all tasks: {settings.steps} steps of {settings.batch_size} rows.")
     each = -(-settings.steps * settings.batch_size // len(BUNDLED_TASKS))
@@ -114,7 +111,7 @@ def run_demo(
         for example in task.examples("train", each, settings.seed)
     ]
     _train(model, tokenizer, rows, settings.steps, settings, output / "checkpoints")
-    after = _accuracies(model, tokenizer, tests, settings, watch, "after")
+    after = _accuracies(model, tokenizer, settings, watch)
     adapter = output / ASSISTANT
     model.save_pretrained(str(output), selected_adapters=[ASSISTANT])
     heat_map = output / "routes.png"
@@ -159,28 +156,20 @@ def _train(
     model.eval()
 
 
-def _accuracies(
-    model: Any,
-    tokenizer: Any,
-    tests: Mapping[str, Sequence[Example]],
-    settings: DemoSettings,
-    watch: Watch,
-    when: str,
-) -> dict[str, float]:
-    total = sum(len(examples) for examples in tests.values())
-
-    def right() -> Iterable[tuple[str, bool]]:
-        for name, examples in tests.items():
-            task: Task = BUNDLED_TASKS[name]
-            decoding = Decoding(max_new_tokens=task.max_new_tokens, beams=settings.beams)
-            prompts = [example.prompt for example in examples]
-            for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=settings.test_rows):
-                yield name, task.is_correct(text.text, examples[text.index].answer)
-
-    counts = dict.fromkeys(tests, 0)
-    for name, is_right in watch(right(), f"accuracy {when}", total):
-        counts[name] += is_right
-    return {name: counts[name] / len(examples) for name, examples in tests.items()}
+def _accuracies(model: Any, tokenizer: Any, settings: DemoSettings, watch: Watch | None) -> dict[str, float]:
+    return {
+        name: evaluate_task(
+            model,
+            tokenizer,
+            task,
+            limit=settings.test_rows,
+            seed=settings.seed,
+            decoding=Decoding(task.max_new_tokens, settings.beams),
+            batch_size=settings.test_rows,
+            progress=watch,
+        ).accuracy
+        for name, task in BUNDLED_TASKS.items()
+    }
 
 
 def _route(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Route:
