@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from milora.cli import bench, demo, evaluate, export, generate, lm_eval, params, route, train
+from milora.cli import bench, demo, evaluate, export, generate, lm_eval, params, report, route, train
 from milora.errors import MiLoraError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "lm-eval": lm_eval,
     "params": params,
     "bench": bench,
+    "report": report,
     "route": route,
     "export": export,
 }

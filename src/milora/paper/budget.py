@@ -157,8 +157,8 @@ def _is_near(counts: Counts, target: int) -> bool:
 def _none_near(name: str, config: Any, target: int, settings: Settings) -> MiLoraError:
     found = parameter_counts(name, config, **settings).tunable
     return MiLoraError(
-        f"No size brings {name} within {TOLERANCE:.0%} of {target:,} tunable parameters on this backbone: the nearest is "
-        f"{settings}, with {found:,}. Leave the method out, or give another --budget."
+        f"No size brings {name} within {TOLERANCE:.0%} of {target:,} tunable parameters on this backbone: the nearest "
+        f"is {settings}, with {found:,}. Leave the method out, or give another --budget."
     )
 
 

@@ -1,0 +1,136 @@
+"""What runs need: a backbone's weights, tasks' rows. What is at hand, and a fingerprint of it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from milora.backbone.loading import locate
+from milora.backbone.shapes import SHAPES, shape_config
+from milora.errors import MiLoraError
+from milora.tasks import registry
+
+ROWS_OF_A_FINGERPRINT = 64
+PART = 1 << 20
+"""Of a weights' file this much from either end is read for its fingerprint."""
+
+MT_BENCH = "mt-bench"
+NEEDS_A_JUDGE = "its answers are judged by a model: milora evaluate --task mt-bench --judge-url URL"
+
+
+class Materials:
+    """The backbones and tasks of a report; each is looked at once.
+
+    Args:
+        data_dir: Folder of the benchmarks' files; without it they come from the hub.
+    """
+
+    def __init__(self, data_dir: str | None = None) -> None:
+        self.data_dir = data_dir
+        self._backbones: dict[str, _Backbone] = {}
+        self._splits: dict[tuple[str, str], _Found] = {}
+
+    def config(self, backbone: str) -> Any:
+        """The transformers configuration of a backbone, also of a shape without weights.
+
+        Raises:
+            MiLoraError: If there is none.
+        """
+        return self._backbone(backbone).config
+
+    def backbone_missing(self, backbone: str) -> str | None:
+        """Why a backbone cannot be trained, in a line, or `None`."""
+        return self._backbone(backbone).missing
+
+    def backbone_fingerprint(self, backbone: str) -> str:
+        """Of the files of a backbone that is a folder, wherever that lies; of another its name."""
+        return self._backbone(backbone).fingerprint
+
+    def rows_missing(self, task: str, split: str) -> str | None:
+        """Why a split of a task cannot be used, in a line, or `None`."""
+        return self._rows(task, split).missing
+
+    def rows_fingerprint(self, task: str, split: str) -> str:
+        """Of a split's first rows."""
+        return self._rows(task, split).fingerprint
+
+    def _backbone(self, name: str) -> _Backbone:
+        return self._backbones.setdefault(name, _Backbone(name))
+
+    def _rows(self, task: str, split: str) -> _Found:
+        if (task, split) not in self._splits:
+            self._splits[task, split] = _look_for_rows(task, split, self.data_dir)
+        return self._splits[task, split]
+
+
+class _Found:
+    def __init__(self, fingerprint: str = "", missing: str | None = None) -> None:
+        self.fingerprint = fingerprint
+        self.missing = missing
+
+
+class _Backbone:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @cached_property
+    def config(self) -> Any:
+        if self._name in SHAPES or self._is_folder:
+            return shape_config(self._name if self._name in SHAPES else locate(self._name))
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(locate(self._name))
+        except (OSError, ValueError) as error:
+            raise MiLoraError(f"The backbone {self._name} cannot be loaded: {_first_line(error)}") from error
+
+    @cached_property
+    def missing(self) -> str | None:
+        if self._name in SHAPES and not self._is_folder:
+            return f"{self._name} is a shape without weights: name a folder or a hub id that has them"
+        try:
+            _ = self.config
+        except MiLoraError as error:
+            return _first_line(error)
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        if not self._is_folder:
+            return self._name
+        digest = hashlib.blake2b(digest_size=8)
+        folder = Path(locate(self._name))
+        for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(PART))
+                file.seek(max(path.stat().st_size - PART, 0))
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    @cached_property
+    def _is_folder(self) -> bool:
+        try:
+            return Path(locate(self._name)).is_dir()
+        except MiLoraError:
+            return False
+
+
+def _look_for_rows(task: str, split: Any, data_dir: str | None) -> _Found:
+    try:
+        examples = registry.get(task, data_dir).examples(split, ROWS_OF_A_FINGERPRINT, 0)
+    except (MiLoraError, OSError) as error:
+        return _Found(missing=_first_line(error))
+    if not examples:
+        return _Found(missing=f"{task} has no rows in its split {split}")
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        digest.update(f"{example.prompt!r} {example.completion!r} {example.answer!r}\n".encode())
+    return _Found(digest.hexdigest())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
