@@ -198,7 +198,9 @@ def _best_in(section: Section, column: str, summaries: Sequence[Summary | None],
         summary is not None and summary.high >= highest.low for index, summary in enumerate(summaries) if index != best
     )
     single = " (one seed)" if len(highest.values) == 1 else ""
-    return f"{column}, where {section.rows[best].label} has the highest median and {reached} of the others reach{'es' if reached == 1 else ''} it{single}"
+    reach = "reaches" if reached == 1 else "reach"
+    label = section.rows[best].label
+    return f"{column}, where {label} has the highest median and {reached} of the others {reach} it{single}"
 
 
 def _ranking(section: Section, averages: Sequence[Summary | None]) -> str:
