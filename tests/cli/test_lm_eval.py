@@ -76,10 +76,10 @@ doc_to_choice: ["no", "yes"]
 doc_to_target: answer
 """
     )
+    flags = "--model_args peft=adapter,max_length=64 --tasks gsm8k_local,metal --num_fewshot 0 --batch_size 2"
+    flags += " --gen_kwargs max_gen_toks=4 --include_path own --data_dir data --output_path results"
     done = subprocess.run(
-        [sys.executable, "-m", "milora", "lm-eval", "--model_args", "peft=adapter,max_length=64", "--tasks"]
-        + ["gsm8k_local,metal", "--num_fewshot", "0", "--gen_kwargs", "max_gen_toks=4", "--batch_size", "2"]
-        + ["--include_path", "own", "--data_dir", "data", "--output_path", "results"],
+        [sys.executable, "-m", "milora", "lm-eval", *flags.split()],
         cwd=tmp_path,
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

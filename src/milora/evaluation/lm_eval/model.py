@@ -31,7 +31,7 @@ Pass: TypeAlias = tuple[list[int], list[int], list[int]]
 _log = logging.getLogger(__name__)
 
 
-@register_model("milora")  # type: ignore[untyped-decorator]
+@register_model("milora")
 class MiLoraLM(HFLM):  # type: ignore[misc]
     """A backbone with an adapter of any of the methods, as lm-eval's `hf` takes them.
 
@@ -53,6 +53,8 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
     Raises:
         MiLoraError: If a part cannot be loaded, or none is named.
     """
+
+    _model: Any
 
     def __init__(self, pretrained: Any = None, peft: str | None = None, **arguments: Any) -> None:
         # Looked at first: a backbone can take minutes to load.
