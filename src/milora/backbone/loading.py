@@ -71,7 +71,10 @@ def load_backbone(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(target).eval(), tokenizer
+    if "quantization_config" not in model_arguments:
+        # A quantised model is where it was made, and cannot be moved.
+        model = model.to(target)
+    return model.eval(), tokenizer
 
 
 def load_adapter(model: Any, path: str | os.PathLike[str], name: str = "default") -> Any:

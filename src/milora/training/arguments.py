@@ -21,10 +21,23 @@ ACTIVATION_TRAINING = ("bilevel", "joint", "frozen")
 class DataArguments:
     """Which backbone learns from which rows."""
 
-    backbone: str = field(default="tiny", metadata={"help": "A model folder, a hub name, or 'tiny', the bundled one."})
+    backbone: str = field(
+        default="tiny",
+        metadata={
+            "help": "A model folder, a hub name, or 'tiny', the bundled one.",
+            "aliases": ["--model_name_or_path"],
+        },
+    )
     dtype: str = field(
         default="auto", metadata={"help": "The backbone's dtype; by default as it was saved, on a CPU float32."}
     )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a backbone on the hub."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "The backbone in 8 bits, by bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "The backbone in 4 bits (QLoRA), by bitsandbytes."})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4.", "choices": ["fp4", "nf4"]})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the quantisation's constants too."})
+    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "The dtype that 4 bits are kept in."})
     task: list[str] = field(
         default_factory=list,
         metadata={"help": "Tasks to learn, by name, with commas or spaces between them; several are mixed."},

@@ -15,8 +15,10 @@ from milora.backbone.loading import load_backbone
 from milora.errors import MiLoraError
 from milora.tasks.sources import to_dataset
 from milora.training.arguments import DataArguments, TrainingArguments
+from milora.training.card import ROUTES_FILE
 from milora.training.companions import companions
 from milora.training.method import MethodArguments
+from milora.training.quantized import loading_arguments
 from milora.training.result import RESULT_FILE, TrainingResult, versions, write_json
 from milora.training.rows import Mixture, mix, read_sources
 from milora.training.trainer import MiLoraTrainer, last_checkpoint
@@ -54,6 +56,7 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
         processing_class=tokenizer,
         callbacks=companions(model, arguments, has_dev=bool(mixture.dev)),
     )
+    trainer.card.update(title=method.title, base_model=data.backbone, data=data.sources)
     if checkpoint is not None:
         # The first evaluation was made by the run that is resumed.
         trainer.args.eval_on_start = False
@@ -63,6 +66,11 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         write_json(output / RESULT_FILE, _record(data, method, arguments, trainer, result))
+        trainer.draw_routes({name: counts.dev for name, counts in mixture.counts.items()}, output / ROUTES_FILE)
+    trainer.card["result"] = result
+    trainer.create_model_card()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -72,7 +80,13 @@ def _load(data: DataArguments, arguments: TrainingArguments) -> tuple[Any, Any]:
     on_cpu = data.dtype == "auto" and (arguments.use_cpu or not torch.cuda.is_available())
     # With several processes the trainer says which device is whose.
     stays = arguments.use_cpu or arguments.world_size > 1
-    return load_backbone(data.backbone, dtype="float32" if on_cpu else data.dtype, device="cpu" if stays else None)
+    quantized = data.load_in_4bit or data.load_in_8bit
+    return load_backbone(
+        data.backbone,
+        dtype="float32" if on_cpu and not quantized else data.dtype,
+        device="cpu" if stays else None,
+        **loading_arguments(data),
+    )
 
 
 def _adapted(

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import concatenate_datasets
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from milora.errors import MiLoraError
+from milora.routing.precision import KeepFloat32
 from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.arguments import TrainingArguments
 from milora.training.bilevel import BilevelSearch
 from milora.training.callbacks import routing_metrics
+from milora.training.card import ROUTES_FILE, CardFacts, write_card
 from milora.training.dev_step import DevBatches, require_gradients
+from milora.training.routes import draw_routes
 
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 """What a checkpoint needs to be resumed from; transformers writes `trainer_state.json` last."""
@@ -50,12 +54,19 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(
         self, model: Any, args: TrainingArguments, *more: Any, callbacks: Sequence[Any] | None = None, **settings: Any
     ) -> None:
+        self.card: dict[str, Any] = {}
+        """What the model card says beyond what the trainer knows: fields of [`CardFacts`]."""
         self._theta = activation_parameters(model)
         self._activations: BilevelActivations | None = None
         if self._theta and args.activation_training == "bilevel":
             self._activations = BilevelActivations(None, args.bilevel_every, args.activation_learning_rate)
         own = [] if self._activations is None else [self._activations]
+        router_values = _float32_values(model)
         super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
+        # TRL rounds all that trains on a quantised backbone to bfloat16, in which routers would decide otherwise, and a
+        # learning rate of 1e-6 would move nothing.
+        for parameter, value in router_values:
+            parameter.data = value
         if self._activations is not None and self.eval_dataset is None:
             raise MiLoraError(
                 "The routers' activations train on dev rows (--activation_training bilevel, as in the paper), and "
@@ -108,6 +119,52 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         theta = {id(parameter) for parameter in self._theta} if self.args.activation_training == "bilevel" else set()
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad or id(p) in theta)
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes our own card in place of TRL's, wherever TRL and transformers write one.
+
+        Args:
+            model_name: The adapter's name; by default that of its repository or folder.
+            dataset_name: A data set's name, for the card's metadata.
+            tags: Not read: the card has its own.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir or "out")
+        config = self.accelerator.unwrap_model(self.model).active_peft_config
+        facts: dict[str, Any] = {
+            "title": config.peft_type.value,
+            "base_model": config.base_model_name_or_path,
+            "data": [dataset_name] if dataset_name else [],
+            **self.card,
+        }
+        write_card(
+            folder,
+            CardFacts(
+                name=model_name or (self.hub_model_id or folder.absolute().name).split("/")[-1],
+                config=config,
+                arguments=self.args,
+                history=self.state.log_history,
+                has_routes=(folder / ROUTES_FILE).is_file(),
+                repository=self.hub_model_id,
+                **facts,
+            ),
+        )
+
+    def draw_routes(self, counts: Mapping[str, int], path: Path) -> bool:
+        """Draws what the routers choose on the dev set; see [`milora.training.routes.draw_routes`].
+
+        Args:
+            counts: Dev rows of each source, in the order of `eval_dataset`.
+            path: Where to write.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # The weights lie in parts in several processes, and this one alone draws.
+            return False
+        model = self.accelerator.unwrap_model(self.model)
+        return draw_routes(model, self.eval_dataset, self.data_collator, counts, path)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with the routing statistics in training logs and the perplexity in evaluation logs."""
         if "loss" in logs:
@@ -150,6 +207,12 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             for callback in self.callback_handler.callbacks
             if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
         }
+
+
+def _float32_values(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
+    """The values of what must stay in float32, as they are."""
+    modules = [module for module in model.modules() if isinstance(module, KeepFloat32)]
+    return [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
 
 
 def last_checkpoint(folder: Path) -> Path | None:
