@@ -94,9 +94,10 @@ class GroupedModule(ModuleStack):
         if batch is None or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
             return None
         kept = serving.kept(batch)
-        known: ModuleRows | None = kept.get(self, UNKNOWN)
+        key = (self, serving.rows(batch, x))
+        known: ModuleRows | None = kept.get(key, UNKNOWN)
         if known is UNKNOWN or (known is not None and known.lora_a is not self.lora_a):
-            known = kept[self] = self._build(batch, x)
+            known = kept[key] = self._build(batch, x)
         return known
 
     def _own_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -110,9 +111,10 @@ class GroupedModule(ModuleStack):
     def _build(self, batch: Any, x: Tensor) -> ModuleRows | None:
         shares = list(self.serving.shares(batch, self, x))
         served = [share for share in shares if share.adapter in self.slots]
-        if any(share.adapter in self.layer.lora_A for share in shares if share.adapter not in self.slots):
-            if self.serving.is_compiled:
-                raise MiLoraError(_cannot_compile(self.path))
+        is_left_out = any(share.adapter in self.layer.lora_A for share in shares if share.adapter not in self.slots)
+        if self.serving.is_compiled and (is_left_out or not self.serving.has_fixed_rows(batch, x)):
+            raise MiLoraError(_cannot_compile(self.path))
+        if is_left_out:
             return None
         rows, device = self.serving.rows(batch, x), self.lora_a.device
         slots = [-1] * rows
@@ -183,6 +185,10 @@ class GroupedServing(ABC):
         self.is_compiled = False
         self._begin()
 
+    def set_capacity(self, capacity: int) -> None:
+        """Changes how many adapters there is room for; stacks that have been made keep what room they have."""
+        self.capacity = self.stacks.capacity = capacity
+
     @abstractmethod
     def batch(self) -> Any:
         """The batch that this thread is serving, or `None` where the layers' own forward is to run."""
@@ -202,6 +208,10 @@ class GroupedServing(ABC):
     @abstractmethod
     def names(self, batch: Any, x: Tensor) -> list[str] | None:
         """The adapter of each row, for PEFT's own path; `None` if the active one serves all."""
+
+    def has_fixed_rows(self, batch: Any, x: Tensor) -> bool:
+        """Whether the next step's input will have the rows that a module's input `x` has."""
+        return True
 
     def is_plain(self, layer: LoraLayer, adapter: str) -> bool:
         """Whether an adapter is `x A B` in a layer."""
@@ -255,6 +265,6 @@ class GroupedServing(ABC):
 
 def _cannot_compile(path: str) -> str:
     return (
-        f"{path} cannot be part of a compiled decode step: its base layer is quantised, or its adapter is more than "
-        "LoRA there (DoRA, a bias). Generate with compiled=False."
+        f"{path} cannot be part of a compiled decode step: its base layer is quantised, its adapter is more than "
+        "LoRA there (DoRA, a bias), or batch and tokens are flattened before it. Generate with compiled=False."
     )

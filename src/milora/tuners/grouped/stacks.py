@@ -116,7 +116,7 @@ class AdapterStacks:
         self.model = model
         self.is_plain = is_plain
         self.capacity = capacity
-        self.modules: dict[str, ModuleStack] = {}
+        self.modules: dict[str, Any] = {}
 
     def refresh(self) -> None:
         """Brings the stacks up to date with the adapters that the model has now."""

@@ -1,0 +1,214 @@
+"""Rows with different adapters in one forward pass: each row as if it were alone, through one operator a module."""
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from support.adapted import adapted, add_adapter, assert_nothing_in_force, fill, tensors_for
+from support.architectures import pad, random_prompts
+from torch import Tensor, nn
+
+from milora import MiLoraConfig, MiLoraError
+from milora.tuners.grouped import serving as grouped_serving
+
+PROMPTS = random_prompts(6, (3, 9), seed=5)
+INPUT_IDS, ATTENTION_MASK = pad(PROMPTS, "left")
+BATCH = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK}
+NAMES = ["default", "wide", "__base__", "soft", "wide", "default"]
+
+
+def tenants(name: str = "llama", **settings: Any) -> PeftModel:
+    """Three adapters of different ranks, gates and numbers of experts."""
+    model = adapted(name, **settings).model
+    add_adapter(model, "wide", name, seed=7, top_k=3, r=6, lora_alpha=3, **settings)
+    add_adapter(model, "soft", name, seed=9, top_k=1, r=2, gate="softmax", **settings)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, rows: Any = slice(None), **settings: Any) -> Tensor:
+    return model(**{name: tensor[rows] for name, tensor in BATCH.items()}, **settings).logits
+
+
+def generate(model: PeftModel, rows: slice = slice(None), **settings: Any) -> list[list[int]]:
+    inputs = {name: tensor[rows] for name, tensor in BATCH.items()}
+    settings = {"max_new_tokens": 5, "do_sample": False, **settings}
+    return model.generate(**inputs, **settings)[:, INPUT_IDS.shape[1] :].tolist()
+
+
+def alone(model: PeftModel, names: list[str] = NAMES, **settings: Any) -> list[list[int]]:
+    found = []
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                found += generate(model, slice(row, row + 1), **settings)
+        else:
+            model.set_adapter(name)
+            found += generate(model, slice(row, row + 1), **settings)
+    model.set_adapter("default")
+    return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the inputs that the operator was called with."""
+    shapes: list[tuple[int, ...]] = []
+    own = grouped_serving.add_grouped_lora
+
+    def counted(result: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return own(result, x, *rest)
+
+    monkeypatch.setattr(grouped_serving, "add_grouped_lora", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_logits_of_each_row_are_those_of_the_row_alone(name: str, calls: list[Any]) -> None:
+    model = tenants(name)
+    mixed = logits_of(model, adapter_names=NAMES)
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    assert calls == [call for call in calls if call[0] == len(NAMES)]
+    assert len(calls) == layers
+    for row, adapter in enumerate(NAMES):
+        if adapter == "__base__":
+            with model.disable_adapter():
+                expected = logits_of(model, [row])
+        else:
+            model.set_adapter(adapter)
+            expected = logits_of(model, [row])
+        torch.testing.assert_close(mixed[row], expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_generated_rows_are_those_of_the_row_alone(name: str, settings: dict[str, Any]) -> None:
+    model = tenants(name)
+    assert generate(model, adapter_names=NAMES, **settings) == alone(model, **settings)
+    assert_nothing_in_force(model)
+
+
+def test_an_adapter_that_lacks_a_module(calls: list[Any]) -> None:
+    model = adapted().model
+    experts = ["self_attn.q_proj", "mlp.up_proj"]
+    model.add_adapter("narrow", MiLoraConfig(r=4, lora_alpha=8, top_k=1, target_modules=["q_proj", "up_proj"]))
+    fill(model, tensors_for("llama", 3, experts=experts), "narrow")
+    model.eval()
+    names = ["default", "narrow"] * 3
+    assert generate(model, adapter_names=names) == alone(model, names)
+
+
+class TestParameters:
+    def test_they_are_views_of_the_stacks_and_in_memory_once(self) -> None:
+        model = tenants()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        logits_of(model, adapter_names=NAMES)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        stack = next(iter(model.base_model.grouped.stacks.modules.values()))
+        storages = {stack.layer.lora_A[name].weight.untyped_storage().data_ptr() for name in stack.slots}
+        assert storages == {stack.lora_a.untyped_storage().data_ptr()}
+
+    def test_weights_loaded_later_are_served(self) -> None:
+        model = tenants()
+        old = generate(model, adapter_names=NAMES)
+        fill(model, tensors_for("llama", 21), "default")
+        new = generate(model, adapter_names=NAMES)
+        assert new != old
+        assert new == alone(model)
+
+    def test_replaced_parameters_are_served(self) -> None:
+        model = tenants()
+        generate(model, adapter_names=NAMES)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                linear = module.lora_B["wide"]
+                linear.weight = nn.Parameter(linear.weight.detach() * -1)
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+    def test_adapters_come_and_go(self) -> None:
+        model = tenants()
+        generate(model, adapter_names=NAMES)
+        model.delete_adapter("wide")
+        with pytest.raises(MiLoraError, match="No adapter named"):
+            generate(model, adapter_names=NAMES)
+        add_adapter(model, "wide", seed=33, top_k=2, r=12)
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+    def test_another_adapter_moves_nothing_where_there_is_room(self) -> None:
+        model = tenants()
+        model.base_model.grouped.stacks.capacity = 5
+        logits_of(model, adapter_names=NAMES)
+        stacks = model.base_model.grouped.stacks.modules
+        places = {path: stack.lora_a.data_ptr() for path, stack in stacks.items()}
+        add_adapter(model, "fourth", seed=40, r=3)
+        names = ["fourth", *NAMES[1:]]
+        assert generate(model, adapter_names=names) == alone(model, names)
+        assert {path: stack.lora_a.data_ptr() for path, stack in stacks.items()} == places
+
+    def test_copies_have_their_own(self) -> None:
+        model = tenants()
+        expected = generate(model, adapter_names=NAMES)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            for parameter in twin.parameters():
+                parameter.data.zero_()
+            assert generate(model, adapter_names=NAMES) == expected
+
+    def test_a_saved_adapter_is_whole(self, tmp_path: Any) -> None:
+        model = tenants()
+        logits_of(model, adapter_names=NAMES)
+        model.save_pretrained(tmp_path, selected_adapters=["soft"])
+        model.load_adapter(str(tmp_path / "soft"), "again")
+        model.eval()
+        names = ["soft"] * 6
+        assert generate(model, adapter_names=["again"] * 6) == generate(model, adapter_names=names)
+
+
+class TestLeftToPeft:
+    def test_gradients(self) -> None:
+        model = tenants()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        logits = model(**BATCH, adapter_names=NAMES).logits
+        torch.testing.assert_close(logits, logits_of(model, adapter_names=NAMES), rtol=1e-4, atol=1e-5)
+        logits.sum().backward()
+        layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+        assert layer.lora_A["wide"].weight.grad is not None
+
+    def test_midora_rows_which_it_refuses(self) -> None:
+        model = tenants()
+        add_adapter(model, "midora", seed=3, use_dora=True)
+        with pytest.raises(ValueError, match="DoRA"):
+            generate(model, adapter_names=["midora", *NAMES[1:]])
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+
+def test_nothing_is_left_in_place_afterwards() -> None:
+    model = tenants()
+    generate(model, adapter_names=NAMES)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_threads_serve_different_tenants() -> None:
+    model = tenants()
+    orders = [NAMES, NAMES[::-1], ["soft"] * 6]
+    expected = [alone(model, names) for names in orders]
+    found: dict[int, Any] = {}
+
+    def run(place: int) -> None:
+        for _ in range(3):
+            found[place] = generate(model, adapter_names=orders[place])
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(orders))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[place] for place in range(len(orders))] == expected
+    assert not any("forward" in module.__dict__ for module in model.modules())
