@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.data import real
 
 from milora.errors import DataError, MiLoraError
 from milora.tasks import instruction
@@ -21,8 +21,6 @@ from milora.tasks.label import LabelTask
 from milora.tasks.public import hold_out
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import SPLITS, Example
-
-DATA_DIR = Path(os.environ.get("MILORA_DATA_DIR", Path(__file__).resolve().parents[3] / "shared" / "data"))
 
 COUNTS = [(ArcEasy, 2251, 2376), (ArcChallenge, 1119, 1172), (BoolQ, 9427, 3270)]
 TASKS = [task for task, _, _ in COUNTS]
@@ -34,11 +32,6 @@ LICHENS = {
     "answerKey": "B",
 }
 SUGAR = {"question": "is powdered sugar the same as icing sugar", "passage": "Powdered sugar ...", "answer": True}
-
-
-def needs_data(task: type[LabelTask]) -> None:
-    if not (DATA_DIR / task.folder).is_dir():
-        pytest.skip(f"no {task.folder} in {DATA_DIR}: set MILORA_DATA_DIR to a folder in LLM-Adapters' layout")
 
 
 def write_task(data_dir: Path, task: type[LabelTask], split: str, count: int) -> None:
@@ -55,8 +48,7 @@ def write_task(data_dir: Path, task: type[LabelTask], split: str, count: int) ->
 class TestRealRows:
     @pytest.mark.parametrize(("task", "train", "test"), COUNTS)
     def test_counts_and_gold_outputs(self, task: type[LabelTask], train: int, test: int) -> None:
-        needs_data(task)
-        rows = task(DATA_DIR)
+        rows = task(real(task.folder))
         splits = {split: rows.examples(split) for split in ("train", "dev", "test")}
         assert len(splits["train"]) + len(splits["dev"]) == train
         assert len(splits["test"]) == test
@@ -70,8 +62,7 @@ class TestRealRows:
     @pytest.mark.parametrize("task", TASKS)
     def test_the_hub_s_rows_are_worded_as_the_files_are(self, task: type[LabelTask]) -> None:
         """Rows in the hub's schema, taken apart from the real files, come back as the same examples."""
-        needs_data(task)
-        raw = json.loads((DATA_DIR / task.folder / "test.json").read_text(encoding="utf-8"))
+        raw = json.loads((real(task.folder) / task.folder / "test.json").read_text(encoding="utf-8"))
         checked = 0
         for fields in raw:
             row = as_hub_row(task, fields)

@@ -39,7 +39,8 @@ TASKS = (
 
 _FIELDS: dict[str, type] = {"input": str, "target": str}
 _OPTION = re.compile(r"\(\s*([a-z])\s*\)|([a-z])(?:[.):](?=\s|$)|$)")
-_VERDICT = re.compile(r"(yes|no|true|false|valid|invalid)(?=[.,;:!]|$)")
+_VERDICT = re.compile(r"(yes|no|true|false|valid|invalid)(?=[.,;:!]|$| because\b)")
+_BOX = re.compile(r"\$*\\boxed\s*\{(?:\\text\s*\{)?([^{}\n]*)\}{1,2}\$*")
 _COUNT = re.compile(r"(-?[0-9][0-9,.]*) [a-z][a-z ]*")
 
 
@@ -75,8 +76,9 @@ class Bbh(PublicTask):
         It is what follows the last "answer is" (or another cue of [`milora.tasks.answers.CUE`]) on its line, else the
         first line. Case, space, quotation marks, bold and a full stop at the end do not matter, nor commas between
         words. An option is its letter ("(B) robin", "B.", "b"); a yes, no, true, false, valid or invalid with more
-        after a comma or a full stop is that word; a number is its value, whatever it counts.
+        after a comma, a full stop or "because" is that word; a number is its value, whatever it counts.
         """
+        output = _BOX.sub(r"answer is \1", output)
         for cue in reversed(list(CUE.finditer(output))):
             if found := _normalised(_first_line(output[cue.end() :])):
                 return found
@@ -129,8 +131,9 @@ def _first_line(text: str) -> str:
 
 def _normalised(text: str) -> str:
     """An answer in the one form that gold answers and outputs are compared in."""
-    text = re.sub(r"\\boxed|\\text|[{}$\"`]|\*\*", " ", text) if "\\" in text or "*" in text else text
-    text = " ".join(text.casefold().strip().strip("\"'\u201c\u201d`").split()).removesuffix(".").strip()
+    text = (
+        " ".join(text.replace("**", " ").casefold().strip().strip("\"'\u201c\u201d`").split()).removesuffix(".").strip()
+    )
     if option := _OPTION.match(text):
         return f"({option[1] or option[2]})"
     if verdict := _VERDICT.match(text):

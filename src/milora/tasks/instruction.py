@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -89,7 +89,15 @@ class InstructionTask(PublicTask):
             )
         if path.suffix == ".jsonl":
             return [self._from_record(record, where) for where, record in read_values(path)]
-        return [self._from_row(row, f"{path}, row {number}") for number, row in enumerate(read_file(path), start=1)]
+        return [self._from_row(row, where) for where, row in self.read_rows(path)]
+
+    def read_rows(self, path: Path) -> Iterator[tuple[str, Row]]:
+        """The rows of a file of LLM-Adapters', each with the place it stands at.
+
+        Raises:
+            DataError: the file cannot be read, or has a row that lacks its prompt or its completion.
+        """
+        return ((f"{path}, row {place}", row) for place, row in enumerate(read_file(path), start=1))
 
     def _from_row(self, row: Row, where: str) -> Example:
         if not isinstance(row.prompt, str) or not isinstance(row.completion, str):

@@ -22,7 +22,7 @@ _UNIT = r"(?: ?(?:%|°|[A-Za-z]+\.?)){0,2}"
 _OPERATOR = r"\s*(?:[-\u2013+*/\u00d7\u00f7\u00b7^=]|x(?![A-Za-z]))\s*"
 _EXPRESSION = re.compile(rf"{_NUMBER}{_UNIT}(?:{_OPERATOR}{_NUMBER}{_UNIT})+")
 _QUANTITY = re.compile(rf"\s*({_NUMBER}){_UNIT}\s*")
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"(?<!Rs)(?<!approx)[.!?](?=\s|$)|\n")
 _IN_A_SENTENCE = re.compile(r"\b(?:is|are|be|was|equals)\b", re.IGNORECASE)
 _NO_WORD = re.compile(r"[^A-Za-z]*(?:[A-Za-z]\s*=)?[^A-Za-z]*")
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import abc
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 from milora.errors import DataError
+from milora.tasks.fields import check_fields
+from milora.tasks.files import read_values
 from milora.tasks.instruction import InstructionTask
+from milora.tasks.rows import Row, instruction_prompt
 from milora.tasks.task import Example
 
 _FINAL_SENTENCE = re.compile(r"\s*(?:Therefore, |So, |So )?the (?:final )?answer is[^\n]*\Z", re.IGNORECASE)
@@ -34,6 +39,17 @@ class ReasoningTask(InstructionTask):
     @abc.abstractmethod
     def gold(self, answer: str | None) -> str | None:
         """An `answer` field as `Example.answer` has it, or `None` if it is none of the task's kind."""
+
+    def read_rows(self, path: Path) -> Iterator[tuple[str, Row]]:
+        """The rows of a file; an `output` may be empty here, since the model that wrote them failed at some."""
+        for where, record in read_values(path):
+            row = check_fields(record, {"instruction": str, "output": str, "answer": str}, where)
+            if not row["instruction"].strip():
+                raise DataError(f"{where}: `instruction` is empty")
+            yield (
+                where,
+                Row(instruction_prompt(row["instruction"], row.get("input") or ""), row["output"], row["answer"]),
+            )
 
     def from_file_row(self, prompt: str, completion: str, answer: str | None) -> Example:
         """The row, with its chain of thought if that comes to the answer.
