@@ -94,7 +94,11 @@ def command(
         if not as_json:
             from rich.console import Console
 
-            Console().print(table(results, result["mean"]))
+            console = Console()
+            if not console.is_terminal:
+                # A file has no width to fit, and narrow columns would cut names.
+                console.width = 160
+            console.print(table(results, result["mean"]))
             if output_dir is not None:
                 typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
 
@@ -135,7 +139,7 @@ def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table
     result = Table(show_footer=mean is not None and len(results) > 1)
     for name in shown:
         footer = "mean" if name == "task" else _share(mean) if name == "accuracy" else ""
-        result.add_column(name, footer=footer, justify="left" if name == "task" else "right")
+        result.add_column(name, footer=footer, justify="left" if name == "task" else "right", no_wrap=True)
     for cells in zip(*shown.values(), strict=True):
         result.add_row(*cells)
     return result
@@ -151,7 +155,7 @@ def _share(value: float | None) -> str:
 
 
 def _interval(value: Sequence[float] | None) -> str:
-    return "" if value is None else f"{value[0]:.1%} to {value[1]:.1%}"
+    return "" if value is None else f"{value[0]:.1%} - {value[1]:.1%}"
 
 
 def _number(value: int | None) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from milora.errors import DataError, MiLoraError
 from milora.evaluation.files import writing
+from milora.evaluation.routes import compact_route
 from milora.records import append_record, drop_half_line, read_records
 
 if TYPE_CHECKING:
     from milora.inference.generation import GeneratedText
-    from milora.routing import Route
     from milora.tasks.rows import Text
     from milora.tasks.task import Task
 
@@ -155,20 +155,6 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         DataError: There is no such file, or a line is no row.
     """
     return sorted((row for _, row in read_records(path)), key=lambda row: row.get("row", 0))
-
-
-def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:
-    """A prompt's route as small as it stays readable: expert -> the numbers of the blocks in which it was chosen.
-
-    Every expert is there, also with no block, and a block's number is the end of its path (`model.layers.7` is 7). A
-    line needs nothing else to be read, and shares over many rows are counts: `count[expert][block] += 1`.
-    """
-    numbers = [int(block.rpartition(".")[2]) for block in route.blocks]
-    chosen = route.chosen[:, row].tolist()
-    return {
-        expert: [number for number, of_block in zip(numbers, chosen, strict=True) if of_block[column]]
-        for column, expert in enumerate(route.experts)
-    }
 
 
 def _same(output: str, answer: str) -> bool:

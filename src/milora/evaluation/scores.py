@@ -83,7 +83,8 @@ def wilson_interval(correct: int, rows: int, confidence: float = CONFIDENCE) -> 
     middle = share + z * z / (2 * rows)
     half = z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
     scale = 1 + z * z / rows
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    # Rounding must not put the share itself outside, where the interval ends at 0 or 1.
+    return max(0.0, min(share, (middle - half) / scale)), min(1.0, max(share, (middle + half) / scale))
 
 
 def _count(rows: Sequence[dict[str, Any]]) -> Score:

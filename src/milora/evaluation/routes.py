@@ -1,0 +1,42 @@
+"""Routes in files of predictions: small, and ready to be counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from milora.routing import Route
+
+
+def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:
+    """A prompt's route as small as it stays readable: expert -> the numbers of the blocks in which it was chosen.
+
+    Every expert is there, also with no block, and a block's number is the end of its path (`model.layers.7` is 7). A
+    line needs nothing else to be read, and shares over many rows are counts: `count[expert][block] += 1`.
+    """
+    numbers = [int(block.rpartition(".")[2]) for block in route.blocks]
+    chosen = route.chosen[:, row].tolist()
+    return {
+        expert: [number for number, of_block in zip(numbers, chosen, strict=True) if of_block[column]]
+        for column, expert in enumerate(route.experts)
+    }
+
+
+def expert_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Over rows of predictions: expert -> block -> the share of prompts that chose the expert there.
+
+    Rows without a route are left out. Every expert has every block in which any expert was chosen.
+    """
+    routes = [row["route"] for row in rows if row.get("route")]
+    numbers = sorted({number for route in routes for blocks in route.values() for number in blocks})
+    counts: dict[str, dict[int, int]] = {}
+    for route in routes:
+        for expert, blocks in route.items():
+            of_expert = counts.setdefault(expert, dict.fromkeys(numbers, 0))
+            for number in blocks:
+                of_expert[number] += 1
+    return {
+        expert: {number: count / len(routes) for number, count in of_expert.items()}
+        for expert, of_expert in counts.items()
+    }

@@ -1,0 +1,150 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.adapted import adapted
+from support.tokenizer import save_backbone
+
+from milora.cli.main import main
+from milora.evaluation import run as evaluation_run
+from milora.tasks.task import Task
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone `base`, an adapter `a` of it, and another backbone."""
+    root = tmp_path_factory.mktemp("workspace")
+    base = save_backbone(root / "base")
+    save_backbone(root / "gpt2", "gpt2")
+    model = adapted("llama").model
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(root / "a")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def inside(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+
+
+def result(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main(["evaluate", *arguments, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["evaluate", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("milora: ")
+    return captured.err
+
+
+def test_tasks_of_an_adapter_as_json_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    arguments = ["--adapter", "a", "--limit", "3", "--output-dir", str(folder), "--perplexity"]
+    printed = result(capsys, *arguments, "--task", "bundled-choice,bundled-yesno")
+    assert list(printed["tasks"]) == ["bundled-choice", "bundled-yesno"]
+    assert json.loads((folder / "results.json").read_text()) == printed
+    of_choice = printed["tasks"]["bundled-choice"]
+    assert (of_choice["rows"], of_choice["correct"], of_choice["unparsed"], of_choice["generated"]) == (3, 0, 3, 3)
+    assert (printed["mean"], of_choice["accuracy"]) == (0, 0)
+    assert of_choice["perplexity"] > 1
+    lines = [json.loads(line) for line in (folder / "bundled-choice.jsonl").read_text().splitlines()]
+    assert {len(line["route"]) for line in lines} == {7}
+    again = result(capsys, *arguments, "--task", "bundled-choice", "--task", "bundled-yesno")
+    assert [of_task["generated"] for of_task in again["tasks"].values()] == [0, 0]
+    assert main(["evaluate", *arguments, "--task", "bundled-choice"]) == 0
+    table = capsys.readouterr().out
+    assert "bundled-choice" in table
+    assert "0.0% - 56.1%" in table
+    assert "groups" not in table
+    other = complaint(capsys, "--backbone", "base", *arguments[2:], "--task", "bundled-choice")
+    assert "line 1 is of a run with another adapter" in other
+
+
+def test_a_bare_backbone_and_perplexity_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--backbone", "base", "--task", "bundled-choice", "--limit", "2"]
+    bare = result(capsys, *arguments, "--perplexity", "--no-generate", "--split", "dev")
+    assert bare["mean"] is None
+    assert bare["tasks"]["bundled-choice"]["perplexity_rows"] == 2
+    assert "accuracy" not in bare["tasks"]["bundled-choice"]
+    assert bare["adapter"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "bundled-choise", "--adapter", "a"], "did you mean 'bundled-choice'"),
+        (["--task", ",", "--adapter", "a"], "names no task"),
+        (["--adapter", "a"], "--task"),
+        (["--task", "bundled-choice", "--adapter", "aa"], "did you mean 'a'"),
+        (["--task", "bundled-choice"], "--backbone"),
+        (["--task", "bundled-choice", "--adapter", "a", "--backbone", "gpt2"], "gpt2|adapter"),
+        (["--task", "bundled-choice", "--adapter", "a", "--split", "testing"], "'testing'"),
+        (["--task", "bundled-choice,boolq", "--adapter", "none", "--data-dir", "nowhere"], "nowhere"),
+        (["--task", "bundled-choice", "--adapter", "a", "--no-generate"], "nothing to measure"),
+        (["--task", "bundled-choice", "--adapter", "a", "--limit", "1", "--output-dir", "a/adapter_config.json"], "a/"),
+    ],
+)
+def test_mistakes_name_the_thing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = complaint(capsys, *arguments)
+    assert any(part in found for part in said.split("|"))
+
+
+def test_a_task_can_be_measured_in_a_way_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judged(_model: object, _tokenizer: object, task: Task, settings: object, _progress: object) -> dict:
+        return {"score": 7.5, "task": task.name}
+
+    monkeypatch.setitem(evaluation_run.EVALUATORS, "bundled-yesno", judged)
+    printed = result(capsys, "--backbone", "base", "--task", "bundled-yesno,bundled-choice", "--limit", "1")
+    assert printed["tasks"]["bundled-yesno"] == {"score": 7.5, "task": "bundled-yesno"}
+    assert printed["mean"] == printed["tasks"]["bundled-choice"]["accuracy"]
+
+
+def _rows(path: Path) -> Iterator[str]:
+    return (line for line in path.read_text().split("\n")[:-1]) if path.exists() else iter(())
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--adapter", "a", "--task", "bundled-yesno", "--limit", "60", "--batch-size", "1", "--output-dir"]
+    path = tmp_path / "killed" / "bundled-yesno.jsonl"
+    command = [sys.executable, "-m", "milora", "evaluate", *shared, str(path.parent)]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(list(_rows(path))) < 3:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    done = list(_rows(path))
+    assert 3 <= len(done) < 60
+    # A kill that comes in the middle of a write leaves a part of the line.
+    with path.open("ab") as file:
+        file.write('{"row": 59, "prompt": "\u00e9'.encode()[:-1])
+    found = result(capsys, *shared, str(path.parent))["tasks"]["bundled-yesno"]
+    assert (found["rows"], found["generated"]) == (60, 60 - len(done))
+    assert list(_rows(path))[: len(done)] == done
+    result(capsys, *shared, str(tmp_path / "whole"))
+    assert sorted(_rows(path)) == sorted(_rows(tmp_path / "whole" / "bundled-yesno.jsonl"))
+
+
+@pytest.mark.slow
+def test_standard_output_is_the_result_alone() -> None:
+    arguments = ["--backbone", "base", "--task", "bundled-choice", "--limit", "2", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "milora", "evaluate", *arguments], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["tasks"]["bundled-choice"]["rows"] == 2
