@@ -1,7 +1,24 @@
 """Speed and memory of the methods, measured side by side in one process."""
 
 from milora.benchmark.decode import DecodeSettings, decode
+from milora.benchmark.prefill import PrefillSettings, prefill
 from milora.benchmark.result import Result
-from milora.benchmark.settings import Settings
+from milora.benchmark.table4 import table4
+from milora.benchmark.tenants import TenantsSettings, tenants
+from milora.benchmark.traffic import TrafficSettings, traffic
+from milora.benchmark.train import TrainSettings, train_steps
 
-__all__ = ["DecodeSettings", "Result", "Settings", "decode"]
+__all__ = [
+    "DecodeSettings",
+    "PrefillSettings",
+    "Result",
+    "TenantsSettings",
+    "TrafficSettings",
+    "TrainSettings",
+    "decode",
+    "prefill",
+    "table4",
+    "tenants",
+    "traffic",
+    "train_steps",
+]

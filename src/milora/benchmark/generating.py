@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 from milora.benchmark.methods import MeasuredMethod
-from milora.benchmark.settings import Settings
 
 FEWEST_TOKENS = 4
 """That a slow method generates at least: a prefill and three decode steps."""
@@ -74,58 +73,61 @@ class Timing:
         return self.prompts * self.steps / self.decode
 
     def __str__(self) -> str:
+        if self.steps == 0:
+            return f"first token after {self.first_token:.3f} s"
         return f"{self.tokens_per_second:.2f} tokens/s, first token after {self.first_token:.3f} s"
 
 
-def random_prompts(vocabulary: int, batch: int, tokens: int, settings: Settings) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, both (batch, tokens)."""
-    drawn = torch.randint(1, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(settings.seed))
-    input_ids = drawn.to(settings.device)
+def random_prompts(backbone: Any, batch: int, tokens: int, seed: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, both (batch, tokens), on the backbone's device."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(1, backbone.config.vocab_size, (batch, tokens), generator=generator).to(backbone.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def generation_config(settings: Settings, beams: int, new_tokens: int) -> GenerationConfig:
-    """Greedy or beam search that nothing ends before the last token; under `--compile` with a static cache."""
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, num_beams=beams, do_sample=False, pad_token_id=0, use_cache=True
-    )
-    if settings.compile:
-        on_gpu = torch.device(settings.device or "cpu").type == "cuda"
-        config.cache_implementation = "static"
-        config.compile_config = CompileConfig(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+def generation_arguments(device: torch.device, beams: int, new_tokens: int, compiled: bool) -> dict[str, Any]:
+    """Greedy or beam search that nothing ends before the last token; compiled, with a static cache.
+
+    Arguments and no `GenerationConfig`: PEFT reads the number of beams off them where rows have different adapters.
+    """
+    arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "num_beams": beams, "do_sample": False}
+    if compiled:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        config = CompileConfig(mode=mode, dynamic=False)
         # transformers compiles on GPUs only, unless told.
-        config.compile_config._compile_all_devices = True
-    return config
+        config._compile_all_devices = True
+        arguments |= {"cache_implementation": "static", "compile_config": config}
+    return arguments
 
 
 def generate(
     method: MeasuredMethod,
     prompts: Mapping[str, Tensor],
-    settings: Settings,
+    device: torch.device,
     *,
     beams: int,
     new_tokens: int,
+    compiled: bool = False,
 ) -> Timing:
     """Generates once, and takes the time.
 
     Args:
         method: Whose model generates.
         prompts: As from [`random_prompts`].
-        settings: The benchmark's.
+        device: Where.
         beams: Width of the search.
-        new_tokens: How many, at least 2.
+        new_tokens: How many; with 1 there is a prefill only.
+        compiled: Whether decode steps are compiled.
 
     Raises:
         RuntimeError: If fewer tokens came out.
     """
-    clock = TokenClock(torch.device(settings.device or "cpu"))
+    clock = TokenClock(device)
     processors = LogitsProcessorList([clock])
-    config = generation_config(settings, beams, new_tokens)
+    arguments = generation_arguments(device, beams, new_tokens, compiled)
     with method.running():
         clock.tick()
-        output = method.model.generate(
-            **prompts, generation_config=config, logits_processor=processors, **method.variant.generate
-        )
+        output = method.model.generate(**prompts, **arguments, logits_processor=processors, **method.variant.generate)
         seconds = clock.seconds()
     batch, length = prompts["input_ids"].shape
     if output.shape != (batch, length + new_tokens) or len(seconds) != new_tokens:

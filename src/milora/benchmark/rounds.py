@@ -35,7 +35,12 @@ class Rounds(Generic[Sample]):
 
 
 def in_turn(
-    case: str, methods: Sequence[str], rounds: int, measure: Callable[[str], Sample], progress: Progress
+    case: str,
+    methods: Sequence[str],
+    rounds: int,
+    measure: Callable[[str], Sample],
+    progress: Progress,
+    describe: Callable[[Sample], str] = str,
 ) -> Rounds[Sample]:
     """Measures A B C, A B C, ..., so that whatever else the machine does meets all methods alike.
 
@@ -45,6 +50,7 @@ def in_turn(
         rounds: How often each is measured.
         measure: Measures one method once.
         progress: Is told of every measurement.
+        describe: What to tell of it.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in methods}
     order: list[Turn] = []
@@ -59,7 +65,7 @@ def in_turn(
                 gc.enable()
             samples[name].append(sample)
             order.append(Turn(case, number, name))
-            progress(f"{case}, round {number + 1}/{rounds}, {name}: {sample}")
+            progress(f"{case}, round {number + 1}/{rounds}, {name}: {describe(sample)}")
     return Rounds(samples, order)
 
 
@@ -78,3 +84,17 @@ def compared(values: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]
     to_others = {other: ratios(values[name], of_other) for other, of_other in values.items() if other != name}
     to_base = ratios(values[name], values["base"])["median"] if "base" in values else None
     return {"ratio_to_base": to_base, "ratios": to_others, "rounds": list(values[name])}
+
+
+def compared_memory(values: Mapping[str, float], name: str) -> dict[str, Any]:
+    """What a row says of one method's peak memory."""
+    return {
+        "peak_memory_mib": values[name],
+        "memory_ratios": {other: values[name] / of_other for other, of_other in values.items() if other != name},
+    }
+
+
+def spread_fields(key: str, values: Sequence[float]) -> dict[str, float]:
+    """[`spread`] as fields of a row: `key`, `key_low`, `key_high`."""
+    found = spread(values)
+    return {key: found["median"], f"{key}_low": found["low"], f"{key}_high": found["high"]}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from milora.backbone.loading import DTYPES
 from milora.errors import MiLoraError, did_you_mean
+
+Own = TypeVar("Own", bound="Settings")
 
 CPU_BACKBONE = "tinyllama-1.1b"
 GPU_BACKBONE = "llama-2-7b"
@@ -66,7 +68,7 @@ class Settings:
         if not self.round_seconds > 0:
             raise MiLoraError(f"round_seconds must be above 0; found {self.round_seconds}.")
 
-    def resolved(self, *, training: bool = False) -> Settings:
+    def resolved(self: Own, *, training: bool = False) -> Own:
         """With the defaults that depend on the machine filled in.
 
         Raises:

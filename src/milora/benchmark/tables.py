@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+WIDEST = 1000
 Cell = Callable[[Mapping[str, Any]], str]
 
 
@@ -32,15 +33,56 @@ def _ratio(other: str) -> Cell:
     return cell
 
 
+def _share(row: Mapping[str, Any]) -> str:
+    return "-" if row["routing_share"] is None else f"{row['routing_share']:.2%}"
+
+
+def _memory_ratio(other: str) -> Cell:
+    def cell(row: Mapping[str, Any]) -> str:
+        found = row["memory_ratios"].get(other)
+        return f"{found:.3f}" if found is not None else "1" if row["method"] == other else "-"
+
+    return cell
+
+
+_DECODE: Mapping[str, Cell] = {
+    "beam": _number("beam", 0),
+    "batch": _number("batch", 0),
+    "tokens/s": _range("tokens_per_second", 2),
+    "/ base": _ratio("base"),
+    "/ lora": _ratio("lora"),
+    "peak MiB": _number("peak_memory_mib", 0),
+    "new": _number("new_tokens", 0),
+}
 COLUMNS: Mapping[str, Mapping[str, Cell]] = {
-    "decode": {
-        "beam": _number("beam", 0),
+    "decode": _DECODE,
+    "prefill": {
         "batch": _number("batch", 0),
-        "tokens/s": _range("tokens_per_second", 2),
+        "prompt": _number("prompt_tokens", 0),
+        "first token, s": _range("seconds_to_first_token", 3),
         "/ base": _ratio("base"),
         "/ lora": _ratio("lora"),
+        "routing": _share,
         "peak MiB": _number("peak_memory_mib", 0),
-        "new tokens": _number("new_tokens", 0),
+    },
+    "train": {
+        "batch": _number("batch", 0),
+        "tokens": _number("tokens", 0),
+        "step, s": _range("seconds_per_step", 3),
+        "/ lora": _ratio("lora"),
+        "peak MiB": _number("peak_memory_mib", 0),
+        "memory / lora": _memory_ratio("lora"),
+    },
+    "tenants": {"tenants": _number("tenants", 0), **_DECODE},
+    "traffic": {
+        "batch": _number("batch", 0),
+        "context": _number("context", 0),
+        "weights, MB": _number("weight_megabytes", 1),
+        "adapter, MB": _number("adapter_megabytes", 2),
+        "cache, MB": _number("cache_megabytes", 1),
+        "MB a step": _number("megabytes", 1),
+        "GFLOP a step": _number("gigaflops", 3),
+        "/ base": _number("bytes_ratio_to_base", 4),
     },
 }
 """What each command's table shows beside the method; numbers in parentheses are the least and the greatest."""
@@ -55,13 +97,16 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def title(result: Mapping[str, Any]) -> str:
     """What was measured, on what."""
     settings, environment = result["settings"], result["environment"]
-    where = environment["gpu"]["name"] if environment["gpu"] else environment["processor"]
-    compiled = ", compiled" if settings.get("compile") else ""
-    depth = f", {settings['layers']} blocks" if settings.get("layers") else ""
-    return (
-        f"{result['command']}: {settings['backbone']}{depth}, {settings['dtype']}, adapters {settings['adapter_dtype']}"
-        f"{compiled}, {where}, {environment['threads']} threads, {settings['rounds']} rounds"
-    )
+    parts = [f"{result['command']}: {settings['backbone']}"]
+    if settings.get("layers"):
+        parts.append(f"{settings['layers']} blocks")
+    parts += [settings["dtype"], f"adapters {settings['adapter_dtype']}"]
+    if environment:
+        parts += ["compiled"] if settings.get("compile") else []
+        gpu = environment["gpu"]
+        parts.append(gpu["name"] if gpu else f"{environment['processor']}, {environment['threads']} threads")
+        parts.append(f"{settings['rounds']} rounds")
+    return ", ".join(parts)
 
 
 def print_table(result: Mapping[str, Any]) -> None:
@@ -72,7 +117,9 @@ def print_table(result: Mapping[str, Any]) -> None:
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Figures that are cut off are none: the table takes the room it needs, however wide the terminal is.
+    needed = Console(width=WIDEST).measure(table).maximum
+    Console(width=max(Console().width, needed)).print(table)
 
 
 def markdown(result: Mapping[str, Any]) -> str:

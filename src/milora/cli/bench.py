@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,12 +56,15 @@ PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Lengt
 NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate, the first included.")]
 
 
+Beams = Annotated[str, typer.Option("--beams", metavar="1,3", help="Widths of the search; 1 is greedy.")]
+
+
 @app.command("decode")
 def decode(
     backbone: Backbone = None,
     layers: Layers = None,
     methods: Methods = None,
-    beams: Annotated[str, typer.Option("--beams", metavar="1,3", help="Widths of the search; 1 is greedy.")] = "1,3",
+    beams: Beams = "1,3",
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 64,
     new_tokens: NewTokens = 32,
@@ -76,15 +81,12 @@ def decode(
 ) -> None:
     """Tokens per second after the first one, and peak memory."""
 
-    def measure(progress: Callable[[str], None]) -> Result:
-        from milora.benchmark import DecodeSettings
-        from milora.benchmark import decode as measured
-        from milora.benchmark.decode import DECODE_METHODS
+    def measure() -> Result:
+        from milora import benchmark
 
-        settings = DecodeSettings(
+        settings = benchmark.DecodeSettings(
             backbone=backbone,
             layers=layers,
-            methods=_names(methods, DECODE_METHODS),
             beams=_numbers("--beams", beams),
             batch=batch,
             prompt_tokens=prompt_tokens,
@@ -97,13 +99,208 @@ def decode(
             attention=attention,
             device=device,
             seed=seed,
+            **_named(methods),
         )
-        return measured(settings, progress)
+        return benchmark.decode(settings, _tell)
 
     _run(measure, threads, as_json)
 
 
-def _run(measure: Callable[[Callable[[str], None]], Result], threads: int | None, as_json: bool) -> None:
+@app.command("prefill")
+def prefill(
+    backbone: Backbone = None,
+    layers: Layers = None,
+    methods: Methods = None,
+    batch: Batch = 1,
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", metavar="64,512", help="Lengths of the prompts.")
+    ] = "64,512",
+    rounds: Rounds = 5,
+    dtype: Dtype = "bfloat16",
+    adapter_dtype: AdapterDtype = None,
+    attention: Attention = None,
+    device: options.Device = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time to the first token, and the share of it that is pooling and routing."""
+
+    def measure() -> Result:
+        from milora import benchmark
+
+        settings = benchmark.PrefillSettings(
+            backbone=backbone,
+            layers=layers,
+            batch=batch,
+            prompt_tokens=_numbers("--prompt-tokens", prompt_tokens),
+            rounds=rounds,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            attention=attention,
+            device=device,
+            seed=seed,
+            **_named(methods),
+        )
+        return benchmark.prefill(settings, _tell)
+
+    _run(measure, threads, as_json)
+
+
+@app.command("train")
+def train(
+    backbone: Backbone = None,
+    layers: Layers = None,
+    methods: Methods = None,
+    batch: Batch = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each row; the first half has no loss.")] = 256,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Run blocks a second time in the backward pass.")
+    ] = False,
+    rounds: Rounds = 5,
+    dtype: Dtype = "bfloat16",
+    adapter_dtype: Annotated[
+        str | None,
+        typer.Option("--adapter-dtype", help="The adapters': float32 (default for training), or the backbone's."),
+    ] = None,
+    attention: Attention = None,
+    device: options.Device = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time and peak memory of a training step: forward, backward, AdamW."""
+
+    def measure() -> Result:
+        from milora import benchmark
+
+        settings = benchmark.TrainSettings(
+            backbone=backbone,
+            layers=layers,
+            batch=batch,
+            tokens=tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            rounds=rounds,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            attention=attention,
+            device=device,
+            seed=seed,
+            **_named(methods),
+        )
+        return benchmark.train_steps(settings, _tell)
+
+    _run(measure, threads, as_json)
+
+
+@app.command("tenants")
+def tenants(
+    backbone: Backbone = None,
+    layers: Layers = None,
+    methods: Methods = None,
+    number: Annotated[
+        str, typer.Option("--tenants", metavar="16", help="Numbers of adapters that share a batch.")
+    ] = "16",
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Rows; by default as many as there are tenants.")
+    ] = None,
+    beams: Beams = "1",
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 16,
+    rounds: Rounds = 5,
+    round_seconds: RoundSeconds = 120.0,
+    compiled: Compile = False,
+    dtype: Dtype = "bfloat16",
+    adapter_dtype: AdapterDtype = None,
+    attention: Attention = None,
+    device: options.Device = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Decoding of batches in which each row has another adapter."""
+
+    def measure() -> Result:
+        from milora import benchmark
+
+        settings = benchmark.TenantsSettings(
+            backbone=backbone,
+            layers=layers,
+            tenants=_numbers("--tenants", number),
+            batch=batch,
+            beams=_numbers("--beams", beams),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            round_seconds=round_seconds,
+            compile=compiled,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            attention=attention,
+            device=device,
+            seed=seed,
+            **_named(methods),
+        )
+        return benchmark.tenants(settings, _tell)
+
+    _run(measure, threads, as_json)
+
+
+@app.command("traffic")
+def traffic(
+    backbone: Annotated[
+        str,
+        typer.Option("--backbone", metavar="NAME", help="A shape such as llama-2-7b, 'tiny', or a folder's config."),
+    ] = "tinyllama-1.1b",
+    layers: Layers = None,
+    methods: Methods = None,
+    batch: Batch = 1,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Width of the search.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens whose keys and values are read.")] = 96,
+    dtype: Dtype = "bfloat16",
+    adapter_dtype: AdapterDtype = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Bytes and operations that a decode step needs, by formula; nothing is measured."""
+
+    def compute() -> Result:
+        from milora import benchmark
+
+        settings = benchmark.TrafficSettings(
+            backbone=backbone,
+            layers=layers,
+            batch=batch,
+            beams=beams,
+            context=context,
+            dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            device="cpu",
+            **_named(methods),
+        )
+        return benchmark.traffic(settings)
+
+    _run(compute, None, as_json)
+
+
+@app.command("markdown")
+def markdown(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json printed, a file each.")],
+) -> None:
+    """Print results that were kept as JSON as Markdown tables."""
+    from milora.benchmark.tables import markdown as as_markdown
+
+    for path in files:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            text = as_markdown(result)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MiLoraError(
+                f"{path} is no result of milora bench --json ({type(error).__name__}: {error})."
+            ) from error
+        typer.echo(text)
+
+
+def _run(measure: Callable[[], Result], threads: int | None, as_json: bool) -> None:
     with json_only(as_json) as print_result:
         import torch
 
@@ -112,18 +309,21 @@ def _run(measure: Callable[[Callable[[str], None]], Result], threads: int | None
         quiet_libraries()
         if threads is not None:
             torch.set_num_threads(threads)
-        result = measure(_tell)
-        print_result(result.to_dict())
+        result = measure().to_dict()
+        print_result(result)
         if not as_json:
-            print_table(result.to_dict())
+            print_table(result)
 
 
 def _tell(line: str) -> None:
     print(f"milora bench: {line}", file=sys.stderr, flush=True)
 
 
-def _names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    return default if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+def _named(methods: str | None) -> dict[str, Any]:
+    """`methods=`, where some are named; otherwise each benchmark has its own."""
+    if methods is None:
+        return {}
+    return {"methods": tuple(name.strip() for name in methods.split(",") if name.strip())}
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

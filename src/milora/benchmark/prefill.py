@@ -1,0 +1,116 @@
+"""`milora bench prefill`: the time to the first token, and what of it is pooling and routing."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from milora.benchmark.decode import first_generation
+from milora.benchmark.generating import Timing, generate, random_prompts
+from milora.benchmark.methods import BASE, build_method, check_names
+from milora.benchmark.result import Result
+from milora.benchmark.rounds import Progress, compared, compared_memory, in_turn, spread_fields
+from milora.benchmark.routing_time import routing_time
+from milora.benchmark.session import Build, Prepared, Session, opened
+from milora.benchmark.settings import Settings, check_at_least
+
+PREFILL_METHODS = (BASE, "lora", "lora-merged", "dora-cached", "moelora", "milora-k1", "milora", "midora")
+
+
+@dataclass(frozen=True)
+class PrefillSettings(Settings):
+    """What is read.
+
+    Args:
+        methods: Names, see [`milora.benchmark.methods.variant`].
+        batch: Prompts a batch.
+        prompt_tokens: Lengths of the prompts, each measured by itself.
+
+    Raises:
+        MiLoraError: If a value is unknown or out of range, or `compile` is asked for.
+    """
+
+    methods: tuple[str, ...] = PREFILL_METHODS
+    batch: int = 1
+    prompt_tokens: tuple[int, ...] = (64, 512)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.methods)
+        check_at_least("batch", self.batch, 1)
+        for tokens in self.prompt_tokens:
+            check_at_least("prompt_tokens", tokens, 1)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prefill: how long it took, and another one's share of routing."""
+
+    timing: Timing
+    routing_share: float | None
+
+    def __str__(self) -> str:
+        share = "" if self.routing_share is None else f", routing {self.routing_share:.2%}"
+        return f"{self.timing}{share}"
+
+
+def prefill(settings: PrefillSettings, progress: Progress = lambda line: None, build: Build = build_method) -> Result:
+    """Measures the time from the call of `generate` to the logits of the first new token.
+
+    The share of pooling and routing is taken in a second prefill right after, in which the routers are timed, so that
+    the clocks are not in the first.
+
+    Args:
+        settings: What to measure.
+        progress: Is told how far it is.
+        build: Makes a method from its name, the backbone and the settings.
+    """
+    with opened(settings, progress, len(settings.methods)) as session:
+        methods = session.prepare(settings.methods, build, first_generation(session))
+        for tokens in settings.prompt_tokens:
+            _measure(session, methods, settings.batch, tokens)
+        return session.result("prefill")
+
+
+def _measure(session: Session, methods: dict[str, Prepared], batch: int, tokens: int) -> None:
+    settings, progress = session.settings, session.progress
+    prompts = random_prompts(session.backbone, batch, tokens, settings.seed)
+    case = f"batch {batch}, prompts of {tokens}"
+
+    def run(name: str) -> Timing:
+        return generate(methods[name].method, prompts, session.device, beams=1, new_tokens=1)
+
+    def run_twice(name: str) -> Prefill:
+        timing = run(name)
+        with routing_time(methods[name].method.model, session.device) as routing:
+            if routing is None:
+                return Prefill(timing, None)
+            with_clocks = run(name)
+        return Prefill(timing, routing.seconds() / with_clocks.first_token)
+
+    memory: dict[str, float] = {}
+    for name, prepared in methods.items():
+        progress(f"{case}: warming {name} up")
+        for _ in range(settings.warmups):
+            run(name)
+        memory[name] = session.peak_memory(prepared, lambda name=name: run(name))  # type: ignore[misc]
+    measured = in_turn(case, list(methods), settings.rounds, run_twice, progress)
+    session.order += measured.order
+    seconds = {name: [sample.timing.first_token for sample in of] for name, of in measured.samples.items()}
+    session.rows += [
+        {
+            "method": name,
+            "batch": batch,
+            "prompt_tokens": tokens,
+            **spread_fields("seconds_to_first_token", seconds[name]),
+            **compared(seconds, name),
+            **compared_memory(memory, name),
+            "routing_share": _median([sample.routing_share for sample in measured.samples[name]]),
+        }
+        for name in methods
+    ]
+
+
+def _median(values: list[Any]) -> float | None:
+    return None if None in values else statistics.median(values)

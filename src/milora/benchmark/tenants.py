@@ -1,0 +1,105 @@
+"""`milora bench tenants`: one batch whose rows have an adapter each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from milora.benchmark.decode import GenerationCase, first_generation
+from milora.benchmark.generating import random_prompts
+from milora.benchmark.methods import (
+    BASE,
+    MeasuredMethod,
+    build_method,
+    check_names,
+    variant,
+    with_generate_arguments,
+)
+from milora.benchmark.result import Result
+from milora.benchmark.rounds import Progress
+from milora.benchmark.session import Prepared, Session, opened
+from milora.benchmark.settings import Settings, check_at_least
+from milora.errors import MiLoraError
+
+TENANT_METHODS = (BASE, "lora", "milora")
+SERVES_ROWS = ("lora", "dora", "milora", "midora")
+"""Methods of which rows of one batch can have different adapters (`adapter_names`)."""
+
+
+@dataclass(frozen=True)
+class TenantsSettings(Settings):
+    """Who shares a batch.
+
+    Args:
+        methods: Names, see [`milora.benchmark.methods.variant`]; `base` runs the same batch without adapters.
+        tenants: Numbers of tenants, each measured by itself.
+        batch: Rows; as many as there are tenants by default, otherwise the tenants take turns.
+        beams: Widths of the search.
+        prompt_tokens: Length of the prompts.
+        new_tokens: Tokens to generate, the first included, which counts as prefill.
+
+    Raises:
+        MiLoraError: If a value is unknown or out of range, or a method serves one adapter at a time.
+    """
+
+    methods: tuple[str, ...] = TENANT_METHODS
+    tenants: tuple[int, ...] = (16,)
+    batch: int | None = None
+    beams: tuple[int, ...] = (1,)
+    prompt_tokens: int = 64
+    new_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.methods)
+        for name in self.methods:
+            found = variant(name)
+            if found.merged or found.one_route or found.method not in (None, *SERVES_ROWS):
+                raise MiLoraError(
+                    f"{name} serves one adapter at a time: give some of {', '.join((BASE, *SERVES_ROWS))}."
+                )
+        for tenants in self.tenants:
+            check_at_least("tenants", tenants, 1)
+        if self.batch is not None:
+            check_at_least("batch", self.batch, max(self.tenants))
+        for beams in self.beams:
+            check_at_least("beams", beams, 1)
+        check_at_least("prompt_tokens", self.prompt_tokens, 1)
+        check_at_least("new_tokens", self.new_tokens, 2)
+
+
+def tenants(settings: TenantsSettings, progress: Progress = lambda line: None) -> Result:
+    """Measures `generate(..., adapter_names=[...])`: decoding as [`milora.benchmark.decode.decode`] does.
+
+    Args:
+        settings: What to measure.
+        progress: Is told how far it is.
+    """
+    cases = len(settings.methods) * len(settings.tenants) * len(settings.beams)
+    with opened(settings, progress, cases) as session:
+        for number in settings.tenants:
+            names = [f"tenant-{index}" for index in range(number)]
+            methods = _prepare(session, settings.methods, names)
+            batch = settings.batch or number
+            prompts = random_prompts(session.backbone, batch, settings.prompt_tokens, settings.seed)
+            of_rows = [names[row % number] for row in range(batch)]
+            served = {name: _serving(prepared, of_rows) for name, prepared in methods.items()}
+            for beams in settings.beams:
+                fields = {"tenants": number}
+                GenerationCase(session, served, prompts, beams, settings.new_tokens, fields).measure()
+        return session.result("tenants")
+
+
+def _prepare(session: Session, methods: Sequence[str], names: Sequence[str]) -> dict[str, Prepared]:
+    def build(name: str, backbone: Any, settings: Settings) -> MeasuredMethod:
+        session.progress(f"building {len(names)} tenants of {name}")
+        return build_method(name, backbone, settings, names)
+
+    return session.prepare(methods, build, first_generation(session))
+
+
+def _serving(prepared: Prepared, of_rows: list[str]) -> Prepared:
+    if prepared.method.variant.method is None:
+        return prepared
+    return Prepared(with_generate_arguments(prepared.method, adapter_names=of_rows), prepared.kept)
