@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from milora.errors import MiLoraError
 from milora.kernels import add_grouped_lora
-from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack
+from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack, lora_layers
 
 
 class Share(NamedTuple):
@@ -236,6 +236,20 @@ class GroupedServing(ABC):
                         layer.__dict__.pop("forward", None)
                     self._serving_layers.clear()
 
+    def can_compile(self) -> bool:
+        """Whether [`GroupedServing.compiled`] would let a generation with any of the adapters in."""
+        if self._compiled_lock.locked():
+            return False
+        with self.serving():
+            stacked = self.stacks.modules
+            return self._not_compilable() is None and all(
+                set(module.layer.lora_A) == set(module.slots) for module in stacked.values()
+            )
+
+    def _not_compilable(self) -> str | None:
+        """The path of a LoRA layer that no stack serves."""
+        return next((path for path, _ in lora_layers(self.model) if path not in self.stacks.modules), None)
+
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """While in force a compiled decode step may run: one generation at a time, for its rows are at one address.
@@ -250,10 +264,9 @@ class GroupedServing(ABC):
             )
         try:
             with self.serving():
-                stacked = self.stacks.modules
-                for path, module in self.model.named_modules():
-                    if isinstance(module, LoraLayer) and path not in stacked:
-                        raise MiLoraError(_cannot_compile(path))
+                path = self._not_compilable()
+                if path is not None:
+                    raise MiLoraError(_cannot_compile(path))
                 self.is_compiled = True
                 try:
                     yield

@@ -1,0 +1,168 @@
+"""The compiled decode step: the same tokens, compiled once whatever the prompts, routes and tenants."""
+
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from support.adapted import adapted, add_adapter, assert_nothing_in_force
+from support.architectures import pad, random_prompts
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
+
+from milora import MiLoraError
+from milora.tuners.grouped.compiling import ALL_DEVICES, compiled_settings, is_compiled_by_transformers
+
+BACKEND = "aot_eager"
+PROMPTS = [random_prompts(4, (3, 9), seed=seed) for seed in (1, 2)]
+BATCHES = [dict(zip(("input_ids", "attention_mask"), pad(prompts, "left"), strict=True)) for prompts in PROMPTS]
+NAMES = ["default", "other", "__base__", "other"]
+
+
+def config(backend: str = BACKEND) -> CompileConfig:
+    return CompileConfig(fullgraph=True, backend=backend, mode=None)
+
+
+def generate(model: PeftModel, batch: dict[str, Tensor] = BATCHES[0], **settings: Any) -> list[list[int]]:
+    settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", **settings}
+    return model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def compiled(model: PeftModel, batch: dict[str, Tensor] = BATCHES[0], **settings: Any) -> list[list[int]]:
+    return generate(model, batch, compiled=True, **{"compile_config": config(), **settings})
+
+
+@pytest.fixture
+def counters() -> dict[str, Counter[str]]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters
+
+
+def two_adapters(name: str = "llama", **settings: Any) -> PeftModel:
+    model = adapted(name, **settings).model
+    add_adapter(model, "other", name, seed=7, top_k=3, r=6)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_once_for_all_prompts_routes_and_tenants(name: str, counters: dict[str, Counter[str]]) -> None:
+    model = two_adapters(name)
+    settings: list[dict[str, Any]] = [
+        {},
+        {"adapter_names": NAMES},
+        {"adapter_names": NAMES[::-1]},
+        {"route": model.route(**BATCHES[1])},
+    ]
+    expected = [[generate(model, batch, **each) for each in settings] for batch in BATCHES]
+    assert len({str(tokens) for of_batch in expected for tokens in of_batch}) > 6
+    assert compiled(model) == expected[0][0]
+    model.set_adapter("other")
+    others = [generate(model, batch) for batch in BATCHES]
+    assert [compiled(model, batch) for batch in BATCHES] == others
+    model.set_adapter("default")
+    for batch, of_batch in zip(BATCHES, expected, strict=True):
+        for each, tokens in zip(settings, of_batch, strict=True):
+            assert compiled(model, batch, **each) == tokens
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    # What is compiled stays out of the way of what is not.
+    assert generate(model) == expected[0][0]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_nothing_in_force(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.slow
+def test_transformers_own_way_to_compile(counters: dict[str, Counter[str]]) -> None:
+    """As on a GPU, where a static cache is all that it takes."""
+    model = two_adapters()
+    own = config()
+    setattr(own, ALL_DEVICES, True)
+    assert generate(model, compile_config=own) == generate(model)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert generate(model, compile_config=own, compiled=False) == generate(model)
+    add_adapter(model, "midora", seed=3, use_dora=True)
+    model.set_adapter("midora")
+    assert generate(model, compile_config=own) == generate(model)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_cache_of_the_callers(counters: dict[str, Counter[str]]) -> None:
+    model = two_adapters()
+    caches = [StaticCache(config=model.config, max_cache_len=20) for _ in range(2)]
+    expected = generate(model, past_key_values=caches[0], cache_implementation=None)
+    assert compiled(model, past_key_values=caches[1], cache_implementation=None) == expected
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+class Pausing(LogitsProcessor):
+    """Runs a function in the middle of a generation."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.function()
+        return scores
+
+
+class TestRefusals:
+    def test_a_second_thread(self) -> None:
+        model = two_adapters()
+        found: list[BaseException | None] = []
+
+        def run() -> None:
+            try:
+                compiled(model)
+            except MiLoraError as error:
+                found.append(error)
+
+        def meanwhile() -> None:
+            if not found:
+                thread = threading.Thread(target=run)
+                thread.start()
+                thread.join()
+
+        compiled(model, max_new_tokens=1, logits_processor=[Pausing(meanwhile)])
+        assert "Another compiled generation" in str(found[0])
+        assert not model.base_model.grouped.is_compiled
+
+    def test_midora(self) -> None:
+        model = adapted(use_dora=True).model
+        with pytest.raises(MiLoraError, match=r"cannot be part of a compiled decode step.*DoRA.*compiled=False"):
+            compiled(model)
+        assert not model.base_model.grouped.is_compiled
+        assert generate(model)
+
+    def test_midora_beside_others(self) -> None:
+        model = two_adapters()
+        add_adapter(model, "midora", seed=3, use_dora=True)
+        with pytest.raises(MiLoraError, match="cannot be part of a compiled decode step"):
+            compiled(model, adapter_names=["midora"] * 4)
+        assert not model.base_model.grouped.is_compiled
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"use_cache": False}, {"disable_compile": True}, {"past_key_values": DynamicCache()}],
+        ids=lambda settings: next(iter(settings)),
+    )
+    def test_what_rules_it_out(self, settings: dict[str, Any]) -> None:
+        with pytest.raises(MiLoraError, match="compiled=True needs"):
+            compiled(two_adapters(), **settings)
+
+
+def test_which_generations_transformers_compiles() -> None:
+    model = adapted().model.base_model.model
+    own = compiled_settings({})
+    assert is_compiled_by_transformers(model, own)
+    assert not is_compiled_by_transformers(model, {})
+    assert not is_compiled_by_transformers(model, {"cache_implementation": "static"})  # on a CPU
+    assert not is_compiled_by_transformers(model, {**own, "disable_compile": True})
+    assert not is_compiled_by_transformers(model, {**own, "past_key_values": DynamicCache()})
+    assert hasattr(CompileConfig(), ALL_DEVICES), "transformers has another way to compile on a CPU now"
