@@ -317,7 +317,9 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             kwargs["disable_compile"] = True
         if self.prompt_tuning_is_off():
             return model.generate(*args, **kwargs)
-        compiled = compiled or is_compiled_by_transformers(model, {**named, **kwargs})
+        if not compiled and is_compiled_by_transformers(model, {**named, **kwargs}):
+            compiled = self.grouped.can_compile()
+            kwargs["disable_compile"] = not compiled
         cache = named.get("past_key_values")
         route = route if route is not None else self.dispatcher.forced
         if route is None and cache is not None and cache.get_seq_length() > 0:
