@@ -159,8 +159,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
 
     def optimizer_steps(self, rows: int) -> int:
         """How many optimiser steps a run on so many rows makes, if nothing stops it early."""
-        if self.max_steps > 0:  # type: ignore[has-type]
-            return int(self.max_steps)  # type: ignore[has-type]
+        if self.max_steps > 0:
+            return int(self.max_steps)
         at_once = self.per_device_train_batch_size * max(self.world_size, 1) * max(self.n_gpu, 1)
         batches = rows // at_once if self.dataloader_drop_last else math.ceil(rows / at_once)
-        return math.ceil(self.num_train_epochs * max(math.ceil(batches / self.gradient_accumulation_steps), 1))
+        steps_an_epoch: int = max(math.ceil(batches / self.gradient_accumulation_steps), 1)
+        return math.ceil(self.num_train_epochs * steps_an_epoch)

@@ -159,9 +159,10 @@ class DevStep:
         together /= scale * processes()
         if processes() > 1:
             distributed.all_reduce(together)
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, part in zip(gradients, together.split(sizes), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        first = 0
+        for gradient in gradients:
+            gradient.copy_(together[first : first + gradient.numel()].view_as(gradient))
+            first += gradient.numel()
         return bool(together.isfinite().all())
 
 
