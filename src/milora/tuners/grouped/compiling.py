@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import CompileConfig, DynamicCache
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from milora.errors import MiLoraError
 
@@ -55,7 +56,7 @@ def is_compiled_by_transformers(model: Any, named: dict[str, Any]) -> bool:
     cache = named.get("past_key_values")
     if cache is not None:
         return bool(getattr(cache, "is_compileable", False)) and type(cache) is not DynamicCache
-    return str(_value(named, own, "cache_implementation")) in ("static", "offloaded_static", "sliding_window", "hybrid")
+    return _value(named, own, "cache_implementation") in ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 
 def _value(named: dict[str, Any], config: Any, name: str) -> Any:
