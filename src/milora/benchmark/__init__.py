@@ -1,6 +1,6 @@
 """Speed and memory of the methods, measured side by side in one process."""
 
-from milora.benchmark.decode import DecodeSettings, decode
+from milora.benchmark.decode import DecodeSettings, decode, decode_methods
 from milora.benchmark.prefill import PrefillSettings, prefill
 from milora.benchmark.result import Result
 from milora.benchmark.table4 import table4
@@ -16,6 +16,7 @@ __all__ = [
     "TrafficSettings",
     "TrainSettings",
     "decode",
+    "decode_methods",
     "prefill",
     "table4",
     "tenants",

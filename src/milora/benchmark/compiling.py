@@ -28,7 +28,7 @@ def room_for_graphs(cases: int) -> Iterator[None]:
 
 
 class Compilations:
-    """Counts the graphs that are compiled while methods are measured; after a warm-up there should be none."""
+    """Counts the graphs that are compiled for each method: some while it warms up, none while it is measured."""
 
     def __init__(self) -> None:
         self._found: dict[str, int] = {}

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from milora.benchmark.compiling import Compilations
 from milora.benchmark.generating import Timing, affordable_tokens, generate, random_prompts
-from milora.benchmark.methods import BASE, MeasuredMethod, build_method, check_names
+from milora.benchmark.methods import BASE, MeasuredMethod, build_method, check_names, variant, with_generate_arguments
 from milora.benchmark.result import Result
 from milora.benchmark.rounds import Progress, compared, compared_memory, in_turn, spread, spread_fields
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
+from milora.errors import MiLoraError
 
 DECODE_METHODS = (
     BASE,
@@ -26,10 +27,16 @@ DECODE_METHODS = (
     "milora-k1",
     "milora-k2",
     "milora",
+    "milora-merged",
     "midora",
 )
 SHORT = 4
 """New tokens of the run that tells how many a method can afford."""
+
+
+def decode_methods(compiled: bool) -> tuple[str, ...]:
+    """What is measured where nothing else is asked for."""
+    return tuple(name for name in DECODE_METHODS if not (compiled and variant(name).merges_route))
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,10 @@ class DecodeSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.methods)
+        if self.compile:
+            for name in self.methods:
+                if variant(name).merges_route:
+                    raise MiLoraError(f"{name} is not served by compiled steps: leave it out of the methods.")
         for beams in self.beams:
             check_at_least("beams", beams, 1)
         check_at_least("batch", self.batch, 1)
@@ -67,8 +78,9 @@ def decode(settings: DecodeSettings, progress: Progress = lambda line: None, bui
     """Measures decoding.
 
     Every method is a copy of the backbone's modules around the same weights, with adapter layers of its own. Time is
-    taken from the logits of the first new token to those of the last, so the prefill is not in it. Memory is the
-    backbone's, what the method keeps, and the most that one generation has on top.
+    taken from the logits of the first new token to those of the last, so the prefill is not in it; for a method that
+    merges a route in the first decode step, from the second token on, and the row says what the first step took. Memory
+    is the backbone's, what the method keeps, and the most that one generation has on top.
 
     Args:
         settings: What to measure.
@@ -79,8 +91,18 @@ def decode(settings: DecodeSettings, progress: Progress = lambda line: None, bui
         prompts = random_prompts(session.backbone, settings.batch, settings.prompt_tokens, settings.seed)
         methods = session.prepare(settings.methods, build, first_generation(session))
         for beams in settings.beams:
-            GenerationCase(session, methods, prompts, beams, settings.new_tokens).measure()
+            served = {name: _with_one_route(prepared, prompts) for name, prepared in methods.items()}
+            GenerationCase(session, served, prompts, beams, settings.new_tokens).measure()
         return session.result("decode")
+
+
+def _with_one_route(prepared: Prepared, prompts: Mapping[str, Tensor]) -> Prepared:
+    """A route can only be merged where all rows have the same: they get that of the first."""
+    batch = prompts["input_ids"].shape[0]
+    if not prepared.method.variant.merges_route or batch == 1:
+        return prepared
+    route = prepared.method.model.route(**{name: tensor[:1] for name, tensor in prompts.items()})
+    return Prepared(with_generate_arguments(prepared.method, route=route.expand(batch)), prepared.kept)
 
 
 def first_generation(session: Session) -> Callable[[MeasuredMethod], Any]:
@@ -114,13 +136,13 @@ class GenerationCase:
         settings, progress = self.session.settings, self.session.progress
         batch, length = self.prompts["input_ids"].shape
         name_of_case = f"beam {self.beams}, batch {batch}"
+        warming, graphs = Compilations(), Compilations()
         tokens: dict[str, int] = {}
         memory: dict[str, float] = {}
         for name, prepared in self.methods.items():
             progress(f"{name_of_case}: warming {name} up")
-            tokens[name] = self._warm_up(prepared.method)
+            tokens[name] = warming.during(name, lambda prepared=prepared: self._warm_up(prepared.method))  # type: ignore[misc]
             memory[name] = self.session.peak_memory(prepared, lambda name=name: self._run(name, tokens[name]))  # type: ignore[misc]
-        graphs = Compilations()
         timings = in_turn(
             name_of_case,
             list(self.methods),
@@ -131,6 +153,8 @@ class GenerationCase:
         self.session.order += timings.order
         speeds = {name: [timing.tokens_per_second for timing in of] for name, of in timings.samples.items()}
         first = {name: [timing.first_token for timing in of] for name, of in timings.samples.items()}
+        first_step = {name: [timing.first_step or 0.0 for timing in of] for name, of in timings.samples.items()}
+        whole = {name: [timing.whole for timing in of] for name, of in timings.samples.items()}
         self.session.rows += [
             {
                 "method": name,
@@ -140,9 +164,12 @@ class GenerationCase:
                 **compared(speeds, name),
                 **compared_memory(memory, name),
                 "seconds_to_first_token": spread(first[name])["median"],
+                "seconds_of_first_step": spread(first_step[name])["median"],
+                "seconds": spread(whole[name])["median"],
                 "prompt_tokens": length,
                 "new_tokens": tokens[name],
-                "compilations": graphs.of(name) if settings.compile else None,
+                "compiled_in_warm_up": warming.of(name) if settings.compile else None,
+                "compiled_later": graphs.of(name) if settings.compile else None,
                 **(self.fields or {}),
             }
             for name in self.methods

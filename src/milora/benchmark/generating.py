@@ -55,25 +55,41 @@ class Timing:
 
     Attributes:
         prompts: Rows of the batch.
-        steps: Forward passes after the prefill.
-        first_token: Seconds from the call until the logits of the first token were there.
-        decode: Seconds from there until those of the last token were.
+        ticks: Seconds from the call until the logits of each new token were there.
+        whole: Seconds until the call returned.
+        merges_route: Whether the first decode step merged a route into the weights.
         output: (batch, tokens), prompt and new tokens.
     """
 
     prompts: int
-    steps: int
-    first_token: float
-    decode: float
+    ticks: list[float]
+    whole: float
+    merges_route: bool
     output: Tensor
+
+    @property
+    def first_token(self) -> float:
+        """Seconds until the logits of the first new token."""
+        return self.ticks[0]
+
+    @property
+    def first_step(self) -> float | None:
+        """Seconds of the first decode step, in which a method may prepare what the others use."""
+        return self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else None
+
+    @property
+    def step(self) -> float:
+        """Seconds of a decode step, in the mean over all; where a route was merged, over all but the first."""
+        first = 1 if self.merges_route and len(self.ticks) > 2 else 0
+        return (self.ticks[-1] - self.ticks[first]) / (len(self.ticks) - 1 - first)
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens of all rows, one a row and step however many beams are searched, by decoding time."""
-        return self.prompts * self.steps / self.decode
+        return self.prompts / self.step
 
     def __str__(self) -> str:
-        if self.steps == 0:
+        if len(self.ticks) == 1:
             return f"first token after {self.first_token:.3f} s"
         return f"{self.tokens_per_second:.2f} tokens/s, first token after {self.first_token:.3f} s"
 
@@ -128,18 +144,18 @@ def generate(
     with method.running():
         clock.tick()
         output = method.model.generate(**prompts, **arguments, logits_processor=processors, **method.variant.generate)
-        seconds = clock.seconds()
+        clock.tick()
+        *ticks, whole = clock.seconds()
     batch, length = prompts["input_ids"].shape
-    if output.shape != (batch, length + new_tokens) or len(seconds) != new_tokens:
+    if output.shape != (batch, length + new_tokens) or len(ticks) != new_tokens:
         raise RuntimeError(
             f"{method.name} was to write {new_tokens} tokens after each of {batch} prompts of {length}, and returned "
-            f"{tuple(output.shape)} after {len(seconds)} steps."
+            f"{tuple(output.shape)} after {len(ticks)} steps."
         )
-    return Timing(batch, new_tokens - 1, seconds[0], seconds[-1] - seconds[0], output)
+    return Timing(batch, ticks, whole, method.variant.merges_route, output)
 
 
 def affordable_tokens(timing: Timing, new_tokens: int, round_seconds: float) -> int:
     """How many tokens a method generates in a round that is to last no longer than `round_seconds`."""
-    a_step = timing.decode / timing.steps
-    steps = int((round_seconds - timing.first_token) / a_step)
+    steps = int((round_seconds - timing.first_token) / timing.step)
     return max(min(FEWEST_TOKENS, new_tokens), min(new_tokens, steps + 1))

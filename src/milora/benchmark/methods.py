@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from peft.helpers import DoraCaching
-from torch import nn
 
 from milora.backbone.blocks import find_blocks
 from milora.backbone.shapes import build
 from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import shared_copy
 from milora.errors import MiLoraError, did_you_mean
+from milora.inference.together import serve_together
 from milora.methods import METHODS, config_for
 from milora.routing import RouterProjection
 
@@ -37,28 +37,32 @@ class Variant:
         overrides: Fields of its configuration.
         dora_caching: Whether PEFT's DoRA caching is switched on while it runs.
         merged: Whether the adapter is merged into (a copy of) the weights.
+        together: Whether `serve_together` is called on the model.
+        merges_route: Whether each generation merges one route, which all rows of a batch must then have.
         generate: Further arguments of `generate`.
-        one_route: Whether all rows of a batch must have one route.
     """
 
     method: str | None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     dora_caching: bool = False
     merged: bool = False
+    together: bool = False
+    merges_route: bool = False
     generate: Mapping[str, Any] = field(default_factory=dict)
-    one_route: bool = False
 
 
 VARIANTS: Mapping[str, Variant] = {
     BASE: Variant(None),
     "lora": Variant("lora"),
     "lora-merged": Variant("lora", merged=True),
+    "lora-together": Variant("lora", together=True),
     "dora": Variant("dora"),
     "dora-cached": Variant("dora", dora_caching=True),
     "moelora": Variant("moelora"),
     "milora-k1": Variant("milora", {"top_k": 1}),
     "milora-k2": Variant("milora", {"top_k": 2}),
     "milora": Variant("milora"),
+    "milora-merged": Variant("milora", merges_route=True, generate={"merge_route": True}),
     "midora": Variant("midora"),
 }
 """By name. Further ones: every other method of `milora.methods`, and `milora-k4` or `midora-k1` for any k."""
@@ -164,6 +168,8 @@ def build_method(
         else:
             model.add_adapter(adapter, config, autocast_adapter_dtype=floating)
     randomize(model, {id(parameter) for parameter in backbone.parameters()})
+    if found.together:
+        serve_together(model)
     if found.merged:
         model = model.merge_and_unload()  # type: ignore[union-attr]
     return MeasuredMethod(name, found, model.eval(), own)  # type: ignore[union-attr]
@@ -190,11 +196,3 @@ def randomize(model: Any, frozen: set[int]) -> None:
 def with_generate_arguments(method: MeasuredMethod, **arguments: Any) -> MeasuredMethod:
     """The method with further arguments for `generate`."""
     return replace(method, variant=replace(method.variant, generate={**method.variant.generate, **arguments}))
-
-
-def adapter_parameters(method: MeasuredMethod, backbone: nn.Module) -> int:
-    """How many parameters a method adds to the backbone."""
-    frozen = {id(parameter) for parameter in backbone.parameters()}
-    if method.variant.merged:
-        return 0
-    return sum(parameter.numel() for parameter in method.model.parameters() if id(parameter) not in frozen)

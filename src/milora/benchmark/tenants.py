@@ -22,7 +22,7 @@ from milora.benchmark.session import Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
 from milora.errors import MiLoraError
 
-TENANT_METHODS = (BASE, "lora", "milora")
+TENANT_METHODS = (BASE, "lora", "lora-together", "milora")
 SERVES_ROWS = ("lora", "dora", "milora", "midora")
 """Methods of which rows of one batch can have different adapters (`adapter_names`)."""
 
@@ -55,7 +55,7 @@ class TenantsSettings(Settings):
         check_names(self.methods)
         for name in self.methods:
             found = variant(name)
-            if found.merged or found.one_route or found.method not in (None, *SERVES_ROWS):
+            if found.merged or found.merges_route or found.method not in (None, *SERVES_ROWS):
                 raise MiLoraError(
                     f"{name} serves one adapter at a time: give some of {', '.join((BASE, *SERVES_ROWS))}."
                 )

@@ -134,7 +134,7 @@ def step(name: str, backbone: Any, settings: TrafficSettings) -> Step:
     weight_bytes, operations = _backbone(backbone, rows, settings.context)
     cache_bytes = _cache_values(backbone) * rows * settings.context * settings.torch_dtype.itemsize
     found = variant(name)
-    if found.method is None or found.merged or found.generate.get("merge_route"):
+    if found.method is None or found.merged or found.merges_route:
         return Step(weight_bytes, 0.0, cache_bytes, operations)
     values, adapter_operations = 0.0, 0.0
     for part in _modules(name, backbone, settings):

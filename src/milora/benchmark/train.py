@@ -47,7 +47,8 @@ class TrainSettings(Settings):
         check_names(self.methods)
         for name in self.methods:
             found = variant(name)
-            if found.method is None or found.merged or found.dora_caching or found.generate:
+            inference_only = found.merged or found.dora_caching or found.together or found.merges_route
+            if found.method is None or inference_only:
                 raise MiLoraError(f"{name} has nothing to train, or is for inference: leave it out of the methods.")
         check_at_least("batch", self.batch, 1)
         check_at_least("tokens", self.tokens, 2)

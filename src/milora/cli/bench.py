@@ -99,7 +99,7 @@ def decode(
             attention=attention,
             device=device,
             seed=seed,
-            **_named(methods),
+            methods=_named(methods).get("methods", benchmark.decode_methods(compiled)),
         )
         return benchmark.decode(settings, _tell)
 
