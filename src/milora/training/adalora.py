@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import AdaLoraModel
+from torch import Tensor
 from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
 from milora.training.stopping import forget_best
+
+IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""Where PEFT's rank allocator keeps what each element was worth, by the parameter's name."""
 
 
 class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
@@ -23,10 +29,22 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
         MiLoraError: When training begins, if the model has no AdaLoRA adapter, or ends before the schedule does.
     """
 
+    def __init__(self) -> None:
+        self._model: Any = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Knows the model, of which a checkpoint has to keep more than its adapter's file."""
+        self._model = model
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Checks that the ranks will be down at the target when training ends."""
         tuner = _tuner(model)
         config = tuner.peft_config[tuner.trainable_adapter_name]
+        if config.total_step - config.tfinal < 2:
+            raise MiLoraError(
+                f"AdaLoRA's schedule has to last for two steps at least before its target rank; it has total_step="
+                f"{config.total_step} and tfinal={config.tfinal}. Train for longer."
+            )
         if config.total_step - config.tfinal > state.max_steps:
             raise MiLoraError(
                 f"AdaLoRA's schedule reaches its target rank at step {config.total_step - config.tfinal} (total_step - "
@@ -47,6 +65,44 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
         """Forgets the best checkpoint when the ranks are down: no earlier one is within the budget."""
         if not self.is_open(model, state.global_step) and self.is_open(model, state.global_step - 1):
             forget_best(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside what PEFT saves, which is pruned: every rank, and what each was worth."""
+        tuner = _tuner(self._model)
+        allocator = tuner.rankallocator
+        return {
+            "weights": {name: p.detach().cpu() for name, p in tuner.model.named_parameters() if p.requires_grad},
+            "importance": {name: dict(getattr(allocator, name)) for name in IMPORTANCE},
+            "rank_pattern": tuner.peft_config[tuner.trainable_adapter_name].rank_pattern,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state, in a model whose ranks are all there."""
+        tuner = _tuner(self._model)
+        weights = dict(tuner.model.named_parameters())
+        with torch.no_grad():
+            for name, value in state["weights"].items():
+                weights[name].copy_(value)
+        for name, values in state["importance"].items():
+            on_device = {key: value.to(weights[key].device) for key, value in values.items()}
+            setattr(tuner.rankallocator, name, on_device)
+        tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = state["rank_pattern"]
+
+
+def orthogonality_penalty(tuner: AdaLoraModel) -> Tensor:
+    """`w * mean ||P P^T - I||_F` over the adapter's A and B^T, AdaLoRA's regularisation (its equation 4).
+
+    PEFT adds it to an output's `loss`, which `SFTTrainer` does not read.
+    """
+    adapter = tuner.trainable_adapter_name
+    norms = []
+    for name, parameter in tuner.model.named_parameters():
+        is_a = f"lora_A.{adapter}" in name
+        if is_a or f"lora_B.{adapter}" in name:
+            product = parameter @ parameter.T if is_a else parameter.T @ parameter
+            norms.append(torch.linalg.matrix_norm(product - torch.eye(len(product), device=product.device)))
+    penalty: Tensor = tuner.peft_config[adapter].orth_reg_weight * torch.stack(norms).mean()
+    return penalty
 
 
 def _tuner(model: Any) -> Any:

@@ -32,8 +32,9 @@ def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> li
     undecided: list[Any] = []
     if isinstance(tuner, AdaLoraModel):
         undecided.append(AdaLoraAllocation())
-    elif isinstance(tuner, SSPModel | LearnedAdapterModel) and tuner.is_searching:
-        if not has_dev:
+    elif isinstance(tuner, SSPModel | LearnedAdapterModel):
+        # After its search too, for the sake of a run that is resumed then.
+        if tuner.is_searching and not has_dev:
             raise MiLoraError(
                 f"{tuner.method} searches for its structure on dev rows, and there are none: pass --dev_data, or raise "
                 "--dev_fraction."

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
-from milora.backbone.loading import load_backbone
+from milora.backbone.loading import load_backbone, read_adapter_config
 from milora.errors import MiLoraError
 from milora.tasks.sources import to_dataset
 from milora.training.arguments import DataArguments, TrainingArguments
@@ -97,11 +97,17 @@ def _adapted(
     What a search has found, or has left, is in the checkpoint's configuration and not in the one that it began with.
     """
     config = method.to_config(backbone, arguments.optimizer_steps(rows))
-    if checkpoint is None:
+    if checkpoint is not None:
+        _check_same_method(config, read_adapter_config(checkpoint), method, checkpoint)
+        if not isinstance(config, AdaLoraConfig):
+            return PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)
+    # A checkpoint of AdaLoRA is pruned, and training goes on with all ranks.
+    try:
         return get_peft_model(backbone, config)
-    model = PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)
-    _check_same_method(config, model.active_peft_config, method, checkpoint)
-    return model
+    except MiLoraError:
+        raise
+    except ValueError as error:
+        raise MiLoraError(f"The settings of {method.method} are refused: {str(error).splitlines()[0]}") from error
 
 
 def _check_same_method(asked: Any, found: Any, method: MethodArguments, checkpoint: Path) -> None:

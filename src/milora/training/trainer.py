@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
+from peft import AdaLoraModel
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
@@ -17,6 +18,7 @@ from trl import SFTTrainer
 from milora.errors import MiLoraError
 from milora.routing.precision import KeepFloat32
 from milora.training.activations import BilevelActivations, activation_parameters
+from milora.training.adalora import orthogonality_penalty
 from milora.training.arguments import TrainingArguments
 from milora.training.bilevel import BilevelSearch
 from milora.training.callbacks import routing_metrics
@@ -24,11 +26,11 @@ from milora.training.card import ROUTES_FILE, CardFacts, write_card
 from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.routes import draw_routes
 
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-"""What a checkpoint needs to be resumed from; transformers writes `trainer_state.json` last."""
-
 STATE_FILE = "milora_state.pt"
 """In a checkpoint: what transformers does not keep, above all the optimiser of what trains on dev batches."""
+
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE_FILE, "trainer_state.json")
+"""What a checkpoint needs to be resumed from; transformers writes `trainer_state.json` last."""
 
 
 class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
@@ -114,6 +116,18 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             optimizer.add_param_group({"params": self._theta, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As `SFTTrainer`'s; in training, an AdaLoRA adapter's with its orthogonality penalty, once a step."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tuner = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
+        if not self.model.training or not isinstance(tuner, AdaLoraModel):
+            return result
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        penalty = orthogonality_penalty(tuner) / steps
+        return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+
     def tunable_parameters(self) -> int:
         """How many parameters train, by whichever optimiser."""
         theta = {id(parameter) for parameter in self._theta} if self.args.activation_training == "bilevel" else set()
@@ -168,14 +182,25 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer`'s, with the routing statistics in training logs and the perplexity in evaluation logs."""
         if "loss" in logs:
-            logs.update(routing_metrics(self.accelerator.unwrap_model(self.model)))
+            logs.update(self._mean_over_processes(routing_metrics(self.accelerator.unwrap_model(self.model))))
             if self._activations is not None and self._activations.loss is not None:
                 logs["dev_step_loss"] = self._activations.loss.item()
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
 
-    # transformers has no public place in a checkpoint for a second optimiser: these two write and read the first one.
+    def _mean_over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1 or not metrics:
+            return metrics
+        values = torch.tensor(list(metrics.values()), device=self.accelerator.device)
+        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    # transformers has no public place in a checkpoint for a second optimiser: these write and read the first one.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # What PEFT wrote of AdaLoRA is pruned; all of it is in our own file.
+        if not isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -189,15 +214,18 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             return
         file = Path(checkpoint) / STATE_FILE
         if not file.is_file():
-            if self._activations is not None:
-                raise MiLoraError(
-                    f"{checkpoint} has no {STATE_FILE}, where the optimiser of the routers' activations is: it was "
-                    f"written with another activation_training than {self.args.activation_training!r}, or by another "
-                    "trainer."
-                )
-            return
+            raise MiLoraError(
+                f"{checkpoint} has no {STATE_FILE}: it was written by another trainer, or not to its end."
+            )
         state = torch.load(file, map_location="cpu", weights_only=True)
-        for name, callback in self._stateful().items():
+        own = self._stateful()
+        different = sorted((state.keys() ^ own.keys()) - {"EarlyStopping"})
+        if different:
+            raise MiLoraError(
+                f"{checkpoint} was written with other settings, and only one of the two runs has a "
+                f"{' and a '.join(different)}: resume with the same --method and --activation_training."
+            )
+        for name, callback in own.items():
             if name in state:
                 callback.load_state_dict(state[name])
 
