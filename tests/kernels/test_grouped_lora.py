@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from milora.errors import MiLoraError
-from milora.kernels import add_grouped_lora, grouped_lora, grouped_lora_reference
+from milora.kernels import PackedRows, add_grouped_lora, grouped_lora, grouped_lora_reference
 from milora.kernels.triton_support import has_triton, is_interpreted
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -101,6 +101,30 @@ def test_stacks_and_activations_of_different_types(case: Case) -> None:
     assert_right(grouped_lora(**mixed), mixed)
 
 
+@settings(deadline=None, max_examples=120)
+@given(cases())
+def test_packed_rows_are_the_loop_over_rows(case: Case) -> None:
+    case |= {name: case[name][:, :1].contiguous() for name in ("x", "result")}
+    result = case["result"].clone()
+    packed = PackedRows(*(case[name] for name in ("adapters", "gates", "lora_a", "lora_b")))
+    for _ in range(2):
+        assert_right(packed.add_to(result, case["x"]), case)
+        result.copy_(case["result"])
+
+
+@pytest.mark.parametrize(
+    ("adapters", "size", "copied"),
+    [([0, 1, 2], 1, False), ([1, 1, 2, 2], 2, False), ([2, 0, -1], 1, True), ([0, 0, 0, 1], 1, True)],
+    ids=str,
+)
+def test_what_is_packed(adapters: list[int], size: int, copied: bool) -> None:
+    case = make_case([2, 2, 2], adapters, [1.0] * len(adapters), 1, 4, 5, torch.float32)
+    packed = PackedRows(*(case[name] for name in ("adapters", "gates", "lora_a", "lora_b")))
+    assert packed.size == size
+    shared = packed.a.untyped_storage().data_ptr() == case["lora_a"].untyped_storage().data_ptr()
+    assert shared is not copied
+
+
 SMALL = {
     "ranks": [2, 4, 3],
     "adapters": [2, -1, 0, 2, 1],
@@ -119,10 +143,12 @@ def test_views_that_are_not_contiguous() -> None:
 
 
 def test_weights_of_idle_rows_are_not_read() -> None:
-    case = make_case(**SMALL)
+    case = make_case(**{**SMALL, "tokens": 1})
     case["lora_a"][0] = torch.nan
     case["lora_b"][0] = torch.nan
     assert not grouped_lora(**case).isnan().any()
+    packed = PackedRows(*(case[name] for name in ("adapters", "gates", "lora_a", "lora_b")))
+    assert not packed.add_to(case["result"], case["x"]).isnan().any()
 
 
 def test_without_result_the_sum_alone() -> None:

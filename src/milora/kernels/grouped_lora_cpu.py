@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
@@ -23,7 +23,58 @@ def add_grouped_lora_on_cpu(
         _add(result, x, rows, weights, lora_a[adapter], lora_b[adapter])
 
 
-def _groups(adapters: Tensor, gates: Tensor) -> Iterator[tuple[int, list[int], list[float]]]:
+class PackedRows:
+    """`grouped_lora` for many calls of one token a row: the weights that the batch needs, side by side.
+
+    A decode step multiplies each adapter with one token, so that a call an adapter costs more than the reading of its
+    weights. Side by side they are multiplied in two calls. They are copies of what the stacks hold of the active rows,
+    unless that lies side by side already; changes of the stacks are not seen.
+
+    Args:
+        adapters: See [`milora.kernels.grouped_lora.add_grouped_lora`].
+        gates: Likewise.
+        lora_a: Likewise.
+        lora_b: Likewise.
+    """
+
+    def __init__(self, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+        groups = sorted(_groups(adapters, gates))
+        # Rows of one adapter are multiplied together as far as all groups can be cut into pieces of one size.
+        self.size = math.gcd(*(len(rows) for _, rows, _ in groups))
+        order = [row for _, rows, _ in groups for row in rows]
+        weights = [weight for _, _, of_rows in groups for weight in of_rows]
+        places = [adapter for adapter, rows, _ in groups for _ in range(len(rows) // self.size)]
+        self.is_idle = not order
+        if self.is_idle:
+            return
+        self.rows = None if order == list(range(len(adapters))) else torch.tensor(order)
+        # One weight for all, which hard gates have, is part of the last product.
+        self.weight = weights[0] if len(set(weights)) == 1 else 1.0
+        self.weights = None if len(set(weights)) == 1 else torch.tensor(weights).view(len(places), self.size, 1)
+        adjacent = places == list(range(places[0], places[0] + len(places)))
+        self.a, self.b = (
+            (stack.narrow(0, places[0], len(places)) if adjacent else stack[places]).transpose(1, 2)
+            for stack in (lora_a, lora_b)
+        )
+
+    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
+        """As `add_grouped_lora`: `result` (rows, 1, d_out), contiguous, is changed in place, `x` is (rows, 1, d_in)."""
+        if self.is_idle:
+            return result
+        part = x if self.rows is None else x.index_select(0, self.rows)
+        low = torch.bmm(part.reshape(-1, self.size, x.shape[-1]).to(self.a.dtype), self.a)
+        if self.weights is not None:
+            low *= self.weights.to(low.dtype)
+        if self.rows is None and result.dtype == low.dtype:
+            result.view(-1, self.size, result.shape[-1]).baddbmm_(low, self.b, alpha=self.weight)
+            return result
+        delta = torch.bmm(low, self.b).view(-1, 1, result.shape[-1]).to(result.dtype)
+        if self.rows is None:
+            return result.add_(delta, alpha=self.weight)
+        return result.index_add_(0, self.rows, delta, alpha=self.weight)
+
+
+def _groups(adapters: Tensor, gates: Tensor) -> list[tuple[int, list[int], list[float]]]:
     """Each adapter that is at work, with its rows and their gates."""
     groups: dict[int, tuple[list[int], list[float]]] = {}
     for row, (adapter, gate) in enumerate(zip(adapters.tolist(), gates.tolist(), strict=True)):
@@ -31,7 +82,7 @@ def _groups(adapters: Tensor, gates: Tensor) -> Iterator[tuple[int, list[int], l
             rows, weights = groups.setdefault(adapter, ([], []))
             rows.append(row)
             weights.append(gate)
-    return ((adapter, rows, weights) for adapter, (rows, weights) in groups.items())
+    return [(adapter, rows, weights) for adapter, (rows, weights) in groups.items()]
 
 
 def _add(result: Tensor, x: Tensor, rows: list[int], weights: list[float], a: Tensor, b: Tensor) -> None:

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
-from milora.kernels import add_grouped_lora
+from milora.kernels import PackedRows, add_grouped_lora
 from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack, lora_layers
 
 
@@ -31,19 +32,32 @@ UNKNOWN: Any = object()
 """Stands for rows that have not been looked at yet."""
 
 
-class ModuleRows(NamedTuple):
-    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch."""
+@dataclass
+class ModuleRows:
+    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch.
+
+    Attributes:
+        slots: (rows), int32: each row's place in the stacks, -1 for none.
+        gates: (rows), float32, LoRA's scaling in them.
+        lora_a: The module's stacks.
+        lora_b: Likewise.
+        packed: On a CPU, what decode steps multiply with; made at the first.
+    """
 
     slots: Tensor
-    """(rows), int32: each row's place in the stacks, -1 for none."""
     gates: Tensor
-    """(rows), float32, LoRA's scaling in them."""
     lora_a: Tensor
     lora_b: Tensor
+    packed: PackedRows | None = None
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
         rows = self.slots.shape[0]
+        if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if self.packed is None:
+                self.packed = PackedRows(self.slots, self.gates, self.lora_a, self.lora_b)
+            self.packed.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1))
+            return result
         x = x.to(self.lora_a.dtype)
         changed = add_grouped_lora(
             result.view(rows, -1, result.shape[-1]),
