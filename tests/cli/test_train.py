@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,35 @@ def test_a_yaml_file_and_flags_that_override_it(
     assert json.loads(capsys.readouterr().out)["steps"] == 1
 
 
+def test_a_yaml_file_with_a_method_and_its_settings(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = {
+        "model_name_or_path": str(backbone),
+        "task": "bundled-choice",
+        "train_rows": 8,
+        "dev_rows": 4,
+        "method": "moelora",
+        "settings": {"r": 8, "num_experts": 4, "top_k": 2},
+        "max_steps": 1,
+        "use_cpu": True,
+        "eval_on_start": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "output_dir": str(tmp_path / "out"),
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(["train", "--config", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "bundled-choice: 8 training rows, 4 dev rows, 0 left out for their length" in shown
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["num_experts"], config["r"]) == ("MOELORA", 4, 8)
+    recipe.write_text(yaml.safe_dump({**values, "num_expert": 4}))
+    assert main(["train", "--config", str(recipe)]) == 2
+    assert "num_expert" in capsys.readouterr().err
+
+
 def test_rows_that_do_not_fit_are_counted_and_never_cut(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +122,9 @@ def test_rows_that_do_not_fit_are_counted_and_never_cut(
     with data.open("a") as file:
         file.write(json.dumps({"prompt": "long " * 40, "completion": "x"}) + "\n")
     assert main([*flags(backbone, data, tmp_path / "out", max_steps=1, max_length=32), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["skipped_rows"] == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["skipped_rows"] == 1
+    assert result["rows"][str(data)]["no_room"] == 1
 
 
 @pytest.mark.parametrize(
@@ -107,6 +139,17 @@ def test_rows_that_do_not_fit_are_counted_and_never_cut(
         ({"backbone": "nowhere/nothing/here"}, "nowhere/nothing/here"),
         ({"packing": True}, "packing"),
         ({"resume_from_checkpoint": "nowhere"}, "No checkpoint at nowhere"),
+        ({"method": "milrao"}, "did you mean 'milora'"),
+        ({"method": "bitfit"}, "--r is no setting of bitfit"),
+        ({"method": "adalora", "settings": "{"}, "settings is no JSON"),
+        ({"task": "arc-esy"}, "did you mean 'arc-easy'"),
+        ({"activation_training": "both"}, "invalid choice: 'both'"),
+        ({"dev_fraction": 0.0}, "--activation_training joint or frozen"),
+        pytest.param(
+            {"load_in_4bit": True},
+            "--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes",
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"),
+        ),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -134,7 +177,7 @@ def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -
     data = rows_file(tmp_path)
     command = [sys.executable, "-m", "milora"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    settings = {"max_steps": 12, "seed": 3, "lora_dropout": 0.1}
+    settings = {"max_steps": 12, "seed": 3, "lora_dropout": 0.1, "activation_learning_rate": 1e-2}
     whole = flags(backbone, data, tmp_path / "whole", **settings)
     subprocess.run([*command, *whole], env=environment, check=True, capture_output=True, timeout=300)
 

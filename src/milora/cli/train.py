@@ -86,6 +86,14 @@ def _parser() -> Any:
         def error(self, message: str) -> NoReturn:
             raise MiLoraError(f"{message}. See milora train --help.")
 
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            # A file may use a flag's other names too.
+            names = {option.lstrip("-"): action.dest for action in self._actions for option in action.option_strings}
+            remaining: list[str] = super().set_defaults_with_config(
+                **{names.get(name, name): value for name, value in values.items()}
+            )
+            return remaining
+
     return Parser((DataArguments, MethodArguments, TrainingArguments), prog="milora train", allow_abbrev=False)
 
 

@@ -65,6 +65,12 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         own = [] if self._activations is None else [self._activations]
         router_values = _float32_values(model)
         super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
+        if self._activations is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise MiLoraError(
+                "--activation_training bilevel needs the whole model in each process: one process, or several that "
+                "share out the rows alone. FSDP and DeepSpeed share out the parameters, and own every backward pass: "
+                "pass --activation_training joint."
+            )
         # TRL rounds all that trains on a quantised backbone to bfloat16, in which routers would decide otherwise, and a
         # learning rate of 1e-6 would move nothing.
         for parameter, value in router_values:
