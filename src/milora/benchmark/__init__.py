@@ -1,6 +1,7 @@
 """Speed and memory of the methods, measured side by side in one process."""
 
 from milora.benchmark.decode import DecodeSettings, decode, decode_methods
+from milora.benchmark.kernel import KernelSettings, kernel
 from milora.benchmark.prefill import PrefillSettings, prefill
 from milora.benchmark.result import Result
 from milora.benchmark.table4 import table4
@@ -10,6 +11,7 @@ from milora.benchmark.train import TrainSettings, train_steps
 
 __all__ = [
     "DecodeSettings",
+    "KernelSettings",
     "PrefillSettings",
     "Result",
     "TenantsSettings",
@@ -17,6 +19,7 @@ __all__ = [
     "TrainSettings",
     "decode",
     "decode_methods",
+    "kernel",
     "prefill",
     "table4",
     "tenants",

@@ -15,6 +15,7 @@ from milora.benchmark.result import Result
 from milora.benchmark.rounds import Progress, compared, compared_memory, in_turn, spread, spread_fields
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
+from milora.benchmark.traffic import GIGA, backbone_traffic
 from milora.errors import MiLoraError
 
 DECODE_METHODS = (
@@ -155,6 +156,8 @@ class GenerationCase:
         first = {name: [timing.first_token for timing in of] for name, of in timings.samples.items()}
         first_step = {name: [timing.first_step or 0.0 for timing in of] for name, of in timings.samples.items()}
         whole = {name: [timing.whole for timing in of] for name, of in timings.samples.items()}
+        read, _ = backbone_traffic(self.session.backbone, batch * self.beams, length)
+        speeds_of_steps = {name: spread(of)["median"] / batch for name, of in speeds.items()}
         self.session.rows += [
             {
                 "method": name,
@@ -166,6 +169,8 @@ class GenerationCase:
                 "seconds_to_first_token": spread(first[name])["median"],
                 "seconds_of_first_step": spread(first_step[name])["median"],
                 "seconds": spread(whole[name])["median"],
+                # What a decode step must read of the backbone, by the time it takes: to hold against the bandwidth.
+                "weight_gigabytes_per_second": read / GIGA * speeds_of_steps[name],
                 "prompt_tokens": length,
                 "new_tokens": tokens[name],
                 "compiled_in_warm_up": warming.of(name) if settings.compile else None,

@@ -52,6 +52,7 @@ _DECODE: Mapping[str, Cell] = {
     "/ base": _ratio("base"),
     "/ lora": _ratio("lora"),
     "peak MiB": _number("peak_memory_mib", 0),
+    "weights GB/s": _number("weight_gigabytes_per_second", 1),
     "new": _number("new_tokens", 0),
 }
 COLUMNS: Mapping[str, Mapping[str, Cell]] = {
@@ -74,6 +75,14 @@ COLUMNS: Mapping[str, Mapping[str, Cell]] = {
         "memory / lora": _memory_ratio("lora"),
     },
     "tenants": {"tenants": _number("tenants", 0), **_DECODE},
+    "kernel": {
+        "rows": _number("batch", 0),
+        "us a call": _range("microseconds", 1),
+        "/ reference": _ratio("reference"),
+        "GB/s": _range("gigabytes_per_second", 1),
+        "of bandwidth": _range("share_of_bandwidth", 3),
+        "largest error": _number("largest_error", 5),
+    },
     "traffic": {
         "batch": _number("batch", 0),
         "context": _number("context", 0),
@@ -98,6 +107,9 @@ def title(result: Mapping[str, Any]) -> str:
     """What was measured, on what."""
     settings, environment = result["settings"], result["environment"]
     parts = [f"{result['command']}: {settings['backbone']}"]
+    if result["command"] == "kernel":
+        sizes = (settings["d_in"], settings["d_out"], settings["rank"], settings["active"])
+        parts = ["kernel: {} to {}, rank {}, every {}. row active".format(*sizes)]
     if settings.get("layers"):
         parts.append(f"{settings['layers']} blocks")
     parts += [settings["dtype"], f"adapters {settings['adapter_dtype']}"]

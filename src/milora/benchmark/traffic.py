@@ -131,7 +131,7 @@ def step(name: str, backbone: Any, settings: TrafficSettings) -> Step:
         settings: The batch and the context.
     """
     rows = settings.batch * settings.beams
-    weight_bytes, operations = _backbone(backbone, rows, settings.context)
+    weight_bytes, operations = backbone_traffic(backbone, rows, settings.context)
     cache_bytes = _cache_values(backbone) * rows * settings.context * settings.torch_dtype.itemsize
     found = variant(name)
     if found.method is None or found.merged or found.merges_route:
@@ -178,7 +178,14 @@ def _modules(name: str, backbone: Any, settings: TrafficSettings) -> Sequence[_P
     return parts
 
 
-def _backbone(backbone: Any, rows: int, context: int) -> tuple[float, float]:
+def backbone_traffic(backbone: Any, rows: int, context: int) -> tuple[float, float]:
+    """Bytes of the backbone's weights that a decode step reads, and the operations that it does with them.
+
+    Args:
+        backbone: A model, on `meta` or with weights.
+        rows: Prompts times beams.
+        context: Tokens whose keys and values are read.
+    """
     embedding = backbone.get_input_embeddings().weight
     head = backbone.get_output_embeddings().weight
     others = {id(parameter): parameter for parameter in backbone.parameters()}

@@ -246,6 +246,43 @@ def tenants(
     _run(measure, threads, as_json)
 
 
+@app.command("kernel")
+def kernel(
+    batches: Annotated[
+        str, typer.Option("--batches", metavar="1,8,32,64", help="Numbers of rows, each with an adapter of its own.")
+    ] = "1,8,32,64",
+    d_in: Annotated[int, typer.Option("--d-in", min=1, help="Size of the module's input.")] = 4096,
+    d_out: Annotated[int, typer.Option("--d-out", min=1, help="Size of the module's output.")] = 4096,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 32,
+    active: Annotated[int, typer.Option("--active", min=1, help="Every how-manyth row chose the module.")] = 2,
+    rounds: Rounds = 5,
+    dtype: Dtype = "bfloat16",
+    device: options.Device = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """The operator for rows with different adapters, against its reference and the device's bandwidth."""
+
+    def measure() -> Result:
+        from milora import benchmark
+
+        settings = benchmark.KernelSettings(
+            batches=_numbers("--batches", batches),
+            d_in=d_in,
+            d_out=d_out,
+            rank=rank,
+            active=active,
+            rounds=rounds,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+        return benchmark.kernel(settings, _tell)
+
+    _run(measure, threads, as_json)
+
+
 @app.command("traffic")
 def traffic(
     backbone: Annotated[

@@ -1,0 +1,195 @@
+"""`milora bench kernel`: the operator for rows with different adapters, against its reference and its byte count."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora.benchmark.environment import environment
+from milora.benchmark.result import Result
+from milora.benchmark.rounds import Progress, Turn, compared, in_turn, spread_fields
+from milora.benchmark.settings import Settings, check_at_least
+from milora.kernels import add_grouped_lora, grouped_lora_reference
+
+OPERATOR, REFERENCE, COPY = "operator", "reference", "copy"
+COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
+"""Size of the buffer whose copy tells a device's bandwidth: far above every cache."""
+COLD_BYTES = 2**28
+"""The stacks that calls go through in turn are together at least this large, so that none is found in a cache."""
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class KernelSettings(Settings):
+    """Which calls.
+
+    Args:
+        batches: Numbers of rows, each with an adapter of its own, each measured by itself.
+        d_in: Size of the module's input.
+        d_out: Size of its output.
+        rank: Of the adapters.
+        active: Every how-manyth row has chosen the module; 1 is all.
+        calls: Of one measurement.
+
+    Raises:
+        MiLoraError: If a value is out of range.
+    """
+
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    d_in: int = 4096
+    d_out: int = 4096
+    rank: int = 32
+    active: int = 2
+    calls: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for batch in self.batches:
+            check_at_least("batches", batch, 1)
+        for name in ("d_in", "d_out", "rank", "active", "calls"):
+            check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Arguments of calls, the stacks of which lie apart in memory."""
+
+    x: Tensor
+    adapters: Tensor
+    gates: Tensor
+    stacks: list[tuple[Tensor, Tensor]]
+    result: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """That one call must read and write: A and B of the rows that chose the module, their inputs and outputs."""
+        rows = int((self.gates != 0).sum())
+        lora_a, lora_b = self.stacks[0]
+        weights = lora_a[0].nbytes + lora_b[0].nbytes
+        return rows * (weights + self.x[0].nbytes + 2 * self.result[0].nbytes)
+
+
+def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> Result:
+    """Measures a decode step's call of the operator: one token a row.
+
+    On a GPU the calls are captured into a CUDA graph, as in a compiled decode step, so that launching them costs
+    nothing. The device's bandwidth is measured beside, in the same rounds, as a copy of a large buffer.
+
+    Args:
+        settings: What to measure.
+        progress: Is told how far it is.
+    """
+    settings = settings.resolved()
+    device = torch.device(settings.device or "cpu")
+    before = environment(device)
+    rows: list[dict[str, Any]] = []
+    order: list[Turn] = []
+    source = torch.ones(COPIED_BYTES.get(device.type, COPIED_BYTES["cpu"]) // 4, device=device)
+    target = torch.empty_like(source)
+    for batch in settings.batches:
+        calls = _make(settings, batch, device)
+        lora_a, lora_b = calls.stacks[0]
+        expected = grouped_lora_reference(calls.result, calls.x, calls.adapters, calls.gates, lora_a, lora_b)
+        found = add_grouped_lora(calls.result.clone(), calls.x, calls.adapters, calls.gates, lora_a, lora_b)
+        error = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+        runs = {
+            OPERATOR: _prepared(_calling(add_grouped_lora, calls, settings.calls), device),
+            REFERENCE: _prepared(_calling(grouped_lora_reference, calls, settings.calls), device),
+            COPY: _prepared(lambda: target.copy_(source), device),
+        }
+        for run in runs.values():
+            for _ in range(settings.warmups):
+                run()
+        case = f"batch {batch}"
+        measured = in_turn(case, list(runs), settings.rounds, lambda name, runs=runs: runs[name](), progress, _seconds)  # type: ignore[misc]
+        order += measured.order
+        per_call = {
+            name: [seconds / (1 if name == COPY else settings.calls) for seconds in of]
+            for name, of in measured.samples.items()
+        }
+        bandwidth = [2 * source.nbytes / seconds for seconds in per_call[COPY]]
+        for name, seconds in per_call.items():
+            moved = 2 * source.nbytes if name == COPY else calls.bytes
+            speeds = [moved / each for each in seconds]
+            shares = [speed / limit for speed, limit in zip(speeds, bandwidth, strict=True)]
+            rows.append(
+                {
+                    "method": name,
+                    "batch": batch,
+                    **spread_fields("microseconds", [each * 1e6 for each in seconds]),
+                    **compared(per_call, name),
+                    "bytes": moved,
+                    **spread_fields("gigabytes_per_second", [speed / GIGA for speed in speeds]),
+                    **spread_fields("share_of_bandwidth", shares),
+                    "largest_error": error if name == OPERATOR else None,
+                }
+            )
+    after = environment(device)["load_average"]
+    return Result("kernel", settings.to_dict(), rows, order, {**before, "load_average_after": after})
+
+
+def _make(settings: KernelSettings, batch: int, device: torch.device) -> _Calls:
+    generator = torch.Generator(device).manual_seed(settings.seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(settings.torch_dtype)
+
+    stack_bytes = batch * settings.rank * (settings.d_in + settings.d_out) * settings.torch_dtype.itemsize
+    number = min(settings.calls, -(-COLD_BYTES // stack_bytes))
+    gates = torch.zeros(batch, device=device)
+    gates[:: settings.active] = 2.0
+    return _Calls(
+        x=draw(batch, 1, settings.d_in),
+        adapters=torch.arange(batch, device=device, dtype=torch.int32),
+        gates=gates,
+        stacks=[
+            (draw(batch, settings.rank, settings.d_in), draw(batch, settings.d_out, settings.rank))
+            for _ in range(number)
+        ],
+        result=draw(batch, 1, settings.d_out),
+    )
+
+
+def _calling(function: Callable[..., Tensor], calls: _Calls, number: int) -> Callable[[], Any]:
+    def run() -> None:
+        for index in range(number):
+            lora_a, lora_b = calls.stacks[index % len(calls.stacks)]
+            function(calls.result, calls.x, calls.adapters, calls.gates, lora_a, lora_b)
+
+    return run
+
+
+def _prepared(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+    """A function that runs `run` and returns the seconds; on a GPU as a graph."""
+    run()
+    if device.type != "cuda":
+
+        def timed() -> float:
+            started = time.perf_counter()
+            run()
+            return time.perf_counter() - started
+
+        return timed
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def replayed() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1000
+
+    return replayed
+
+
+def _seconds(sample: float) -> str:
+    return f"{sample * 1e3:.3f} ms"
