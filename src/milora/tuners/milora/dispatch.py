@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,6 +166,7 @@ class _RoutingInForce(threading.local):
     def __init__(self) -> None:
         self.forced: Route | None = None
         self.merged: Route | None = None
+        self.merge_into: ExitStack | None = None
         self.adapter_names: list[str] | None = None
         self.records: list[Route] | None = None
 
@@ -225,6 +227,20 @@ class Dispatcher(PromptPasses):
         """The route that this thread has merged into the backbone's weights."""
         return self._routing_in_force.merged
 
+    @property
+    def merge_into(self) -> ExitStack | None:
+        """Where the generation of this thread that asked for it is to merge its route, once that is known."""
+        return self._routing_in_force.merge_into
+
+    @contextmanager
+    def merging(self, stack: ExitStack) -> Iterator[None]:
+        """In force: the wish for a merged route, which ends with `stack`."""
+        self._routing_in_force.merge_into = stack
+        try:
+            yield
+        finally:
+            self._routing_in_force.merge_into = None
+
     @contextmanager
     def following_merged(self, route: Route) -> Iterator[None]:
         """In force: a route whose experts are in the backbone's weights, so that no layer computes any."""
@@ -284,3 +300,25 @@ def follow(
     at = route.blocks.index(block)
     gates = picked.gates[at][:, columns].to(device)
     return Decision(gates, picked.probabilities[at][:, columns].to(device), gates != 0)
+
+
+def chosen_modules(routers: Mapping[str, Any], route: Route, adapter: str) -> dict[str, float]:
+    """Path of each module that a route of one row chose -> its gate.
+
+    Args:
+        routers: The blocks' router layers, by the block's path.
+        route: A route of one row.
+        adapter: The adapter whose route it is.
+
+    Raises:
+        MiLoraError: If the route is not of this adapter and backbone.
+    """
+    gates: dict[str, float] = {}
+    for block, router in routers.items():
+        if adapter not in router.experts:
+            continue
+        experts = router.experts[adapter]
+        decision = follow(route, block, experts, None, torch.device("cpu"))
+        of_block = zip(experts, decision.gates[0].tolist(), strict=True)
+        gates |= {f"{block}.{expert}": gate for expert, gate in of_block if gate != 0}
+    return gates

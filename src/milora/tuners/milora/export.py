@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -19,7 +18,7 @@ from torch import Tensor
 from milora.errors import MiLoraError
 from milora.routing import Route
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.dispatch import follow
+from milora.tuners.milora.dispatch import chosen_modules
 
 PREFIX = "base_model.model."
 """What the names of a PEFT file start with."""
@@ -67,14 +66,7 @@ def export_route(model: Any, route: Route, folder: str | Path, adapter: str | No
 
 def _gates(model: Any, route: Route, adapter: str) -> dict[str, float]:
     """Module path -> gate, of the modules that the route chose."""
-    gates: dict[str, float] = {}
-    for block, router in model.base_model._routers().items():
-        if adapter not in router.experts:
-            continue
-        experts = router.experts[adapter]
-        decision = follow(route, block, experts, None, torch.device("cpu"))
-        of_block = zip(experts, decision.gates[0].tolist(), strict=True)
-        gates |= {f"{block}.{expert}": gate for expert, gate in of_block if gate != 0}
+    gates = chosen_modules(model.base_model._routers(), route, adapter)
     if not gates:
         raise MiLoraError("The route chooses no expert in any block, so there is nothing to export.")
     return gates

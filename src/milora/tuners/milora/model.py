@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from milora.tuners.checkpointing import restore_checkpoint_function
 from milora.tuners.grouped import lora_layers
 from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
 from milora.tuners.milora.config import MiLoraConfig, activations_by_block
-from milora.tuners.milora.dispatch import Dispatcher, RoutingPass
+from milora.tuners.milora.dispatch import Dispatcher, RoutingPass, chosen_modules
 from milora.tuners.milora.expert import NO_MERGE, ExpertVariant, as_expert
 from milora.tuners.milora.grouped import RoutedServing
 from milora.tuners.milora.layer import RouterLayer
+from milora.tuners.milora.merging import SharedWeights, common_route, merged
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
@@ -53,6 +54,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             raise MiLoraError(f"{type(model).__name__} is an encoder-decoder; MiLoRA routes decoder-only models.")
         self.passes = self.dispatcher = Dispatcher()
         self.statistics = RoutingStatistics()
+        self._weights = SharedWeights()
         self._watches = []
         self.grouped = RoutedServing(model, self.dispatcher, self._row_names)
 
@@ -264,6 +266,8 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
                 if name != BASE_ROW
             }
         forced = self.dispatcher.forced
+        if self.dispatcher.merged is not None and forced is not self.dispatcher.merged:
+            raise MiLoraError("Another route is merged into the backbone's weights; leave it before this one is used.")
         if forced is not None:
             if rows % len(forced) != 0:
                 raise MiLoraError(f"The route in force is for {len(forced)} prompts; the batch has {rows} rows.")
@@ -291,7 +295,12 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
     # -------------------------------------------------------------------- routes
 
     def generate(
-        self, *args: Any, route: Route | None = None, compiled: bool | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        route: Route | None = None,
+        compiled: bool | None = None,
+        merge_route: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """`generate` of the backbone, routed once: at the prefill, or by `route`.
 
@@ -303,17 +312,24 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             compiled: Compile the decode step (static cache, `torch.compile`): routes and adapters are data that it
                 reads, so that other prompts and tenants compile nothing anew. `None` leaves it to transformers, which
                 compiles on a GPU with `cache_implementation="static"`; `False` rules it out.
+            merge_route: Where all rows have one route, merge it into the backbone's weights for the length of the
+                generation, after the prefill has found it: decoding then costs what the backbone costs. There is a
+                second copy of the affected weights for as long, and no other thread may use the backbone; see
+                [`MiLoraModel.merged_route`].
             **kwargs: As for the backbone's `generate`.
 
         Raises:
             MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, or a prompt is
-                empty.
+                empty, or `merge_route` is asked for and rows differ, a chosen layer is quantised, another thread is
+                generating, or the steps are to be compiled.
         """
         model: Any = self.model
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        if compiled and merge_route:
+            raise MiLoraError("A merged route is not served by compiled steps: leave out compiled or merge_route.")
         if compiled:
             kwargs |= compiled_settings(named)
-        elif compiled is False:
+        elif compiled is False or merge_route:
             kwargs["disable_compile"] = True
         if self.prompt_tuning_is_off():
             return model.generate(*args, **kwargs)
@@ -337,6 +353,8 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             self.dispatcher.generating(named.get("attention_mask")) as generation,
             self.dispatcher.forcing(route),
             self.grouped.compiled() if compiled else nullcontext(),
+            self._weights.generating(),
+            self._merging() if merge_route else nullcontext(),
         ):
             output = model.generate(*args, **kwargs)
         if self.dispatcher.records is not None:
@@ -398,6 +416,73 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         A batch of a multiple of the route's rows (beams, several return sequences) repeats each row in succession.
         """
         return self.dispatcher.forcing(route)
+
+    @contextmanager
+    def merged_route(self, route: Route) -> Iterator[None]:
+        """`with model.merged_route(route):` has a route in force as `use_route` has, merged into the weights.
+
+        Its experts then cost nothing a token. The weights that it changes are there twice for as long; the backbone's
+        own come back at the end bit for bit, however that comes. Merged weights are rounded to the backbone's type, so
+        in bfloat16 the outputs are close to those of `use_route`, and not the same. Meanwhile other threads that call
+        the backbone are refused.
+
+        Raises:
+            MiLoraError: If the route's rows differ or it is not of this adapter, the model is in training mode or its
+                adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another thread is
+                generating, or a route is merged already.
+        """
+        with self._weights.owned(), self._merge(route):
+            yield
+
+    @contextmanager
+    def _merge(self, route: Route) -> Iterator[None]:
+        if self.training:
+            raise MiLoraError("A route is merged for inference; call model.eval() first.")
+        if self.prompt_tuning_is_off():
+            raise MiLoraError("The adapters are disabled, so there is nothing to merge.")
+        if self.dispatcher.adapter_names is not None:
+            raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out adapter_names.")
+        route = common_route(route)
+        adapter = self.active_adapters[0]
+        gates = chosen_modules(self._routers(), route, adapter)
+        with (
+            merged(self.model, gates, adapter),
+            self.dispatcher.forcing(route),
+            self.dispatcher.following_merged(route),
+        ):
+            yield
+
+    @contextmanager
+    def _merging(self) -> Iterator[None]:
+        """Has the generation that begins merge its route as soon as it is known."""
+        if self.dispatcher.merged is not None:
+            yield
+            return
+        with self._weights.owned(), ExitStack() as stack, self.dispatcher.merging(stack):
+            yield
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            super()._before_forward(module, args, kwargs)
+            return
+        self._weights.begin_forward()
+        if self.dispatcher.merged is not None and self.prompt_tuning_is_off():
+            raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
+        follows = self.passes.following() is not None
+        super()._before_forward(module, args, kwargs)
+        stack, running = self.dispatcher.merge_into, self.dispatcher.current
+        if stack is None or running is None or running.is_merged:
+            return
+        if running.forced is not None or follows:
+            route = running.forced if running.forced is not None else running.route(tuple(self._routers()))
+            stack.enter_context(self._merge(route))
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        try:
+            return super()._after_forward(module, args, kwargs, output)
+        finally:
+            if not torch.compiler.is_compiling():
+                self._weights.end_forward()
 
     def record_routes(self) -> AbstractContextManager[list[Route]]:
         """`with model.record_routes() as routes:` gets the route of every `generate` inside, once it has ended.
