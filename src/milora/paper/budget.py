@@ -112,15 +112,16 @@ def _fitted(name: str, config: Any, target: int) -> Budget:
     size = SIZES[name]
     if name != "moelora":
         return _checked(name, {size.field: _nearest(name, size, config, target, {})}, config, target)
+    tried: list[Budget] = []
     # Nearest to the paper's eight experts first; of two at the same distance the smaller, whose experts are larger.
     for experts in sorted(range(2, 2 * EXPERTS + 1), key=lambda experts: (abs(experts - EXPERTS), experts)):
         shape = {} if experts == EXPERTS else {"num_experts": experts, "top_k": max(experts // 2, 1)}
         of_experts = Size(size.field, experts * max(round(size.paper / experts), 1), experts)
         settings = {size.field: _nearest(name, of_experts, config, target, shape), **shape}
-        counts = parameter_counts(name, config, **settings)
-        if _is_near(counts, target):
-            return Budget(settings, counts)
-    raise _none_near(name, config, target, settings)
+        tried.append(Budget(settings, parameter_counts(name, config, **settings)))
+        if _is_near(tried[-1].counts, target):
+            return tried[-1]
+    raise _none_near(name, min(tried, key=lambda budget: abs(budget.counts.tunable - target)), target)
 
 
 def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -> int:
@@ -144,21 +145,20 @@ def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -
 
 
 def _checked(name: str, settings: Settings, config: Any, target: int) -> Budget:
-    counts = parameter_counts(name, config, **settings)
-    if not _is_near(counts, target):
-        raise _none_near(name, config, target, settings)
-    return Budget(settings, counts)
+    budget = Budget(settings, parameter_counts(name, config, **settings))
+    if not _is_near(budget.counts, target):
+        raise _none_near(name, budget, target)
+    return budget
 
 
 def _is_near(counts: Counts, target: int) -> bool:
     return abs(counts.tunable - target) <= TOLERANCE * target
 
 
-def _none_near(name: str, config: Any, target: int, settings: Settings) -> MiLoraError:
-    found = parameter_counts(name, config, **settings).tunable
+def _none_near(name: str, nearest: Budget, target: int) -> MiLoraError:
     return MiLoraError(
         f"No size brings {name} within {TOLERANCE:.0%} of {target:,} tunable parameters on this backbone: the nearest "
-        f"is {settings}, with {found:,}. Leave the method out, or give another --budget."
+        f"is {nearest.settings}, with {nearest.counts.tunable:,}. Leave the method out, or give another --budget."
     )
 
 
