@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from milora import MiLoraError
 from milora.training import BilevelActivations, MiLoraTrainer
 from milora.training import TrainingArguments as MiLoraTrainingArguments
-from milora.training.dev_step import DevBatches
+from milora.training.dev_step import DevBatches, DevStep
 
 RATE = 1e-3
 
@@ -101,11 +101,18 @@ def by_hand(rows: Dataset, steps: int) -> dict[str, Tensor]:
     return trained(model, theta=True)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_theta_takes_adams_steps_on_the_dev_loss(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+)
+def test_theta_takes_adams_steps_on_the_dev_loss(tmp_path: Path, checkpointing: dict[str, Any]) -> None:
     # With everything else at rest; neither its loss nor its dropout is in the dev loss.
     model = adapted(load_balancing_coef=0.5, lora_dropout=0.5)
-    trainer = trainer_for(tmp_path, model, learning_rate=0.0, gradient_checkpointing=checkpointing)
+    trainer = trainer_for(tmp_path, model, learning_rate=0.0, **checkpointing)
     rest = trained(model, theta=False)
     trainer.train()
     expected = by_hand(text_rows(4, shift=5), steps=3)
@@ -318,6 +325,39 @@ def test_dev_batches(rows: int, size: int, processes: int, start: int) -> None:
     # From any step on, the same as the whole would have given.
     later = batches(processes - 1, start % steps)
     assert [next(later) for _ in range(steps - start % steps)] == [step[-1] for step in seen[start % steps :]]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_scaled_loss_makes_the_same_step(scale: float) -> None:
+    layer = torch.nn.Linear(2, 1)
+    before = layer.weight.detach().clone()
+    step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), [BATCH], evaluation=True)
+    loss = step(Model(layer), torch.device("cpu"), scale)
+    # The loss is the sum of the outputs, so the gradient is the sum of the inputs.
+    assert loss == pytest.approx((BATCH["labels"] @ before.T + layer.bias).sum().item())
+    torch.testing.assert_close(layer.weight, before - 0.5 * BATCH["labels"].sum(dim=0))
+    assert (layer.weight.grad, layer.bias.grad, layer.weight.requires_grad) == (None, None, False)
+    assert layer.bias.requires_grad
+
+
+def test_gradients_that_are_not_finite_make_no_step() -> None:
+    layer = torch.nn.Linear(2, 1)
+    before = layer.weight.detach().clone()
+    step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), [BATCH], evaluation=True)
+    step(Model(layer), torch.device("cpu"), float("inf"))
+    assert torch.equal(layer.weight, before)
+
+
+BATCH = {"labels": torch.tensor([[1.0, 2.0], [3.0, 5.0]])}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.layer(labels).sum()}
 
 
 TWO_PROCESSES = """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
         self.every = every
         self.learning_rate = learning_rate
         self.model_arguments: dict[str, Any] = {}
+        self.loss_scale: Callable[[], float] = lambda: 1.0
         self.loss: Tensor | None = None
         """Of the last dev batch."""
         self._theta: list[nn.Parameter] = []
@@ -85,7 +86,7 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """A step of Theta, when it is due."""
         if self._step is not None and state.global_step % self.every == 0:
-            self.loss = self._step(model, args.device)
+            self.loss = self._step(model, args.device, self.loss_scale())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves Theta as PEFT had it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         self.learning_rate = learning_rate
         self.betas = betas
         self.model_arguments: dict[str, Any] = {}
+        self.loss_scale: Callable[[], float] = lambda: 1.0
         self._step: DevStep | None = None
         self._resumed: Mapping[str, Any] | None = None
 
@@ -140,7 +141,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
             return
         assert self._step is not None
         if state.global_step % self.every == 0:
-            self._step(model, args.device)
+            self._step(model, args.device, self.loss_scale())
         before = list(tuner.parameters())
         begins_anew = self.advance(tuner, state.global_step, self._steps)
         remaining = {id(parameter) for parameter in tuner.parameters()}

@@ -42,4 +42,5 @@ def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> li
         search = SSPSearch if isinstance(tuner, SSPModel) else LearnedAdapterSearch
         undecided.append(search(search_share=arguments.search_share))
     patience = arguments.early_stopping_patience
-    return [*undecided, EarlyStopping(patience, undecided)] if patience > 0 and has_dev else undecided
+    stops = patience > 0 and has_dev and arguments.eval_strategy != "no"
+    return [*undecided, EarlyStopping(patience, undecided)] if stops else undecided

@@ -85,6 +85,8 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
                 callback.dev_batches = self.dev_batches()
                 # Scores the supervised tokens alone, as the training step does.
                 callback.model_arguments = {"fused_lm_head": True}
+                if self.accelerator.scaler is not None:
+                    callback.loss_scale = self.accelerator.scaler.get_scale
 
     def dev_batches(self) -> DevBatches:
         """Batches of the dev set, of the size of the training batches of a device.
