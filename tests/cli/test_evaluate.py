@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.adapted import adapted
+from support.judge import Server
 from support.tokenizer import save_backbone
 
 from milora.cli.main import main
@@ -148,3 +149,50 @@ def test_standard_output_is_the_result_alone() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["tasks"]["bundled-choice"]["rows"] == 2
+
+
+class TestMtBench:
+    @pytest.fixture
+    def judge(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+        monkeypatch.setenv("MILORA_JUDGE_API_KEY", "secret")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        server = Server()
+        yield server
+        server.close()
+
+    @pytest.fixture
+    def arguments(self, tmp_path: Path) -> list[str]:
+        (tmp_path / "mt_bench").mkdir()
+        question = {"question_id": 81, "category": "writing", "turns": ["Write.", "Shorter."]}
+        (tmp_path / "mt_bench" / "question.jsonl").write_text(json.dumps(question) + "\n")
+        answers = {"question_id": 81, "model_id": "other", "choices": [{"index": 0, "turns": ["x", "y"]}]}
+        (tmp_path / "other.jsonl").write_text(json.dumps(answers) + "\n")
+        return ["--backbone", "tiny", "--max-new-tokens", "3", "--task", "mt-bench", "--data-dir", str(tmp_path)]
+
+    def test_answers_are_graded_and_compared(
+        self, judge: Server, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        judge.reply = lambda body, number: "[[6]] [[A]]"
+        arguments += ["--judge-url", judge.url, "--judge-model", "j", "--compare-with", str(tmp_path / "other.jsonl")]
+        arguments += ["--output-dir", str(tmp_path / "out"), "--model-id", "mine"]
+        printed = result(capsys, *arguments)["tasks"]["mt-bench"]
+        assert (printed["score"], printed["unparsed"], printed["pairwise"]["ties"]) == (6, 0, 2)
+        assert len(judge.requests) == 2 + 4
+        assert {headers["Authorization"] for headers in judge.headers} == {"Bearer secret"}
+        assert result(capsys, *arguments)["tasks"]["mt-bench"] == printed
+        assert len(judge.requests) == 6
+        assert main(["evaluate", *arguments]) == 0
+        assert "6.000" in capsys.readouterr().out
+
+    def test_a_judge_that_refuses_leaves_the_answers(
+        self, judge: Server, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        judge.reply = lambda body, number: (401, {}, "")
+        arguments += ["--judge-url", judge.url, "--output-dir", str(tmp_path / "out")]
+        assert "refuses (401)" in complaint(capsys, *arguments)
+        assert len((tmp_path / "out" / "mt-bench" / "model_answer").glob("*").__next__().read_text().splitlines()) == 1
+
+    def test_mistakes(self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "--output-dir" in complaint(capsys, *arguments)
+        other = str(tmp_path / "other.jsonl")
+        assert "--judge-url" in complaint(capsys, *arguments, "--output-dir", str(tmp_path), "--compare-with", other)

@@ -42,7 +42,10 @@ def command(
             help=f"Predictions, a file a task, and {RESULTS_FILE}; the same command goes on with what is there.",
         ),
     ] = None,
-    beams: Annotated[int, typer.Option("--beams", min=1, help="Beams; 3, as in the paper.")] = 3,
+    beams: Annotated[
+        int | None,
+        typer.Option("--beams", min=1, help="Beams; 3, as in the paper, and for MT-Bench FastChat's temperatures."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="By default what each task needs.")
     ] = None,
@@ -51,6 +54,23 @@ def command(
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Whether to generate answers, or measure perplexity alone.")
     ] = True,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url",
+            metavar="URL",
+            help="OpenAI-compatible API that judges mt-bench; its key is MILORA_JUDGE_API_KEY or OPENAI_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[str, typer.Option("--judge-model", help="The judge's name there.")] = "gpt-4",
+    judge_workers: Annotated[int, typer.Option("--judge-workers", min=1, help="Requests at a time.")] = 4,
+    compare_with: Annotated[
+        Path | None,
+        typer.Option("--compare-with", metavar="FILE", help="Another model's mt-bench answers, for pairwise judging."),
+    ] = None,
+    model_id: Annotated[
+        str | None, typer.Option("--model-id", help="Name in mt-bench's files; by default the adapter's folder.")
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -64,7 +84,7 @@ def command(
 
         from milora.backbone.loading import load_for_inference
         from milora.evaluation.files import write_json
-        from milora.evaluation.run import EvaluationSettings, check_rows, evaluate, mean_accuracy
+        from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate, mean_accuracy
         from milora.tasks.task import check_split
 
         settings = EvaluationSettings(
@@ -77,6 +97,13 @@ def command(
             accuracy=generate,
             perplexity=perplexity,
             output_dir=output_dir,
+            judging=Judging(
+                model_id=model_id or Path(adapter or backbone or "model").resolve().name,
+                url=judge_url,
+                model=judge_model,
+                opponent=compare_with,
+                workers=judge_workers,
+            ),
         )
         # A mistake in the last task's data should not show after hours with the others.
         for of_task in tasks:
@@ -99,6 +126,9 @@ def command(
                 # A file has no width to fit, and narrow columns would cut names.
                 console.width = 160
             console.print(table(results, result["mean"]))
+            for result in results.values():
+                if result.get("failed"):
+                    typer.echo(f"{result['failed']} judgements could not be had: {result['reason']}", err=True)
             if output_dir is not None:
                 typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
 
@@ -124,8 +154,13 @@ def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table
 
     columns = {
         "task": list(results),
-        "rows": [_number(result.get("rows", result.get("perplexity_rows"))) for result in results.values()],
+        "rows": [
+            _number(result.get("rows", result.get("perplexity_rows", result.get("questions"))))
+            for result in results.values()
+        ],
         "accuracy": [_share(result.get("accuracy")) for result in results.values()],
+        "score of 10": [_decimal(result.get("score")) for result in results.values()],
+        "win rate": [_share(result.get("pairwise", {}).get("win_rate")) for result in results.values()],
         "95 % interval": [_interval(result.get("interval")) for result in results.values()],
         "groups": [_number(len(result.get("groups", ())) or None) for result in results.values()],
         "unparsed": [_number(result.get("unparsed")) for result in results.values()],
@@ -143,6 +178,10 @@ def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table
     for cells in zip(*shown.values(), strict=True):
         result.add_row(*cells)
     return result
+
+
+def _rows(result: Mapping[str, Any]) -> int | None:
+    return next((result[name] for name in ("rows", "perplexity_rows", "questions") if name in result), None)
 
 
 def _watch(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from milora.errors import MiLoraError
 from milora.evaluation.generation import evaluate_task
+from milora.evaluation.mt_bench import run as mt_bench
+from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.evaluation.perplexity import completion_perplexity
 from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding
+from milora.tasks.mt_bench import FOLDER as MT_BENCH_FOLDER
+from milora.tasks.mt_bench import MtBench
 from milora.tasks.task import Split, Task
+
+BEAMS = 3
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges MT-Bench's answers, and under which name they are kept.
+
+    Attributes:
+        model_id: The model's name in the files.
+        url: An OpenAI-compatible API's root; `None` leaves the answers unjudged.
+        model: The judge's name there.
+        opponent: A file of another model's answers to compare with.
+        workers: Requests at a time.
+    """
+
+    model_id: str = "model"
+    url: str | None = None
+    model: str = "gpt-4"
+    opponent: Path | None = None
+    workers: int = 4
 
 
 @dataclass(frozen=True)
@@ -23,12 +50,13 @@ class EvaluationSettings:
         split: Which rows.
         limit: How many of them; all with `None`.
         seed: Of their order.
-        beams: Width of the beam search.
+        beams: Width of the beam search; by default 3, and for MT-Bench drawing at FastChat's temperatures.
         max_new_tokens: Length at which an answer is cut; by default what the task needs.
         batch_size: Rows a batch.
         accuracy: Whether answers are generated.
         perplexity: Whether the perplexity of the gold completions is measured.
         output_dir: Where predictions go, a file a task; `None` keeps none.
+        judging: What MT-Bench needs besides.
 
     Raises:
         MiLoraError: If nothing is to be measured.
@@ -37,12 +65,13 @@ class EvaluationSettings:
     split: Split = "test"
     limit: int | None = None
     seed: int = 0
-    beams: int = 3
+    beams: int | None = None
     max_new_tokens: int | None = None
     batch_size: int = 8
     accuracy: bool = True
     perplexity: bool = False
     output_dir: Path | None = None
+    judging: Judging = field(default_factory=Judging)
 
     def __post_init__(self) -> None:
         if not self.accuracy and not self.perplexity:
@@ -62,7 +91,38 @@ class EvaluationSettings:
 Evaluator: TypeAlias = Callable[[Any, Any, Task, EvaluationSettings, Watch | None], dict[str, Any]]
 """From a model, its tokenizer, a task and settings to results for JSON; `accuracy` is what enters the mean."""
 
-EVALUATORS: dict[str, Evaluator] = {}
+
+def hold_conversations(
+    model: Any, tokenizer: Any, task: Task, settings: EvaluationSettings, progress: Watch | None = None
+) -> dict[str, Any]:
+    """The [`Evaluator`] of MT-Bench; see [`milora.evaluation.mt_bench.run.run`].
+
+    Raises:
+        MiLoraError: If there is no folder for the answers.
+    """
+    assert isinstance(task, MtBench)
+    if settings.output_dir is None:
+        raise MiLoraError("MT-Bench's answers are kept to be judged: say where, with --output-dir.")
+    torch.manual_seed(settings.seed)
+    judging = settings.judging
+    return mt_bench.run(
+        model,
+        tokenizer,
+        task.questions()[: settings.limit],
+        settings.output_dir / task.name,
+        judging.model_id,
+        judge=None if judging.url is None else ChatEndpoint(judging.url, judging.model),
+        opponent=judging.opponent,
+        prompts_folder=None if task.data_dir is None else task.data_dir / MT_BENCH_FOLDER,
+        workers=judging.workers,
+        progress=progress,
+        max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
+        beams=settings.beams,
+        batch_size=settings.batch_size,
+    )
+
+
+EVALUATORS: dict[str, Evaluator] = {MtBench.name: hold_conversations}
 """The tasks that are measured otherwise than by comparing a row's answer, by name."""
 
 
@@ -90,7 +150,7 @@ def measure(
             split=settings.split,
             limit=settings.limit,
             seed=settings.seed,
-            decoding=Decoding(settings.max_new_tokens or task.max_new_tokens, settings.beams),
+            decoding=Decoding(settings.max_new_tokens or task.max_new_tokens, settings.beams or BEAMS),
             batch_size=settings.batch_size,
             output=settings.predictions_of(task),
             progress=progress,

@@ -44,11 +44,15 @@ def test_both_turns_against_a_loop_of_single_prompts(tmp_path: Path) -> None:
     model, tokenizer = model_and_tokenizer()
     # The adapter's routes depend on the prompt: a second turn that kept the first one's would differ.
     path = tmp_path / "folder" / "m.jsonl"
-    ticks: list[int] = []
-    found = answer_questions(
-        model, tokenizer, QUESTIONS, path, "m", max_new_tokens=6, batch_size=2, advance=lambda: ticks.append(1)
-    )
-    assert len(ticks) == 6
+    steps: list[int] = []
+
+    def progress(items: Any, what: str, count: int) -> Any:
+        for item in items:
+            yield item
+            steps.append(count)
+
+    found = answer_questions(model, tokenizer, QUESTIONS, path, "m", max_new_tokens=6, batch_size=2, progress=progress)
+    assert steps == [2, 2]
     for question, answer in zip(QUESTIONS, found, strict=True):
         first = instruction_prompt(question.turns[0])
         reply = by_hand(model, tokenizer, first, 6)
@@ -116,9 +120,11 @@ def test_from_questions_to_scores(tmp_path: Path) -> None:
     other = run(model, tokenizer, QUESTIONS, tmp_path, "base", **settings)
     steps: dict[str, list[int]] = {}
 
-    def track(description: str, total: int) -> Any:
-        steps[description] = [total, 0]
-        return lambda: steps[description].__setitem__(1, steps[description][1] + 1)
+    def progress(items: Any, what: str, count: int) -> Any:
+        found = list(items)
+        steps.setdefault(what, []).append(count)
+        assert len(found) == count
+        return found
 
     result = run(
         model,
@@ -128,13 +134,13 @@ def test_from_questions_to_scores(tmp_path: Path) -> None:
         "ours",
         judge=FakeJudge(),
         opponent=Path(other["answers"]),
-        track=track,
+        progress=progress,
         **settings,
     )
     assert (result["score"], result["prompts"], result["failed"]) == (3, "own", 0)
     assert result["pairwise"]["ties"] == 6
     assert result["pairwise"]["opponent"] == "base"
-    assert steps == {"answering": [6, 6], "grading": [6, 6], "comparing": [6, 6]}
+    assert steps == {"MT-Bench": [2], "judgements": [6, 6]}
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")} == {
         "model_answer/base.jsonl",
         "model_answer/ours.jsonl",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from milora.errors import DataError, MiLoraError
+from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding, generate_texts
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question
@@ -39,7 +40,7 @@ def answer_questions(
     max_new_tokens: int = 1024,
     beams: int | None = None,
     batch_size: int = 8,
-    advance: Callable[[], None] = lambda: None,
+    progress: Watch | None = None,
 ) -> list[Answer]:
     """Answers both turns of every question, and writes them to a file of JSON lines as FastChat's, as they are done.
 
@@ -56,7 +57,7 @@ def answer_questions(
         max_new_tokens: Length at which an answer is cut.
         beams: Beam search for every category; `None` draws at FastChat's temperatures, greedily where they are 0.
         batch_size: The most prompts a batch.
-        advance: Called after each answered turn.
+        progress: Shows progress, a batch a step.
 
     Returns:
         The answers in the questions' order.
@@ -72,7 +73,8 @@ def answer_questions(
         raise DataError(f"{path} holds answers of {sorted(strangers)[0]!r}, not of {model_id!r}: name another file.")
     missing = [question for question in questions if question.id not in done]
     # A batch at a time through both turns, so that an interruption costs no more than a batch.
-    for group in _batches(missing, batch_size):
+    groups = list(_batches(missing, batch_size))
+    for group in progress(groups, "MT-Bench", len(groups)) if progress else groups:
         conversations: list[list[str]] = [[] for _ in group]
         for turn in range(TURNS):
             prompts = [
@@ -81,7 +83,6 @@ def answer_questions(
             decoding = _decoding(group[0].category, max_new_tokens, beams)
             for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size):
                 conversations[text.index].append(text.text.strip())
-                advance()
         for question, said in zip(group, conversations, strict=True):
             done[question.id] = Answer(question.id, model_id, tuple(said))
             append_record(path, _record(done[question.id]))

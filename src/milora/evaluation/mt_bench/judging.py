@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from milora.errors import DataError, MiLoraError
 from milora.evaluation.mt_bench.answers import TURNS, Answer
 from milora.evaluation.mt_bench.prompts import JudgePrompt, name_of
+from milora.evaluation.progress import Watch
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question
 
@@ -71,7 +72,7 @@ def grade(
     path: Path,
     *,
     workers: int = 4,
-    advance: Callable[[], None] = lambda: None,
+    progress: Watch | None = None,
 ) -> Outcome:
     """Has every turn of every answer graded, and appends each judgement to a file as it comes.
 
@@ -82,7 +83,7 @@ def grade(
         prompts: By name; see [`milora.evaluation.mt_bench.prompts.load`].
         path: JSON lines as FastChat's `gpt-4_single.jsonl`: what it holds of this model and judge is not asked again.
         workers: How many requests are made at a time.
-        advance: Called after each judgement.
+        progress: Shows progress, a judgement a step.
     """
     asked = {question.id: question for question in questions}
 
@@ -103,7 +104,7 @@ def grade(
         }
 
     jobs = {(answer.question, answer.model, turn): (answer, turn) for answer in answers for turn in (1, 2)}
-    return _run(jobs, one, ("question_id", "model", "turn"), judge.model, path, workers, advance)
+    return _run(jobs, one, ("question_id", "model", "turn"), judge.model, path, workers, progress)
 
 
 def compare(
@@ -115,7 +116,7 @@ def compare(
     path: Path,
     *,
     workers: int = 4,
-    advance: Callable[[], None] = lambda: None,
+    progress: Watch | None = None,
 ) -> Outcome:
     """Has the answers of two models compared, each pair twice with the places swapped, as FastChat does.
 
@@ -127,7 +128,7 @@ def compare(
         prompts: By name.
         path: JSON lines as FastChat's `gpt-4_pair.jsonl`: what it holds of these models and judge is not asked again.
         workers: How many requests are made at a time.
-        advance: Called after each pair.
+        progress: Shows progress, a pair a step.
 
     Raises:
         DataError: If a question has an answer of one model only.
@@ -166,7 +167,7 @@ def compare(
         for answer in answers
         for turn in (1, 2)
     }
-    return _run(jobs, one, ("question_id", "model_1", "model_2", "turn"), judge.model, path, workers, advance)
+    return _run(jobs, one, ("question_id", "model_1", "model_2", "turn"), judge.model, path, workers, progress)
 
 
 def _run(
@@ -176,7 +177,7 @@ def _run(
     judge: str,
     path: Path,
     workers: int,
-    advance: Callable[[], None],
+    progress: Watch | None,
 ) -> Outcome:
     """Does what is not in the file yet. A failure stops no other job, and is tried again by the next run."""
     drop_half_line(path)
@@ -192,8 +193,9 @@ def _run(
     failed, reason = 0, None
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
         futures = {pool.submit(one, *job): key for key, job in jobs.items() if key not in done}
+        coming = as_completed(futures)
         try:
-            for future in as_completed(futures):
+            for future in progress(coming, "judgements", len(futures)) if progress else coming:
                 try:
                     record = future.result()
                 except MiLoraError as error:
@@ -201,7 +203,6 @@ def _run(
                 else:
                     append_record(path, record)
                     done[futures[future]] = record
-                advance()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from milora.errors import MiLoraError
 from milora.evaluation.mt_bench import judging, prompts, scores
 from milora.evaluation.mt_bench.answers import answer_questions, read_answers
+from milora.evaluation.progress import Watch
 from milora.tasks.mt_bench import Question
-
-Advance = Callable[[], None]
 
 
 def answers_file(folder: Path, model_id: str) -> Path:
@@ -30,7 +29,7 @@ def run(
     opponent: Path | None = None,
     prompts_folder: Path | None = None,
     workers: int = 4,
-    track: Callable[[str, int], Advance] = lambda description, total: lambda: None,
+    progress: Watch | None = None,
     **generation: Any,
 ) -> dict[str, Any]:
     """Answers the questions, and has the answers judged if there is a judge.
@@ -48,7 +47,7 @@ def run(
         opponent: A file of another model's answers to compare with.
         prompts_folder: Where FastChat's `judge_prompts.jsonl` is looked for.
         workers: Requests to the judge at a time.
-        track: Called with a description and a number of steps, returns what is called after each.
+        progress: Shows progress.
         **generation: `max_new_tokens`, `beams` and `batch_size` of
             [`milora.evaluation.mt_bench.answers.answer_questions`].
 
@@ -63,8 +62,7 @@ def run(
         raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
     others = None if opponent is None else read_answers(opponent, questions)
     path = answers_file(folder, model_id)
-    advance = track("answering", 2 * len(questions))
-    answers = answer_questions(model, tokenizer, questions, path, model_id, advance=advance, **generation)
+    answers = answer_questions(model, tokenizer, questions, path, model_id, progress=progress, **generation)
     result: dict[str, Any] = {"model": model_id, "questions": len(questions), "answers": str(path)}
     if judge is None:
         return result
@@ -77,7 +75,7 @@ def run(
         wording,
         judgements.with_name(f"{judgements.name}_single.jsonl"),
         workers=workers,
-        advance=track("grading", 2 * len(answers)),
+        progress=progress,
     )
     _require(graded)
     own = all(wording[name] == prompt for name, prompt in prompts.OWN.items())
@@ -97,7 +95,7 @@ def run(
             wording,
             judgements.with_name(f"{judgements.name}_pair.jsonl"),
             workers=workers,
-            advance=track("comparing", 2 * len(answers)),
+            progress=progress,
         )
         _require(compared)
         result["pairwise"] = {
