@@ -23,8 +23,8 @@ class LearnedAdapterSearch(BilevelSearch):
     `Trainer(model, ..., callbacks=[LearnedAdapterSearch(dev_batches)])`. A run that is resumed begins with
     `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, during the search and after it: which
     parameters there are depends on how far the search was. Resumed during the search, the architecture weights and the
-    drops go on where they were, but their Adam and the dev batches begin anew. A model whose architecture is known is
-    only trained.
+    drops go on where they were; their Adam and the dev batches do so under a `MiLoraTrainer`, whose checkpoints have
+    them, and begin anew under another. A model whose architecture is known is only trained.
 
     What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
     search has the architecture that was found.

@@ -23,7 +23,8 @@ class SSPSearch(BilevelSearch):
 
     `Trainer(model, ..., callbacks=[SSPSearch(dev_batches)])`. A run that is resumed begins with
     `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, because a checkpoint has the candidates only
-    until the search ends, and afterwards only what was found.
+    until the search ends, and afterwards only what was found. The gates' Adam and the dev batches go on
+    where they were under a `MiLoraTrainer`, whose checkpoints have them, and begin anew under another.
 
     Args:
         dev_batches: As for [`BilevelSearch`].
