@@ -50,11 +50,10 @@ class PackedRows:
         self.rows = None if order == list(range(len(adapters))) else torch.tensor(order)
         # One weight for all, which hard gates have, is part of the last product.
         self.weight = weights[0] if len(set(weights)) == 1 else 1.0
-        self.weights = None if len(set(weights)) == 1 else torch.tensor(weights).view(len(places), self.size, 1)
+        self.weights = None if len(set(weights)) == 1 else torch.tensor(weights).view(len(places), 1, self.size)
         adjacent = places == list(range(places[0], places[0] + len(places)))
         self.a, self.b = (
-            (stack.narrow(0, places[0], len(places)) if adjacent else stack[places]).transpose(1, 2)
-            for stack in (lora_a, lora_b)
+            stack.narrow(0, places[0], len(places)) if adjacent else stack[places] for stack in (lora_a, lora_b)
         )
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
@@ -62,13 +61,16 @@ class PackedRows:
         if self.is_idle:
             return result
         part = x if self.rows is None else x.index_select(0, self.rows)
-        low = torch.bmm(part.reshape(-1, self.size, x.shape[-1]).to(self.a.dtype), self.a)
+        part = part.reshape(-1, self.size, x.shape[-1]).to(self.a.dtype)
+        # From the weights' side, which reads them as they lie: (pieces, r, d_in) (pieces, d_in, size).
+        low = torch.bmm(self.a, part.transpose(1, 2))
         if self.weights is not None:
             low *= self.weights.to(low.dtype)
         if self.rows is None and result.dtype == low.dtype:
-            result.view(-1, self.size, result.shape[-1]).baddbmm_(low, self.b, alpha=self.weight)
+            target = result.view(-1, self.size, result.shape[-1]).transpose(1, 2)
+            target.baddbmm_(self.b, low, alpha=self.weight)
             return result
-        delta = torch.bmm(low, self.b).view(-1, 1, result.shape[-1]).to(result.dtype)
+        delta = torch.bmm(self.b, low).transpose(1, 2).reshape(-1, 1, result.shape[-1]).to(result.dtype)
         if self.rows is None:
             return result.add_(delta, alpha=self.weight)
         return result.index_add_(0, self.rows, delta, alpha=self.weight)
