@@ -69,7 +69,7 @@ def test_medians_spread_average_and_what_is_bold() -> None:
     notes = " ".join(made.notes)
     assert "boolq, where MiLoRA has the highest median and 1 of the others reaches it" in notes
     assert "above every other row's highest (piqa and average)" in notes
-    assert "MiLoRA is 1 of 2 (in the paper 1 of 2)" in notes
+    assert "MiLoRA has place 1 of 2 (in the paper 1 of 2)" in notes
     assert "0.00 (paper 80)" in lora[1]
 
 

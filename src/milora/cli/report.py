@@ -136,19 +136,20 @@ def command(
         if not no_run:
             _say(_summary(plan))
             progress = Worker(grid, store, cells, say=_say).work()
-        speed = _speed() if "table4" in request.sections else None
-        report = write_report(grid, store.read(), output, _command(), speed)
+        results = store.read()
+        speed = _speed(not no_run) if "table4" in request.sections else None
+        report = write_report(grid, results, output, _command(), speed)
         failed = progress.failed if progress is not None else 0
+        finished = sum(run.digest in results.finished for run in grid.runs(results, lambda digest: True))
         print_result(
             {
                 "report": str(report.path),
                 "files": list(report.files),
-                "finished": len([run for run in grid.runs(store.read(), lambda digest: True)
-                                 if run.digest in store.read().finished]),
+                "finished": finished,
                 "failed": failed,
                 "missing": list(plan.missing),
             }
-        )  # fmt: skip
+        )
         if not as_json:
             typer.echo(f"report in {report.path}")
         if failed:
@@ -221,7 +222,9 @@ def _command() -> str:
     return shlex.join(["milora", *kept])
 
 
-def _speed() -> Any:
+def _speed(measure: bool) -> Any:
+    from functools import partial
+
     from milora.paper.speed import speed_section
 
-    return speed_section
+    return partial(speed_section, say=_say, measure=measure)

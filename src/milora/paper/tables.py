@@ -214,7 +214,7 @@ def _ranking(section: Section, averages: Sequence[Summary | None]) -> str:
         here = _place(label, ordered)
         there = _place(label, in_paper)
         beside = f" (in the paper {there} of {len(in_paper)})" if there else ""
-        places.append(f"{label} is {here} of {len(ordered)}{beside}")
+        places.append(f"{label} has place {here} of {len(ordered)}{beside}")
     return f"By the average: {told}. {'; '.join(places)}.".replace(". .", ".")
 
 

@@ -1,0 +1,89 @@
+"""Table 4: speed and memory of decoding, measured by `milora.benchmark` and kept beside the other results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from milora.benchmark import DecodeSettings, decode
+from milora.errors import MiLoraError
+from milora.evaluation.files import write_json
+from milora.methods import method
+from milora.paper import published
+
+FILE = "table4.json"
+METHODS = ("dora", "moelora", "milora")
+BEAMS = (1, 3)
+
+Say = Callable[[str], None]
+
+
+def speed_section(
+    folder: Path, settings: DecodeSettings | None = None, say: Say = lambda _: None, *, measure: bool = True
+) -> list[str]:
+    """Measures Table 4 unless it has been measured, and returns its Markdown, line by line.
+
+    The measurement is in `table4.json` in the folder; taken away, it is made again.
+
+    Args:
+        folder: The report's.
+        settings: What is measured; by default the benchmark's own backbone for the machine.
+        say: Told what is measured.
+        measure: Whether to measure at all.
+
+    Raises:
+        MiLoraError: If the file cannot be read or written, or the benchmark refuses the settings.
+    """
+    path = folder / FILE
+    result = _read(path) if path.exists() else None
+    if result is None and not measure:
+        return ["Not measured yet."]
+    if result is None:
+        result = decode(settings or DecodeSettings(methods=METHODS, beams=BEAMS), say).to_dict()
+        write_json(path, result)
+    return _lines(result)
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    rows = {(row["method"], row["beam"]): row for row in result["rows"]}
+    printed = {(name, beam): values for name in METHODS for beam, *values in published.table4()[method(name).title]}
+    lines = [
+        "|  | beam | tokens a second | paper | MiLoRA is faster by | paper | peak memory, MiB | paper |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (name, beam), row in rows.items():
+        paper = printed.get((name, beam))
+        ours = rows.get(("milora", beam))
+        speed = f"{row['tokens_per_second']:.1f}"
+        if "tokens_per_second_low" in row:
+            speed += f" ({row['tokens_per_second_low']:.1f} to {row['tokens_per_second_high']:.1f})"
+        factor = f"{ours['tokens_per_second'] / row['tokens_per_second']:.3f}" if ours and name != "milora" else "-"
+        in_paper = f"{printed['milora', beam][0] / paper[0]:.3f}" if paper and name != "milora" else "-"
+        memory = "-" if row.get("peak_memory_mib") is None else f"{row['peak_memory_mib']:.0f}"
+        title = method(name).title if name in METHODS else name
+        lines.append(
+            f"| {title} | {beam} | {speed} | {paper[0] if paper else '-'} | {factor} | {in_paper} | {memory} | "
+            f"{paper[1] if paper else '-'} |"
+        )
+    settings, environment = result["settings"], result["environment"]
+    machine = (environment.get("gpu") or {}).get("name") or environment.get("processor")
+    lines += [
+        "",
+        f"Median over {settings.get('rounds')} rounds, methods in turn; {settings.get('backbone')} with random "
+        f"weights, {settings.get('prompt_tokens')} prompt tokens, {settings.get('new_tokens')} new ones, {machine}. "
+        "The paper: Llama-2 7B on an A40. The whole measurement is in "
+        f"[{FILE}]({FILE}).",
+    ]
+    return lines
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MiLoraError(f"{path} cannot be read ({error}); remove it to measure again.") from error
+    if not isinstance(found, dict) or "rows" not in found:
+        raise MiLoraError(f"{path} is no measurement of milora bench decode; remove it to measure again.")
+    return found

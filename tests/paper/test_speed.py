@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from milora.errors import MiLoraError
+from milora.paper.speed import FILE, speed_section
+
+
+def test_a_measurement_beside_the_paper_s(tmp_path: Path) -> None:
+    speeds = {("dora", 1): 10.0, ("moelora", 1): 8.0, ("milora", 1): 12.0, ("milora", 3): 9.0}
+    rows = [
+        {"method": name, "beam": beam, "tokens_per_second": speed, "peak_memory_mib": 100.4}
+        for (name, beam), speed in speeds.items()
+    ]
+    measured = {
+        "rows": rows,
+        "settings": {"rounds": 5, "backbone": "tinyllama-1.1b"},
+        "environment": {"processor": "x"},
+    }
+    (tmp_path / FILE).write_text(json.dumps(measured))
+    lines = speed_section(tmp_path)
+    # 12 / 10 and 12 / 8; in the paper 43.7 / 36.5 and 43.7 / 35.9.
+    assert lines[2] == "| DoRA | 1 | 10.0 | 36.5 | 1.200 | 1.197 | 100 | 13784 |"
+    assert lines[3] == "| MOELoRA | 1 | 8.0 | 35.9 | 1.500 | 1.217 | 100 | 13788 |"
+    assert lines[4] == "| MiLoRA | 1 | 12.0 | 43.7 | - | - | 100 | 13784 |"
+    assert lines[5] == "| MiLoRA | 3 | 9.0 | 33.5 | - | - | 100 | 15300 |"
+
+
+def test_without_a_measurement_and_with_a_broken_one(tmp_path: Path) -> None:
+    assert speed_section(tmp_path, measure=False) == ["Not measured yet."]
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(MiLoraError, match="remove it to measure again"):
+        speed_section(tmp_path)
