@@ -76,7 +76,8 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> bool:
     figure.text(
         0.02,
         0.015,
-        f"Lines: median over seeds. Bands: least to greatest. Dotted: the paper's setting for MiLoRA, {form.format(setting)}.",
+        "Lines: median over seeds. Bands: least to greatest. "
+        f"Dotted: the paper's setting for MiLoRA, {form.format(setting)}.",
         fontsize=7,
         color="0.35",
     )
