@@ -1,0 +1,71 @@
+"""Plain LoRA adapters beside MiLoRA's on one backbone: a LoRA is a MiLoRA whose every expert is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+
+from milora.backbone.blocks import find_blocks
+from milora.errors import MiLoraError
+from milora.tuners.adapter_file import check_adapter_file
+from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.model import MiLoraModel
+
+PREFIX = "base_model.model."
+
+NOT_TAKEN_OVER = (
+    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    # Which modules are adapted is read off the weights, which are there and need no beginning.
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "eva_config"),
+)
+
+
+def add_lora(model: PeftModel, adapter: str, folder: str | Path) -> None:
+    """Adds a saved LoRA adapter to a MiLoRA model, where it can be active or serve some rows of a batch.
+
+    It becomes a MiLoRA adapter with hard gates whose routers choose every module that the LoRA has, so what it computes
+    is the LoRA. The routers are asked all the same, once per prompt.
+
+    Args:
+        model: A PEFT model with MiLoRA adapters.
+        adapter: The name to give it.
+        folder: Where PEFT saved it.
+
+    Raises:
+        MiLoraError: If the model is no MiLoRA model, the folder holds no LoRA adapter, or it has an option or a module
+            that MiLoRA has not.
+    """
+    if not isinstance(getattr(model, "base_model", None), MiLoraModel):
+        raise MiLoraError("add_lora needs a PEFT model with a MiLoRA adapter; a LoRA model loads it with load_adapter.")
+    config = PeftConfig.from_pretrained(str(folder))
+    if type(config) is not LoraConfig:
+        raise MiLoraError(f"{folder} holds a {config.peft_type} adapter; add_lora adds LoRA adapters.")
+    check_adapter_file(Path(folder), config.modules_to_save)
+    weights = load_peft_weights(str(folder), device="cpu")
+    modules = {key.partition(".lora_")[0].removeprefix(PREFIX) for key in weights}
+    experts: dict[str, list[str]] = {}
+    for block in find_blocks(model.base_model.model):
+        of_block = [name for name in block.linears if f"{block.path}.{name}" in modules]
+        if of_block:
+            experts[block.path] = of_block
+    outside = modules - {f"{path}.{name}" for path, names in experts.items() for name in names}
+    if outside:
+        raise MiLoraError(f"The LoRA in {folder} adapts {sorted(outside)[0]}, which is no linear module of a block.")
+    values = {
+        field.name: getattr(config, field.name)
+        for field in fields(LoraConfig)
+        if field.init and field.name not in NOT_TAKEN_OVER
+    }
+    count = max(len(names) for names in experts.values())
+    model.add_adapter(adapter, MiLoraConfig(**values, experts=experts, top_k=count, gate="hard", inference_mode=True))
+    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    if not set(weights) <= set(own):
+        model.delete_adapter(adapter)
+        unknown = sorted(set(weights) - set(own))[0]
+        raise MiLoraError(f"The LoRA in {folder} has {unknown}, for which MiLoRA has no place.")
+    set_peft_model_state_dict(model, {**own, **weights}, adapter)
+    # PEFT makes a new adapter's layers in training mode.
+    model.train(model.training)
