@@ -20,6 +20,7 @@ if [ "${DRY_RUN:-0}" != 0 ]; then
   layers=(--layers 1)
   kernel=(--d-in 32 --d-out 32 --rank 4)
   train=(--batch 2 --tokens 8)
+  compiled=base,milora compiled_tenants=base,milora beams=1,2
 else
   where=(--device cuda)
   backbone=${BACKBONE:-llama-2-7b}
@@ -27,6 +28,7 @@ else
   layers=()
   kernel=()
   train=(--batch 8 --tokens 256)
+  compiled=base,lora,lora-merged,dora-cached,moelora,milora compiled_tenants=base,lora-together,milora beams=1,3
 fi
 
 mkdir -p "$folder"
@@ -53,16 +55,15 @@ shape=(--backbone "$backbone" "${layers[@]}" "${where[@]}" --rounds "$rounds")
 length=(--prompt-tokens "$prompt" --new-tokens "$new")
 
 measure kernel kernel "${where[@]}" --rounds "$rounds" --batches "$batches" "${kernel[@]}"
-measure decode-eager decode "${shape[@]}" "${length[@]}" --beams 1,3
-measure decode-compiled decode "${shape[@]}" "${length[@]}" --beams 1,3 --compile \
-  --methods base,lora,lora-merged,dora-cached,moelora,milora
+measure decode-eager decode "${shape[@]}" "${length[@]}" --beams "$beams"
+measure decode-compiled decode "${shape[@]}" "${length[@]}" --beams "$beams" --compile --methods "$compiled"
 IFS=, read -ra sizes <<<"$batches"
 for size in "${sizes[@]}"; do
   measure "decode-eager-batch-$size" decode "${shape[@]}" "${length[@]}" --beams 1 --batch "$size" \
     --methods base,lora,moelora,milora
   measure "tenants-eager-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size"
   measure "tenants-compiled-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" --compile \
-    --methods base,lora-together,milora
+    --methods "$compiled_tenants"
 done
 measure prefill prefill "${shape[@]}" --prompt-tokens "$prompt,$((4 * prompt))"
 measure train train "${shape[@]}" "${train[@]}"

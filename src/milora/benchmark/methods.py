@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from peft.helpers import DoraCaching
 
-from milora.backbone.blocks import find_blocks
+from milora.backbone.blocks import OWN_ROUTER, find_blocks
 from milora.backbone.shapes import build
 from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import shared_copy
@@ -159,6 +159,7 @@ def build_method(
     own = sum(parameter.nbytes for linear in linears for parameter in linear.parameters())
     torch.manual_seed(settings.seed)
     inner = shared_copy(backbone, linears)
+    frozen = {id(parameter) for parameter in inner.parameters()}
     model = None
     for adapter in adapters:
         config = config_for(found.method, inner, **found.overrides)
@@ -167,7 +168,8 @@ def build_method(
             model = get_peft_model(inner, config, adapter_name=adapter, autocast_adapter_dtype=floating)
         else:
             model.add_adapter(adapter, config, autocast_adapter_dtype=floating)
-    randomize(model, {id(parameter) for parameter in backbone.parameters()})
+    randomize(model, frozen)
+    cast(model, frozen, torch.float32 if settings.adapter_dtype == "float32" else settings.torch_dtype)
     if found.together:
         serve_together(model)
     if found.merged:
@@ -190,9 +192,27 @@ def randomize(model: Any, frozen: set[int]) -> None:
                 parameter.normal_()
     for parameter in model.parameters():
         if id(parameter) not in frozen and not parameter.any():
-            parameter.normal_(std=0.02)
+            parameter.normal_(std=0.1)
 
 
 def with_generate_arguments(method: MeasuredMethod, **arguments: Any) -> MeasuredMethod:
     """The method with further arguments for `generate`."""
     return replace(method, variant=replace(method.variant, generate={**method.variant.generate, **arguments}))
+
+
+def cast(model: Any, frozen: set[int], dtype: torch.dtype) -> None:
+    """Gives all of an adapter but its routers one dtype: methods differ in what they make of a backbone in bfloat16.
+
+    Args:
+        model: A `PeftModel`.
+        frozen: Identities of the backbone's parameters.
+        dtype: Of the adapter.
+    """
+    routers = {id(p) for name, module in model.named_modules() if _is_router(name, module) for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in frozen | routers:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _is_router(name: str, module: Any) -> bool:
+    return isinstance(module, RouterProjection) or name.endswith(OWN_ROUTER)

@@ -1,0 +1,89 @@
+"""`milora bench`: the contract's JSON from a real process, the GPU script's dry run, and mistakes in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from milora.cli import main
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--backbone", "tiny", "--layers", "1", "--device", "cpu", "--threads", "1"]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "milora", "bench", *arguments], capture_output=True, text=True, check=True
+    )
+
+
+@pytest.mark.slow
+def test_a_process_prints_one_json_object_and_tells_its_progress_elsewhere(tmp_path: Path) -> None:
+    done = _run("decode", *SMALL, "--methods", "base,lora,milora", "--beams", "1,2", "--rounds", "2",
+                "--prompt-tokens", "4", "--new-tokens", "3", "--json")  # fmt: skip
+    result = json.loads(done.stdout)
+    assert [(row["method"], row["beam"]) for row in result["rows"]] == [
+        (name, beam) for beam in (1, 2) for name in ("base", "lora", "milora")
+    ]
+    contract = {"method", "beam", "batch", "tokens_per_second", "peak_memory_mib", "ratio_to_base"}
+    assert all(contract <= set(row) for row in result["rows"])
+    assert result["environment"]["threads"] == 1
+    assert "round 2/2, milora" in done.stderr
+    (tmp_path / "result.json").write_text(done.stdout)
+    table = _run("markdown", str(tmp_path / "result.json")).stdout
+    assert table.count("\n| milora |") == 2
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry(tmp_path: Path) -> None:
+    script = ROOT / "scripts" / "bench_gpu.sh"
+    settings = {"DRY_RUN": "1", "BATCHES": "2", "MILORA": f"{sys.executable} -m milora"}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path)], env={**os.environ, **settings}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    names = {path.stem for path in tmp_path.glob("*.json")}
+    assert names == {
+        "kernel", "decode-eager", "decode-compiled", "decode-eager-batch-2", "tenants-eager-2", "tenants-compiled-2",
+        "prefill", "train", "train-checkpointing", "traffic",
+    }  # fmt: skip
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"\n{title}: " in text for title in ("kernel", "decode", "tenants", "prefill", "train", "traffic"))
+
+
+def test_bytes_are_those_of_the_shape(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "traffic", "--methods", "base,lora,milora,milora-k1", "--context", "100", "--json"]) == 0
+    rows = {row["method"]: row for row in json.loads(capfd.readouterr().out)["rows"]}
+    # TinyLlama: 22 blocks of 2048 x (2048 + 256 + 256 + 2048 + 3 x 5632), 45 norms, a head, one row of the embedding.
+    linear = 22 * 2048 * (2048 + 256 + 256 + 2048 + 3 * 5632)
+    weights = 2 * (linear + 45 * 2048 + 32000 * 2048 + 2048)
+    assert rows["base"]["weight_megabytes"] == pytest.approx(weights / 1e6)
+    assert rows["base"]["cache_megabytes"] == pytest.approx(2 * 22 * 4 * 64 * 100 * 2 / 1e6)
+    assert rows["base"]["gigaflops"] == pytest.approx((2 * (linear + 32000 * 2048) + 4 * 100 * 22 * 2048) / 1e9)
+    lora = 2 * 22 * 32 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632))
+    assert rows["lora"]["adapter_megabytes"] == pytest.approx(lora / 1e6)
+    assert rows["milora"]["adapter_megabytes"] == pytest.approx(3 / 7 * lora / 1e6)
+    assert rows["milora-k1"]["adapter_megabytes"] == pytest.approx(1 / 7 * lora / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "--methods", "base,mlora"], "no method 'mlora'"),
+        (["decode", "--beams", "one"], "--beams takes whole numbers"),
+        (["decode", "--backbone", "tinylama"], "no backbone shape 'tinylama'"),
+        (["decode", "--compile", "--methods", "milora-merged"], "not served by compiled steps"),
+        (["train", "--methods", "base,lora"], "base has nothing to train"),
+        (["tenants", "--methods", "moelora"], "moelora serves one adapter at a time"),
+        (["tenants", "--tenants", "4", "--batch", "2"], "batch must be at least 4"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments, "--device", "cpu"]) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert message in error
+    assert error.strip().splitlines()[-1].startswith("milora: ")
