@@ -18,8 +18,9 @@ class Pooler(KeepFloat32):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """See the class."""
-        # Zeroed and not only weighted by zero: what lies at padding may be NaN, and 0 * NaN is NaN.
-        hidden = hidden.float().masked_fill(~mask.unsqueeze(-1), 0.0)
+        # Zeroed and not only weighted by zero: what lies at padding may be NaN, and 0 * NaN is NaN. Before the cast,
+        # where it is half as much to write.
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).float()
         return torch.einsum("bt,bth->bh", self.weights(hidden, mask), hidden)
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -38,11 +39,10 @@ class MeanPooler(Pooler):
 class LastPooler(Pooler):
     """The prompt's last token (the paper's MiLoRA-2)."""
 
-    def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """1 at the last token of the prompt."""
-        position = torch.arange(mask.shape[1], device=mask.device)
-        last = (position * mask).argmax(dim=1, keepdim=True)
-        return (position == last).float()
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """See [`Pooler`]."""
+        last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+        return hidden[torch.arange(len(last), device=last.device), last].float()
 
 
 class MaxPooler(Pooler):
@@ -50,7 +50,7 @@ class MaxPooler(Pooler):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """See [`Pooler`]."""
-        return hidden.float().masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1)
+        return hidden.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1).float()
 
 
 class AttentionPooler(Pooler):
