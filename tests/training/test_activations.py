@@ -101,6 +101,7 @@ def by_hand(rows: Dataset, steps: int) -> dict[str, Tensor]:
     return trained(model, theta=True)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated")
 @pytest.mark.parametrize(
     "checkpointing",
     [
@@ -330,6 +331,7 @@ def test_dev_batches(rows: int, size: int, processes: int, start: int) -> None:
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_a_scaled_loss_makes_the_same_step(scale: float) -> None:
     layer = torch.nn.Linear(2, 1)
+    layer.weight.requires_grad_(False)
     before = layer.weight.detach().clone()
     step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), [BATCH], evaluation=True)
     loss = step(Model(layer), torch.device("cpu"), scale)
@@ -342,6 +344,7 @@ def test_a_scaled_loss_makes_the_same_step(scale: float) -> None:
 
 def test_gradients_that_are_not_finite_make_no_step() -> None:
     layer = torch.nn.Linear(2, 1)
+    layer.weight.requires_grad_(False)
     before = layer.weight.detach().clone()
     step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), [BATCH], evaluation=True)
     step(Model(layer), torch.device("cpu"), float("inf"))
