@@ -35,7 +35,7 @@ class TokenClock(LogitsProcessor):  # type: ignore[misc]
     def tick(self) -> None:
         """Notes a moment."""
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self.ticks.append(event)
         else:

@@ -181,7 +181,7 @@ def _prepared(run: Callable[[], Any], device: torch.device) -> Callable[[], floa
         run()
 
     def replayed() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()

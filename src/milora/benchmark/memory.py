@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.autograd.profiler import profile
 
 from milora.benchmark.sharing import tensor_bytes
@@ -66,8 +67,8 @@ def peak_growth(run: Callable[[], Any], device: torch.device) -> int:
     # Read where the profiler leaves them: its own summary in Python takes minutes for as many operations.
     allocations = [
         (event.start_ns(), event.nbytes())
-        for event in recorded.kineto_results.events()  # type: ignore[union-attr]
-        if event.name() == ALLOCATION and event.device_type() == torch.autograd.DeviceType.CPU
+        for event in recorded.kineto_results.events()
+        if event.name() == ALLOCATION and event.device_type() == DeviceType.CPU
     ]
     allocations.sort(key=lambda allocation: allocation[0])
     now = peak = 0

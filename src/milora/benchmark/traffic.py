@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from milora.backbone.blocks import find_blocks
 from milora.backbone.shapes import build
@@ -162,8 +162,8 @@ def _modules(name: str, backbone: Any, settings: TrafficSettings) -> Sequence[_P
             found.overrides.get("top_k", config.top_k) / len(linears) if found.method in ("milora", "midora") else 1
         )
         read = 1 - (1 - chosen) ** settings.batch
-        for linear in linears:
-            d_out, d_in = linear.weight.shape
+        for weight in map(_weight, linears):
+            d_out, d_in = weight.shape
             low_rank = config.r * (d_in + d_out)
             values, operations = read * low_rank, rows * chosen * 2 * low_rank
             if found.method == "moelora":
@@ -193,7 +193,7 @@ def backbone_traffic(backbone: Any, rows: int, context: int) -> tuple[float, flo
     others[id(head)] = head
     read = sum(parameter.nbytes for parameter in others.values())
     read += rows * embedding.shape[1] * embedding.element_size()
-    matrices = sum(module.weight.numel() for module in _linears(backbone))
+    matrices = sum(_weight(module).numel() for module in _linears(backbone))
     attention = 4 * context * _query_size(backbone)
     return read, rows * (2 * matrices + attention)
 
@@ -203,6 +203,12 @@ def _linears(backbone: Any) -> Sequence[nn.Module]:
         *(linear for block in find_blocks(backbone) for linear in block.linears.values()),
         backbone.get_output_embeddings(),
     ]
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _heads(backbone: Any) -> tuple[int, int, int, int]:

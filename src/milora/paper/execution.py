@@ -21,6 +21,7 @@ from milora.backbone.loading import load_adapter, load_backbone, locate
 from milora.benchmark.environment import environment
 from milora.evaluation.generation import Evaluation, evaluate_task
 from milora.evaluation.predictions import read_predictions
+from milora.evaluation.routes import expert_shares
 from milora.inference.generation import Decoding
 from milora.methods import parameter_counts
 from milora.paper.materials import Materials
@@ -137,17 +138,16 @@ def _tested(
             batch_size=run.evaluation["batch_size"],
             output=path,
         )
-        scores[name] = _score(evaluation, task.average)
-        routes = [row["route"] for row in read_predictions(path) if row.get("route")]
-        if routes:
-            shares[name] = expert_shares(routes)
+        scores[name] = _score(evaluation)
+        routed = [row for row in read_predictions(path) if row.get("route")]
+        if routed:
+            shares[name] = share_record(routed)
     return scores, shares
 
 
-def _score(evaluation: Evaluation, average: str) -> dict[str, Any]:
-    of_groups = average == "groups" and evaluation.macro_accuracy is not None
+def _score(evaluation: Evaluation) -> dict[str, Any]:
     return {
-        "accuracy": evaluation.macro_accuracy if of_groups else evaluation.accuracy,
+        "accuracy": evaluation.accuracy,
         "rows": evaluation.rows,
         "correct": evaluation.correct,
         "unparsed": evaluation.unparsed,
@@ -155,25 +155,19 @@ def _score(evaluation: Evaluation, average: str) -> dict[str, Any]:
     }
 
 
-def expert_shares(routes: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
-    """The share of prompts that chose each expert in each block.
+def share_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The share of prompts that chose each expert in each block, as a record holds it.
 
     Args:
-        routes: Of each prompt, expert -> the numbers of the blocks in which it was chosen
-            (see [`milora.evaluation.predictions.compact_route`]).
+        rows: Of predictions, all with a route.
 
     Returns:
         `experts`, `blocks` (their numbers), `share` (blocks x experts), and `prompts`, how many there were.
     """
-    experts = list(routes[0])
-    blocks = sorted({block for route in routes for chosen in route.values() for block in chosen})
-    counts = {block: dict.fromkeys(experts, 0) for block in blocks}
-    for route in routes:
-        for expert, chosen in route.items():
-            for block in chosen:
-                counts[block][expert] += 1
-    share = [[round(counts[block][expert] / len(routes), 4) for expert in experts] for block in blocks]
-    return {"experts": experts, "blocks": blocks, "share": share, "prompts": len(routes)}
+    shares = expert_shares(rows)
+    blocks = sorted(next(iter(shares.values())))
+    share = [[round(of_expert[block], 4) for of_expert in shares.values()] for block in blocks]
+    return {"experts": list(shares), "blocks": blocks, "share": share, "prompts": len(rows)}
 
 
 def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Grid:
 
     def counts(self, cell: Cell) -> Counts:
         """The parameters of a cell's variant, also of one that cannot be run."""
-        settings = by_block(cell.variant.settings, self.materials.config(cell.backbone))
+        settings = dict(cell.variant.settings)
         return parameter_counts(cell.variant.method, self.materials.config(cell.backbone), **settings)
 
     def _group(self, cell: Cell) -> str:
@@ -204,7 +204,7 @@ class Grid:
             # Of a run that diverged there is no number.
             return float("inf") if value is None else float(value)
         scores = [of_task["accuracy"] for of_task in record["dev"].values()]
-        return -sum(scores) / len(scores)
+        return -float(sum(scores)) / len(scores)
 
     def _make(self, cell: Cell, tuned: Settings) -> Run:
         key = f"{cell.key} {sorted(tuned.items())}"
@@ -220,7 +220,7 @@ class Grid:
             label=", ".join([str(cell), *(f"{field} {value:g}" for field, value in tuned.items())]),
             backbone=cell.backbone,
             method=name,
-            settings=by_block({**_defaults(name), **cell.variant.settings}, prints.config(cell.backbone)),
+            settings={**_defaults(name), **cell.variant.settings},
             tasks=cell.tasks,
             tests=tests,
             seed=cell.seed,
@@ -235,24 +235,12 @@ class Grid:
         )
 
 
-def by_block(settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Settings in which an activation for the lower and one for the upper half of the blocks are one for each block.
-
-    Of an odd number of blocks the middle one is in the upper half.
-    """
-    activations = settings.get("router_activation")
-    if not isinstance(activations, list) or len(activations) != 2:
-        return dict(settings)
-    blocks = int(config.get_text_config(decoder=True).num_hidden_layers)
-    lower, upper = activations
-    return {**settings, "router_activation": [lower] * (blocks // 2) + [upper] * (blocks - blocks // 2)}
-
-
 @cache
 def _paper_learning_rate() -> float:
     from milora.training import TrainingArguments
 
-    return float(next(one.default for one in fields(TrainingArguments) if one.name == "learning_rate"))
+    rate: Any = next(one.default for one in fields(TrainingArguments) if one.name == "learning_rate")
+    return float(rate)
 
 
 @cache

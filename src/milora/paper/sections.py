@@ -26,10 +26,10 @@ ABLATIONS: Mapping[str, Settings] = {
     "MiLoRA-1 (mean pooling)": {"pooler": "mean"},
     "MiLoRA-2 (last-token pooling)": {"pooler": "last"},
     "MiLoRA-3 (GeLU)": {"router_activation": "gelu"},
-    "MiLoRA-4 (ReLU lower half, GeLU upper half)": {"router_activation": ["relu", "gelu"]},
-    "MiLoRA-5 (GeLU lower half, ReLU upper half)": {"router_activation": ["gelu", "relu"]},
+    "MiLoRA-4 (ReLU lower half, GeLU upper half)": {"router_activation": "relu|gelu"},
+    "MiLoRA-5 (GeLU lower half, ReLU upper half)": {"router_activation": "gelu|relu"},
 }
-"""Table 5's rows. Two activations are for the lower and the upper half of the blocks: see [`by_block`]."""
+"""Table 5's rows."""
 
 PAPER_MOELORA: Settings = {"r": 32, "num_experts": 8, "top_k": 4}
 """MOELoRA where its rank or its number of chosen experts is what varies, whatever the budget is."""

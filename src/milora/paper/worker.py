@@ -63,7 +63,7 @@ class Worker:
         self._grid = grid
         self._store = store
         self._cells = grid.cells() if cells is None else cells
-        self._execute = execute
+        self._execute = execute or _execution()
         self._say = say
         # A run that failed before is tried again; one that fails now is not, whichever process it failed in.
         self._failures_before = {digest: len(messages) for digest, messages in store.read().failures.items()}
@@ -127,11 +127,8 @@ class Worker:
         return True
 
     def _make(self, run: Run) -> None:
-        execute = self._execute
-        if execute is None:
-            from milora.paper.execution import execute
         try:
-            record = execute(run, self._store.run_folder(run.digest), self._grid.materials)
+            record = self._execute(run, self._store.run_folder(run.digest), self._grid.materials)
         except Exception as error:
             if is_disk_full(error):
                 raise MiLoraError(
@@ -154,6 +151,12 @@ class Worker:
             return
         self._store.append(record)
         self._say(f"{run.label}: {_summary(record)}")
+
+
+def _execution() -> Execute:
+    from milora.paper.execution import execute
+
+    return execute
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -18,6 +18,8 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
     an exception. The configurations are [`milora.tuners.adapter_file.CheckedFileConfig`]s.
     """
 
+    active_adapter: str | list[str]
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, and [`RevertibleTuner.complete_adapter`]; all of it or nothing.
 
