@@ -5,6 +5,7 @@ import statistics
 import pytest
 
 from milora.benchmark import DecodeSettings, decode
+from milora.benchmark.memory import only_new_objects
 from milora.benchmark.methods import VARIANTS
 from milora.benchmark.rounds import in_turn
 from milora.errors import MiLoraError
@@ -14,7 +15,8 @@ QUICK = {"device": "cpu", "dtype": "float32", "beams": (1,), "prompt_tokens": 5,
 
 def test_methods_take_turns() -> None:
     asked: list[str] = []
-    measured = in_turn("case", ["a", "b", "c"], 2, lambda name: asked.append(name) or len(asked), lambda line: None)  # type: ignore[func-returns-value]
+    with only_new_objects():
+        measured = in_turn("case", ["a", "b", "c"], 2, lambda name: asked.append(name) or len(asked), lambda line: None)
     assert asked == ["a", "b", "c", "a", "b", "c"]
     assert [(turn.round, turn.method) for turn in measured.order] == list(zip([0, 0, 0, 1, 1, 1], asked, strict=True))
     assert measured.samples == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}

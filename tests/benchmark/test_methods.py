@@ -65,8 +65,8 @@ def test_outputs_are_those_of_the_same_adapter_outside(name: str, settings: Deco
         expected = outside.generate(**prompts, max_new_tokens=6, num_beams=beams, do_sample=False)
         timing = generate(build_method(name, backbone, settings), prompts, CPU, beams=beams, new_tokens=6)
         assert torch.equal(timing.output, expected)
-    plain = backbone.generate(**prompts, max_new_tokens=6, num_beams=1, do_sample=False)
-    assert not torch.equal(plain, outside.generate(**prompts, max_new_tokens=6, num_beams=1, do_sample=False))
+    with torch.no_grad():
+        assert not torch.allclose(outside(**prompts).logits, backbone(**prompts).logits, atol=1e-3)
 
 
 def test_nothing_ends_a_generation_early(settings: DecodeSettings) -> None:
