@@ -17,18 +17,19 @@ if [ "${DRY_RUN:-0}" != 0 ]; then
   where=(--device cpu --threads 1)
   backbone=${BACKBONE:-tiny}
   rounds=${ROUNDS:-1} new=${NEW_TOKENS:-3} prompt=${PROMPT_TOKENS:-4} batches=${BATCHES:-1,2}
-  layers=(--layers 1)
+  layers=(--layers 1) few=(--methods base,milora) trained=(--methods lora,milora)
   kernel=(--d-in 32 --d-out 32 --rank 4)
   train=(--batch 2 --tokens 8)
-  compiled=base,milora compiled_tenants=base,milora beams=1,2
+  compiled=base,milora compiled_tenants=base,milora batched=base,milora beams=1,2
 else
   where=(--device cuda)
   backbone=${BACKBONE:-llama-2-7b}
   rounds=${ROUNDS:-5} new=${NEW_TOKENS:-64} prompt=${PROMPT_TOKENS:-128} batches=${BATCHES:-1,8,32,64}
-  layers=()
+  layers=() few=() trained=()
   kernel=()
   train=(--batch 8 --tokens 256)
-  compiled=base,lora,lora-merged,dora-cached,moelora,milora compiled_tenants=base,lora-together,milora beams=1,3
+  compiled=base,lora,lora-merged,dora-cached,moelora,milora compiled_tenants=base,lora-together,milora
+  batched=base,lora,moelora,milora beams=1,3
 fi
 
 mkdir -p "$folder"
@@ -55,19 +56,19 @@ shape=(--backbone "$backbone" "${layers[@]}" "${where[@]}" --rounds "$rounds")
 length=(--prompt-tokens "$prompt" --new-tokens "$new")
 
 measure kernel kernel "${where[@]}" --rounds "$rounds" --batches "$batches" "${kernel[@]}"
-measure decode-eager decode "${shape[@]}" "${length[@]}" --beams "$beams"
+measure decode-eager decode "${shape[@]}" "${length[@]}" --beams "$beams" "${few[@]}"
 measure decode-compiled decode "${shape[@]}" "${length[@]}" --beams "$beams" --compile --methods "$compiled"
 IFS=, read -ra sizes <<<"$batches"
 for size in "${sizes[@]}"; do
   measure "decode-eager-batch-$size" decode "${shape[@]}" "${length[@]}" --beams 1 --batch "$size" \
-    --methods base,lora,moelora,milora
-  measure "tenants-eager-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size"
+    --methods "$batched"
+  measure "tenants-eager-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" "${few[@]}"
   measure "tenants-compiled-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" --compile \
     --methods "$compiled_tenants"
 done
-measure prefill prefill "${shape[@]}" --prompt-tokens "$prompt,$((4 * prompt))"
-measure train train "${shape[@]}" "${train[@]}"
-measure train-checkpointing train "${shape[@]}" "${train[@]}" --gradient-checkpointing
+measure prefill prefill "${shape[@]}" --prompt-tokens "$prompt,$((4 * prompt))" "${few[@]}"
+measure train train "${shape[@]}" "${train[@]}" "${trained[@]}"
+measure train-checkpointing train "${shape[@]}" "${train[@]}" "${trained[@]}" --gradient-checkpointing
 $milora bench traffic --backbone "$backbone" "${layers[@]}" --context "$((prompt + new))" --json >"$folder/traffic.json" ||
   failed=1
 
