@@ -154,10 +154,7 @@ def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table
 
     columns = {
         "task": list(results),
-        "rows": [
-            _number(result.get("rows", result.get("perplexity_rows", result.get("questions"))))
-            for result in results.values()
-        ],
+        "rows": [_number(_rows(result)) for result in results.values()],
         "accuracy": [_share(result.get("accuracy")) for result in results.values()],
         "score of 10": [_decimal(result.get("score")) for result in results.values()],
         "win rate": [_share(result.get("pairwise", {}).get("win_rate")) for result in results.values()],

@@ -12,12 +12,12 @@ import torch
 from milora.errors import MiLoraError
 from milora.evaluation.generation import evaluate_task
 from milora.evaluation.mt_bench import run as mt_bench
+from milora.evaluation.mt_bench.answers import read_answers
 from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.evaluation.perplexity import completion_perplexity
 from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding
-from milora.tasks.mt_bench import FOLDER as MT_BENCH_FOLDER
-from milora.tasks.mt_bench import MtBench
+from milora.tasks.mt_bench import MtBench, question_folder
 from milora.tasks.task import Split, Task
 
 BEAMS = 3
@@ -98,11 +98,11 @@ def hold_conversations(
     """The [`Evaluator`] of MT-Bench; see [`milora.evaluation.mt_bench.run.run`].
 
     Raises:
-        MiLoraError: If there is no folder for the answers.
+        MiLoraError: If there is no folder for the answers, or nobody to compare them with another model's.
     """
     assert isinstance(task, MtBench)
-    if settings.output_dir is None:
-        raise MiLoraError("MT-Bench's answers are kept to be judged: say where, with --output-dir.")
+    _check_conversations(task, settings)
+    assert settings.output_dir is not None
     torch.manual_seed(settings.seed)
     judging = settings.judging
     return mt_bench.run(
@@ -113,7 +113,7 @@ def hold_conversations(
         judging.model_id,
         judge=None if judging.url is None else ChatEndpoint(judging.url, judging.model),
         opponent=judging.opponent,
-        prompts_folder=None if task.data_dir is None else task.data_dir / MT_BENCH_FOLDER,
+        prompts_folder=None if task.data_dir is None else question_folder(task.data_dir),
         workers=judging.workers,
         progress=progress,
         max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
@@ -175,7 +175,26 @@ def check_rows(task: Task, settings: EvaluationSettings) -> None:
     """Reads a task's rows, so that what is wrong with them shows before a backbone is loaded.
 
     Raises:
-        MiLoraError: If they cannot be read, or there are none.
+        MiLoraError: If they cannot be read, or there are none, or the settings do not do for MT-Bench.
     """
-    if task.name not in EVALUATORS and not task.examples(settings.split, settings.limit, settings.seed):
+    if isinstance(task, MtBench):
+        _check_conversations(task, settings)
+    elif not task.examples(settings.split, settings.limit, settings.seed):
         raise MiLoraError(f"{task.name} has no rows in its split {settings.split!r}.")
+
+
+def _check_conversations(task: MtBench, settings: EvaluationSettings) -> None:
+    judging = settings.judging
+    if not settings.accuracy:
+        raise MiLoraError(
+            f"{task.name} has no gold completions to measure perplexity on: leave --no-generate or it out."
+        )
+    if settings.output_dir is None:
+        raise MiLoraError("MT-Bench's answers are kept to be judged: say where, with --output-dir.")
+    if judging.opponent is not None and judging.url is None:
+        raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
+    if judging.url is not None:
+        ChatEndpoint(judging.url, judging.model)
+    questions = task.questions()
+    if judging.opponent is not None:
+        read_answers(judging.opponent, questions)

@@ -100,8 +100,7 @@ def load_questions(data_dir: str | os.PathLike[str] | None = None) -> list[Quest
             )
             for number, row in enumerate(load_split(HUB_ID, "train"), start=FIRST_ID)
         ]
-    root = Path(data_dir)
-    folder = root / FOLDER if (root / FOLDER).is_dir() else root
+    folder = question_folder(data_dir)
     path = folder / QUESTION_FILE
     if not path.is_file():
         raise DataError(
@@ -124,6 +123,12 @@ def load_questions(data_dir: str | os.PathLike[str] | None = None) -> list[Quest
             raise DataError(f"{where}: a reference for question {number}, which is not in {path}")
         references[number] = turns
     return [replace(question, references=references.get(question.id, ())) for question in questions.values()]
+
+
+def question_folder(data_dir: str | os.PathLike[str]) -> Path:
+    """Where the questions lie: in `mt_bench`, where a data folder has one, else in the folder itself."""
+    root = Path(data_dir)
+    return root / FOLDER if (root / FOLDER).is_dir() else root
 
 
 def _question(record: object, where: str) -> Question:

@@ -60,7 +60,7 @@ def test_both_turns_against_a_loop_of_single_prompts(tmp_path: Path) -> None:
         assert answer.turns == (reply, by_hand(model, tokenizer, second, 6))
     assert read_answers(path, QUESTIONS) == found
     row = json.loads(path.read_text().splitlines()[0])
-    assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp", "run"}
     assert row["choices"] == [{"index": 0, "turns": list(found[0].turns)}]
 
 
@@ -88,6 +88,18 @@ def test_what_is_answered_is_not_answered_again(tmp_path: Path, monkeypatch: pyt
     assert len(asked) == 4
     with pytest.raises(DataError, match=r"answers of 'm', not of 'other'"):
         answer_questions(model, tokenizer, QUESTIONS, path, "other", **settings)
+
+
+def test_answers_of_other_weights_or_decoding_are_refused(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    path = tmp_path / "m.jsonl"
+    answer_questions(model, tokenizer, QUESTIONS[:1], path, "m", max_new_tokens=2, beams=1)
+    with pytest.raises(DataError, match="other decoding"):
+        answer_questions(model, tokenizer, QUESTIONS[:1], path, "m", max_new_tokens=3, beams=1)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(1)
+    with pytest.raises(DataError, match="other weights"):
+        answer_questions(model, tokenizer, QUESTIONS[:1], path, "m", max_new_tokens=2, beams=1)
 
 
 def test_creative_questions_are_drawn_from_seeds(tmp_path: Path) -> None:

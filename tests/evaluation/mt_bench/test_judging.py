@@ -160,6 +160,18 @@ class TestGrading:
         assert len(server.requests) == 4 + 3
         assert len(path.read_text().splitlines()) == 4
 
+    def test_other_answers_and_other_prompts_are_graded_anew(self, server: Server, tmp_path: Path) -> None:
+        path = tmp_path / "single.jsonl"
+        grade(server, path)
+        server.reply = lambda body, number: "[[2]]"
+        changed = [Answer(81, "ours", ("Roses.", "Tulip.")), OURS[1]]
+        outcome = judging.grade(endpoint(server), QUESTIONS, changed, prompts.OWN, path)
+        assert [record["score"] for record in outcome.records] == [7, 2, 7, 7]
+        reworded = {**prompts.OWN, "single-v1": prompts.JudgePrompt("single-v1", "", "{question} {answer}")}
+        outcome = judging.grade(endpoint(server), QUESTIONS, changed, reworded, path)
+        assert [record["score"] for record in outcome.records] == [2, 2, 7, 7]
+        assert len(server.requests) == 4 + 1 + 1
+
     def test_another_judge_grades_anew(self, server: Server, tmp_path: Path) -> None:
         path = tmp_path / "single.jsonl"
         grade(server, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from milora.errors import DataError, MiLoraError
+from milora.evaluation.files import writing
+from milora.evaluation.fingerprint import model_fingerprint
 from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding, generate_texts
 from milora.records import append_record, drop_half_line, read_records
@@ -20,14 +24,24 @@ TURNS = 2
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """By category, as FastChat has them; greedy for the others."""
 
+KEPT = "; what is in it is kept: make room, and run the same again to go on"
+
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answers to the turns of a question."""
+    """A model's answers to the turns of a question.
+
+    Attributes:
+        question: Its id.
+        model: The model's name.
+        turns: The answers.
+        run: What they were made with, model and decoding, in a digest; `None` for those of other programs.
+    """
 
     question: int
     model: str
     turns: tuple[str, ...]
+    run: str | None = None
 
 
 def answer_questions(
@@ -63,14 +77,23 @@ def answer_questions(
         The answers in the questions' order.
 
     Raises:
-        DataError: If the file holds answers of another model or is no file of answers.
-        MiLoraError: If a conversation does not fit the model with `max_new_tokens` to come.
+        DataError: If the file holds answers of another model, or of this name's with other weights or decoding, or is
+            no file of answers.
+        MiLoraError: If a conversation does not fit the model with `max_new_tokens` to come, or the file cannot be
+            written.
     """
-    drop_half_line(path)
+    with writing(path):
+        drop_half_line(path)
+    made_with = _run(model, max_new_tokens, beams)
     done = {answer.question: answer for answer in read_answers(path, questions)} if path.exists() else {}
     strangers = {answer.model for answer in done.values()} - {model_id}
     if strangers:
         raise DataError(f"{path} holds answers of {sorted(strangers)[0]!r}, not of {model_id!r}: name another file.")
+    if any(answer.run not in (None, made_with) for answer in done.values()):
+        raise DataError(
+            f"{path} holds answers of {model_id!r} with other weights or other decoding: name another folder or "
+            "another model id, or remove the file."
+        )
     missing = [question for question in questions if question.id not in done]
     # A batch at a time through both turns, so that an interruption costs no more than a batch.
     groups = list(_batches(missing, batch_size))
@@ -84,8 +107,9 @@ def answer_questions(
             for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size):
                 conversations[text.index].append(text.text.strip())
         for question, said in zip(group, conversations, strict=True):
-            done[question.id] = Answer(question.id, model_id, tuple(said))
-            append_record(path, _record(done[question.id]))
+            done[question.id] = Answer(question.id, model_id, tuple(said), made_with)
+            with writing(path, KEPT):
+                append_record(path, _record(done[question.id]))
     return [done[question.id] for question in questions]
 
 
@@ -100,7 +124,7 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
     for where, record in read_records(path):
         try:
             turns = tuple(str(turn) for turn in record["choices"][0]["turns"])
-            answer = Answer(int(record["question_id"]), str(record["model_id"]), turns)
+            answer = Answer(int(record["question_id"]), str(record["model_id"]), turns, record.get("run"))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(f"{where}: no answer in FastChat's format (question_id, model_id, choices)") from error
         if len(answer.turns) != TURNS:
@@ -117,7 +141,13 @@ def _record(answer: Answer) -> dict[str, Any]:
         "model_id": answer.model,
         "choices": [{"index": 0, "turns": list(answer.turns)}],
         "tstamp": time.time(),
+        "run": answer.run,
     }
+
+
+def _run(model: Any, max_new_tokens: int, beams: int | None) -> str:
+    settings = json.dumps([model_fingerprint(model), max_new_tokens, beams])
+    return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:

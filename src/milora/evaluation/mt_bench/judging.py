@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from milora.errors import DataError, MiLoraError
-from milora.evaluation.mt_bench.answers import TURNS, Answer
+from milora.evaluation.files import writing
+from milora.evaluation.mt_bench.answers import KEPT, TURNS, Answer
 from milora.evaluation.mt_bench.prompts import JudgePrompt, name_of
 from milora.evaluation.progress import Watch
 from milora.records import append_record, drop_half_line, read_records
@@ -23,6 +25,7 @@ UNPARSED = -1
 _RATING = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 MAX_TOKENS = 2048
+TURN_NUMBERS = range(1, TURNS + 1)
 
 
 class Judge(Protocol):
@@ -81,30 +84,29 @@ def grade(
         questions: What was asked.
         answers: What was answered, by one model.
         prompts: By name; see [`milora.evaluation.mt_bench.prompts.load`].
-        path: JSON lines as FastChat's `gpt-4_single.jsonl`: what it holds of this model and judge is not asked again.
+        path: JSON lines as FastChat's `gpt-4_single.jsonl`: what it holds of these answers, this judge and these
+            prompts is not asked again.
         workers: How many requests are made at a time.
         progress: Shows progress, a judgement a step.
+
+    Raises:
+        DataError: If a prompt has a place that cannot be filled, or the file is no file of judgements.
+        MiLoraError: If a judgement cannot be written.
     """
     asked = {question.id: question for question in questions}
-
-    def one(answer: Answer, turn: int) -> dict[str, Any]:
-        question = asked[answer.question]
-        prompt = _prompt_for("single", question, turn, prompts)
-        messages = prompt.fill(_parts(question, turn, {"": answer}))
-        judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
-        return {
-            "question_id": question.id,
-            "model": answer.model,
-            "judge": [judge.model, prompt.name],
-            "user_prompt": messages[1]["content"],
-            "judgment": judgement,
-            "score": parse_rating(judgement),
-            "turn": turn,
-            "tstamp": time.time(),
-        }
-
-    jobs = {(answer.question, answer.model, turn): (answer, turn) for answer in answers for turn in (1, 2)}
-    return _run(jobs, one, ("question_id", "model", "turn"), judge.model, path, workers, progress)
+    jobs = []
+    for answer in answers:
+        for turn in TURN_NUMBERS:
+            question = asked[answer.question]
+            prompt = _prompt_for("single", question, turn, prompts)
+            about = {
+                "question_id": question.id,
+                "model": answer.model,
+                "judge": [judge.model, prompt.name],
+                "turn": turn,
+            }
+            jobs.append(_Job(about, {"": prompt.fill(_parts(question, turn, {"": answer}))}))
+    return _run(jobs, lambda _, judgement: {"score": parse_rating(judgement)}, judge, path, workers, progress)
 
 
 def compare(
@@ -126,73 +128,86 @@ def compare(
         answers: The first model's (`model_1`).
         others: The second model's, of the same questions.
         prompts: By name.
-        path: JSON lines as FastChat's `gpt-4_pair.jsonl`: what it holds of these models and judge is not asked again.
+        path: JSON lines as FastChat's `gpt-4_pair.jsonl`: what it holds of these answers, this judge and these
+            prompts is not asked again.
         workers: How many requests are made at a time.
         progress: Shows progress, a pair a step.
 
     Raises:
-        DataError: If a question has an answer of one model only.
+        DataError: If a question has an answer of one model only, a prompt has a place that cannot be filled, or the
+            file is no file of judgements.
+        MiLoraError: If a judgement cannot be written.
     """
     asked = {question.id: question for question in questions}
     second = {answer.question: answer for answer in others}
     if lacking := sorted({answer.question for answer in answers} ^ set(second)):
         raise DataError(f"MT-Bench question {lacking[0]} has an answer of only one of the two models.")
 
-    def one(answer: Answer, turn: int) -> dict[str, Any]:
-        question, other = asked[answer.question], second[answer.question]
-        prompt = _prompt_for("pair", question, turn, prompts)
-        games: dict[str, str] = {}
-        for game, (a, b) in {"g1": (answer, other), "g2": (other, answer)}.items():
-            messages = prompt.fill(_parts(question, turn, {"_a": a, "_b": b}))
-            judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
-            names = {"A": "model_1" if a is answer else "model_2", "B": "model_2" if a is answer else "model_1"}
-            verdict = parse_verdict(judgement)
-            games |= {
-                f"{game}_winner": "error" if verdict is None else names.get(verdict, "tie"),
-                f"{game}_user_prompt": messages[1]["content"],
-                f"{game}_judgment": judgement,
-            }
-        return {
-            "question_id": question.id,
-            "model_1": answer.model,
-            "model_2": other.model,
-            "judge": [judge.model, prompt.name],
-            **games,
-            "turn": turn,
-            "tstamp": time.time(),
-        }
+    def winner(game: str, judgement: str) -> dict[str, Any]:
+        names = {"A": "model_1", "B": "model_2"} if game == "g1_" else {"A": "model_2", "B": "model_1"}
+        verdict = parse_verdict(judgement)
+        return {"winner": "error" if verdict is None else names.get(verdict, "tie")}
 
-    jobs = {
-        (answer.question, answer.model, second[answer.question].model, turn): (answer, turn)
-        for answer in answers
-        for turn in (1, 2)
-    }
-    return _run(jobs, one, ("question_id", "model_1", "model_2", "turn"), judge.model, path, workers, progress)
+    jobs = []
+    for answer in answers:
+        for turn in TURN_NUMBERS:
+            question, other = asked[answer.question], second[answer.question]
+            prompt = _prompt_for("pair", question, turn, prompts)
+            about = {
+                "question_id": question.id,
+                "model_1": answer.model,
+                "model_2": other.model,
+                "judge": [judge.model, prompt.name],
+                "turn": turn,
+            }
+            places = {"g1_": {"_a": answer, "_b": other}, "g2_": {"_a": other, "_b": answer}}
+            messages = {game: prompt.fill(_parts(question, turn, sides)) for game, sides in places.items()}
+            jobs.append(_Job(about, messages))
+    return _run(jobs, winner, judge, path, workers, progress)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A judgement to be had.
+
+    Attributes:
+        about: What its record says besides: of what, and by whom.
+        messages: What the judge is sent, by the beginning of the names of the fields that its reply goes to.
+    """
+
+    about: dict[str, Any]
+    messages: dict[str, list[dict[str, str]]]
+
+    def is_answered_by(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this judgement, and of the same answers and prompt: both may have been made anew."""
+        asked = {f"{game}user_prompt": messages[1]["content"] for game, messages in self.messages.items()}
+        return all(record.get(name) == value for name, value in {**self.about, **asked}.items())
 
 
 def _run(
-    jobs: dict[tuple[Any, ...], tuple[Answer, int]],
-    one: Callable[[Answer, int], dict[str, Any]],
-    identity: tuple[str, ...],
-    judge: str,
+    jobs: Sequence[_Job],
+    read: Callable[[str, str], dict[str, Any]],
+    judge: Judge,
     path: Path,
     workers: int,
     progress: Watch | None,
 ) -> Outcome:
     """Does what is not in the file yet. A failure stops no other job, and is tried again by the next run."""
-    drop_half_line(path)
-    done: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for where, record in read_records(path) if path.exists() else ():
-        try:
-            key = tuple(record[name] for name in identity)
-            of_this_judge = record["judge"][0] == judge
-        except (KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{where}: no judgement of this kind in FastChat's format") from error
-        if of_this_judge and key in jobs:
-            done[key] = record
+    with writing(path):
+        drop_half_line(path)
+    done = _known(jobs, path)
+
+    def ask(job: _Job) -> dict[str, Any]:
+        record = dict(job.about)
+        for game, messages in job.messages.items():
+            judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
+            fields = {"user_prompt": messages[1]["content"], "judgment": judgement, **read(game, judgement)}
+            record |= {f"{game}{name}": value for name, value in fields.items()}
+        return {**record, "tstamp": time.time()}
+
     failed, reason = 0, None
     with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-        futures = {pool.submit(one, *job): key for key, job in jobs.items() if key not in done}
+        futures = {pool.submit(ask, job): index for index, job in enumerate(jobs) if index not in done}
         coming = as_completed(futures)
         try:
             for future in progress(coming, "judgements", len(futures)) if progress else coming:
@@ -201,12 +216,30 @@ def _run(
                 except MiLoraError as error:
                     failed, reason = failed + 1, reason or str(error)
                 else:
-                    append_record(path, record)
+                    with writing(path, KEPT):
+                        append_record(path, record)
                     done[futures[future]] = record
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Outcome([done[key] for key in jobs if key in done], failed, reason)
+    return Outcome([done[index] for index in range(len(jobs)) if index in done], failed, reason)
+
+
+def _known(jobs: Sequence[_Job], path: Path) -> dict[int, dict[str, Any]]:
+    """By the job's place, the records of a file that are of one of the jobs, the last one where there are several."""
+    by_identity = {_identity(job.about): index for index, job in enumerate(jobs)}
+    known: dict[int, dict[str, Any]] = {}
+    for where, record in read_records(path) if path.exists() else ():
+        if jobs and not jobs[0].about.keys() <= record.keys():
+            raise DataError(f"{where}: no judgement of this kind in FastChat's format")
+        index = by_identity.get(_identity({name: record[name] for name in jobs[0].about})) if jobs else None
+        if index is not None and jobs[index].is_answered_by(record):
+            known[index] = record
+    return known
+
+
+def _identity(about: dict[str, Any]) -> str:
+    return json.dumps(about, sort_keys=True)
 
 
 def _prompt_for(kind: str, question: Question, turn: int, prompts: dict[str, JudgePrompt]) -> JudgePrompt:
