@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from milora.backbone.loading import load_adapter, load_backbone, locate
+from milora.backbone.loading import load_adapter, locate
 from milora.benchmark.environment import environment
 from milora.evaluation.generation import Evaluation, evaluate_task
 from milora.evaluation.predictions import read_predictions
@@ -31,6 +31,7 @@ from milora.paper.store import FINISHED, Record
 from milora.tasks import registry
 from milora.training import DataArguments, MethodArguments, TrainingArguments, train
 from milora.training.result import versions
+from milora.training.run import load_for_training
 
 ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
 """What a run of a grid has otherwise than a training by itself, unless it is asked for."""
@@ -59,16 +60,13 @@ def execute(run: Run, folder: Path, materials: Materials) -> Record:
     started = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     arguments = TrainingArguments(output_dir=str(folder), seed=run.seed, **{**ALWAYS, **run.training})
+    data = DataArguments(backbone=run.backbone, task=list(run.tasks), data_dir=materials.data_dir, **run.data)
     # The trainer prints a line at every log, in which the grid's own lines would drown.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        result = train(
-            DataArguments(backbone=run.backbone, task=list(run.tasks), data_dir=materials.data_dir, **run.data),
-            MethodArguments(method=run.method, settings=_without_none(run.settings)),
-            arguments,
-        )
+        result = train(data, MethodArguments(method=run.method, settings=_without_none(run.settings)), arguments)
     trained = time.monotonic()
-    dtype = "float32" if arguments.use_cpu or not torch.cuda.is_available() else "auto"
-    model, tokenizer = load_backbone(run.backbone, dtype=dtype, device="cpu" if arguments.use_cpu else None)
+    # The very backbone that was trained on: its revision, its dtype, its bits.
+    model, tokenizer = load_for_training(data, arguments)
     model = load_adapter(model, folder)
     tests, shares = _tested(run, "test", run.evaluation["test_rows"], model, tokenizer, folder, materials)
     dev: dict[str, Any] = {}

@@ -31,7 +31,7 @@ class TrainingResult:
         best_step: The step whose adapter was kept; `None` where that is the last.
         seconds: Wall clock, from reading rows to writing the adapter.
         tunable_parameters: What trained at the end, Theta included.
-        dev_perplexity_before: Before the first step.
+        dev_perplexity_before: Before the first step; `None` where it was not measured then.
         dev_perplexity_best: Of what was kept, or the least that was seen.
         resumed_from: The checkpoint that the run went on from.
     """

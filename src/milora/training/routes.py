@@ -32,6 +32,7 @@ def draw_routes(model: Any, rows: Any, collate: Any, counts: Mapping[str, int], 
     if not isinstance(model.base_model, MiLoraModel) or rows is None or importlib.util.find_spec("matplotlib") is None:
         return False
     device = next(model.parameters()).device
+    stems = [Path(name).stem for name in counts]
     panels: dict[str, Route] = {}
     first = 0
     for name, count in counts.items():
@@ -42,7 +43,9 @@ def draw_routes(model: Any, rows: Any, collate: Any, counts: Mapping[str, int], 
             inputs = collate([rows[index] for index in chosen[start : start + batch]])
             routes.append(model.route(**{key: value.to(device) for key, value in inputs.items()}))
         if routes:
-            panels[Path(name).stem] = Route.cat(routes)
+            # A file by its name alone, unless another source has the same.
+            stem = Path(name).stem
+            panels[stem if stems.count(stem) == 1 else name] = Route.cat(routes)
     if panels:
         route_heat_map(panels, path)
     return bool(panels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from milora.training.result import RESULT_FILE, TrainingResult, versions, write_
 from milora.training.rows import Mixture, mix, read_sources
 from milora.training.trainer import MiLoraTrainer, last_checkpoint
 
+_log = logging.getLogger(__name__)
+
 RESOLVED_FIELDS = ("target_modules", "exclude_modules", "router_activation", "budget", "total_step")
 
 
@@ -38,7 +41,7 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     checkpoint = _checkpoint(arguments.resume_from_checkpoint, output)
     set_seed(arguments.seed)
     sources = read_sources(data, arguments.seed)
-    model, tokenizer = _load(data, arguments)
+    model, tokenizer = load_for_training(data, arguments)
     mixture = mix(sources, tokenizer, arguments.max_length)
     if not mixture.dev:
         arguments.eval_strategy = "no"
@@ -75,7 +78,12 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     return result
 
 
-def _load(data: DataArguments, arguments: TrainingArguments) -> tuple[Any, Any]:
+def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tuple[Any, Any]:
+    """The backbone that `data` describes, in the dtype that adapters train on here, and its tokenizer.
+
+    Raises:
+        MiLoraError: If it cannot be loaded.
+    """
     # Adapters train in float32 wherever it is not much slower; a bf16 backbone on a CPU is slower than a float32 one.
     on_cpu = data.dtype == "auto" and (arguments.use_cpu or not torch.cuda.is_available())
     # With several processes the trainer says which device is whose.
@@ -118,7 +126,7 @@ def _check_same_method(asked: Any, found: Any, method: MethodArguments, checkpoi
         )
     for name, value in method.overrides().items():
         # Others are resolved when the adapter is made: names of modules, shares of parameters.
-        comparable = name not in RESOLVED_FIELDS and isinstance(value, int | str)
+        comparable = name not in RESOLVED_FIELDS and isinstance(value, int | float | str)
         if comparable and getattr(found, name) != value:
             raise MiLoraError(
                 f"{checkpoint} has {name}={getattr(found, name)!r}, and {value!r} is asked for: resume with the "
@@ -135,7 +143,7 @@ def _result(
     seconds: float,
 ) -> TrainingResult:
     state = trainer.state
-    perplexities = [entry["eval_perplexity"] for entry in state.log_history if "eval_perplexity" in entry]
+    evaluated = [(entry["step"], entry["eval_perplexity"]) for entry in state.log_history if "eval_perplexity" in entry]
     return TrainingResult(
         output=str(output),
         method=method.method,
@@ -149,8 +157,8 @@ def _result(
         best_step=state.best_global_step if state.best_model_checkpoint else None,
         seconds=round(seconds, 1),
         tunable_parameters=trainer.tunable_parameters(),
-        dev_perplexity_before=perplexities[0] if perplexities else None,
-        dev_perplexity_best=_best_perplexity(trainer, perplexities),
+        dev_perplexity_before=next((perplexity for step, perplexity in evaluated if step == 0), None),
+        dev_perplexity_best=_best_perplexity(trainer, [perplexity for _, perplexity in evaluated]),
         resumed_from=None if checkpoint is None else str(checkpoint),
     )
 
@@ -187,7 +195,10 @@ def _checkpoint(resume: str | bool | None, output: Path) -> Path | None:
     if resume is None or str(resume).lower() in ("", "false"):
         return None
     if str(resume).lower() in ("true", "last", "latest"):
-        return last_checkpoint(output)
+        found = last_checkpoint(output)
+        if found is None:
+            _log.warning("There is no complete checkpoint in %s to go on from: training begins anew.", output)
+        return found
     path = Path(str(resume))
     if not path.is_dir():
         raise MiLoraError(f"No checkpoint at {path}; --resume_from_checkpoint last takes the newest in {output}.")

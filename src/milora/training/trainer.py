@@ -74,7 +74,8 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         # TRL rounds all that trains on a quantised backbone to bfloat16, in which routers would decide otherwise, and a
         # learning rate of 1e-6 would move nothing.
         for parameter, value in router_values:
-            parameter.data = value
+            # The trainer may have moved the model meanwhile.
+            parameter.data = value.to(parameter.device)
         if self._activations is not None and self.eval_dataset is None:
             raise MiLoraError(
                 "The routers' activations train on dev rows (--activation_training bilevel, as in the paper), and "
