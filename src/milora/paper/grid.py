@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -201,8 +202,8 @@ class Grid:
             return None
         if self.request.tune_by == "perplexity":
             value = record.get("dev_perplexity")
-            # Of a run that diverged there is no number.
-            return float("inf") if value is None else float(value)
+            # Of a run that diverged there is no number, or none to compare with.
+            return float(value) if value is not None and math.isfinite(value) else math.inf
         scores = [of_task["accuracy"] for of_task in record["dev"].values()]
         return -float(sum(scores)) / len(scores)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from milora.errors import MiLoraError
 from milora.paper import published
 from milora.paper.differences import budget_lines, differences, environment_lines, tuning_lines
-from milora.paper.figures import Shares, line_figure, share_figure, shares, shares_csv
+from milora.paper.figures import PAPER_LIMIT, Shares, line_figure, share_figure, shares, shares_csv
 from milora.paper.grid import Grid
 from milora.paper.sections import Section
 from milora.paper.statistics import Measurements
@@ -18,7 +18,6 @@ from milora.paper.store import FILE, Record, Results
 from milora.paper.tables import section_table
 
 NAME = "README.md"
-LIMIT = 0.30
 LINES = ("figure3", "figure4", "figure5")
 
 Speed = Callable[[Path], list[str]]
@@ -57,9 +56,10 @@ def write_report(grid: Grid, results: Results, folder: Path, command: str = "", 
     lines = ["# The paper's tables and figures, measured", ""]
     if command:
         lines += [f"Made by `{command}`. Runs are in [`{FILE}`]({FILE}), a line each.", ""]
-    lines += ["## Set-up, and how it differs from the paper's", ""]
-    lines += [f"- {line}" for line in differences(grid, used)]
-    lines += ["", *budget_lines(grid), "", *tuning_lines(grid, results), "", *environment_lines(used)]
+    if grid.sections:
+        lines += ["## Set-up, and how it differs from the paper's", ""]
+        lines += [f"- {line}" for line in differences(grid, used)]
+        lines += ["", *budget_lines(grid), "", *tuning_lines(grid, results), "", *environment_lines(used)]
     for section in grid.sections:
         lines += ["", f"## {section.title}", ""]
         lines += (
@@ -108,8 +108,11 @@ def _figure2(section: Section, measured: Measurements, writer: _Writer) -> list[
 def _largest_share(task: str, of_task: Shares) -> str:
     index = max(range(len(of_task.experts)), key=lambda i: of_task.overall[i][0])
     share = of_task.overall[index][0]
-    verdict = "within" if share <= LIMIT else "above"
-    return f"- {task}: the most used expert is `{of_task.experts[index]}` with {share:.1%}, {verdict} the paper's 30 %."
+    verdict = "within" if share <= PAPER_LIMIT else "above"
+    return (
+        f"- {task}: the most used expert is `{of_task.experts[index]}` with {share:.1%}, {verdict} the paper's "
+        f"{100 * PAPER_LIMIT:.0f} %."
+    )
 
 
 def _not_run(section: Section, measured: Measurements) -> list[str]:

@@ -12,6 +12,8 @@ from milora.errors import MiLoraError
 from milora.evaluation.files import write_json
 from milora.methods import method
 from milora.paper import published
+from milora.paper.locks import locked
+from milora.paper.store import WORKING_FOLDER
 
 FILE = "table4.json"
 METHODS = ("dora", "moelora", "milora")
@@ -24,7 +26,8 @@ def speed_section(
 ) -> list[str]:
     """Measures Table 4 unless it has been measured, and returns its Markdown, line by line.
 
-    The measurement is in `table4.json` in the folder; taken away, it is made again.
+    The measurement is in `table4.json` in the folder; taken away, it is made again. Of several processes one measures,
+    and the others wait for it.
 
     Args:
         folder: The report's.
@@ -36,13 +39,14 @@ def speed_section(
         MiLoraError: If the file cannot be read or written, or the benchmark refuses the settings.
     """
     path = folder / FILE
-    result = _read(path) if path.exists() else None
-    if result is None and not measure:
+    if not path.exists() and not measure:
         return ["Not measured yet."]
-    if result is None:
-        result = table4(settings, say).to_dict()
-        write_json(path, result)
-    return _lines(result)
+    if not path.exists():
+        # Two processes that measured at once would measure each other.
+        with locked(folder / WORKING_FOLDER / "table4.lock", wait=True):
+            if not path.exists():
+                write_json(path, table4(settings, say).to_dict())
+    return _lines(_read(path))
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
@@ -84,7 +88,7 @@ def _factor(ours: Mapping[str, Any], row: Mapping[str, Any]) -> float:
     return float(of_rounds["median"] if of_rounds else ours["tokens_per_second"] / row["tokens_per_second"])
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

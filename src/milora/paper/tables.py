@@ -16,7 +16,6 @@ NOTHING = "-"
 AVERAGE = "average"
 MILLION = 1e6
 WITH_PARAMETERS = ("table1", "table2")
-PAPER_TASKS_MISSING = "the paper's"
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def _records(
             records = measured.records(row, column) if column != AVERAGE else []
             first = records[0]["parameters"] if records else {}
             cell = next(iter(row.cells.values()))[0]
-            reason = measured.grid.missing(cell, column) if column != AVERAGE else None
+            reason = measured.grid.missing(row.cells[column][0], column) if column != AVERAGE else None
             found.append(
                 {
                     "section": section.name,
