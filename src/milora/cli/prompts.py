@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def read_requests(
 
 def _from_source(source: str, split: str, data_dir: Path | None) -> list[Request]:
     from milora.tasks import registry
+    from milora.tasks.files import read_values
     from milora.tasks.sources import read_rows
 
     path = Path(source).expanduser()
@@ -56,24 +57,9 @@ def _from_source(source: str, split: str, data_dir: Path | None) -> list[Request
         return [Request(row.prompt, row.answer) for row in read_rows(source, split, data_dir)]
     return [
         Request(row.prompt, row.answer, _adapter(record, where))
-        for where, record in _records(path)
+        for where, record in read_values(path)
         for row in _rows(record, where)
     ]
-
-
-def _records(path: Path) -> Iterator[tuple[str, object]]:
-    from milora.tasks import files
-
-    suffix = path.suffix.lower()
-    if suffix not in files.FILE_SUFFIXES:
-        raise DataError(
-            f"{path}: files that end in {suffix!r} are not read; give its lines on standard input, or convert it to "
-            "JSON lines (.jsonl)"
-        )
-    text = files.read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} is empty")
-    return files._lines(path, text) if suffix in files.LINE_SUFFIXES else files._array(path, text)
 
 
 def _rows(record: object, where: str) -> list[Row]:

@@ -2,7 +2,7 @@
 
 The authors' prompts, three solved examples a task with a chain of thought, are not part of the data, and are not here.
 Without them the questions are asked as they stand. lm-eval has the prompts: its `bbh_cot_fewshot` and `bbh_fewshot` run
-through `milora evaluate` too, and their figures are those to compare with published ones.
+through `milora lm-eval`, and their figures are those to compare with published ones.
 """
 
 from __future__ import annotations
