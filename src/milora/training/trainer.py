@@ -25,6 +25,7 @@ from milora.training.callbacks import routing_metrics
 from milora.training.card import ROUTES_FILE, CardFacts, write_card
 from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.routes import draw_routes
+from milora.training.stopping import Undecided
 
 STATE_FILE = "milora_state.pt"
 """In a checkpoint: what transformers does not keep, above all the optimiser of what trains on dev batches."""
@@ -65,7 +66,16 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         own = [] if self._activations is None else [self._activations]
         router_values = _float32_values(model)
         super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
-        if self._activations is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        shares_out_parameters = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if shares_out_parameters and any(
+            isinstance(callback, Undecided) and callback.is_open(self.model, 0)
+            for callback in self.callback_handler.callbacks
+        ):
+            raise MiLoraError(
+                "AdaLoRA's pruning and the searches of SSP and Learned-Adapter read and change whole parameters, which "
+                "FSDP and DeepSpeed share out: train without them."
+            )
+        if shares_out_parameters and self._activations is not None:
             raise MiLoraError(
                 "--activation_training bilevel needs the whole model in each process: one process, or several that "
                 "share out the rows alone. FSDP and DeepSpeed share out the parameters, and own every backward pass: "
