@@ -2,9 +2,10 @@ import pytest
 from support.grids import TASKS, grid, record
 
 from milora.errors import MiLoraError
-from milora.paper.grid import Grid, by_block
+from milora.paper.grid import Grid
 from milora.paper.runs import Run
 from milora.paper.store import Results
+from milora.tuners.milora.config import activations_by_block
 
 NOTHING = Results()
 
@@ -107,6 +108,17 @@ def test_nothing_is_chosen_while_a_try_may_still_come_and_failed_ones_are_passed
     assert not of.awaited(of.cells(), results, lambda digest: True)
 
 
+def test_a_try_that_diverged_is_never_the_best() -> None:
+    made = grid(sections=["table1"], tasks=TASKS[:1], only_methods=["lora"], tune={"learning_rate": [1e-3, 1e-2, 1e-1]})
+    cell = made.cells()[0]
+    perplexity = {1e-3: float("nan"), 1e-2: 5.0, 1e-1: float("inf")}
+    finished = {
+        run.digest: record(run, dev_perplexity=perplexity[value["learning_rate"]])
+        for value, run in made.candidates(cell)
+    }
+    assert made.choice(cell, Results(finished), lambda digest: True).best == {"learning_rate": 1e-2}
+
+
 def test_tuning_by_accuracy_on_dev() -> None:
     flags = {"tune": {"learning_rate": [1, 2]}, "tune_by": "accuracy", "evaluation": {"dev_rows": 4}}
     of = grid(sections=["table2"], only_methods=["lora"], **flags)
@@ -182,8 +194,5 @@ def test_budgets_reach_the_runs() -> None:
 def test_halves_of_the_blocks() -> None:
     of = grid(sections=["table5"], seeds=(0,), tasks=TASKS[:1])
     fifth = runs(of)[-1]
-    assert fifth.settings["router_activation"] == ["gelu", "gelu", "relu", "relu"]
-    config = of.materials.config("tiny")
-    config.num_hidden_layers = 3
-    assert by_block({"router_activation": ["a", "b"]}, config)["router_activation"] == ["a", "b", "b"]
-    assert by_block({"router_activation": "gelu"}, config)["router_activation"] == "gelu"
+    assert fifth.settings["router_activation"] == "gelu|relu"
+    assert activations_by_block("gelu|relu", 4) == ["gelu", "gelu", "relu", "relu"]

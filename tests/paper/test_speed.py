@@ -1,9 +1,13 @@
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from milora.errors import MiLoraError
+from milora.paper import speed
 from milora.paper.speed import FILE, speed_section
 
 
@@ -32,3 +36,19 @@ def test_without_a_measurement_and_with_a_broken_one(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     with pytest.raises(MiLoraError, match="remove it to measure again"):
         speed_section(tmp_path)
+
+
+def test_of_two_processes_one_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Measurement:
+        def to_dict(self) -> dict[str, Any]:
+            time.sleep(0.2)
+            made.append(1)
+            return {"rows": [], "settings": {}, "environment": {"processor": "x"}}
+
+    monkeypatch.setattr(speed, "table4", lambda settings, say: Measurement())
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: speed_section(tmp_path), range(2))
+    assert first == second
+    assert len(made) == 1
