@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from support.adapted import adapted as adapted_with_reference
+from support.methods import adapted as adapted_method
 from support.tokenizer import character_tokenizer
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -151,6 +152,21 @@ def test_by_default_theta_learns_from_dev_rows_alone(tmp_path: Path) -> None:
         trainer.train()
         ends[train_shift] = trained(model, theta=True)
     assert all(torch.equal(ends[0][name], ends[7][name]) for name in ends[0])
+
+
+def test_the_activations_of_iapt_are_theta_too(tmp_path: Path) -> None:
+    ends = {}
+    for rate in (0.0, RATE):
+        model = adapted_method("iapt", "llama")
+        theta = {name: p.detach().clone() for name, p in model.named_parameters() if ".activation." in name}
+        assert len(theta) == 4
+        trainer_for(tmp_path, model, activation_learning_rate=rate, max_steps=1).train()
+        after = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        assert all(torch.equal(after[name], value) for name, value in theta.items()) is (rate == 0)
+        ends[rate] = after
+    # The one step of everything else, before Theta's, is the same.
+    for name, value in ends[0.0].items():
+        assert ".activation." in name or torch.equal(value, ends[RATE][name]), name
 
 
 class Passes:

@@ -1,4 +1,4 @@
-"""Theta of the paper's equation 7, the routers' rational activations, trained on dev batches under any trainer."""
+"""Theta of the paper's equation 7, the adapter's rational activations, trained on dev batches under any trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
 from milora.training.dev_step import Batch, DevStep, require_gradients
-from milora.tuners.milora import MiLoraModel
+from milora.tuners.prompt_pass import PromptTuner
 
 
 class BilevelActivations(TrainerCallback):  # type: ignore[misc]
-    """Trains the coefficients of the routers' rational activations on dev batches, everything else stays the trainer's.
+    """Trains the coefficients of rational activations on dev batches, everything else stays the trainer's.
+
+    In MiLoRA they are the routers'. IAPT's, inside its bottlenecks, are trained alike: at the learning rate that its
+    matrices need they are thrown off their shape, and nothing is learned.
 
     After every `every`-th optimiser step of the trainer, Theta takes one step of Adam's on one dev batch (first-order
     bi-level optimisation, equation 7 of Zhang et al. 2024), at a constant learning rate: one forward and one backward
@@ -104,4 +107,4 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
 def activation_parameters(model: Any) -> list[nn.Parameter]:
     """Theta of a (wrapped) model's active adapter, as far as it trains; empty for other methods."""
     tuner = getattr(getattr(model, "module", model), "base_model", None)
-    return tuner.activation_parameters() if isinstance(tuner, MiLoraModel) else []
+    return tuner.activation_parameters() if isinstance(tuner, PromptTuner) else []

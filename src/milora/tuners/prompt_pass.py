@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 
 from milora.errors import MiLoraError
+from milora.routing import RationalActivation
 from milora.tuners.prompt import attended_tokens, prompt_tokens
 
 OWN_PASS_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
@@ -179,6 +180,19 @@ class PromptTuner:
     def is_watching(self) -> bool:
         """Whether calls of the backbone are seen."""
         return bool(self._watches)
+
+    def activation_parameters(self) -> list[nn.Parameter]:
+        """Theta: the coefficients of the adapters' rational activations, as far as they train.
+
+        In MiLoRA they are the routers' (equation 7 of Zhang et al. 2024), in IAPT those inside the bottlenecks.
+        """
+        return [
+            parameter
+            for module in self.model.modules()
+            if isinstance(module, RationalActivation)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+        ]
 
     def new_pass(self, attended: Tensor, arguments: dict[str, Any]) -> PromptPass:
         """The pass of a forward that is neither a decode step nor the continuation of a known cache.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.errors import MiLoraError
-from milora.routing import RationalActivation, Route, check_top_k, load_balancing_loss
+from milora.routing import Route, check_top_k, load_balancing_loss
 from milora.tuners.checkpointing import restore_checkpoint_function
 from milora.tuners.grouped import lora_layers
 from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
@@ -499,17 +499,6 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             reset: Start anew after this.
         """
         return self.statistics.summary(reset)
-
-    def activation_parameters(self) -> list[nn.Parameter]:
-        """Theta of equation 7: the coefficients of the active adapter's rational activations, as far as they train."""
-        return [
-            parameter
-            for router in self._routers().values()
-            for activation in router.activation.values()
-            if isinstance(activation, RationalActivation)
-            for parameter in activation.parameters()
-            if parameter.requires_grad
-        ]
 
 
 def _expanded(names: list[str], rows: int, what: str) -> list[str]:
