@@ -41,7 +41,8 @@ def command(context: typer.Context) -> None:
     flags = list(context.args)
     if not flags or flags in (["--help"], ["-h"]):
         typer.echo(HELP)
-        flags = ["run", "--help"]
+        _print_help_of_lm_eval()
+        raise typer.Exit
     as_json = "--json" in flags
     flags = [flag for flag in flags if flag != "--json"]
     data_dir = _take(flags, DATA_DIR_FLAG)
@@ -57,6 +58,14 @@ def command(context: typer.Context) -> None:
             run([*flags, "--output_path", folder], data_dir)
         (results,) = Path(folder).rglob("results_*.json")
         typer.echo(json.dumps(json.loads(results.read_text())))
+
+
+def _print_help_of_lm_eval() -> None:
+    from milora.evaluation.lm_eval import run
+
+    # Its parser ends the process after its help.
+    with contextlib.suppress(SystemExit):
+        run(["run", "--help"], None)
 
 
 def _take(flags: list[str], name: str) -> str | None:
