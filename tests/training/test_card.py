@@ -45,6 +45,7 @@ def facts(**values: Any) -> CardFacts:
         "data": ["boolq", "someone/rows"],
         "result": result,
         "repository": "someone/mine",
+        "trains_activations": True,
         "has_routes": True,
     }
     return CardFacts(**{**defaults, **values})
@@ -78,6 +79,13 @@ def test_a_folder_is_no_base_model(tmp_path: Path) -> None:
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert str(tmp_path) not in text
     assert "routes.png" not in text
+
+
+def test_what_does_not_train_or_was_taken_at_once() -> None:
+    arguments = TrainingArguments("out", use_cpu=True, per_device_train_batch_size=3, gradient_accumulation_steps=4)
+    text = model_card(facts(trains_activations=False, arguments=arguments))
+    assert "| activations |" not in text
+    assert "| rows a step | 12 |" in text
 
 
 def test_while_it_runs() -> None:

@@ -67,6 +67,24 @@ def test_the_batch_follows_the_number_of_rows() -> None:
         assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (16, accumulation)
 
 
+def test_a_batch_that_is_not_the_papers_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 3)
+    arguments = TrainingArguments("out", use_cpu=True)
+    for rows, taken, papers in ((9_999, 48, 16), (10_000, 96, 128)):
+        caplog.clear()
+        arguments.gradient_accumulation_steps = 1
+        arguments.set_accumulation(rows)
+        assert arguments.rows_at_once * arguments.gradient_accumulation_steps == taken
+        (record,) = caplog.records
+        assert f"sees {taken} rows and not the paper's {papers}" in record.getMessage()
+    caplog.clear()
+    arguments.total_train_batch_size = 96
+    arguments.set_accumulation(9_999)
+    assert (arguments.gradient_accumulation_steps, caplog.records) == (2, [])
+
+
 @pytest.mark.parametrize(
     ("rows", "values", "steps"),
     [

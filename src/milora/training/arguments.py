@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from trl import SFTConfig
 
 from milora.errors import MiLoraError, did_you_mean
 from milora.tasks import registry
+
+_log = logging.getLogger(__name__)
 
 SMALL_TRAIN_SET = 10_000
 """Below this many rows the paper trains with batches of 16, from it on with 128."""
@@ -88,13 +91,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows a step on a device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of adapters and routers."})
     activation_learning_rate: float = field(
-        default=1e-6, metadata={"help": "Learning rate of the routers' rational activations (Theta)."}
+        default=1e-6, metadata={"help": "Learning rate of the rational activations (Theta)."}
     )
     activation_training: str = field(
         default="bilevel",
         metadata={
-            "help": "How the routers' rational activations learn: bilevel (on dev batches, between the steps of all "
-            "else), joint (on train batches, with all else) or frozen.",
+            "help": "How the rational activations of MiLoRA's routers and of IAPT learn: bilevel (on dev batches, "
+            "between the steps of all else), joint (on train batches, with all else) or frozen.",
             "choices": ACTIVATION_TRAINING,
         },
     )
@@ -137,10 +140,17 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
                 "packing and padding_free put several prompts into one row, and a row has one route; leave both off."
             )
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that all devices of all processes take at once."""
+        devices = max(self.world_size, 1) * max(self.n_gpu, 1)
+        return int(self.per_device_train_batch_size * devices)
+
     def set_accumulation(self, rows: int) -> None:
         """Sets `gradient_accumulation_steps` so that an optimiser step sees the total batch of the paper.
 
-        Nothing is changed where the caller has set the accumulation and no total.
+        Nothing is changed where the caller has set the accumulation and no total. Where the devices cannot take the
+        paper's total, a warning says what they take.
 
         Raises:
             MiLoraError: If the total is no multiple of what the devices take at once.
@@ -149,19 +159,28 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.total_train_batch_size is None and accumulation > 1:
             return
         total = self.total_train_batch_size or (16 if rows < SMALL_TRAIN_SET else 128)
-        at_once = self.per_device_train_batch_size * max(self.world_size, 1) * max(self.n_gpu, 1)
+        at_once = self.rows_at_once
         if self.total_train_batch_size is not None and total % at_once != 0:
             raise MiLoraError(
                 f"total_train_batch_size={total} is no multiple of the {at_once} rows that the devices take at once "
                 "(per_device_train_batch_size x devices)."
             )
         self.gradient_accumulation_steps = max(total // at_once, 1)
+        taken = at_once * self.gradient_accumulation_steps
+        if taken != total and self.process_index == 0:
+            _log.warning(
+                "An optimiser step sees %d rows and not the paper's %d, which is no multiple of the %d that the "
+                "devices take at once: set per_device_train_batch_size so that it is, or total_train_batch_size to "
+                "what you want.",
+                taken,
+                total,
+                at_once,
+            )
 
     def optimizer_steps(self, rows: int) -> int:
         """How many optimiser steps a run on so many rows makes, if nothing stops it early."""
         if self.max_steps > 0:
             return int(self.max_steps)
-        at_once = self.per_device_train_batch_size * max(self.world_size, 1) * max(self.n_gpu, 1)
-        batches = rows // at_once if self.dataloader_drop_last else math.ceil(rows / at_once)
+        batches = rows // self.rows_at_once if self.dataloader_drop_last else math.ceil(rows / self.rows_at_once)
         steps_an_epoch: int = max(math.ceil(batches / self.gradient_accumulation_steps), 1)
         return math.ceil(self.num_train_epochs * steps_an_epoch)

@@ -52,6 +52,7 @@ class CardFacts:
         data: What the rows came from.
         result: What the run came to; `None` while it runs.
         history: The trainer's log.
+        trains_activations: Whether the method has rational activations that train (Theta).
         has_routes: Whether there is a picture of the routes beside the card.
         repository: The adapter's id on the hub.
     """
@@ -64,6 +65,7 @@ class CardFacts:
     data: list[str] = field(default_factory=list)
     result: TrainingResult | None = None
     history: list[Mapping[str, Any]] = field(default_factory=list)
+    trains_activations: bool = False
     has_routes: bool = False
     repository: str | None = None
 
@@ -175,9 +177,8 @@ def _data(facts: CardFacts) -> str:
 
 def _training(facts: CardFacts) -> dict[str, Any]:
     arguments = facts.arguments
-    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     values = {
-        "rows a step": rows,
+        "rows a step": arguments.rows_at_once * arguments.gradient_accumulation_steps,
         "learning rate": arguments.learning_rate,
         "schedule": f"{_text(arguments.lr_scheduler_type)}, warm-up {arguments.warmup_steps}",
         "optimiser": _text(arguments.optim),
@@ -187,7 +188,7 @@ def _training(facts: CardFacts) -> dict[str, Any]:
         "seed": arguments.seed,
         "precision": "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "float32",
     }
-    if facts.config.peft_type.value == "MILORA":
+    if facts.trains_activations:
         every = f", every {arguments.bilevel_every} steps" if arguments.bilevel_every > 1 else ""
         values["activations"] = f"{arguments.activation_training}, {arguments.activation_learning_rate}{every}"
     return values
