@@ -139,6 +139,8 @@ def test_everything_else_trains_as_without(tmp_path: Path) -> None:
         assert torch.equal(results["bilevel"][name], value), name
     assert [e["load_balancing_loss"] for e in logs["bilevel"]] == [e["load_balancing_loss"] for e in logs["frozen"]]
     assert all("dev_step_loss" in entry for entry in logs["bilevel"])
+    assert [entry["dev_steps_skipped"] for entry in logs["bilevel"]] == [0.0] * 3
+    assert not any("dev_steps_skipped" in entry for entry in logs["frozen"])
 
 
 def test_by_default_theta_learns_from_dev_rows_alone(tmp_path: Path) -> None:
@@ -358,13 +360,20 @@ def test_a_scaled_loss_makes_the_same_step(scale: float) -> None:
     assert layer.bias.requires_grad
 
 
-def test_gradients_that_are_not_finite_make_no_step() -> None:
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_gradients_that_are_not_finite_make_no_step(is_scaled: bool, caplog: pytest.LogCaptureFixture) -> None:
     layer = torch.nn.Linear(2, 1)
     layer.weight.requires_grad_(False)
     before = layer.weight.detach().clone()
-    step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), [BATCH], evaluation=True)
-    step(Model(layer), torch.device("cpu"), float("inf"))
+    broken = {"labels": torch.tensor([[1.0, float("nan")]])}
+    batches = [BATCH] if is_scaled else [broken]
+    step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), batches, evaluation=True)
+    for _ in range(3):
+        step(Model(layer), torch.device("cpu"), float("inf") if is_scaled else None)
     assert torch.equal(layer.weight, before)
+    assert (step.steps, step.skipped, step.state_dict()["skipped"]) == (3, 3, 3)
+    # Under loss scaling it is how the scale is found; without, what is trained would silently never move.
+    assert ["not finite at dev step 0" in record.getMessage() for record in caplog.records] == [True] * (not is_scaled)
 
 
 BATCH = {"labels": torch.tensor([[1.0, 2.0], [3.0, 5.0]])}

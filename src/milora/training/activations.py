@@ -47,7 +47,7 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
         self.every = every
         self.learning_rate = learning_rate
         self.model_arguments: dict[str, Any] = {}
-        self.loss_scale: Callable[[], float] = lambda: 1.0
+        self.loss_scale: Callable[[], float | None] = lambda: None
         self.loss: Tensor | None = None
         """Of the last dev batch."""
         self._theta: list[nn.Parameter] = []
@@ -58,6 +58,11 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
     def steps(self) -> int:
         """How many Theta has made."""
         return 0 if self._step is None else self._step.steps
+
+    @property
+    def skipped(self) -> int:
+        """How many of them were left out; see [`milora.training.dev_step.DevStep`]."""
+        return 0 if self._step is None else self._step.skipped
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keeps Theta out of the trainer's optimiser, which is made later, and out of gradients between processes."""
@@ -72,8 +77,8 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
             return
         if self.dev_batches is None:
             raise MiLoraError(
-                "Theta, the routers' activations, trains on dev batches (activation_training='bilevel'), and there are "
-                "none: pass dev rows, or activation_training='joint' or 'frozen'."
+                "Theta, the rational activations, trains on dev batches (activation_training='bilevel'), and there "
+                "are none: pass dev rows, or activation_training='joint' or 'frozen'."
             )
         self._step = DevStep(
             self._theta,

@@ -60,9 +60,14 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         self.learning_rate = learning_rate
         self.betas = betas
         self.model_arguments: dict[str, Any] = {}
-        self.loss_scale: Callable[[], float] = lambda: 1.0
+        self.loss_scale: Callable[[], float | None] = lambda: None
         self._step: DevStep | None = None
         self._resumed: Mapping[str, Any] | None = None
+
+    @property
+    def skipped(self) -> int:
+        """How many steps on dev batches were left out; see [`milora.training.dev_step.DevStep`]."""
+        return 0 if self._step is None else self._step.skipped
 
     def is_open(self, model: Any, step: int) -> bool:
         """See [`milora.training.stopping.Undecided`]."""

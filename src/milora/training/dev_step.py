@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from milora.errors import MiLoraError
+
+_log = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 
@@ -81,7 +84,9 @@ class DevStep:
         arguments: What the model is called with beside a batch.
 
     Attributes:
-        steps: How many were made.
+        steps: How many were made, those that were left out included.
+        skipped: How many were left out, because a gradient was not finite. Under the loss scaling of float16 that
+            happens now and then; otherwise the first one is warned of.
     """
 
     def __init__(
@@ -99,15 +104,17 @@ class DevStep:
         self.evaluation = evaluation
         self.arguments = dict(arguments or {})
         self.steps = 0
+        self.skipped = 0
         self._iterator: Iterator[Batch] | None = None
 
-    def __call__(self, model: nn.Module, device: torch.device, scale: float = 1.0) -> Tensor:
+    def __call__(self, model: nn.Module, device: torch.device, scale: float | None = None) -> Tensor:
         """Makes a step.
 
         Args:
             model: What the trainer trains, not wrapped for several processes.
             device: Where batches go.
             scale: Multiplies the loss for the backward pass, for the sake of gradients in float16; divided out again.
+                `None` in other precisions.
 
         Returns:
             The loss on the batch, detached.
@@ -122,9 +129,11 @@ class DevStep:
             batch = self._next(device)
             with _evaluating(model) if self.evaluation else _as_it_is():
                 loss: Tensor = model(**batch, **self.arguments)["loss"]
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
-            if self._reduce(scale):
+                (loss if scale is None else loss * scale).backward()  # type: ignore[no-untyped-call]
+            if self._reduce(1.0 if scale is None else scale):
                 self.optimizer.step()
+            else:
+                self._skip(is_scaled=scale is not None)
         finally:
             self.optimizer.zero_grad()
             require_gradients(self.parameters, False)
@@ -133,13 +142,14 @@ class DevStep:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the optimiser's state and the number of steps."""
-        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps}
+        """What a resumed run needs: the optimiser's state, the number of steps, and how many of them were left out."""
+        return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; of [`DevBatches`], with the batches that would have come next."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
+        self.skipped = state.get("skipped", 0)
         self._iterator = None
 
     def _next(self, device: torch.device) -> dict[str, Any]:
@@ -164,6 +174,18 @@ class DevStep:
             gradient.copy_(together[first : first + gradient.numel()].view_as(gradient))
             first += gradient.numel()
         return bool(together.isfinite().all())
+
+    def _skip(self, *, is_scaled: bool) -> None:
+        """Counts a step that was left out; without a scale, which would fall by itself, it is warned of once."""
+        self.skipped += 1
+        if self.skipped == 1 and not is_scaled and (processes() == 1 or distributed.get_rank() == 0):
+            _log.warning(
+                "The dev loss has a gradient that is not finite at dev step %d: the step was left out, and so will be "
+                "all like it, which the log counts as dev_steps_skipped. What trains on dev batches stays as it is in "
+                "them. If the count goes on rising, the model has diverged or a dev row breaks it: lower "
+                "--learning_rate, or look through the dev rows.",
+                self.steps,
+            )
 
 
 def endless(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -44,9 +44,10 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     - `joint`: on train batches with everything else, in a parameter group of their own at that rate;
     - `frozen`: not at all.
 
-    Logs carry `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss` and `eval_perplexity`. Searches on dev
-    batches ([`BilevelSearch`]) that come without batches are given those of `eval_dataset`. Checkpoints keep the state
-    of all of these. For methods without a router it is `SFTTrainer`, with those batches and checkpoints.
+    Logs carry `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss`, `dev_steps_skipped` (so far, because a
+    gradient was not finite) and `eval_perplexity`. Searches on dev batches ([`BilevelSearch`]) that come without
+    batches are given those of `eval_dataset`. Checkpoints keep the state of all of these. For methods without rational
+    activations it is `SFTTrainer`, with those batches and checkpoints.
 
     Raises:
         MiLoraError: If something is to be trained on dev batches and there is no `eval_dataset`.
@@ -88,11 +89,12 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             parameter.data = value.to(parameter.device)
         if self._activations is not None and self.eval_dataset is None:
             raise MiLoraError(
-                "The routers' activations train on dev rows (--activation_training bilevel, as in the paper), and "
-                "there are none: pass --dev_data, or --activation_training joint or frozen."
+                "The rational activations of MiLoRA's routers and IAPT's bottlenecks train on dev rows "
+                "(--activation_training bilevel, as in the paper), and there are none: pass --dev_data, or "
+                "--activation_training joint or frozen."
             )
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, BilevelSearch | BilevelActivations) and callback.dev_batches is None:
+        for callback in self._on_dev_batches():
+            if callback.dev_batches is None:
                 callback.dev_batches = self.dev_batches()
                 # Scores the supervised tokens alone, as the training step does.
                 callback.model_arguments = {"fused_lm_head": True}
@@ -179,6 +181,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
                 config=config,
                 arguments=self.args,
                 history=self.state.log_history,
+                trains_activations=bool(self._theta),
                 has_routes=(folder / ROUTES_FILE).is_file(),
                 repository=self.hub_model_id,
                 **facts,
@@ -204,9 +207,18 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             logs.update(self._mean_over_processes(routing_metrics(self.accelerator.unwrap_model(self.model))))
             if self._activations is not None and self._activations.loss is not None:
                 logs["dev_step_loss"] = self._activations.loss.item()
+            if on_dev_batches := self._on_dev_batches():
+                logs["dev_steps_skipped"] = float(sum(callback.skipped for callback in on_dev_batches))
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
+
+    def _on_dev_batches(self) -> list[BilevelSearch | BilevelActivations]:
+        return [
+            callback
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, BilevelSearch | BilevelActivations)
+        ]
 
     def _mean_over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1 or not metrics:
