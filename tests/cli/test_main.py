@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 from support.adapted import adapted
 from support.tokenizer import save_backbone
 
@@ -180,6 +181,22 @@ def test_rows_are_judged_written_and_resumed(tmp_path: Path, capsys: pytest.Capt
     assert "line 1" in complaint(capsys, *arguments, "--max-new-tokens", "12")
     output.write_text("no row\n")
     assert "line 1" in complaint(capsys, *arguments)
+
+
+def test_texts_of_other_weights_are_not_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, data = save_backbone(tmp_path / "base"), tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "Hello", "adapter": name}) + "\n" for name in "xy"))
+    output = ["--max-new-tokens", "2", "--beams", "1", "--output", str(tmp_path / "texts.jsonl")]
+    shared = ["generate", "--backbone", str(base), "--data", str(data), *output]
+    adapters = ["--adapter", "x=a", "--adapter", "y=b"]
+    assert result(capsys, *shared, *adapters)["generated"] == 2
+    assert result(capsys, *shared, *adapters)["generated"] == 0
+    other = "another adapter, backbone or settings"
+    assert other in complaint(capsys, *shared, *adapters, "--dtype", "bfloat16")
+    assert other in complaint(capsys, *shared, "--adapter", "x=b", "--adapter", "y=a")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight + 0.5 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    assert other in complaint(capsys, *shared, *adapters)
 
 
 def test_rows_name_their_adapter_and_need_no_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,11 +98,13 @@ def command(
             replace(request, adapter=None if name in ("", DEFAULT_ADAPTER) else name)
             for request, name in zip(requests, names, strict=True)
         ]
-        predictions = Predictions(named, judge_task, output, _run(backbone, adapters, decoding, seed))
+        # Whose texts a file may hold is known by the weights alone, which may have changed under the same names.
+        model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
+        run = "" if output is None else _run(model, list(adapters), decoding, seed)
+        predictions = Predictions(named, judge_task, output, run)
         missing = predictions.missing()
         seconds, tokens = 0.0, 0
         if missing:
-            model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
             set_seed(seed)
             started = time.perf_counter()
             texts = generate_texts(
@@ -185,20 +187,18 @@ def _task(name: str | None, data: str | None, data_dir: Path | None) -> Task | N
     return registry.get(str(data), data_dir) if data in registry.names() else None
 
 
-def _run(backbone: str | None, adapters: Mapping[str, str], decoding: Decoding, seed: int) -> str:
-    """A digest of what decides the texts besides the prompts: backbone, the adapters' contents, decoding."""
-    settings = {"backbone": backbone, "decoding": asdict(decoding), "seed": seed if decoding.samples else None}
+def _run(model: Any, adapters: Sequence[str], decoding: Decoding, seed: int) -> str:
+    """A digest of what decides the texts besides the prompts: the weights and their dtype, adapters, decoding."""
+    from milora.evaluation.fingerprint import model_fingerprint
+
+    settings = {
+        "adapters": adapters,
+        "decoding": asdict(decoding),
+        "dtype": str(model.dtype),
+        "seed": seed if decoding.samples else None,
+    }
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    for name, adapter in sorted(adapters.items()):
-        digest.update(name.encode())
-        folder = Path(adapter).expanduser()
-        files: Iterable[Path] = sorted(folder.glob("adapter_*")) if folder.is_dir() else ()
-        for file in files:
-            with file.open("rb") as content:
-                while chunk := content.read(1 << 20):
-                    digest.update(chunk)
-        if not folder.is_dir():
-            digest.update(adapter.encode())
+    digest.update(model_fingerprint(model, adapters).encode())
     return digest.hexdigest()
 
 

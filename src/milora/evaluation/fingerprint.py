@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,21 +18,26 @@ _PLACES = frozenset({"base_model_name_or_path", "revision", "inference_mode", "a
 """Fields of an adapter's configuration that change nothing in what it computes."""
 
 
-def model_fingerprint(model: Any) -> str:
-    """A digest of what decides a model's outputs: its active adapter, whole, and a sample of the backbone's weights.
+def model_fingerprint(model: Any, adapters: Iterable[str] | None = None) -> str:
+    """A digest of what decides a model's outputs: its adapters, whole, and a sample of the backbone's weights.
 
-    Where the model lies, its device and the names of files do not enter.
+    Where the model lies, its device and the names of files do not enter; the weights' dtype does.
+
+    Args:
+        model: A causal language model, with or without adapters.
+        adapters: The names of those that answer; by default the active one.
     """
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(model, PeftModel):
-        adapter = model.active_adapter
-        settings = {name: value for name, value in model.active_peft_config.to_dict().items() if name not in _PLACES}
-        digest.update(json.dumps(settings, sort_keys=True, default=_stable).encode())
-        # PEFT adds an embedding of changed size from a look at the hub, which no digest needs.
-        tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-        for name, tensor in sorted(tensors.items()):
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
+        for adapter in [model.active_adapter] if adapters is None else adapters:
+            values = model.peft_config[adapter].to_dict()
+            settings = {name: value for name, value in values.items() if name not in _PLACES}
+            digest.update(json.dumps(settings, sort_keys=True, default=_stable).encode())
+            # PEFT adds an embedding of changed size from a look at the hub, which no digest needs.
+            tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+            for name, tensor in sorted(tensors.items()):
+                digest.update(name.encode())
+                digest.update(_bytes(tensor))
         model = model.get_base_model()
     config = getattr(model, "config", None)
     digest.update(str(getattr(config, "model_type", type(model).__name__)).encode())
