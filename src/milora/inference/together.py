@@ -159,6 +159,6 @@ class LoraServing(GroupedServing):
 
 def _name_rows(serving: LoraServing, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     batch = serving.batch()
-    if batch is None or (torch.compiler.is_compiling() and serving.is_compiled):
+    if batch is None or (torch.compiler.is_dynamo_compiling() and serving.is_compiled):
         return None
     return args, {**kwargs, "adapter_names": serving.names(batch, args[0])}

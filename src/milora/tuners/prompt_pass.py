@@ -70,6 +70,7 @@ class PromptPasses:
         self._in_force = _InForce()
         self._of_cache: WeakKeyDictionary[Any, PromptPass] = WeakKeyDictionary()
         # Whether a generation's decode steps are compiled: they read what the prefill wrote, and no hook is traced.
+        # For traced hooks only, which cannot ask for the thread: beside that generation others may run eagerly.
         self.is_compiled = False
 
     # A copied or pickled model starts with nothing in force: passes belong to the model that ran them.
@@ -235,7 +236,7 @@ class PromptTuner:
         return self.passes.prompting(prompt)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() and self.passes.is_compiled:
+        if torch.compiler.is_dynamo_compiling() and self.passes.is_compiled:
             return
         following = self.passes.following()
         if following is not None:
@@ -256,7 +257,7 @@ class PromptTuner:
         self.passes.begin(self.new_pass(attended, arguments))
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if torch.compiler.is_compiling() and self.passes.is_compiled:
+        if torch.compiler.is_dynamo_compiling() and self.passes.is_compiled:
             return None
         prompt_pass = self.passes.current
         cache = getattr(output, "past_key_values", None)

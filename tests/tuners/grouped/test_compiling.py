@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from support.adapted import adapted, add_adapter, assert_nothing_in_force
-from support.architectures import pad, random_prompts
+from support.architectures import ARCHITECTURES, pad, random_prompts
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
 
 from milora import MiLoraError
+from milora.inference.together import serve_together
 from milora.tuners.grouped.compiling import ALL_DEVICES, compiled_settings, is_compiled_by_transformers
 
 BACKEND = "aot_eager"
@@ -110,6 +111,87 @@ class Pausing(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.function()
         return scores
+
+
+def in_another_thread(function: Any) -> Any:
+    """Runs a function to its end, and returns what it returned or raised."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(function())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return found[0]
+
+
+class TestBesideEagerThreads:
+    """One thread decodes with its routes at the addresses of the compiled step; others run eagerly meanwhile."""
+
+    @pytest.mark.parametrize("others", [{"adapter_names": NAMES[::-1]}, {}], ids=["named rows", "one adapter"])
+    def test_each_has_its_own_routes(self, others: dict[str, Any]) -> None:
+        model = two_adapters()
+        own = {"adapter_names": NAMES}
+        expected = [generate(model, **own), generate(model, BATCHES[1], **others)]
+        begin, go_on = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60)
+        steps = iter(range(100))
+
+        def pause() -> None:
+            if next(steps) == 1:
+                begin.wait()
+                go_on.wait()
+
+        def owner() -> list[list[int]]:
+            # Without torch.compile, but with slots and gates where a compiled step would read them.
+            with model.base_model.grouped.compiled():
+                return generate(model, **own, logits_processor=[Pausing(pause)])
+
+        def other() -> list[list[int]]:
+            begin.wait()
+            try:
+                return generate(model, BATCHES[1], **others)
+            finally:
+                go_on.wait()
+
+        found: dict[str, Any] = {}
+        thread = threading.Thread(target=lambda: found.update(owner=owner()))
+        thread.start()
+        found["other"] = in_another_thread(other)
+        thread.join(60)
+        assert [found["owner"], found["other"]] == expected
+
+    def test_what_cannot_be_compiled_is_served_eagerly(self) -> None:
+        targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(ARCHITECTURES["gpt2"](), LoraConfig(init_lora_weights=False, **targets))
+        model.add_adapter("biased", LoraConfig(init_lora_weights=False, lora_bias=True, **targets))
+        serve_together(model.eval())
+        names = ["biased", "default", "__base__", "biased"]
+        alone = generate(model, adapter_names=names)
+        with model.base_model.grouped.compiled():
+            assert in_another_thread(lambda: generate(model, adapter_names=names)) == alone
+            with pytest.raises(MiLoraError, match="cannot be part of a compiled decode step"):
+                generate(model, adapter_names=names)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("others", [{"adapter_names": NAMES[::-1]}, {}], ids=["named rows", "one adapter"])
+    def test_while_the_step_is_being_compiled(self, others: dict[str, Any]) -> None:
+        """torch's `is_compiling()` is then true in every thread."""
+        model = two_adapters()
+        torch._dynamo.reset()
+        expected = [generate(model, adapter_names=NAMES), generate(model, BATCHES[1], **others)]
+        found: list[Any] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            found.append(in_another_thread(lambda: generate(model, BATCHES[1], **others)))
+            return graph.forward
+
+        own = CompileConfig(fullgraph=True, backend=backend, mode=None)
+        assert compiled(model, adapter_names=NAMES, compile_config=own) == expected[0]
+        assert found == [expected[1]]
 
 
 class TestRefusals:

@@ -53,7 +53,7 @@ class ModuleRows:
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
         rows = self.slots.shape[0]
-        if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
             if self.packed is None:
                 self.packed = PackedRows(self.slots, self.gates, self.lora_a, self.lora_b)
             self.packed.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1))
@@ -86,7 +86,8 @@ class GroupedModule(ModuleStack):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """In place of the layer's own: the base layer, and the LoRA of all rows by `grouped_lora`."""
         layer: Any = self.layer
-        if torch.compiler.is_compiling():
+        # `is_compiling()` is also true in threads that run eagerly while another one compiles.
+        if torch.compiler.is_dynamo_compiling():
             rows = self._fixed_rows()
         else:
             rows = self._rows(x)
@@ -126,7 +127,7 @@ class GroupedModule(ModuleStack):
         shares = list(self.serving.shares(batch, self, x))
         served = [share for share in shares if share.adapter in self.slots]
         is_left_out = any(share.adapter in self.layer.lora_A for share in shares if share.adapter not in self.slots)
-        if self.serving.is_compiled and (is_left_out or not self.serving.has_fixed_rows(batch, x)):
+        if self.serving.is_compiled_here() and (is_left_out or not self.serving.has_fixed_rows(batch, x)):
             raise MiLoraError(_cannot_compile(self.path))
         if is_left_out:
             return None
@@ -144,7 +145,7 @@ class GroupedModule(ModuleStack):
             else:
                 gates[torch.tensor(share.rows, device=device)] = torch.as_tensor(gate, device=device)
         answer = ModuleRows(torch.tensor(slots, dtype=torch.int32, device=device), gates, self.lora_a, self.lora_b)
-        return self._fix(answer) if self.serving.is_compiled else answer
+        return self._fix(answer) if self.serving.is_compiled_here() else answer
 
     def _fix(self, rows: ModuleRows) -> ModuleRows:
         """Writes slots and gates to where the compiled step reads them, for a batch of this size."""
@@ -174,6 +175,10 @@ class GroupedServing(ABC):
     Args:
         model: The backbone with PEFT's layers in it.
         capacity: How many adapters to make room for; see [`AdapterStacks`].
+
+    Attributes:
+        is_compiled: Whether any thread's decode steps are compiled. For traced code, in which no thread can be asked
+            for; elsewhere see [`GroupedServing.is_compiled_here`].
     """
 
     def __init__(self, model: nn.Module, capacity: int = 0) -> None:
@@ -186,12 +191,13 @@ class GroupedServing(ABC):
         self.stacks = _Stacks(self, self.capacity)
         self._lock = threading.Lock()
         self._compiled_lock = threading.Lock()
+        self._compiling_thread: int | None = None
         self._users = 0
         self._serving_layers: set[LoraLayer] = set()
 
     # A copied or pickled model starts without stacks: its adapters have storage of their own.
     def __getstate__(self) -> dict[str, Any]:
-        own = ("stacks", "_lock", "_compiled_lock", "_users", "_serving_layers", "is_compiled")
+        own = {"stacks", "_lock", "_compiled_lock", "_compiling_thread", "_users", "_serving_layers", "is_compiled"}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -250,6 +256,10 @@ class GroupedServing(ABC):
                         layer.__dict__.pop("forward", None)
                     self._serving_layers.clear()
 
+    def is_compiled_here(self) -> bool:
+        """Whether it is this thread whose decode steps are compiled; others may generate eagerly meanwhile."""
+        return self.is_compiled and threading.get_ident() == self._compiling_thread
+
     def can_compile(self) -> bool:
         """Whether [`GroupedServing.compiled`] would let a generation with any of the adapters in."""
         if self._compiled_lock.locked():
@@ -281,11 +291,13 @@ class GroupedServing(ABC):
                 path = self._not_compilable()
                 if path is not None:
                     raise MiLoraError(_cannot_compile(path))
+                self._compiling_thread = threading.get_ident()
                 self.is_compiled = True
                 try:
                     yield
                 finally:
                     self.is_compiled = False
+                    self._compiling_thread = None
         finally:
             self._compiled_lock.release()
 

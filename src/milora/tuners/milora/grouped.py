@@ -29,7 +29,7 @@ class RoutedServing(GroupedServing):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether decode steps are compiled; hooks ask the dispatcher for it."""
+        """Whether any thread's decode steps are compiled; traced hooks ask the dispatcher for it."""
         return self.dispatcher.is_compiled
 
     @is_compiled.setter
@@ -44,7 +44,7 @@ class RoutedServing(GroupedServing):
     def batch(self) -> RoutingPass | None:
         """The running pass, if its rows have adapters of their own or its steps are compiled."""
         running: RoutingPass | None = self.dispatcher.current
-        if running is None or (self.dispatcher.adapter_names is None and not self.is_compiled):
+        if running is None or (self.dispatcher.adapter_names is None and not self.is_compiled_here()):
             return None
         return running
 

@@ -74,7 +74,7 @@ class RouterLayer(BareTunerLayer):
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's pre-forward hook: routes the pass that is running, unless that has been done."""
-        if self.disable_adapters or (torch.compiler.is_compiling() and self.dispatcher.is_compiled):
+        if self.disable_adapters or (torch.compiler.is_dynamo_compiling() and self.dispatcher.is_compiled):
             return None
         if args:
             return (self.route_block(block, args[0]), *args[1:]), kwargs

@@ -462,7 +462,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
             yield
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             super()._before_forward(module, args, kwargs)
             return
         self._weights.begin_forward()
@@ -481,7 +481,7 @@ class MiLoraModel(PromptTuner, RevertibleTuner, LoraModel):  # type: ignore[misc
         try:
             return super()._after_forward(module, args, kwargs, output)
         finally:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():
                 self._weights.end_forward()
 
     def record_routes(self) -> AbstractContextManager[list[Route]]:
