@@ -132,6 +132,33 @@ class TestParameters:
                 linear.weight = nn.Parameter(linear.weight.detach() * -1)
         assert generate(model, adapter_names=NAMES) == alone(model)
 
+    def test_layers_put_in_again_keep_their_weights(self) -> None:
+        """Their parameters are views of the very slots that they are given."""
+        model = tenants()
+        expected = generate(model, adapter_names=NAMES)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                again = nn.Linear(1, 1, bias=False)
+                again.weight = module.lora_A["wide"].weight
+                module.lora_A["wide"] = again
+        assert generate(model, adapter_names=NAMES) == expected
+
+    def test_a_rank_that_was_cut_keeps_what_is_left(self) -> None:
+        model = tenants()
+        generate(model, adapter_names=NAMES)
+        cut = {}
+        for path, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                a, b = module.lora_A["wide"], module.lora_B["wide"]
+                a.weight = nn.Parameter(a.weight.detach()[2:])
+                b.weight = nn.Parameter(b.weight.detach()[:, 2:])
+                cut[path] = a.weight.clone(), b.weight.clone()
+        assert generate(model, adapter_names=NAMES) == alone(model)
+        for path, (a, b) in cut.items():
+            layer: Any = model.get_submodule(path)
+            assert torch.equal(layer.lora_A["wide"].weight, a)
+            assert torch.equal(layer.lora_B["wide"].weight, b)
+
     def test_adapters_come_and_go(self) -> None:
         model = tenants()
         generate(model, adapter_names=NAMES)

@@ -89,12 +89,15 @@ class ModuleStack:
 
     @torch.no_grad()
     def _take_in(self, adapter: str, slot: int) -> None:
-        a, b = self._weights(adapter)
-        rank = a.shape[0]
+        parameters = self._weights(adapter)
+        rank = parameters[0].shape[0]
+        # The parameters may be views of this very slot: those of a layer that was put in again, or a part of it.
+        values = [parameter.clone() for parameter in parameters]
         self.lora_a[slot].zero_()
         self.lora_b[slot].zero_()
-        for parameter, place in ((a, self.lora_a[slot, :rank]), (b, self.lora_b[slot, :, :rank])):
-            place.copy_(parameter)
+        places = (self.lora_a[slot, :rank], self.lora_b[slot, :, :rank])
+        for parameter, value, place in zip(parameters, values, places, strict=True):
+            place.copy_(value)
             parameter.data = place
         self.slots[adapter] = slot
         self._parts[adapter] = (self.layer.lora_A[adapter], self.layer.lora_B[adapter])
