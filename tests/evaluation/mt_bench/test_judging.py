@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +74,12 @@ class TestClient:
         assert endpoint(server).complete([], temperature=0, max_tokens=1) == "done"
         assert time.monotonic() - before >= 1
 
+    def test_does_not_wait_for_hours(self, server: Server) -> None:
+        server.reply = lambda body, number: (429, {"Retry-After": "3600"}, "")
+        with pytest.raises(MiLoraError, match=r"answered 429 and asks to wait 3600 seconds, more than the 120"):
+            endpoint(server).complete([], temperature=0, max_tokens=1)
+        assert len(server.requests) == 1
+
     @pytest.mark.parametrize(
         ("reply", "message", "requests"),
         [
@@ -99,6 +110,50 @@ class TestClient:
     def test_no_address(self) -> None:
         with pytest.raises(MiLoraError, match=r"http:// or https://"):
             ChatEndpoint("api.openai.com", "m")
+
+
+class TestInterruption:
+    SCRIPT = """
+import sys
+from pathlib import Path
+from milora.evaluation.mt_bench import judging, prompts
+from milora.evaluation.mt_bench.answers import Answer
+from milora.evaluation.mt_bench.client import ChatEndpoint
+from milora.tasks.mt_bench import Question
+try:
+    judging.grade(
+        ChatEndpoint(sys.argv[1], "j"), [Question(1, "writing", ("a", "b"), ())], [Answer(1, "m", ("c", "d"))],
+        prompts.OWN, Path(sys.argv[2]), workers=2,
+    )
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+    @pytest.mark.slow
+    def test_does_not_wait_for_requests_under_way(self, server: Server, tmp_path: Path) -> None:
+        release = threading.Event()
+
+        def reply(body: dict[str, Any], number: int) -> str:
+            if number > 1:
+                release.wait(300)
+            return "[[5]]"
+
+        server.reply = reply
+        path = tmp_path / "single.jsonl"
+        environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
+        process = subprocess.Popen([sys.executable, "-c", self.SCRIPT, server.url, str(path)], env=environment)
+        try:
+            while len(server.requests) < 2 or not path.exists() or not path.read_text().endswith("\n"):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            # A request may take 120 seconds, and is repeated six times.
+            assert process.wait(60) == 130
+        finally:
+            release.set()
+            process.kill()
+            process.wait()
+        assert len(path.read_text().splitlines()) == 1, "what came before is kept"
 
 
 class TestGrading:

@@ -8,12 +8,16 @@ from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3 import BaseHTTPResponse
 from urllib3.util import Retry
 
 from milora.errors import MiLoraError
 
 KEY_VARIABLES = ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY")
 """Where the key is looked for, in this order; it is never taken from the command line, where other users see it."""
+
+LONGEST_WAIT = 120
+"""Seconds between two tries, whoever sets them."""
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
 
@@ -22,7 +26,8 @@ class ChatEndpoint:
     """`POST {url}/chat/completions`, with retries.
 
     Requests that time out, cannot connect or are answered with 408, 409, 429 or 5xx are repeated with exponential
-    backoff (or after what the server's `Retry-After` says), at most `retries` times. May be used by several threads.
+    backoff (or after what the server's `Retry-After` says, up to `LONGEST_WAIT` seconds), at most `retries` times. May
+    be used by several threads.
 
     Args:
         url: The API's root, such as `https://api.openai.com/v1`.
@@ -30,7 +35,7 @@ class ChatEndpoint:
         key: Sent as a bearer token; by default from the environment (`KEY_VARIABLES`), none if there is none.
         timeout: Seconds to wait for an answer.
         retries: How often a request is repeated.
-        backoff: Seconds before the first repetition; doubled for each further one, at most 120.
+        backoff: Seconds before the first repetition; doubled for each further one, at most `LONGEST_WAIT`.
 
     Raises:
         MiLoraError: If `url` is no HTTP address.
@@ -52,10 +57,10 @@ class ChatEndpoint:
         self.model = model
         self.timeout = timeout
         self._key = key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-        self._retry = Retry(
+        self._retry = _Retry(
             total=retries,
             backoff_factor=backoff,
-            backoff_max=120,
+            backoff_max=LONGEST_WAIT,
             status_forcelist=RETRIED,
             allowed_methods=None,
             raise_on_status=False,
@@ -66,8 +71,8 @@ class ChatEndpoint:
         """The model's reply to a conversation.
 
         Raises:
-            MiLoraError: If there is none after all repetitions, the server refuses (the key, the model, the request),
-                or what it sends is no chat completion.
+            MiLoraError: If there is none after all repetitions, the server refuses (the key, the model, the request)
+                or asks for a longer wait than `LONGEST_WAIT`, or what it sends is no chat completion.
         """
         body: dict[str, Any] = {
             "model": self.model,
@@ -96,6 +101,17 @@ class ChatEndpoint:
         if not isinstance(reply, str):
             raise MiLoraError(f"The judge at {address} sent a reply without text: {_one_line(response.text)}.")
         return reply
+
+
+class _Retry(Retry):
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        seconds = super().get_retry_after(response)
+        if seconds is not None and seconds > LONGEST_WAIT:
+            raise MiLoraError(
+                f"The judge answered {response.status} and asks to wait {seconds:.0f} seconds, more than the "
+                f"{LONGEST_WAIT} that are waited: give the same command again then."
+            )
+        return seconds
 
 
 def _reason(error: requests.RequestException) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from milora.errors import DataError, MiLoraError
@@ -197,7 +199,8 @@ def _run(
         drop_half_line(path)
     done = _known(jobs, path)
 
-    def ask(job: _Job) -> dict[str, Any]:
+    def ask(index: int) -> dict[str, Any]:
+        job = jobs[index]
         record = dict(job.about)
         for game, messages in job.messages.items():
             judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
@@ -206,23 +209,53 @@ def _run(
         return {**record, "tstamp": time.time()}
 
     failed, reason = 0, None
-    with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool:
-        futures = {pool.submit(ask, job): index for index, job in enumerate(jobs) if index not in done}
-        coming = as_completed(futures)
-        try:
-            for future in progress(coming, "judgements", len(futures)) if progress else coming:
-                try:
-                    record = future.result()
-                except MiLoraError as error:
-                    failed, reason = failed + 1, reason or str(error)
-                else:
-                    with writing(path, KEPT):
-                        append_record(path, record)
-                    done[futures[future]] = record
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    remaining = [index for index in range(len(jobs)) if index not in done]
+    with closing(_in_threads(ask, remaining, max(workers, 1))) as coming:
+        for index, outcome in progress(coming, "judgements", len(remaining)) if progress else coming:
+            if isinstance(outcome, MiLoraError):
+                failed, reason = failed + 1, reason or str(outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                with writing(path, KEPT):
+                    append_record(path, outcome)
+                done[index] = outcome
     return Outcome([done[index] for index in range(len(jobs)) if index in done], failed, reason)
+
+
+def _in_threads(
+    ask: Callable[[int], dict[str, Any]], indices: Sequence[int], workers: int
+) -> Generator[tuple[int, dict[str, Any] | BaseException], None, None]:
+    """What `ask` returns or raises for each index, as it comes; none is begun after the iterator was closed.
+
+    The threads are daemons, which a `ThreadPoolExecutor` has not: an interruption does not wait for requests that are
+    under way, each of which may take minutes.
+    """
+    waiting: SimpleQueue[int] = SimpleQueue()
+    coming: SimpleQueue[tuple[int, dict[str, Any] | BaseException]] = SimpleQueue()
+    closed = threading.Event()
+    for index in indices:
+        waiting.put(index)
+
+    def work() -> None:
+        while not closed.is_set():
+            try:
+                index = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                outcome: dict[str, Any] | BaseException = ask(index)
+            except BaseException as error:
+                outcome = error
+            coming.put((index, outcome))
+
+    try:
+        for _ in range(min(workers, len(indices))):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in indices:
+            yield coming.get()
+    finally:
+        closed.set()
 
 
 def _known(jobs: Sequence[_Job], path: Path) -> dict[int, dict[str, Any]]:
