@@ -143,6 +143,9 @@ def test_what_is_in_the_file_is_not_generated_again(
     more = evaluate_task(case.model, TOKENIZER, task, output=path)
     assert (more.rows, more.generated, more.correct) == (len(rows), len(rows) - 5, sum(right))
     whole = path.read_bytes()
+    fewer = evaluate_task(case.model, TOKENIZER, task, output=path, limit=3)
+    assert (fewer.rows, fewer.generated, fewer.correct) == (3, 0, sum(right[:3]))
+    assert path.read_bytes() == whole
     lines = whole.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:30])
     again = evaluate_task(case.model, TOKENIZER, task, output=path)
@@ -167,7 +170,7 @@ def test_rows_of_another_run_are_refused_and_kept(case: Adapted, tmp_path: Path)
     refused(adapted("llama", seed=1).model)
     refused(ARCHITECTURES["llama"]())
     refused(case.model, decoding=Decoding(4, 1))
-    refused(case.model, FirstCharacter([Example("other", "x", "x")]), "another prompt")
+    refused(case.model, FirstCharacter([Example("other", "x", "x")] * 2), "another prompt")
     top_1 = adapted("llama").model
     for router in top_1.base_model._routers().values():
         router.top_k["default"] = 1

@@ -42,7 +42,8 @@ class Predictions:
 
     A row has `row` (the request's place), `prompt`, `output`, `tokens`; where they apply `adapter` and `group`; where
     there is a gold answer `answer`, `parsed` (null where the output gives no answer) and `correct`; with `routes`,
-    `route` (see [`compact_route`], null where no router was asked). In the file, `run` says which run it is of.
+    `route` (see [`compact_route`], null where no router was asked). In the file, `run` says which run it is of. Rows
+    beyond the last prompt, of a run over more of them, stay in the file and are passed over.
 
     Args:
         requests: The prompts.
@@ -139,8 +140,11 @@ class Predictions:
         index = row.get("row")
         if row.pop("run", None) != self._run:
             raise MiLoraError(f"{where} is of a run with another adapter, backbone or settings: {ELSEWHERE}.")
-        if not isinstance(index, int) or not 0 <= index < len(self._requests):
+        if not isinstance(index, int) or index < 0:
             raise MiLoraError(f"{where} is for another prompt than these: {ELSEWHERE}.")
+        if index >= len(self._requests):
+            # Of an earlier run over more rows: theirs to keep, none of ours to count.
+            return
         request = self._requests[index]
         expected = request.prompt, request.answer, request.adapter
         if (row.get("prompt"), row.get("answer"), row.get("adapter")) != expected:
