@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from milora.cli import report as report_command
 from milora.cli.main import main
 
 SMALL = [
@@ -58,6 +59,8 @@ def test_what_is_not_at_hand_is_listed_with_a_reason(tmp_path: Path, capsys: pyt
         (["--tasks", "bolq"], "no task 'bolq'"),
         (["--methods", "lorra"], "'lorra'"),
         (["--set", "max_step=3"], "max_steps"),
+        (["--set", "max_steps"], "--set takes name=value"),
+        (["--tune", "learning_rate"], "--tune takes name=value"),
         (["--seeds", "a"], "--seeds takes whole numbers"),
         (["--shard", "3"], "--shard takes I/N"),
         (["--settings", "nowhere.yaml"], "nowhere.yaml: No such file"),
@@ -69,6 +72,26 @@ def test_mistakes_are_one_line(flags: list[str], message: str, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_report_shows_what_makes_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ["--seconds-per-run=3", "--output", "there", "--shard=1/2", "--no-run", "--data-dir=here", "--json"]
+    monkeypatch.setattr("sys.argv", ["milora", "report", "--table", "2", *own, "--set", "max_steps=3"])
+    assert report_command._command() == "milora report --table 2 --set max_steps=3"
+
+
+def test_a_broken_table_4_leaves_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "table4.json").write_text("{")
+    flags = ["report", "--table", "2", "--table", "4", "--methods", "milora", "--tasks", "bundled-choice"]
+    flags += ["--seeds", "0", "--budget", "paper", "--output", str(tmp_path), "--no-run", "--json"]
+    assert main(flags) == 1
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert "table4.json cannot be read" in result["errors"][0]
+    assert captured.err.count("table4.json cannot be read") == 1
+    text = Path(result["report"]).read_text()
+    assert "## Table 2" in text
+    assert "Not measured: " in text.partition("## Table 4")[2]
 
 
 @pytest.mark.slow

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 HOUR = 3600
 MINUTE = 60
 
+LEFT_OUT = ("--shard", "--output", "--data-dir", "--seconds-per-run")
+"""Options, each with a value, that a report does not show: where things are, and how the work is shared."""
+
 
 def command(
     table: Annotated[
@@ -117,7 +120,7 @@ def command(
         from milora.paper.worker import Worker
 
         flags["training"] = parse_settings(training or [])
-        flags["tune"] = parse_settings(tune or [])
+        flags["tune"] = parse_settings(tune or [], "--tune", "learning_rate=1e-3,3e-3")
         request = read_request(settings, {name: value for name, value in flags.items() if value not in (None, [], {})})
         quiet_libraries()
         disable_progress_bars()
@@ -148,12 +151,16 @@ def command(
                 "finished": finished,
                 "failed": failed,
                 "missing": list(plan.missing),
+                "errors": list(report.errors),
             }
         )
         if not as_json:
             typer.echo(f"report in {report.path}")
+        for error in report.errors:
+            _say(error)
         if failed:
             _say(f"{failed} runs failed; the report says why, and the same command tries them again.")
+        if failed or report.errors:
             raise typer.Exit(1)
 
 
@@ -212,13 +219,10 @@ def _command() -> str:
     for argument in arguments:
         if skip:
             skip = False
-            continue
-        if argument in ("--shard", "--output", "--data-dir", "--seconds-per-run"):
+        elif argument in LEFT_OUT:
             skip = True
-            continue
-        if argument in ("--no-run", "--json") or argument.startswith(("--shard=", "--output=", "--data-dir=")):
-            continue
-        kept.append(argument)
+        elif argument not in ("--no-run", "--json") and argument.partition("=")[0] not in LEFT_OUT:
+            kept.append(argument)
     return shlex.join(["milora", *kept])
 
 

@@ -31,10 +31,12 @@ class Report:
     Attributes:
         path: The Markdown.
         files: Everything, the Markdown included, relative to the folder.
+        errors: Why sections are missing that could not be made.
     """
 
     path: Path
     files: tuple[str, ...]
+    errors: tuple[str, ...] = ()
 
 
 def write_report(grid: Grid, results: Results, folder: Path, command: str = "", speed: Speed | None = None) -> Report:
@@ -45,7 +47,8 @@ def write_report(grid: Grid, results: Results, folder: Path, command: str = "", 
         results: What is known of its runs.
         folder: Where to write.
         command: What made the report, for a reader who wants to make it again.
-        speed: Makes Table 4, which is measured and not trained; without it the report has none.
+        speed: Makes Table 4, which is measured and not trained; without it the report has none. What it
+            raises as [`MiLoraError`] stands in the table's place.
 
     Raises:
         MiLoraError: If a file cannot be written, or matplotlib is missing.
@@ -65,11 +68,18 @@ def write_report(grid: Grid, results: Results, folder: Path, command: str = "", 
         lines += (
             _figure2(section, measured, writer) if section.name == "figure2" else _section(section, measured, writer)
         )
+    errors = []
     if speed is not None:
-        lines += ["", "## Table 4: speed and memory", "", *speed(folder)]
+        lines += ["", "## Table 4: speed and memory", ""]
+        try:
+            lines += speed(folder)
+        except MiLoraError as error:
+            # Everything else took hours and has nothing to do with it.
+            lines.append(f"Not measured: {error}")
+            errors.append(f"Table 4: {error}")
     lines += _failures(grid, results)
     writer.text(NAME, _joined(lines))
-    return Report(folder / NAME, tuple(writer.files))
+    return Report(folder / NAME, tuple(writer.files), tuple(errors))
 
 
 def _section(section: Section, measured: Measurements, writer: _Writer) -> list[str]:

@@ -239,8 +239,13 @@ def _known(where: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise MiLoraError(f"{where}: there is no {name!r}{shown}{did_you_mean(name, known)}")
 
 
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+def parse_settings(texts: Sequence[str], option: str = "--set", example: str = "learning_rate=1e-3") -> dict[str, Any]:
     """`["learning_rate=1e-3"]` as a mapping, values read as YAML.
+
+    Args:
+        texts: What the option was given.
+        option: Its name, for messages.
+        example: Of a value of it, for messages.
 
     Raises:
         MiLoraError: If a text has no name or no value.
@@ -249,7 +254,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not name or not sign:
-            raise MiLoraError(f"--set takes name=value, such as learning_rate=1e-3; found {text!r}.")
+            raise MiLoraError(f"{option} takes name=value, such as {example}; found {text!r}.")
         found[name.strip().replace("-", "_")] = number(value)
     return found
 
