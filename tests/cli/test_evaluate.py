@@ -69,7 +69,31 @@ def test_tasks_of_an_adapter_as_json_files_and_table(tmp_path: Path, capsys: pyt
     assert "0.0% - 56.1%" in table
     assert "groups" not in table
     other = complaint(capsys, "--backbone", "base", *arguments[2:], "--task", "bundled-choice")
+    assert "results.json has results with another adapter ('a', and now None)" in other
+    (folder / "results.json").unlink()
+    other = complaint(capsys, "--backbone", "base", *arguments[2:], "--task", "bundled-choice")
     assert "line 1 is of a run with another adapter" in other
+
+
+def test_results_of_other_tasks_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    shared = ["--backbone", "base", "--output-dir", str(tmp_path), "--no-generate", "--perplexity"]
+    first = result(capsys, *shared, "--limit", "2", "--task", "bundled-choice")
+    second = result(capsys, *shared, "--limit", "2", "--task", "bundled-yesno")
+    assert list(second["tasks"]) == ["bundled-yesno"]
+    assert json.loads(path.read_text())["tasks"] == {**first["tasks"], **second["tasks"]}
+    before = path.read_bytes()
+    refused = complaint(capsys, *shared, "--limit", "3", "--task", "bundled-choice")
+    assert "another limit (2, and now 3): give another --output-dir, or remove the file" in refused
+    refused = complaint(capsys, *shared, "--limit", "2", "--dtype", "bfloat16", "--task", "bundled-choice")
+    assert "another model" in refused
+    assert path.read_bytes() == before
+    result(capsys, *shared, "--limit", "3", "--task", "bundled-choice,bundled-yesno")
+    both = json.loads(path.read_text())
+    asked = [of_task["perplexity_rows"] + of_task["perplexity_no_room"] for of_task in both["tasks"].values()]
+    assert (both["limit"], asked) == (3, [3, 3])
+    path.write_text("[]")
+    assert "is no file of results" in complaint(capsys, *shared, "--limit", "3", "--task", "bundled-choice")
 
 
 def test_a_bare_backbone_and_perplexity_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,14 +125,21 @@ def load_for_inference(
         MiLoraError: If a part cannot be loaded, or the adapters name different backbones or none.
     """
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
-    # Every adapter is looked at first: a backbone can take minutes to load.
-    bases = {os.fspath(path): base_of(path) for path in named.values()}
-    if backbone is None:
-        backbone = _only_base(bases)
-    model, tokenizer = load_backbone(backbone, dtype=dtype, device=device)
+    # Every adapter is looked at before: a backbone can take minutes to load.
+    model, tokenizer = load_backbone(backbone_of(named, backbone), dtype=dtype, device=device)
     for name, path in named.items():
         model = load_adapter(model, path, name)
     return model, tokenizer
+
+
+def backbone_of(adapters: Mapping[str, str | os.PathLike[str]], backbone: str | os.PathLike[str] | None = None) -> str:
+    """The backbone to put adapters on: the one given, or the one that they name.
+
+    Raises:
+        MiLoraError: If there is no such adapter, or the adapters name different backbones or none.
+    """
+    bases = {os.fspath(path): base_of(path) for path in adapters.values()}
+    return _only_base(bases) if backbone is None else os.fspath(backbone)
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,7 +40,8 @@ def command(
         typer.Option(
             "--output-dir",
             metavar="DIR",
-            help=f"Predictions, a file a task, and {RESULTS_FILE}; the same command goes on with what is there.",
+            help=f"Predictions, a file a task, and {RESULTS_FILE}, to which other tasks can be added; the same command "
+            "goes on with what is there.",
         ),
     ] = None,
     beams: Annotated[
@@ -82,8 +84,9 @@ def command(
     with json_only(as_json) as print_result:
         tasks = find_tasks(task, data_dir)
 
-        from milora.backbone.loading import load_for_inference
+        from milora.backbone.loading import backbone_of, load_for_inference, locate
         from milora.evaluation.files import write_json
+        from milora.evaluation.fingerprint import model_fingerprint
         from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate, mean_accuracy
         from milora.tasks.task import check_split
 
@@ -108,15 +111,25 @@ def command(
         # A mistake in the last task's data should not show after hours with the others.
         for of_task in tasks:
             check_rows(of_task, settings)
+        adapters = {} if adapter is None else {"default": adapter}
+        backbone = backbone_of(adapters, backbone)
+        about = {"adapter": adapter, "backbone": locate(backbone), **settings.to_dict()}
+        names = [of_task.name for of_task in tasks]
+        if output_dir is not None:
+            earlier_results(output_dir / RESULTS_FILE, about, names)
         quiet_libraries()
-        model, tokenizer = load_for_inference({} if adapter is None else adapter, backbone, dtype=dtype, device=device)
-        about = {"adapter": adapter, "backbone": model.config.name_or_path, **settings.to_dict()}
+        model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
+        about["model"] = model_fingerprint(model)
+        if output_dir is not None:
+            earlier_results(output_dir / RESULTS_FILE, about, names)
         results: dict[str, dict[str, Any]] = {}
         for of_task in tasks:
             results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
             result = {**about, "tasks": results, "mean": mean_accuracy(results)}
             if output_dir is not None:
-                write_json(output_dir / RESULTS_FILE, result)
+                # Read again: another process may have added a task meanwhile.
+                together = {**earlier_results(output_dir / RESULTS_FILE, about, names), **results}
+                write_json(output_dir / RESULTS_FILE, {**about, "tasks": together, "mean": mean_accuracy(together)})
         print_result(result)
         if not as_json:
             from rich.console import Console
@@ -131,6 +144,38 @@ def command(
                     typer.echo(f"{result['failed']} judgements could not be had: {result['reason']}", err=True)
             if output_dir is not None:
                 typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
+
+
+def earlier_results(path: Path, about: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The results by task that a file has from earlier calls, to which others are added.
+
+    With another `limit` it is begun anew, if each of its tasks is measured again.
+
+    Args:
+        path: The file; without one there are no results.
+        about: What the results depend on, as far as it is known yet.
+        tasks: What is to be measured now.
+
+    Raises:
+        MiLoraError: If it is of another model or other settings, or it is no file of results.
+    """
+    elsewhere = "give another --output-dir, or remove the file"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        earlier: dict[str, dict[str, Any]] = dict(found["tasks"])
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MiLoraError(f"{path} is no file of results of milora evaluate: {elsewhere}.") from error
+    different = [name for name, value in about.items() if found.get(name) != value]
+    if different == ["limit"] and set(earlier) <= set(tasks):
+        return {}
+    if different:
+        name = different[0]
+        raise MiLoraError(
+            f"{path} has results with another {name} ({found.get(name)!r}, and now {about[name]!r}): {elsewhere}."
+        )
+    return earlier
 
 
 def find_tasks(names: Sequence[str], data_dir: Path | None) -> list[Task]:
