@@ -1,4 +1,4 @@
-"""Compiled graphs of many methods in one process: room for them, and a count of those that come late."""
+"""Compiled graphs of many methods in one process: room for them, and a count of those that come late or break."""
 
 from __future__ import annotations
 
@@ -28,18 +28,35 @@ def room_for_graphs(cases: int) -> Iterator[None]:
 
 
 class Compilations:
-    """Counts the graphs that are compiled for each method: some while it warms up, none while it is measured."""
+    """Counts the graphs that are compiled for each method, and the places where Dynamo broke one in two.
+
+    Graphs are compiled while a method warms up, and none while it is measured. A step that is one graph has no break.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[str, int] = {}
+        self._graphs: dict[str, int] = {}
+        self._breaks: dict[str, int] = {}
 
     def during(self, name: str, run: Callable[[], Returned]) -> Returned:
         """Runs something, and counts for `name` what is compiled meanwhile."""
-        before = counters["stats"]["unique_graphs"]
+        graphs, breaks = _graphs(), _breaks()
         result = run()
-        self._found[name] = self._found.get(name, 0) + counters["stats"]["unique_graphs"] - before
+        self._graphs[name] = self.of(name) + _graphs() - graphs
+        self._breaks[name] = self.breaks(name) + _breaks() - breaks
         return result
 
     def of(self, name: str) -> int:
         """How many graphs were compiled for `name`."""
-        return self._found.get(name, 0)
+        return self._graphs.get(name, 0)
+
+    def breaks(self, name: str) -> int:
+        """How often a graph broke while `name` was traced."""
+        return self._breaks.get(name, 0)
+
+
+def _graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _breaks() -> int:
+    return sum(counters["graph_break"].values())

@@ -175,6 +175,7 @@ class GenerationCase:
                 "new_tokens": tokens[name],
                 "compiled_in_warm_up": warming.of(name) if settings.compile else None,
                 "compiled_later": graphs.of(name) if settings.compile else None,
+                "graph_breaks": warming.breaks(name) + graphs.breaks(name) if settings.compile else None,
                 **(self.fields or {}),
             }
             for name in self.methods
