@@ -79,16 +79,20 @@ def tenants(settings: TenantsSettings, progress: Progress = lambda line: None) -
     cases = len(settings.methods) * len(settings.tenants) * len(settings.beams)
     with opened(settings, progress, cases) as session:
         for number in settings.tenants:
-            names = [f"tenant-{index}" for index in range(number)]
-            methods = _prepare(session, settings.methods, names)
-            batch = settings.batch or number
-            prompts = random_prompts(session.backbone, batch, settings.prompt_tokens, settings.seed)
-            of_rows = [names[row % number] for row in range(batch)]
-            served = {name: _serving(prepared, of_rows) for name, prepared in methods.items()}
-            for beams in settings.beams:
-                fields = {"tenants": number}
-                GenerationCase(session, served, prompts, beams, settings.new_tokens, fields).measure()
+            _measure(session, settings, number)
         return session.result("tenants")
+
+
+def _measure(session: Session, settings: TenantsSettings, number: int) -> None:
+    """One number of tenants; its models end with it, before those of the next number are built."""
+    names = [f"tenant-{index}" for index in range(number)]
+    methods = _prepare(session, settings.methods, names)
+    batch = settings.batch or number
+    prompts = random_prompts(session.backbone, batch, settings.prompt_tokens, settings.seed)
+    of_rows = [names[row % number] for row in range(batch)]
+    served = {name: _serving(prepared, of_rows) for name, prepared in methods.items()}
+    for beams in settings.beams:
+        GenerationCase(session, served, prompts, beams, settings.new_tokens, {"tenants": number}).measure()
 
 
 def _prepare(session: Session, methods: Sequence[str], names: Sequence[str]) -> dict[str, Prepared]:
