@@ -55,7 +55,8 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> bool:
     values = sorted({row.x for row in section.rows if row.x is not None})
     axis, form, setting = AXES[section.name]
     figure = new_figure()
-    figure.set_size_inches(0.5 + 3.3 * len(panels), 3.5)
+    # Not narrower than its title and the line below it.
+    figure.set_size_inches(max(0.5 + 3.3 * len(panels), 5.6), 3.7)
     figure.suptitle(section.title, x=0.02, y=0.97, ha="left", va="top", fontsize=11, fontweight="bold")
     for index, (column, of_column) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
@@ -72,7 +73,8 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> bool:
             axes.axvline(values.index(setting), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         _tidy(axes)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper right", bbox_to_anchor=(0.99, 0.995), ncols=4, frameon=False, fontsize=8)
+    # Under the title, where no title is too long for it.
+    figure.legend(handles, names, loc="upper right", bbox_to_anchor=(0.99, 0.92), ncols=4, frameon=False, fontsize=8)
     figure.text(
         0.02,
         0.015,
