@@ -106,7 +106,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["generate", "--backbone", "./none", "--prompt", "x"], "no such backbone"),
         (["generate", "--backbone", "owner/none", "--prompt", "x"], "works offline"),
         (["generate", "--adapter", "a", "--data", "none.jsonl"], "none.jsonl"),
-        (["generate", "--adapter", "a", "--data", "base/model.safetensors"], "standard input"),
+        (["generate", "--adapter", "a", "--data", "base/model.safetensors"], "convert it to JSON lines"),
         (["generate", "--adapter", "a", "--data", "x", "--prompt", "x"], "both"),
         (["generate", "--adapter", "a", "--prompt", " "], "empty"),
         (["generate", "--adapter", "a", "--prompt", "x", "--max-new-tokens", "500"], "128 positions"),

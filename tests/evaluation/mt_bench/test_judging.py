@@ -113,8 +113,11 @@ class TestClient:
 
 
 class TestInterruption:
+    # A shell's background jobs ignore SIGINT, and their children inherit that.
     SCRIPT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from milora.evaluation.mt_bench import judging, prompts
 from milora.evaluation.mt_bench.answers import Answer
