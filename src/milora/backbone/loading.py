@@ -55,7 +55,7 @@ def load_backbone(
     """
     source = locate(os.fspath(name_or_path))
     torch_dtype = _dtype(dtype)
-    target = _device(device)
+    target = device_of(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except _UNREADABLE as error:
@@ -242,7 +242,12 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def device_of(device: str | torch.device | None) -> torch.device:
+    """A device by its name; by default the GPU where there is one.
+
+    Raises:
+        MiLoraError: If there is none of that name.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from milora.backbone.loading import DTYPES
-from milora.errors import MiLoraError, did_you_mean
+from milora.backbone.loading import DTYPES, device_of
+from milora.errors import MiLoraError
 
 Own = TypeVar("Own", bound="Settings")
 
@@ -74,7 +74,7 @@ class Settings:
         Raises:
             MiLoraError: If the device is not there.
         """
-        device = torch.device(_device(self.device))
+        device = device_of(self.device)
         return replace(
             self,
             device=str(device),
@@ -102,15 +102,3 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """
     if value < least:
         raise MiLoraError(f"{name} must be at least {least}; found {value}.")
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise MiLoraError(f"There is no device {name!r}{did_you_mean(name, ['cpu', 'cuda'])}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MiLoraError(f"There is no device {name!r} here: torch sees {torch.cuda.device_count()} CUDA devices.")
-    return name
