@@ -16,6 +16,7 @@ from milora.evaluation.generation import evaluate_task
 from milora.evaluation.predictions import read_predictions
 from milora.inference.generation import Decoding
 from milora.tasks.task import Example, Split, Task
+from milora.tuners.milora.routers import routers_of
 
 TOKENIZER = character_tokenizer()
 
@@ -172,7 +173,7 @@ def test_rows_of_another_run_are_refused_and_kept(case: Adapted, tmp_path: Path)
     refused(case.model, decoding=Decoding(4, 1))
     refused(case.model, FirstCharacter([Example("other", "x", "x")] * 2), "another prompt")
     top_1 = adapted("llama").model
-    for router in top_1.base_model._routers().values():
+    for router in routers_of(top_1).values():
         router.top_k["default"] = 1
     top_1.peft_config["default"].top_k = 1
     refused(top_1)

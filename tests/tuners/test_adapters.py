@@ -21,6 +21,7 @@ from transformers import LogitsProcessor
 
 from milora import MiLoraConfig, MiLoraError, MiLoraModel
 from milora.tuners.milora.layer import RouterLayer
+from milora.tuners.milora.routers import routers_of
 from milora.tuners.registry import register
 
 PROMPTS = random_prompts(4, (3, 9), seed=1)
@@ -105,7 +106,7 @@ class TestSeveral:
         assert model.active_adapter == "other"
         assert model.active_adapters == ["other"]
         assert generate(model) == expected
-        assert [router.active_adapters for router in model.base_model._routers().values()] == [["other"]] * 2
+        assert [router.active_adapters for router in routers_of(model).values()] == [["other"]] * 2
 
     def test_delete_the_last(self) -> None:
         model = adapted().model
@@ -393,7 +394,7 @@ class TestCopies:
             parameter.data.zero_()
         assert torch.equal(logits_of(model), before)
         assert other.base_model.dispatcher is not model.base_model.dispatcher
-        routers = other.base_model._routers().values()
+        routers = routers_of(other).values()
         assert all(router.dispatcher is other.base_model.dispatcher for router in routers)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -544,7 +545,7 @@ class TestLoraOptions:
             if isinstance(module, LoraLayer)
         }
         assert adapted_modules == {f"{block}.{name}" for block, names in expected.items() for name in names}
-        assert tuple(model.base_model._routers()) == model.route(**BATCH).blocks == tuple(expected)
+        assert tuple(routers_of(model)) == model.route(**BATCH).blocks == tuple(expected)
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(ARCHITECTURES["llama"](), tmp_path)
         assert torch.equal(logits_of(loaded), logits_of(model))

@@ -15,9 +15,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError, did_you_mean
-from milora.tuners.grouped import GroupedServing, ModuleStack, Share
+from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share
 from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
-from milora.tuners.milora.model import BASE_ROW, MiLoraModel
+from milora.tuners.milora.model import MiLoraModel
 
 NAMED_ROWS = "_enable_peft_forward_hooks"
 """PEFT's method that puts `adapter_names` in force for a forward pass or a generation."""

@@ -223,8 +223,8 @@ def _prepared() -> Iterator[list[weakref.ref[PreparedExperts]]]:
     made: list[weakref.ref[PreparedExperts]] = []
     init = PreparedExperts.__init__
 
-    def remember(self: PreparedExperts) -> None:
-        init(self)
+    def remember(self: PreparedExperts, *args: Any) -> None:
+        init(self, *args)
         made.append(weakref.ref(self))
 
     PreparedExperts.__init__ = remember  # type: ignore[method-assign]

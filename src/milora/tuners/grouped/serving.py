@@ -17,6 +17,9 @@ from milora.errors import MiLoraError
 from milora.kernels import PackedRows, add_grouped_lora
 from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack, lora_layers
 
+BASE_ROW = "__base__"
+"""PEFT's name for a row without an adapter."""
+
 
 class Share(NamedTuple):
     """What one adapter has of a batch in one module."""
@@ -262,15 +265,17 @@ class GroupedServing(ABC):
 
     def can_compile(self) -> bool:
         """Whether [`GroupedServing.compiled`] would let a generation with any of the adapters in."""
-        if self._compiled_lock.locked():
-            return False
-        with self.serving():
-            stacked = self.stacks.modules
-            return self._not_compilable() is None and all(
-                set(module.layer.lora_A) == set(module.slots) for module in stacked.values()
-            )
+        return not self._compiled_lock.locked() and self.why_not_compiled() is None
 
-    def _not_compilable(self) -> str | None:
+    def why_not_compiled(self) -> str | None:
+        """What of the model keeps a generation with any of its adapters from being compiled, if anything does."""
+        with self.serving():
+            for path, layer in lora_layers(self.model):
+                if path not in self.stacks.modules or set(layer.lora_A) != set(self.stacks.modules[path].slots):
+                    return _not_compilable(path)
+        return None
+
+    def _unserved(self) -> str | None:
         """The path of a LoRA layer that no stack serves."""
         return next((path for path, _ in lora_layers(self.model) if path not in self.stacks.modules), None)
 
@@ -288,7 +293,7 @@ class GroupedServing(ABC):
             )
         try:
             with self.serving():
-                path = self._not_compilable()
+                path = self._unserved()
                 if path is not None:
                     raise MiLoraError(_cannot_compile(path))
                 self._compiling_thread = threading.get_ident()
@@ -303,7 +308,11 @@ class GroupedServing(ABC):
 
 
 def _cannot_compile(path: str) -> str:
+    return f"{_not_compilable(path)}. Generate with compiled=False."
+
+
+def _not_compilable(path: str) -> str:
     return (
         f"{path} cannot be part of a compiled decode step: its base layer is quantised, its adapter is more than "
-        "LoRA there (DoRA, a bias), or batch and tokens are flattened before it. Generate with compiled=False."
+        "LoRA there (DoRA, a bias), or batch and tokens are flattened before it"
     )

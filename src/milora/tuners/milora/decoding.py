@@ -13,7 +13,7 @@ the base layer's output is rounded once, as PEFT's LoRA rounds it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milora.tuners.milora.dora import dora_scale
-
-if TYPE_CHECKING:
-    from milora.tuners.milora.dispatch import RoutingPass, Selection
+from milora.tuners.milora.selection import Routings, Selection, selection_of
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """Takes a layer's input and the base layer's output, which it may write into, and gives the layer's output."""
@@ -35,9 +33,15 @@ class PreparedExperts:
 
     The prefill notes which chosen experts were given the same tensor; each step is made when the first decode step
     reaches its layer.
+
+    Args:
+        adapter: The adapter that serves all rows.
+        routings: The generation's decisions, which the prefill is still to make.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: str, routings: Routings) -> None:
+        self._adapter = adapter
+        self._routings = routings
         self._last_input: ref[Tensor] | None = None
         self._inputs = 0
         self._input_of: dict[LoraLayer, int] = {}
@@ -50,14 +54,18 @@ class PreparedExperts:
             self._inputs += 1
         self._input_of[layer] = self._inputs
 
-    def step(self, layer: LoraLayer, running: RoutingPass) -> Step | None:
-        """What a layer adds to its base layer in the running pass; `None` for nothing."""
+    def step(self, layer: LoraLayer) -> Step | None:
+        """What a layer adds to its base layer in a decode step; `None` for nothing.
+
+        Raises:
+            RuntimeError: If the layer's block has not been routed.
+        """
         if layer not in self._steps:
-            self._prepare(layer, running)
+            self._prepare(layer)
         return self._steps[layer]
 
-    def _prepare(self, layer: LoraLayer, running: RoutingPass) -> None:
-        expert = _chosen(layer, running)
+    def _prepare(self, layer: LoraLayer) -> None:
+        expert = self._chosen(layer)
         if expert is None:
             self._steps[layer] = None
             return
@@ -65,7 +73,7 @@ class PreparedExperts:
             self._steps[layer] = expert.unprepared
             return
         mates = [mate for mate, number in self._input_of.items() if number == self._input_of.get(layer)]
-        experts = [mate for mate in (_chosen(mate, running) for mate in mates or [layer]) if mate is not None]
+        experts = [mate for mate in map(self._chosen, mates or [layer]) if mate is not None]
         experts = [mate for mate in experts if mate.is_prepared and mate.shares_with(expert)]
         down = _Down(experts)
         end = 0
@@ -73,6 +81,15 @@ class PreparedExperts:
             start, end = end, end + mate.a.shape[0]
             step = _DoraStep if mate.is_dora else _LoraStep
             self._steps[mate.layer] = step(down, slice(start, end), mate)
+
+    def _chosen(self, layer: Any) -> _Chosen | None:
+        variant = layer.lora_variant.get(self._adapter)
+        if variant is None:
+            return None
+        selection = selection_of(self._routings, self._adapter, variant.block, variant.expert)
+        if selection is None:
+            return None
+        return _Chosen(layer, self._adapter, selection, variant.can_be_prepared(layer, self._adapter, selection))
 
 
 class _Chosen(NamedTuple):
@@ -109,17 +126,6 @@ class _Chosen(NamedTuple):
         variant = self.layer.lora_variant[self.adapter]
         adapted: Tensor = variant.adapt(self.layer, self.adapter, self.selection, x, result)
         return adapted.to(result.dtype)
-
-
-def _chosen(layer: Any, running: RoutingPass) -> _Chosen | None:
-    adapter = running.adapter
-    variant = layer.lora_variant.get(adapter)
-    if adapter is None or variant is None:
-        return None
-    selection = running.selection(adapter, variant.block, variant.expert)
-    if selection is None:
-        return None
-    return _Chosen(layer, adapter, selection, variant.can_be_prepared(layer, adapter, selection))
 
 
 class _Down:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from milora.errors import MiLoraError
-from milora.tuners.milora.dispatch import Dispatcher, RoutingPass, Selection
+from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.dora import dora_scale, forget_dora_scales
 from milora.tuners.milora.gradient import expert_sum
+from milora.tuners.milora.routing_pass import RoutingPass
+from milora.tuners.milora.selection import Selection, selection_of
 
 NO_MERGE = (
     "A MiLoRA adapter cannot be merged for good: which modules it changes depends on the prompt. For the length of a "
@@ -40,21 +42,21 @@ class ExpertLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's LoRA layer; see [`ExpertVariant`] for what is computed."""
         running: RoutingPass | None = self.dispatcher.current
-        if running is None or running.adapter is None or args or kwargs or self._disable_adapters:
-            if running is not None and running.is_merged:
-                return self.base_layer(x)
+        if running is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if running.is_merged:
             return self.base_layer(x)
+        if running.adapter is None or args or kwargs or self._disable_adapters:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         prepared = running.prepared
         if running.is_decode_step and prepared is not None:
-            step = prepared.step(self, running)
+            step = prepared.step(self)
             result = self.base_layer(x)
             return result if step is None else step(x, result)
         variant = self.lora_variant.get(running.adapter)
         if not isinstance(variant, ExpertVariant):
             return self.base_layer(x)
-        selection = running.selection(running.adapter, variant.block, variant.expert)
+        selection = selection_of(running.routings, running.adapter, variant.block, variant.expert)
         if selection is None:
             return self.base_layer(x)
         if prepared is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from milora.errors import MiLoraError
+from milora.files import whole_folder
 from milora.routing import Route
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.dispatch import chosen_modules
+from milora.tuners.milora.routers import chosen_modules
 
 PREFIX = "base_model.model."
 """What the names of a PEFT file start with."""
@@ -41,7 +40,7 @@ def export_route(model: Any, route: Route, folder: str | Path, adapter: str | No
 
     Raises:
         MiLoraError: If the adapter is not MiLoRA's, the route is not its or has not exactly one row, nothing is
-            chosen, a MiDoRA gate is not 1, or the folder is in use.
+            chosen, a MiDoRA gate is not 1, or the folder is in use or cannot be written.
     """
     adapter = adapter if adapter is not None else model.active_adapter
     config = model.peft_config.get(adapter)
@@ -66,7 +65,7 @@ def export_route(model: Any, route: Route, folder: str | Path, adapter: str | No
 
 def _gates(model: Any, route: Route, adapter: str) -> dict[str, float]:
     """Module path -> gate, of the modules that the route chose."""
-    gates = chosen_modules(model.base_model._routers(), route, adapter)
+    gates = chosen_modules(model, route, adapter)
     if not gates:
         raise MiLoraError("The route chooses no expert in any block, so there is nothing to export.")
     return gates
@@ -116,12 +115,6 @@ def _config(config: MiLoraConfig, modules: list[str], model: Any) -> LoraConfig:
 def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MiLoraError(f"{folder} exists and is not an empty folder: choose another place for the exported adapter.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir()
+    with whole_folder(folder) as partial:
         save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A block's router as a layer that PEFT keeps, saves and switches."""
+"""A block's router as a layer that PEFT keeps, saves and switches: it decides, or follows a given route."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.routing import Decision, RouterProjection, build_activation, build_pooler, choose, expert_probabilities
+from milora.errors import MiLoraError
+from milora.routing import (
+    Decision,
+    Route,
+    RouterProjection,
+    build_activation,
+    build_pooler,
+    choose,
+    expert_probabilities,
+)
 from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.dispatch import BlockRouting, Dispatcher, RoutingPass, follow, select
+from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.gradient import RouteGradient
+from milora.tuners.milora.routing_pass import RoutingPass
+from milora.tuners.milora.selection import BlockRouting, Selection, select
 
 
 class RouterLayer(BareTunerLayer):
@@ -129,7 +140,7 @@ class RouterLayer(BareTunerLayer):
         return hidden
 
     def _idle_parameters(
-        self, block: nn.Module, adapter: str, selections: list[Any], *, router: bool
+        self, block: nn.Module, adapter: str, selections: list[Selection | None], *, router: bool
     ) -> list[nn.Parameter]:
         layers = [
             block.get_submodule(expert)
@@ -146,6 +157,26 @@ class RouterLayer(BareTunerLayer):
             for parameter in _parameters(getattr(layer, name)[adapter])
             if parameter.requires_grad
         ]
+
+
+def follow(
+    route: Route, block: str, experts: tuple[str, ...], rows: list[int] | None, device: torch.device
+) -> Decision:
+    """What a given route says for a block, as a router would have said it.
+
+    Raises:
+        MiLoraError: If the route does not know the block or one of its experts.
+    """
+    if block not in route.blocks or not set(experts) <= set(route.experts):
+        raise MiLoraError(
+            f"The route in force is for the blocks {list(route.blocks[:2])}... with experts {list(route.experts)}; the "
+            f"adapter has {block} with experts {list(experts)}. Use a route of the same adapter and backbone."
+        )
+    columns = [route.experts.index(expert) for expert in experts]
+    picked = route if rows is None else route[rows]
+    at = route.blocks.index(block)
+    gates = picked.gates[at][:, columns].to(device)
+    return Decision(gates, picked.probabilities[at][:, columns].to(device), gates != 0)
 
 
 class _Rerouted:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,96 +16,89 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.errors import MiLoraError
 from milora.routing import Route
+from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.dora import dora_scale
+from milora.tuners.milora.routers import chosen_modules, routers_of
+from milora.tuners.milora.shared_weights import SharedWeights
+from milora.tuners.prompt_pass import PromptTuner
 
 
-class SharedWeights:
-    """Which threads are computing with the backbone's weights, and which one has changed them.
+class MergingTuner(PromptTuner):
+    """What the tuner needs to merge a route: at once, or in the generation that finds it.
 
-    A thread with a merged route has the backbone for itself: others are refused and not made to wait, for how long its
-    caller holds on to the route is not known.
+    The tuner sets `dispatcher` and `_shared_weights` before its first adapter is in place.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._generations: Counter[int] = Counter()
-        self._forwards: set[int] = set()
-        self._owner: int | None = None
-
-    # A copied or pickled model is used by nobody.
-    def __getstate__(self) -> dict[str, Any]:
-        return {"in_use": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        type(self).__init__(self)
-
-    def begin_forward(self) -> None:
-        """A forward pass of this thread begins.
-
-        Raises:
-            MiLoraError: If another thread has merged a route.
-        """
-        with self._lock:
-            self._refuse_under_another()
-            self._forwards.add(threading.get_ident())
-
-    def end_forward(self) -> None:
-        """It has ended."""
-        with self._lock:
-            self._forwards.discard(threading.get_ident())
+    active_adapters: list[str]
+    dispatcher: Dispatcher
+    _shared_weights: SharedWeights
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """While in force, this thread generates, and none may merge a route but this one.
+    def merged_route(self, route: Route) -> Iterator[None]:
+        """`with model.merged_route(route):` has a route in force as `use_route` has, merged into the weights.
+
+        Its experts then cost nothing a token. The weights that it changes are there twice for as long; the backbone's
+        own come back at the end bit for bit, however that comes. Merged weights are rounded to the backbone's type, so
+        in bfloat16 the outputs are close to those of `use_route`, and not the same. Meanwhile other threads that call
+        the backbone are refused.
 
         Raises:
-            MiLoraError: If another thread has merged a route.
+            MiLoraError: If the route's rows differ or it is not of this adapter, the model is in training mode or its
+                adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another thread is
+                generating, or a route is merged already.
         """
-        thread = threading.get_ident()
-        with self._lock:
-            self._refuse_under_another()
-            self._generations[thread] += 1
-        try:
+        with self._shared_weights.owned(), self._merge(route):
             yield
-        finally:
-            with self._lock:
-                self._generations[thread] -= 1
-                self._generations += Counter()  # drops what has come to zero
-                if thread not in self._generations:
-                    # A forward that a KeyboardInterrupt ended has not said so.
-                    self._forwards.discard(thread)
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
-        """While in force, this thread alone may use the weights, and may change them.
-
-        Raises:
-            MiLoraError: If another thread is using them, or this one has merged a route already.
-        """
-        thread = threading.get_ident()
-        with self._lock:
-            self._refuse_under_another()
-            if self._owner is not None:
-                raise MiLoraError("A route is merged into the backbone already; leave it before another is merged.")
-            alive = {each.ident for each in threading.enumerate()}
-            if ({*self._generations, *self._forwards} & alive) - {thread}:
-                raise MiLoraError(
-                    "Another thread is generating with this backbone, and merging a route would change the weights "
-                    "under it. Merge when it has ended, or generate without merge_route."
-                )
-            self._owner = thread
-        try:
+    def _merging_when_known(self) -> Iterator[None]:
+        """In force: the generation that begins merges its route as soon as it is known."""
+        if self.dispatcher.merged is not None:
             yield
-        finally:
-            with self._lock:
-                self._owner = None
+            return
+        with self._shared_weights.owned(), ExitStack() as stack, self.dispatcher.merging(stack):
+            yield
 
-    def _refuse_under_another(self) -> None:
-        if self._owner not in (None, threading.get_ident()):
-            raise MiLoraError(
-                "Another thread has merged a route into the backbone's weights, so this one cannot use them until "
-                "that thread has ended. Generate one after the other, or there without merge_route."
-            )
+    @contextmanager
+    def _merge(self, route: Route) -> Iterator[None]:
+        if self.training:
+            raise MiLoraError("A route is merged for inference; call model.eval() first.")
+        if self.prompt_tuning_is_off():
+            raise MiLoraError("The adapters are disabled, so there is nothing to merge.")
+        if self.dispatcher.adapter_names is not None:
+            raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out adapter_names.")
+        route = common_route(route)
+        adapter = self.active_adapters[0]
+        gates = chosen_modules(self.model, route, adapter)
+        with (
+            merged(self.model, gates, adapter),
+            self.dispatcher.forcing(route),
+            self.dispatcher.following_merged(route),
+        ):
+            yield
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            super()._before_forward(module, args, kwargs)
+            return
+        self._shared_weights.begin_forward()
+        if self.dispatcher.merged is not None and self.prompt_tuning_is_off():
+            raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
+        follows = self.passes.following() is not None
+        super()._before_forward(module, args, kwargs)
+        stack, running = self.dispatcher.merge_into, self.dispatcher.current
+        if stack is None or running is None or running.is_merged:
+            return
+        if running.forced is not None or follows:
+            route = running.forced if running.forced is not None else running.route(tuple(routers_of(self.model)))
+            stack.enter_context(self._merge(route))
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        try:
+            return super()._after_forward(module, args, kwargs, output)
+        finally:
+            if not torch.compiler.is_dynamo_compiling():
+                self._shared_weights.end_forward()
 
 
 def common_route(route: Route) -> Route:

@@ -1,0 +1,70 @@
+"""One forward pass of a MiLoRA model: whose prompts it holds, and what has been decided for them so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from milora.routing import Route
+from milora.tuners.milora.decoding import PreparedExperts
+from milora.tuners.milora.selection import BlockRouting
+from milora.tuners.prompt_pass import PromptPass
+
+
+@dataclass
+class RoutingPass(PromptPass):
+    """What routers write in a pass, and experts read.
+
+    Attributes:
+        adapter_rows: Rows of each adapter, `None` for all rows.
+        forced: The route to follow instead of asking the routers, already of `rows` rows; `prompt` is `None` then.
+        routings: Adapter -> block -> decision.
+        routed_blocks: Blocks that have been reached.
+        prepared: What the decode steps of a generation compute; `None` outside `generate`, and where rows have adapters
+            of their own.
+        is_decode_step: Whether the running forward is a decode step that may use what is prepared.
+        is_merged: Whether the chosen experts are in the backbone's weights.
+    """
+
+    adapter_rows: Mapping[str, list[int] | None] = field(default_factory=dict)
+    forced: Route | None = None
+    routings: dict[str, dict[str, BlockRouting]] = field(default_factory=dict)
+    routed_blocks: set[str] = field(default_factory=set)
+    prepared: PreparedExperts | None = None
+    is_decode_step: bool = False
+    is_merged: bool = False
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that serves all rows, `None` where rows have their own."""
+        if len(self.adapter_rows) != 1:
+            return None
+        ((adapter, rows),) = self.adapter_rows.items()
+        return adapter if rows is None else None
+
+    def route(self, blocks: tuple[str, ...]) -> Route:
+        """The decisions of all adapters as a value; rows without an adapter have gate and probability 0."""
+        experts = tuple(
+            dict.fromkeys(
+                expert
+                for block in blocks
+                for of_adapter in self.routings.values()
+                if block in of_adapter
+                for expert in of_adapter[block].experts
+            )
+        )
+        used = tuple(block for block in blocks if any(block in of_adapter for of_adapter in self.routings.values()))
+        device = next((r.decision.gates.device for a in self.routings.values() for r in a.values()), None)
+        gates = torch.zeros(len(used), self.rows, len(experts), device=device)
+        probabilities = torch.zeros_like(gates)
+        for adapter, of_adapter in self.routings.items():
+            rows = self.adapter_rows[adapter]
+            index = torch.arange(self.rows, device=device) if rows is None else torch.tensor(rows, device=device)
+            for block, routing in of_adapter.items():
+                columns = torch.tensor([experts.index(expert) for expert in routing.experts], device=device)
+                place = (used.index(block), index[:, None], columns[None, :])
+                gates[place] = routing.decision.gates.detach().to(gates)
+                probabilities[place] = routing.decision.probabilities.detach().to(gates)
+        return Route(gates, probabilities, experts, used)

@@ -1,0 +1,53 @@
+"""Which modules of a backbone are the experts of a MiLoRA configuration, and in which blocks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from milora.backbone.blocks import find_blocks
+from milora.errors import MiLoraError
+from milora.routing import check_top_k
+from milora.tuners.milora.config import MiLoraConfig, activations_by_block
+from milora.tuners.targets import listed_modules, targeted_modules
+
+
+def fill_in_experts(config: MiLoraConfig, backbone: nn.Module) -> None:
+    """Fills in what a configuration leaves to the backbone.
+
+    These are `experts`, `target_modules`, the activations of the routed blocks, and `expert_places`, which is not
+    saved: each expert's path in the backbone -> its block, and its place among the block's experts.
+
+    Raises:
+        MiLoraError: If the backbone has no such modules, `top_k` is more than any block has, or the activations are not
+            as many as the routed blocks.
+    """
+    blocks = find_blocks(backbone, config.blocks)
+    candidates = {block.path: block.linears for block in blocks}
+    listed = config.experts
+    experts = listed_modules(listed, candidates) if listed else targeted_modules(config, candidates)
+    routed = [block for block in blocks if experts.get(block.path)]
+    check_top_k(config.top_k, max(len(experts[block.path]) for block in routed))
+    activations = activations_by_block(config.router_activation, len(routed))
+    config.router_activation = activations
+    if isinstance(activations, list) and len(activations) != len(routed):
+        raise MiLoraError(
+            f"router_activation lists {len(activations)} activations, and {len(routed)} blocks have a router."
+        )
+    lists = [experts[block.path] for block in routed]
+    alike = len(routed) == len(blocks) and all(of_block == lists[0] for of_block in lists)
+    config.experts = lists[0] if alike else {block.path: experts[block.path] for block in routed}
+    # Spelled out, because PEFT would read "all-linear" as every linear layer of the model, routers included.
+    config.target_modules = list(dict.fromkeys(expert for of_block in lists for expert in of_block))
+    config.expert_places = {
+        f"{block.path}.{expert}": (block.path, index)
+        for block in routed
+        for index, expert in enumerate(experts[block.path])
+    }
+    modules = dict(backbone.named_modules())
+    if all(type(_unwrapped(modules[path])).__name__ == "Conv1D" for path in config.expert_places):
+        # Set here, PEFT has no need to correct it with a warning for every layer.
+        config.fan_in_fan_out = True
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return getattr(module, "base_layer", module)
