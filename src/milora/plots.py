@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from milora.errors import MiLoraError
+from milora.files import whole_file
 from milora.routing import Route
 
 COLORS = "Blues"
@@ -163,7 +163,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure in the format of the path's ending, whole or not at all.
 
     Raises:
-        MiLoraError: If matplotlib cannot write that format.
+        MiLoraError: If matplotlib cannot write that format, or the file cannot be written.
     """
     kind = path.suffix.lower().lstrip(".")
     known = figure.canvas.get_supported_filetypes()
@@ -171,9 +171,5 @@ def save_figure(figure: Any, path: Path) -> None:
         raise MiLoraError(
             f"{path}: pictures are written as {', '.join(sorted(known))}; found the ending {path.suffix!r}."
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         figure.savefig(partial, format=kind, dpi=160, facecolor="white")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

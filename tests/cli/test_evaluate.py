@@ -150,6 +150,11 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, capsys: pytest.Capture
     while len(list(_rows(path))) < 3:
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.005)
+    # Another process is kept out of the folder for as long as this one lives, even if it stands still.
+    killed.send_signal(signal.SIGSTOP)
+    refused = complaint(capsys, *shared[:3], "bundled-choice", *shared[4:], str(path.parent))
+    assert f"killed is in use by process {killed.pid} on " in refused
+    assert "give another --output-dir" in refused
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL

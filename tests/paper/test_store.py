@@ -1,20 +1,15 @@
-"""Results and locks, with real processes: what is written survives, and a lock dies with its process."""
+"""Results, with real processes: what is written survives."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from milora.errors import MiLoraError
-from milora.paper.locks import locked
 from milora.paper.store import Results, ResultStore
 
 # Forked, as a new interpreter takes seconds to import torch.
@@ -22,58 +17,11 @@ FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def hold(path: Path, told: Path) -> None:
-    with locked(path) as is_mine:
-        told.write_text(str(is_mine))
-        time.sleep(60)
-
-
 def append(folder: Path, name: str) -> None:
     store = ResultStore(folder)
     store.prepare()
     for index in range(60):
         store.append({"run": f"{name}-{index}", "status": "finished", "filling": name * 5000})
-
-
-def wait_for(path: Path) -> str:
-    deadline = time.monotonic() + 60
-    while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return path.read_text()
-
-
-def test_a_lock_keeps_other_processes_out_and_dies_with_a_killed_one(tmp_path: Path) -> None:
-    path = tmp_path / "locks" / "a.lock"
-    holder = FORK.Process(target=hold, args=(path, tmp_path / "told"))
-    holder.start()
-    try:
-        assert wait_for(tmp_path / "told") == "True"
-        with locked(path) as is_mine:
-            assert not is_mine
-        with locked(tmp_path / "locks" / "b.lock") as is_mine:
-            assert is_mine
-        assert holder.pid is not None
-        os.kill(holder.pid, signal.SIGKILL)
-        holder.join(timeout=30)
-        assert path.exists(), "the file stays, and means nothing"
-        with locked(path) as is_mine:
-            assert is_mine
-    finally:
-        holder.kill()
-        holder.join()
-
-
-def test_a_lock_is_given_back_and_not_inherited(tmp_path: Path) -> None:
-    path = tmp_path / "a.lock"
-    with locked(path) as is_mine:
-        assert is_mine
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        with locked(path) as is_mine:
-            assert is_mine, "the child that was started meanwhile holds it"
-    finally:
-        child.kill()
-        child.wait()
 
 
 def test_two_processes_write_whole_lines(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from milora.paper import worker
 from milora.paper.grid import Grid
 from milora.paper.runs import Run
 from milora.paper.store import ResultStore
-from milora.paper.worker import Worker, is_disk_full
+from milora.paper.worker import Worker
 
 RUNS = 2 * 2 * 2 + 2 * 2
 # Forked, as a new interpreter takes seconds to import torch.
@@ -136,9 +136,3 @@ def test_a_full_disk_ends_the_grid_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert len(store.read().finished) == 2
     assert store.read().failures == {}
-
-
-def test_what_a_full_disk_looks_like() -> None:
-    assert is_disk_full(OSError(errno.ENOSPC, "x"))
-    assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
-    assert not is_disk_full(OSError(errno.ENOENT, "x"))

@@ -164,7 +164,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("disk full")
 
     monkeypatch.setattr("milora.routing.route.save_file", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(MiLoraError, match="cannot be written: disk full"):
         small().expand(2).save(path)
     assert Route.load(path) == small()
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from milora.tasks.task import Task
 
 RESULTS_FILE = "results.json"
+BUSY = "wait until it has ended, or give another --output-dir"
 
 
 def command(
@@ -41,7 +43,7 @@ def command(
             "--output-dir",
             metavar="DIR",
             help=f"Predictions, a file a task, and {RESULTS_FILE}, to which other tasks can be added; the same command "
-            "goes on with what is there.",
+            "goes on with what is there. One process at a time.",
         ),
     ] = None,
     beams: Annotated[
@@ -85,9 +87,10 @@ def command(
         tasks = find_tasks(task, data_dir)
 
         from milora.backbone.loading import backbone_of, load_for_inference, locate
-        from milora.evaluation.files import write_json
         from milora.evaluation.fingerprint import model_fingerprint
         from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate, mean_accuracy
+        from milora.files import write_json
+        from milora.locks import alone_in
         from milora.tasks.task import check_split
 
         settings = EvaluationSettings(
@@ -115,21 +118,20 @@ def command(
         backbone = backbone_of(adapters, backbone)
         about = {"adapter": adapter, "backbone": locate(backbone), **settings.to_dict()}
         names = [of_task.name for of_task in tasks]
-        if output_dir is not None:
-            earlier_results(output_dir / RESULTS_FILE, about, names)
         quiet_libraries()
-        model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
-        about["model"] = model_fingerprint(model)
-        if output_dir is not None:
-            earlier_results(output_dir / RESULTS_FILE, about, names)
-        results: dict[str, dict[str, Any]] = {}
-        for of_task in tasks:
-            results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
-            result = {**about, "tasks": results, "mean": mean_accuracy(results)}
+        with nullcontext() if output_dir is None else alone_in(output_dir, BUSY):
             if output_dir is not None:
-                # Read again: another process may have added a task meanwhile.
-                together = {**earlier_results(output_dir / RESULTS_FILE, about, names), **results}
-                write_json(output_dir / RESULTS_FILE, {**about, "tasks": together, "mean": mean_accuracy(together)})
+                earlier_results(output_dir / RESULTS_FILE, about, names)
+            model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
+            about["model"] = model_fingerprint(model)
+            earlier = {} if output_dir is None else earlier_results(output_dir / RESULTS_FILE, about, names)
+            results: dict[str, dict[str, Any]] = {}
+            for of_task in tasks:
+                results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
+                result = {**about, "tasks": results, "mean": mean_accuracy(results)}
+                if output_dir is not None:
+                    together = {**earlier, **results}
+                    write_json(output_dir / RESULTS_FILE, {**about, "tasks": together, "mean": mean_accuracy(together)})
         print_result(result)
         if not as_json:
             from rich.console import Console

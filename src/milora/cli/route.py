@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from milora.cli import options
 from milora.cli.output import json_only, progress_bar, quiet_libraries
 from milora.cli.prompts import read_requests
 from milora.errors import MiLoraError
+from milora.files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -153,15 +153,12 @@ def _cell(number: float, chosen: bool, one: bool) -> str:
 
 
 def _write(path: Path, routes: Mapping[str, Route], whole: Route, result: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.lower()
     if kind in PICTURES:
         from milora.plots import route_heat_map
 
         route_heat_map(routes if len(routes) > 1 else whole, path)
     elif kind == ".json":
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(result, ensure_ascii=False) + "\n")
     else:
         whole.save(path)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora.errors import DataError, MiLoraError
-from milora.evaluation.files import writing
 from milora.evaluation.routes import compact_route
+from milora.files import writing
 from milora.records import append_record, drop_half_line, read_records
 
 if TYPE_CHECKING:

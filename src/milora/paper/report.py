@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from milora.errors import MiLoraError
+from milora.files import write_text, writing
 from milora.paper import published
 from milora.paper.differences import budget_lines, differences, environment_lines, tuning_lines
 from milora.paper.figures import PAPER_LIMIT, Shares, line_figure, share_figure, shares, shares_csv
@@ -19,6 +19,7 @@ from milora.paper.tables import section_table
 
 NAME = "README.md"
 LINES = ("figure3", "figure4", "figure5")
+KEPT = ". The results are kept."
 
 Speed = Callable[[Path], list[str]]
 """Writes the files of Table 4 to a folder and returns its Markdown, line by line."""
@@ -164,26 +165,13 @@ class _Writer:
         self.files: list[str] = []
 
     def text(self, name: str, text: str) -> None:
-        path = self._folder / name
-        partial = path.with_name(f".{name}.{os.getpid()}.partial")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise MiLoraError(f"{path} cannot be written: {error.strerror}. The results are kept.") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(self._folder / name, text, KEPT)
         self.files.append(name)
 
     def picture(self, name: str, draw: Callable[[Path], bool]) -> bool:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            drawn = draw(self._folder / name)
-        except OSError as error:
-            raise MiLoraError(
-                f"{self._folder / name} cannot be written: {error.strerror}. The results are kept."
-            ) from error
+        path = self._folder / name
+        with writing(path, KEPT):
+            drawn = draw(path)
         if drawn:
             self.files.append(name)
         return drawn

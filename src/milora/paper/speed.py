@@ -9,10 +9,10 @@ from typing import Any
 
 from milora.benchmark import DecodeSettings, table4
 from milora.errors import MiLoraError
-from milora.evaluation.files import write_json
+from milora.files import write_json
+from milora.locks import locked
 from milora.methods import method
 from milora.paper import published
-from milora.paper.locks import locked
 from milora.paper.store import WORKING_FOLDER
 
 FILE = "table4.json"

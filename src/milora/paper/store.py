@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from milora.errors import MiLoraError
-from milora.paper.locks import locked
+from milora.locks import locked
 from milora.records import append_record, drop_half_line, read_records
 
 FILE = "results.jsonl"

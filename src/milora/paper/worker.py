@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from milora.errors import MiLoraError
+from milora.files import is_disk_full
+from milora.locks import locked
 from milora.paper.grid import Grid
-from milora.paper.locks import locked
 from milora.paper.materials import Materials
 from milora.paper.revision import revision
 from milora.paper.runs import Cell, Run
@@ -157,17 +157,6 @@ def _execution() -> Execute:
     from milora.paper.execution import execute
 
     return execute
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, says that there is no room left on a disk."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Safetensors, written in Rust, says it in words only.
-        if getattr(seen, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _summary(record: Record) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from milora.errors import MiLoraError
+from milora.files import whole_file
 
 FORMAT = "milora-route-1"
 
@@ -175,20 +175,19 @@ class Route:
         return cls(gates, probabilities, tuple(values["experts"]), tuple(values["blocks"]))
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        """Writes a safetensors file, whole or not at all.
+
+        Raises:
+            MiLoraError: If it cannot be written.
+        """
         metadata = {
             "format": FORMAT,
             "experts": json.dumps(self.experts),
             "blocks": json.dumps(self.blocks),
         }
-        tensors = {"gates": self.gates, "probabilities": self.probabilities}
-        try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors = {"gates": self.gates.cpu().contiguous(), "probabilities": self.probabilities.cpu().contiguous()}
+        with whole_file(Path(path)) as partial:
+            save_file(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Route:

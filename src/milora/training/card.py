@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from peft import PeftConfig
 
 from milora.backbone.loading import TINY
+from milora.files import write_text
 from milora.training.arguments import TrainingArguments
 from milora.training.result import TrainingResult, versions
 
@@ -71,14 +71,12 @@ class CardFacts:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Writes the card whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CARD_FILE}.{os.getpid()}.partial"
-    try:
-        partial.write_text(model_card(facts), encoding="utf-8")
-        os.replace(partial, folder / CARD_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes the card, whole or not at all.
+
+    Raises:
+        MiLoraError: If it cannot be written.
+    """
+    write_text(folder / CARD_FILE, model_card(facts))
 
 
 def model_card(facts: CardFacts) -> str:

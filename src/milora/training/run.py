@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -14,13 +15,14 @@ from transformers import set_seed
 
 from milora.backbone.loading import load_backbone, read_adapter_config
 from milora.errors import MiLoraError
+from milora.files import write_text
 from milora.tasks.sources import to_dataset
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
 from milora.training.companions import companions
 from milora.training.method import MethodArguments
 from milora.training.quantized import loading_arguments
-from milora.training.result import RESULT_FILE, TrainingResult, versions, write_json
+from milora.training.result import RESULT_FILE, TrainingResult, versions
 from milora.training.rows import Mixture, mix, read_sources
 from milora.training.trainer import MiLoraTrainer, last_checkpoint
 
@@ -68,7 +70,8 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     result = _result(trainer, method, mixture, output, checkpoint, time.monotonic() - started)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
-        write_json(output / RESULT_FILE, _record(data, method, arguments, trainer, result))
+        record = _record(data, method, arguments, trainer, result)
+        write_text(output / RESULT_FILE, json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n")
         trainer.draw_routes({name: counts.dev for name, counts in mixture.counts.items()}, output / ROUTES_FILE)
     trainer.card["result"] = result
     trainer.create_model_card()

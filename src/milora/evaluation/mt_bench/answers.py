@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from milora.errors import DataError, MiLoraError
-from milora.evaluation.files import writing
 from milora.evaluation.fingerprint import model_fingerprint
 from milora.evaluation.progress import Watch
+from milora.files import writing
 from milora.inference.generation import Decoding, generate_texts
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question

@@ -14,10 +14,10 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from milora.errors import DataError, MiLoraError
-from milora.evaluation.files import writing
 from milora.evaluation.mt_bench.answers import KEPT, TURNS, Answer
 from milora.evaluation.mt_bench.prompts import JudgePrompt, name_of
 from milora.evaluation.progress import Watch
+from milora.files import writing
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question
 
