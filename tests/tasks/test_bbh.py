@@ -83,6 +83,7 @@ class TestFiles:
             ('{"examples": [{"input": "a", "target": " "}]}', "row 1: `target` is empty"),
             ('{"examples": [7]}', "row 1: a row is a number, it must be an object with `input`, `target`"),
             ('{"rows": []}', "`examples` is null, it must be a list of rows"),
+            ('{"examples": []}', "it must be a list of rows, at least one"),
             ("{", "not JSON"),
         ],
     )

@@ -97,6 +97,11 @@ class TestFiles:
             Mmlu(tmp_path, shots=0).examples("test")
         assert f"abstract_algebra_test.csv, {message}" in str(caught.value)
 
+    def test_a_file_without_questions(self, tmp_path: Path) -> None:
+        write(tmp_path, "test", HEADER)
+        with pytest.raises(DataError, match=r"abstract_algebra_test\.csv has no questions: .*choice0"):
+            Mmlu(tmp_path, shots=0).examples("test")
+
     def test_no_files(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"mmlu/test: no files \*_test\.csv; .*from the hub \(cais/mmlu\)"):
             Mmlu(tmp_path, shots=0).examples("test")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -98,30 +99,41 @@ class Bbh(PublicTask):
         ]
 
 
+def read_task(path: Path) -> list[dict[str, str]]:
+    """The rows of a task's file, `{"examples": [...]}` or the list alone: `input` and `target`, word for word.
+
+    Raises:
+        DataError: the file cannot be read, has no rows or one that lacks a field; with its row, counted from 1.
+    """
+    value = read_json(path)
+    found = value.get("examples") if isinstance(value, dict) else value
+    if not isinstance(found, list) or not found:
+        raise DataError(f"{path}: `examples` is {json_type(found)}, it must be a list of rows, at least one")
+    return _checked(found, str(path))
+
+
 def _read(data_dir: Path | None, task: str) -> list[tuple[str, str]]:
     """The questions and answers of a task."""
     if data_dir is None:
-        source = f"{HUB_ID} ({task})"
-        records = list(load_split(HUB_ID, "test", task))
+        rows = _checked(load_split(HUB_ID, "test", task), f"{HUB_ID} ({task})")
     else:
         path = data_dir / FOLDER / f"{task}.json"
-        source = str(path)
         if not path.is_file():
             raise DataError(
                 f"{path}: no such file; the data folder must hold {FOLDER}/TASK.json for each of the {len(TASKS)} "
                 f"tasks; without a data folder, bbh comes from the hub ({HUB_ID})"
             )
-        value = read_json(path)
-        found = value.get("examples") if isinstance(value, dict) else value
-        if not isinstance(found, list) or not found:
-            raise DataError(f"{path}: `examples` is {json_type(found)}, it must be a list of rows")
-        records = found
+        rows = read_task(path)
+    return [(row["input"].strip(), row["target"].strip()) for row in rows]
+
+
+def _checked(records: Iterable[object], source: str) -> list[dict[str, str]]:
     rows = []
     for place, record in enumerate(records, start=1):
         row = check_fields(record, _FIELDS, f"{source}, row {place}")
         if not _normalised(row["target"]):
             raise DataError(f"{source}, row {place}: `target` is empty")
-        rows.append((row["input"].strip(), row["target"].strip()))
+        rows.append({field: row[field] for field in _FIELDS})
     return rows
 
 

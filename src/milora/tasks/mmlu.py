@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ HUB_ID = "cais/mmlu"
 HUB_CONFIG = "all"
 HUB_COLUMNS: dict[str, type] = {"question": str, "subject": str, "choices": list, "answer": int}
 
-_CSV_HEADER = ["question", *(f"choice{number}" for number in range(len(LETTERS))), "answer"]
+CSV_HEADER = ["question", *(f"choice{number}" for number in range(len(LETTERS))), "answer"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class Mmlu(PublicTask):
 def read_questions(data_dir: Path | None, split: str) -> list[Question]:
     """The questions of `dev` or `test`, subject by subject.
 
-    Files are `{data_dir}/mmlu/{split}/{subject}_{split}.csv` of the columns `question`, `choice0` to `choice3` and
-    `answer` (its index), or without a header and with a letter as the answer, as the authors published them.
+    Files are `{data_dir}/mmlu/{split}/{subject}_{split}.csv`; see [`read_subject`].
 
     Raises:
         DataError: there are no files, or one cannot be read or has a row that is no question.
@@ -110,22 +109,34 @@ def read_questions(data_dir: Path | None, split: str) -> list[Question]:
             f"{folder}: no files *_{split}.csv; the data folder must hold {FOLDER}/dev and {FOLDER}/test, a CSV file a "
             f"subject; without a data folder, mmlu comes from the hub ({HUB_ID})"
         )
-    return [question for path in files for question in _from_csv(path, path.stem.removesuffix(f"_{split}"))]
+    return [question for path in files for question in read_subject(path, path.stem.removesuffix(f"_{split}"))]
 
 
-def _from_csv(path: Path, subject: str) -> Iterator[Question]:
+def read_subject(path: Path, subject: str) -> list[Question]:
+    """The questions of a CSV file, word for word as they stand there.
+
+    Its columns are `question`, `choice0` to `choice3` and `answer` (the index of a choice), with these names in the
+    first line; or without it and with a letter as the answer, as the authors published them.
+
+    Raises:
+        DataError: the file cannot be read, has no questions or a row that is none; with its line.
+    """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    questions = []
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
-            if row == _CSV_HEADER or not row:
+            if row == CSV_HEADER or not row:
                 continue
-            if len(row) != len(_CSV_HEADER):
-                raise DataError(f"{where}: {len(row)} columns, it must have {', '.join(_CSV_HEADER)}")
+            if len(row) != len(CSV_HEADER):
+                raise DataError(f"{where}: {len(row)} columns, it must have {', '.join(CSV_HEADER)}")
             text, *choices, answer = row
-            yield _question(subject, text, choices, answer, where)
+            questions.append(_question(subject, text, choices, answer, where))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: this is not CSV: {error}") from error
+    if not questions:
+        raise DataError(f"{path} has no questions: it must have a row for each, of {', '.join(CSV_HEADER)}")
+    return questions
 
 
 def _from_record(record: Mapping[str, Any], where: str) -> Question:

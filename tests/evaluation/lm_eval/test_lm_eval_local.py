@@ -18,7 +18,8 @@ from lm_eval.tasks import TaskManager
 from milora.errors import DataError
 from milora.evaluation.lm_eval.local import write_local_tasks
 from milora.evaluation.lm_eval.model import MiLoraLM
-from milora.evaluation.lm_eval.rows import MMLU_HEADER, read_bbh, read_gsm8k, read_mmlu
+from milora.evaluation.lm_eval.rows import read_bbh, read_gsm8k, read_mmlu
+from milora.tasks.mmlu import CSV_HEADER
 
 REAL = Path(os.environ.get("MILORA_DATA_DIR", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
@@ -26,7 +27,7 @@ REAL = Path(os.environ.get("MILORA_DATA_DIR", Path(__file__).resolve().parents[4
 def write_mmlu(file: Path, rows: list[tuple[Any, ...]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as handle:
-        csv.writer(handle).writerows([MMLU_HEADER, *rows])
+        csv.writer(handle).writerows([CSV_HEADER, *rows])
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +156,19 @@ def test_the_bundled_backbone_answers_real_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
-        (read_mmlu, "question,A,B,C,D,answer\n", "line 1: the header must be question,choice0"),
-        (read_mmlu, ",".join(MMLU_HEADER) + "\nq,a,b,c,d,0\nq,a,b,c,1\n", "line 3: 6 columns are needed; found 5"),
-        (read_mmlu, ",".join(MMLU_HEADER) + "\nq,a,b,c,d,B\n", "line 2: the answer must be .* found 'B'"),
-        (read_mmlu, "", "line 1: the header"),
-        (read_bbh, "[]", '"examples"'),
-        (read_bbh, '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}', "row 2: .*'target'; found None"),
+        (read_mmlu, "question,A,B,C,D,answer\n", "line 1: .* the answer 'answer'"),
+        (read_mmlu, ",".join(CSV_HEADER) + "\nq,a,b,c,d,0\nq,a,b,c,1\n", "line 3: 5 columns"),
+        (read_mmlu, ",".join(CSV_HEADER) + "\nq,a,b,c,d,E\n", "line 2: .* the answer 'E', .* 0 to 3 or A to D"),
+        (read_mmlu, "", "has no questions"),
+        (read_bbh, "[]", "`examples` is a list, it must be a list of rows, at least one"),
+        (read_bbh, '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}', "row 2: `target` is missing"),
         (read_bbh, '{"examples"', "not JSON"),
-        (read_gsm8k, '{"question": "a", "answer": "b"}\n\n{"question": 1, "answer": "b"}\n', "line 3: .*'question'"),
-        (read_gsm8k, "[1]\n", "line 1: a row must be an object"),
+        (read_gsm8k, '{"question": "a", "answer": "b"}\n\n{"question": 1, "answer": "b"}\n', "line 3: `question`"),
+        (read_gsm8k, "[1]\n", "line 1: a row is a list, it must be an object"),
     ],
 )
 def test_a_bad_file_is_said_with_its_place(read: Any, text: str, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "file"
+    file = tmp_path / "rows.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=message) as raised:
         read(file)
@@ -175,7 +176,23 @@ def test_a_bad_file_is_said_with_its_place(read: Any, text: str, message: str, t
 
 
 def test_a_file_that_is_not_text_is_said(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(",".join(MMLU_HEADER).encode() + b"\nq\xff,a,b,c,d,0\n")
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(",".join(CSV_HEADER).encode() + b"\nq\xff,a,b,c,d,0\n")
     with pytest.raises(DataError, match="UTF-8"):
         read_mmlu(file)
+
+
+def test_rows_are_word_for_word_what_the_files_say(tmp_path: Path) -> None:
+    """lm-eval's templates decide on spaces, so nothing is stripped or worded as our own tasks word it."""
+    file = tmp_path / "rows.jsonl"
+    with file.open("w", newline="") as handle:
+        csv.writer(handle).writerows([CSV_HEADER, (" a\u2028b?\n", " 1", "2 ", '"', "", 3)])
+    row = {"question": " a\u2028b?\n", "choices": [" 1", "2 ", '"', ""], "answer": 3}
+    assert read_mmlu(file) == [row]
+    # As MMLU's authors published it.
+    file.write_text(file.read_text().replace(",".join(CSV_HEADER) + "\n", "").replace(",3", ",D"))
+    assert read_mmlu(file) == [row]
+    file.write_text(json.dumps({"canary": "x", "examples": [{"input": " q\n", "target": " (A) ", "more": 1}]}))
+    assert read_bbh(file) == [{"input": " q\n", "target": " (A) "}]
+    file.write_text(json.dumps({"question": " q\n", "answer": "<<1+1=2>>\n#### 2 ", "more": 1}) + "\n\n")
+    assert read_gsm8k(file) == [{"question": " q\n", "answer": "<<1+1=2>>\n#### 2 "}]

@@ -1,82 +1,46 @@
-"""Benchmark files to rows with the columns that lm-eval's tasks expect of the hub's datasets."""
+"""Benchmark files to rows with the columns that lm-eval's tasks expect of the hub's datasets.
+
+The files are read where `milora.tasks` reads them; here is only what lm-eval calls the same things.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from milora.errors import DataError
-
-MMLU_HEADER = ("question", "choice0", "choice1", "choice2", "choice3", "answer")
+from milora.tasks.bbh import read_task
+from milora.tasks.fields import check_fields
+from milora.tasks.files import read_values
+from milora.tasks.gsm8k import Gsm8k
+from milora.tasks.mmlu import LETTERS, read_subject
 
 
 def read_mmlu(file: Path) -> list[dict[str, Any]]:
-    """Rows of `question`, `choices` (four) and `answer` (0 to 3) from a CSV file with the columns of `MMLU_HEADER`.
+    """Rows of `question`, `choices` (four) and `answer` (0 to 3); see [`milora.tasks.mmlu.read_subject`].
 
     Raises:
-        DataError: If the file cannot be read, has another header, or a row is not of this form, with its line.
+        DataError: If the file cannot be read, with the line.
     """
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.reader(handle)
-        try:
-            header = next(reader, [])
-            if tuple(header) != MMLU_HEADER:
-                raise DataError(f"{file}, line 1: the header must be {','.join(MMLU_HEADER)}; found {','.join(header)}")
-            return [_mmlu_row(cells, f"{file}, line {reader.line_num}") for cells in reader if cells]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{file}, line {reader.line_num + 1}: not CSV in UTF-8: {error}") from error
+    return [
+        {"question": question.text, "choices": list(question.choices), "answer": LETTERS.index(question.answer)}
+        for question in read_subject(file, file.stem)
+    ]
 
 
 def read_bbh(file: Path) -> list[dict[str, Any]]:
-    """Rows of `input` and `target` from a JSON file `{"examples": [...]}`.
+    """Rows of `input` and `target`; see [`milora.tasks.bbh.read_task`].
 
     Raises:
-        DataError: If the file is not of this form, with the row, counted from 1.
+        DataError: If the file cannot be read, with the row.
     """
-    content = _json(file.read_bytes(), str(file))
-    if not isinstance(content, dict) or not isinstance(content.get("examples"), list):
-        raise DataError(f'{file}: there must be a list of rows under "examples"')
-    return [
-        _strings(record, ("input", "target"), f"{file}, row {number}")
-        for number, record in enumerate(content["examples"], start=1)
-    ]
+    return [dict(row) for row in read_task(file)]
 
 
 def read_gsm8k(file: Path) -> list[dict[str, Any]]:
-    """Rows of `question` and `answer` (ending in `#### N`) from JSON lines.
+    """Rows of `question` and `answer` (ending in `#### N`), of the original's JSON lines.
 
     Raises:
-        DataError: If a line is not of this form, with its number.
+        DataError: If the file cannot be read, with the line.
     """
-    return [
-        _strings(_json(line, f"{file}, line {number}"), ("question", "answer"), f"{file}, line {number}")
-        for number, line in enumerate(file.read_bytes().split(b"\n"), start=1)
-        if line.strip()
-    ]
-
-
-def _mmlu_row(cells: list[str], where: str) -> dict[str, Any]:
-    if len(cells) != len(MMLU_HEADER):
-        raise DataError(f"{where}: {len(MMLU_HEADER)} columns are needed; found {len(cells)}")
-    question, *choices, answer = cells
-    if answer not in ("0", "1", "2", "3"):
-        raise DataError(f"{where}: the answer must be the index of a choice, 0 to 3; found {answer!r}")
-    return {"question": question, "choices": choices, "answer": int(answer)}
-
-
-def _json(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-
-
-def _strings(record: Any, columns: tuple[str, ...], where: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a row must be an object with {' and '.join(columns)}")
-    for column in columns:
-        if not isinstance(record.get(column), str):
-            raise DataError(f"{where}: the row needs a string {column!r}; found {record.get(column)!r}")
-    return {column: record[column] for column in columns}
+    rows = (check_fields(record, Gsm8k.hub_columns, where) for where, record in read_values(file))
+    return [{column: row[column] for column in Gsm8k.hub_columns} for row in rows]
