@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from milora.tasks.folder import VARIABLE, data_folder
+
 Adapter = Annotated[str, typer.Option("--adapter", metavar="DIR", help="Folder or hub id of the adapter.")]
 Backbone = Annotated[
     str | None,
@@ -19,7 +21,13 @@ Prompts = Annotated[
 Split = Annotated[str, typer.Option("--split", help="Split of a task, folder or hub dataset.")]
 DataDirectory = Annotated[
     Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="Folder of a benchmark's files, in LLM-Adapters' layout."),
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        envvar=VARIABLE,
+        callback=data_folder,
+        help="Folder of the benchmarks' files, in LLM-Adapters' layout; without one they come from the hub.",
+    ),
 ]
 Limit = Annotated[
     int | None,
@@ -32,3 +40,9 @@ Device = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as the backbone was saved), float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+
+
+def is_from_environment(context: typer.Context, parameter: str) -> bool:
+    """Whether a parameter has its value from an environment variable, which a file of settings comes before."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "ENVIRONMENT"

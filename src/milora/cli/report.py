@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ LEFT_OUT = ("--shard", "--output", "--data-dir", "--seconds-per-run")
 
 
 def command(
+    context: typer.Context,
     table: Annotated[
         list[str] | None,
         typer.Option("--table", metavar="N", help="1, 2, 3, 4, 5, 7 or router-choices; can be repeated."),
@@ -95,6 +97,7 @@ def command(
     """
     with json_only(as_json) as print_result:
         share = _shard(shard)
+        of_environment = options.is_from_environment(context, "data_dir")
         evaluation = {"test_rows": test_rows, "beams": beams, "batch_size": batch_size}
         named = [*(table or []), *(f"figure{number}" for number in figure or [])]
         flags: dict[str, Any] = {
@@ -103,7 +106,7 @@ def command(
             "tasks": tasks,
             "seeds": _numbers("--seeds", seeds),
             "only_methods": methods,
-            "data_dir": str(data_dir) if data_dir else None,
+            "data_dir": str(data_dir) if data_dir and not of_environment else None,
             "budget": int(budget) if budget and budget.isdigit() else budget,
             "evaluation": {name: value for name, value in evaluation.items() if value is not None},
             "threads": threads,
@@ -122,6 +125,8 @@ def command(
         flags["training"] = parse_settings(training or [])
         flags["tune"] = parse_settings(tune or [], "--tune", "learning_rate=1e-3,3e-3")
         request = read_request(settings, {name: value for name, value in flags.items() if value not in (None, [], {})})
+        if of_environment and request.data_dir is None:
+            request = replace(request, data_dir=str(data_dir))
         quiet_libraries()
         disable_progress_bars()
         if request.threads is not None:

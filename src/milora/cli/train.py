@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from milora.errors import MiLoraError, did_you_mean
+from milora.tasks.folder import data_folder
 
 if TYPE_CHECKING:
     from milora.training import DataArguments, MethodArguments, TrainingArguments
@@ -74,7 +75,10 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
             names = sorted(_names(parser))
             raise MiLoraError(f"Unknown flag {unknown[0]}{did_you_mean(unknown[0][2:], names)}") from error
         raise MiLoraError(str(error).splitlines()[0]) from error
-    return parsed  # type: ignore[no-any-return]
+    data, method, arguments = parsed
+    folder = data_folder(data.data_dir)
+    data.data_dir = None if folder is None else str(folder)
+    return data, method, arguments
 
 
 def _parser() -> Any:

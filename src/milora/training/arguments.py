@@ -53,7 +53,12 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Rows for dev perplexity; by default the tasks' own dev splits, or rows held out of `data`."},
     )
-    data_dir: str | None = field(default=None, metadata={"help": "Folder with the benchmarks' files."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the benchmarks' files; milora train has MILORA_DATA_DIR by default, else the hub."
+        },
+    )
     dev_fraction: float = field(
         default=0.1, metadata={"help": "Share held out for dev, at most 500 rows, where the data have no dev split."}
     )

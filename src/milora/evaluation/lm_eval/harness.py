@@ -15,9 +15,7 @@ from typing import Any
 import yaml
 
 from milora.errors import MiLoraError, did_you_mean
-
-DATA_DIR = "MILORA_DATA_DIR"
-"""The environment variable that names the folder of the local tasks."""
+from milora.tasks.folder import VARIABLE, data_folder
 
 MODEL = "milora"
 
@@ -32,8 +30,8 @@ def run(flags: Sequence[str], data_dir: str | os.PathLike[str] | None = None) ->
 
     Args:
         flags: lm-eval's own.
-        data_dir: The folder that the local tasks (`mmlu_local`, `bbh_local`, ...) read; by default the one that the
-            environment variable `MILORA_DATA_DIR` names.
+        data_dir: The folder that the local tasks (`mmlu_local`, `bbh_local`, ...) read; by default that of
+            [`milora.tasks.folder.data_folder`].
 
     Raises:
         MiLoraError: If lm-eval is missing or refuses the flags, there is no such task, the files of a local task are
@@ -47,10 +45,10 @@ def run(flags: Sequence[str], data_dir: str | os.PathLike[str] | None = None) ->
     command_line, arguments = parse(flags)
     config = _config(arguments)
     missing: Mapping[str, Path | None] = {}
-    data_dir = data_dir or os.environ.get(DATA_DIR)
+    data_dir = data_folder(data_dir)
     with tempfile.TemporaryDirectory(prefix="milora-lm-eval-") as folder, _without_hints():
         if "include_path" in arguments:
-            missing = write_local_tasks(Path(folder), Path(data_dir).expanduser() if data_dir else None)
+            missing = write_local_tasks(Path(folder), data_dir)
             _check_local_tasks(_tasks(arguments.tasks if "tasks" in arguments else None, config), missing, data_dir)
             theirs = arguments.include_path or config.get("include_path") or []
             arguments.include_path = [folder, *([theirs] if isinstance(theirs, str) else theirs)]
@@ -89,14 +87,12 @@ def _tasks(flags: Any, config: Mapping[str, Any]) -> list[str]:
     return [name.strip() for task in tasks if isinstance(task, str) for name in task.split(",")]
 
 
-def _check_local_tasks(
-    tasks: Sequence[str], missing: Mapping[str, Path | None], data_dir: str | os.PathLike[str] | None
-) -> None:
+def _check_local_tasks(tasks: Sequence[str], missing: Mapping[str, Path | None], data_dir: Path | None) -> None:
     for task in tasks:
         if task in missing and data_dir is None:
-            raise MiLoraError(f"{task} reads a folder: name it with --data_dir or {DATA_DIR}.")
+            raise MiLoraError(f"{task} reads a folder: name it with --data_dir or {VARIABLE}.")
         if missing.get(task) is not None:
-            raise MiLoraError(f"{task} needs {missing[task]}, which is not there: check --data_dir or {DATA_DIR}.")
+            raise MiLoraError(f"{task} needs {missing[task]}, which is not there: check --data_dir or {VARIABLE}.")
 
 
 @contextmanager

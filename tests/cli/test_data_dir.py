@@ -1,0 +1,76 @@
+"""Where commands look for the benchmarks' files: the flag, then a file of settings, then MILORA_DATA_DIR."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from milora.cli.main import main
+from milora.cli.train import parse
+from milora.tasks.folder import VARIABLE
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'milora[eval]'"
+)
+COMMANDS = [
+    ("--data-dir", ["evaluate", "--backbone", "tiny", "--task", "boolq"]),
+    ("--data-dir", ["generate", "--backbone", "tiny", "--data", "boolq"]),
+    ("--data-dir", ["route", "--adapter", "none", "--data", "boolq"]),
+    ("--data_dir", ["train", "--task", "boolq", "--use_cpu", "--report_to", "none", "--output_dir", "out"]),
+    pytest.param("--data_dir", ["lm-eval", "--tasks", "gsm8k_local"], marks=needs_lm_eval),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(("flag", "command"), COMMANDS)
+def test_the_environment_names_the_folder_where_no_flag_does(
+    flag: str, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, "~/of-variable")
+    assert f"{tmp_path}/home/of-variable/" in complaint(capsys, command)
+    assert "of-flag/" in complaint(capsys, [*command, flag, "of-flag"])
+
+
+def test_a_training_s_file_comes_between_flag_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(["--task", "boolq", "--use_cpu"])[0].data_dir is None
+    monkeypatch.setenv(VARIABLE, "")
+    assert parse(["--task", "boolq", "--use_cpu"])[0].data_dir is None
+    monkeypatch.setenv(VARIABLE, "of-variable")
+    assert parse(["--task", "boolq", "--use_cpu"])[0].data_dir == "of-variable"
+    Path("file.yaml").write_text("task: boolq\ndata_dir: of-file\nuse_cpu: true\n")
+    assert parse(["--config", "file.yaml"])[0].data_dir == "of-file"
+    assert parse(["--config", "file.yaml", "--data_dir", "of-flag"])[0].data_dir == "of-flag"
+
+
+def test_a_report_s_file_comes_between_flag_and_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*flags: str) -> str:
+        report = ["report", "--table", "2", "--tasks", "boolq", "--methods", "lora", "--budget", "paper"]
+        assert main([*report, "--dry-run", "--json", *flags]) == 0
+        (line,) = json.loads(capsys.readouterr().out)["missing"]
+        return str(line)
+
+    monkeypatch.setenv(VARIABLE, "of-variable")
+    Path("file.yaml").write_text("data_dir: of-file\n")
+    assert "of-variable/" in missing()
+    assert "of-file/" in missing("--settings", "file.yaml")
+    assert "of-flag/" in missing("--settings", "file.yaml", "--data-dir", "of-flag")
+    Path("file.yaml").write_text("threads: 1\n")
+    assert "of-variable/" in missing("--settings", "file.yaml")
