@@ -192,6 +192,12 @@ class Grid:
     def _of_task(self, task: str, split: str) -> str | None:
         return NEEDS_A_JUDGE if task == MT_BENCH else self.materials.rows_missing(task, split)
 
+    def _dev_sources(self, tasks: tuple[str, ...]) -> list[str]:
+        """Where dev rows come from: those that every training looks at between its steps, and those of dev accuracy."""
+        given = self.request.data.get("dev_data") or tasks
+        sources = [given] if isinstance(given, str) else list(given)
+        return list(dict.fromkeys([*sources, *(tasks if self.request.evaluation.dev_rows else ())]))
+
     def _base_on(self, cell: Cell) -> dict[str, Any]:
         is_other = cell.backbone != self.request.backbone
         return {} if is_other else self.base_settings(cell.variant.method)
@@ -231,6 +237,7 @@ class Grid:
             fingerprints={
                 "backbone": prints.backbone_fingerprint(cell.backbone),
                 "train": {task: prints.rows_fingerprint(task, "train") for task in cell.tasks},
+                "dev": {source: prints.rows_fingerprint(source, "dev") for source in self._dev_sources(cell.tasks)},
                 "test": {task: prints.rows_fingerprint(task, "test") for task in tests},
             },
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from milora.backbone.loading import locate
 from milora.backbone.shapes import SHAPES, shape_config
 from milora.errors import MiLoraError
 from milora.tasks import registry
+from milora.tasks.rows import Row
+from milora.tasks.sources import read_rows
+from milora.tasks.task import Example
 
 ROWS_OF_A_FINGERPRINT = 64
 PART = 1 << 20
@@ -52,17 +56,17 @@ class Materials:
         """Why a split of a task cannot be used, in a line, or `None`."""
         return self._rows(task, split).missing
 
-    def rows_fingerprint(self, task: str, split: str) -> str:
-        """Of a split's first rows."""
-        return self._rows(task, split).fingerprint
+    def rows_fingerprint(self, source: str, split: str) -> str:
+        """Of the first rows of a task's split, or of another source (a file, a folder, a hub id) by itself."""
+        return self._rows(source, split).fingerprint
 
     def _backbone(self, name: str) -> _Backbone:
         return self._backbones.setdefault(name, _Backbone(name))
 
-    def _rows(self, task: str, split: str) -> _Found:
-        if (task, split) not in self._splits:
-            self._splits[task, split] = _look_for_rows(task, split, self.data_dir)
-        return self._splits[task, split]
+    def _rows(self, source: str, split: str) -> _Found:
+        if (source, split) not in self._splits:
+            self._splits[source, split] = _look_for_rows(source, split, self.data_dir)
+        return self._splits[source, split]
 
 
 class _Found:
@@ -118,16 +122,20 @@ class _Backbone:
             return False
 
 
-def _look_for_rows(task: str, split: Any, data_dir: str | None) -> _Found:
+def _look_for_rows(source: str, split: Any, data_dir: str | None) -> _Found:
+    rows: Sequence[Example | Row]
     try:
-        examples = registry.get(task, data_dir).examples(split, ROWS_OF_A_FINGERPRINT, 0)
+        if source in registry.names():
+            rows = registry.get(source, data_dir).examples(split, ROWS_OF_A_FINGERPRINT, 0)
+        else:
+            rows = read_rows(source)[:ROWS_OF_A_FINGERPRINT]
     except (MiLoraError, OSError) as error:
         return _Found(missing=_first_line(error))
-    if not examples:
-        return _Found(missing=f"{task} has no rows in its split {split}")
+    if not rows:
+        return _Found(missing=f"{source} has no rows in its split {split}")
     digest = hashlib.blake2b(digest_size=8)
-    for example in examples:
-        digest.update(f"{example.prompt!r} {example.completion!r} {example.answer!r}\n".encode())
+    for row in rows:
+        digest.update(f"{row.prompt!r} {row.completion!r} {row.answer!r}\n".encode())
     return _Found(digest.hexdigest())
 
 

@@ -71,7 +71,7 @@ class Run:
         training: Fields of `TrainingArguments`.
         data: Fields of `DataArguments`.
         evaluation: See [`milora.paper.request.Evaluation`].
-        fingerprints: Of the backbone's files and of the tasks' rows, as these decide the outcome too.
+        fingerprints: Of the backbone's files and of the rows of train, dev and test, as these decide the outcome too.
     """
 
     label: str
