@@ -19,3 +19,20 @@ def seeded() -> None:
     """Give every test the same random numbers, whichever tests ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def torchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps as on a GPU, and on a CPU without a C compiler."""
+    monkeypatch.setenv("MILORA_NATIVE", "0")
+
+
+@pytest.fixture(params=["native", "torch"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """Decode steps by the native kernel, and by torch's products."""
+    from milora.kernels.native import library
+
+    if request.param == "torch":
+        request.getfixturevalue("torchs_products")
+    elif library() is None:
+        pytest.skip("there is no C compiler here")

@@ -78,6 +78,7 @@ def test_logits_are_those_of_pefts_loop(name: str, calls: list[int]) -> None:
     assert len(calls) == sum(isinstance(module, LoraLayer) for module in model.modules())
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 def test_generated_rows_are_those_of_pefts_loop(settings: dict[str, Any]) -> None:
     model = tenants()
@@ -162,6 +163,7 @@ def test_copies_serve_too() -> None:
         assert generate(model, adapter_names=NAMES) == expected
 
 
+@pytest.mark.usefixtures("either_way")
 def test_bfloat16_backbone_with_float32_adapters() -> None:
     model = tenants()
     model.base_model.model.to(torch.bfloat16)

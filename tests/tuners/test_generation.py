@@ -88,6 +88,7 @@ class TestAgainstTheReference:
         with case.model.disable_adapter():
             assert found != generate(case.model)
 
+    @pytest.mark.usefixtures("either_way")
     @pytest.mark.parametrize("gate", GATES)
     @pytest.mark.parametrize("pooler", POOLERS)
     def test_every_gate_and_pooler(self, gate: str, pooler: str) -> None:
@@ -100,6 +101,7 @@ class TestAgainstTheReference:
         case = adapted(**settings)
         assert_route_is_the_references(case, case.model.route(*pad(PROMPTS, "left")))
 
+    @pytest.mark.usefixtures("either_way")
     @pytest.mark.parametrize("top_k", [1, 3, 7])
     def test_every_k(self, top_k: int) -> None:
         case = adapted(top_k=top_k)
@@ -120,6 +122,7 @@ class TestBatches:
         assert_route_is_the_references(case, case.model.route(*pad(PROMPTS, "left")))
         assert_route_is_the_references(case, case.model.route(*pad(PROMPTS, "right")))
 
+    @pytest.mark.usefixtures("either_way")
     @pytest.mark.parametrize("gate", GATES)
     def test_a_batch_is_its_rows_alone(self, gate: str) -> None:
         model = adapted(gate=gate).model

@@ -1,6 +1,16 @@
-"""Operators in plain torch, on a CPU and in Triton; imports nothing of the project but its errors."""
+"""Operators in plain torch, in C for CPUs and in Triton; imports nothing of the project but its errors."""
 
 from milora.kernels.grouped_lora import add_grouped_lora, grouped_lora, grouped_lora_reference
-from milora.kernels.grouped_lora_cpu import PackedRows
+from milora.kernels.grouped_lora_cpu import OneToken, one_token
+from milora.kernels.row_lora import KERNEL_DTYPES, Piece, RowLora
 
-__all__ = ["PackedRows", "add_grouped_lora", "grouped_lora", "grouped_lora_reference"]
+__all__ = [
+    "KERNEL_DTYPES",
+    "OneToken",
+    "Piece",
+    "RowLora",
+    "add_grouped_lora",
+    "grouped_lora",
+    "grouped_lora_reference",
+    "one_token",
+]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from milora.kernels.row_lora import Piece, RowLora
 
 
 def add_grouped_lora_on_cpu(
@@ -18,13 +21,41 @@ def add_grouped_lora_on_cpu(
     Raises:
         IndexError: If a row's adapter is beyond the stacks.
     """
+    groups = _groups(adapters, gates)
+    pieces = _pieces(groups, lora_a, lora_b) if x.shape[1] == 1 else []
+    if RowLora.serves(pieces) and RowLora(pieces).add_to(result, x):
+        return
     x = x.to(lora_a.dtype)
-    for adapter, rows, weights in _groups(adapters, gates):
+    for adapter, rows, weights in groups:
         _add(result, x, rows, weights, lora_a[adapter], lora_b[adapter])
 
 
+class OneToken(Protocol):
+    """`grouped_lora` for one token a row, prepared for the many calls of a batch's decode steps."""
+
+    def add_to(self, result: Tensor, x: Tensor) -> bool:
+        """Changes `result`, (rows, 1, d_out) and contiguous, in place; `x` is (rows, 1, d_in).
+
+        Returns:
+            Whether it has been done; it is not where the two have types that this cannot serve.
+        """
+
+
+def one_token(adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> OneToken:
+    """Prepares decode steps of one batch; the arguments are those of `add_grouped_lora`.
+
+    The native kernel where there is one, else torch's products.
+    """
+    pieces = _pieces(_groups(adapters, gates), lora_a, lora_b)
+    return RowLora(pieces) if RowLora.serves(pieces) else PackedRows(adapters, gates, lora_a, lora_b)
+
+
+def _pieces(groups: list[tuple[int, list[int], list[float]]], lora_a: Tensor, lora_b: Tensor) -> list[Piece]:
+    return [Piece(rows, weights, 1.0, lora_a[adapter], lora_b[adapter]) for adapter, rows, weights in groups]
+
+
 class PackedRows:
-    """`grouped_lora` for many calls of one token a row: the weights that the batch needs, side by side.
+    """[`OneToken`] with torch's products: the weights that the batch needs, side by side.
 
     A decode step multiplies each adapter with one token, so that a call an adapter costs more than the reading of its
     weights. Side by side they are multiplied in two calls. They are copies of what the stacks hold of the active rows,
@@ -56,10 +87,13 @@ class PackedRows:
             stack.narrow(0, places[0], len(places)) if adjacent else stack[places] for stack in (lora_a, lora_b)
         )
 
-    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
-        """As `add_grouped_lora`: `result` (rows, 1, d_out), contiguous, is changed in place, `x` is (rows, 1, d_in)."""
-        if self.is_idle:
-            return result
+    def add_to(self, result: Tensor, x: Tensor) -> bool:
+        """See [`OneToken.add_to`]; it serves all types."""
+        if not self.is_idle:
+            self._add_to(result, x)
+        return True
+
+    def _add_to(self, result: Tensor, x: Tensor) -> None:
         part = x if self.rows is None else x.index_select(0, self.rows)
         part = part.reshape(-1, self.size, x.shape[-1]).to(self.a.dtype)
         # From the weights' side, which reads them as they lie: (pieces, r, d_in) (pieces, d_in, size).
@@ -69,11 +103,12 @@ class PackedRows:
         if self.rows is None and result.dtype == low.dtype:
             target = result.view(-1, self.size, result.shape[-1]).transpose(1, 2)
             target.baddbmm_(self.b, low, alpha=self.weight)
-            return result
+            return
         delta = torch.bmm(self.b, low).transpose(1, 2).reshape(-1, 1, result.shape[-1]).to(result.dtype)
         if self.rows is None:
-            return result.add_(delta, alpha=self.weight)
-        return result.index_add_(0, self.rows, delta, alpha=self.weight)
+            result.add_(delta, alpha=self.weight)
+        else:
+            result.index_add_(0, self.rows, delta, alpha=self.weight)
 
 
 def _groups(adapters: Tensor, gates: Tensor) -> list[tuple[int, list[int], list[float]]]:

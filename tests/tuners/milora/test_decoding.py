@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora import Route
+from milora.kernels import native
 from milora.tuners.milora import dora
 from milora.tuners.milora.decoding import PreparedExperts
 
@@ -90,6 +91,29 @@ def route_of(model: PeftModel, chosen: dict[int, list[str]], rows: int = 1) -> R
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 
 
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
+class TestNativeOperations:
+    @pytest.mark.parametrize("use_dora", [False, True], ids=["milora", "midora"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_torch_does_what_it_does_for_the_backbone(self, rows: int, dtype: torch.dtype, use_dora: bool) -> None:
+        model = adapted(use_dora=use_dora, dtype=dtype).model
+        prompts = [PROMPTS[0]] * rows
+        route = route_of(model, {0: [*ATTENTION, "mlp.down_proj"], 1: ["mlp.up_proj"]}, rows)
+        assert decode_step(model, prompts, route=route) == decode_step(ARCHITECTURES["llama"]().to(dtype), prompts)
+
+    def test_what_the_kernel_does_not_take_is_computed_as_in_the_prefill(self) -> None:
+        model = adapted().model
+        expected = generate(model)
+
+        def with_gaps(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.repeat_interleave(2, dim=-1)[..., ::2]
+
+        _each_layer(model, lambda layer: layer.base_layer.register_forward_hook(with_gaps))
+        assert generate(model) == expected
+
+
+@pytest.mark.usefixtures("torchs_products")
 class TestOperations:
     @pytest.mark.parametrize("use_dora", [False, True], ids=["milora", "midora"])
     def test_where_nothing_is_chosen_it_is_the_backbones_step(self, use_dora: bool) -> None:
@@ -167,6 +191,7 @@ class TestOperations:
         assert len(computed) == 28
 
 
+@pytest.mark.usefixtures("either_way")
 class TestRows:
     def test_a_row_that_did_not_choose_an_expert_is_safe_from_its_infinities(self) -> None:
         model = adapted().model
@@ -234,6 +259,7 @@ def _prepared() -> Iterator[list[weakref.ref[PreparedExperts]]]:
         PreparedExperts.__init__ = init  # type: ignore[method-assign]
 
 
+@pytest.mark.usefixtures("either_way")
 class TestWhatIsKept:
     def test_freed_with_the_generation(self) -> None:
         model = adapted().model

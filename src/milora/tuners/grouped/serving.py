@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
-from milora.kernels import PackedRows, add_grouped_lora
+from milora.kernels import OneToken, add_grouped_lora, one_token
 from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack, lora_layers
 
 BASE_ROW = "__base__"
@@ -44,23 +44,23 @@ class ModuleRows:
         gates: (rows), float32, LoRA's scaling in them.
         lora_a: The module's stacks.
         lora_b: Likewise.
-        packed: On a CPU, what decode steps multiply with; made at the first.
+        prepared: On a CPU, what decode steps multiply with; made at the first.
     """
 
     slots: Tensor
     gates: Tensor
     lora_a: Tensor
     lora_b: Tensor
-    packed: PackedRows | None = None
+    prepared: OneToken | None = None
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
         rows = self.slots.shape[0]
         if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
-            if self.packed is None:
-                self.packed = PackedRows(self.slots, self.gates, self.lora_a, self.lora_b)
-            self.packed.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1))
-            return result
+            if self.prepared is None:
+                self.prepared = one_token(self.slots, self.gates, self.lora_a, self.lora_b)
+            if self.prepared.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1)):
+                return result
         x = x.to(self.lora_a.dtype)
         changed = add_grouped_lora(
             result.view(rows, -1, result.shape[-1]),

@@ -8,6 +8,9 @@ the device.
 
 `lora_B` is used as it lies, and `lora_A` is copied only to be stacked. Both keep the adapter's precision: the sum with
 the base layer's output is rounded once, as PEFT's LoRA rounds it.
+
+On a CPU that has the native kernel, an expert's step is one call of it, which reads both where they lie: there the
+preparation of a call of torch's products costs several times what they do.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 
+from milora.kernels import KERNEL_DTYPES, Piece, RowLora
 from milora.tuners.milora.dora import dora_scale
 from milora.tuners.milora.selection import Routings, Selection, selection_of
 
@@ -71,6 +75,9 @@ class PreparedExperts:
             return
         if not expert.is_prepared:
             self._steps[layer] = expert.unprepared
+            return
+        if _RowStep.serves(expert):
+            self._steps[layer] = _RowStep(expert)
             return
         mates = [mate for mate, number in self._input_of.items() if number == self._input_of.get(layer)]
         experts = [mate for mate in map(self._chosen, mates or [layer]) if mate is not None]
@@ -126,6 +133,49 @@ class _Chosen(NamedTuple):
         variant = self.layer.lora_variant[self.adapter]
         adapted: Tensor = variant.adapt(self.layer, self.adapter, self.selection, x, result)
         return adapted.to(result.dtype)
+
+
+class _RowStep:
+    """The native kernel's step, for the rows that chose the expert, LoRA's and DoRA's alike."""
+
+    def __init__(self, expert: _Chosen) -> None:
+        self._expert = expert
+        self._of_tokens: dict[int, RowLora | None] = {}
+        self._tokens_to_features = expert.selection.batch * expert.a.shape[1]
+
+    @staticmethod
+    def serves(expert: _Chosen) -> bool:
+        """Whether there is a kernel for the expert and for what its layer is given, with one token a row."""
+        dtype = expert.layer.get_base_layer().weight.dtype
+        is_known = dtype in KERNEL_DTYPES or not dtype.is_floating_point
+        return is_known and RowLora.serves([_piece(expert, 1)])
+
+    def __call__(self, x: Tensor, result: Tensor) -> Tensor:
+        tokens = x.numel() // self._tokens_to_features
+        if tokens not in self._of_tokens:
+            self._of_tokens[tokens] = self._prepared(tokens)
+        prepared = self._of_tokens[tokens]
+        if prepared is not None and prepared.add_to(result, x):
+            return result
+        return self._expert.unprepared(x, result)
+
+    def _prepared(self, tokens: int) -> RowLora | None:
+        piece = _piece(self._expert, tokens)
+        bias = getattr(self._expert.layer.get_base_layer(), "bias", None) if self._expert.is_dora else None
+        return RowLora([piece], bias) if RowLora.serves([piece]) else None
+
+
+def _piece(expert: _Chosen, tokens: int) -> Piece:
+    """An expert's rows, with so many tokens each."""
+    weights = expert.selection.weights
+    return Piece(
+        [row * tokens + token for row in weights for token in range(tokens)],
+        [weight for weight in weights.values() for _ in range(tokens)],
+        expert.layer.scaling[expert.adapter],
+        expert.a,
+        expert.b,
+        dora_scale(expert.layer, expert.adapter) if expert.is_dora else None,
+    )
 
 
 class _Down:

@@ -1,0 +1,208 @@
+/*
+ * The LoRA, or DoRA, of a decode step's rows: for each row i of a piece, which is one adapter's part of a module,
+ *
+ *     d    = A x[i]                                   (rank)
+ *     y[i] = y[i] + g_i s B d                         LoRA
+ *     y[i] = y[i] + g_i ((f - 1) (y[i] - bias) + f s B d)     DoRA, with its factors f a feature
+ *
+ * Weights are read once, as they lie, in bfloat16 or float32; everything is summed in float32 and rounded once. Work is
+ * shared out by features, so that the result does not depend on the number of threads.
+ */
+
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bfloat16;
+typedef float float32;
+
+struct plan {
+    int64_t pieces, rank, d_in, d_out;
+    int64_t b_stride;           /* elements from one row of B to the next */
+    int64_t threads;
+    const int64_t *starts;      /* (pieces + 1): where each piece's entries begin */
+    const int64_t *rows;        /* (entries): a row of x and of the result */
+    const float *gates;         /* (entries) */
+    const float *scalings;      /* (pieces) */
+    const void *const *a;       /* (pieces): (rank, d_in) */
+    const void *const *b;       /* (pieces): (d_out, rank) */
+    const float *const *factors; /* (pieces): (d_out), or NULL for LoRA */
+    const float *bias;          /* (d_out), or NULL */
+    float *low;                 /* (entries, rank): room for d */
+};
+
+static inline float read_bfloat16(bfloat16 value)
+{
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+static inline bfloat16 write_bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value)
+        return 0x7fc0;
+    return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); /* to the nearest, ties to even */
+}
+
+static inline float read_float32(float32 value) { return value; }
+static inline float32 write_float32(float value) { return value; }
+
+#define FEATURES 64 /* of the output, one thread's at a time */
+#define RANKS 4     /* rows of A that are multiplied together */
+#define LANES 16
+
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t bit_lanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t half_lanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
+
+static inline lanes lanes_of_bfloat16(const bfloat16 *values)
+{
+    half_lanes halves;
+    memcpy(&halves, values, sizeof halves);
+    return (lanes)(__builtin_convertvector(halves, bit_lanes) << 16);
+}
+
+static inline lanes lanes_of_float32(const float32 *values)
+{
+    lanes result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+
+/* Sums within two vectors at a time, so that after log2(LANES) levels lane i is the sum of the i-th vector. */
+static inline lanes halved_16(lanes a, lanes b)
+{
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+static inline lanes halved_8(lanes a, lanes b)
+{
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+static inline lanes halved_4(lanes a, lanes b)
+{
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+
+static inline lanes halved_2(lanes a, lanes b)
+{
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+#define DEFINE(NAME, X, READ_X, WRITE_X, W, READ_W, LANES_OF_W)                                                                    \
+    static void down_##NAME(const struct plan *plan, int64_t piece, int64_t first, const X *x)                         \
+    {                                                                                                                  \
+        const int64_t d_in = plan->d_in, rank = plan->rank;                                                            \
+        const W *a = (const W *)plan->a[piece] + first * d_in;                                                         \
+        for (int64_t entry = plan->starts[piece]; entry < plan->starts[piece + 1]; entry++) {                          \
+            const X *of_row = x + plan->rows[entry] * d_in;                                                            \
+            float *low = plan->low + entry * rank + first;                                                             \
+            if (first + RANKS <= rank) {                                                                               \
+                const W *a1 = a + d_in, *a2 = a1 + d_in, *a3 = a2 + d_in;                                              \
+                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                                                  \
+                _Pragma("omp simd reduction(+ : s0, s1, s2, s3)") for (int64_t i = 0; i < d_in; i++)                   \
+                {                                                                                                      \
+                    float value = READ_X(of_row[i]);                                                                   \
+                    s0 += READ_W(a[i]) * value;                                                                        \
+                    s1 += READ_W(a1[i]) * value;                                                                       \
+                    s2 += READ_W(a2[i]) * value;                                                                       \
+                    s3 += READ_W(a3[i]) * value;                                                                       \
+                }                                                                                                      \
+                low[0] = s0, low[1] = s1, low[2] = s2, low[3] = s3;                                                    \
+            } else {                                                                                                   \
+                for (int64_t r = 0; first + r < rank; r++) {                                                           \
+                    float sum = 0;                                                                                     \
+                    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < d_in; i++) sum +=                   \
+                        READ_W(a[r * d_in + i]) * READ_X(of_row[i]);                                                   \
+                    low[r] = sum;                                                                                      \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    static inline lanes dot_##NAME(const W *b, const float *low, int64_t rank)                                         \
+    {                                                                                                                  \
+        lanes sum = LANES_OF_W(b) * lanes_of_float32(low);                                                             \
+        for (int64_t r = LANES; r < rank; r += LANES)                                                                  \
+            sum += LANES_OF_W(b + r) * lanes_of_float32(low + r);                                                      \
+        return sum;                                                                                                    \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* The dot products of LANES rows of B, `stride` apart, with `low`; `rank` is a multiple of LANES. */              \
+    static inline lanes dots_##NAME(const W *b, int64_t stride, const float *low, int64_t rank)                        \
+    {                                                                                                                  \
+        lanes eights[2];                                                                                               \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            lanes fours[2];                                                                                            \
+            for (int j = 0; j < 2; j++) {                                                                              \
+                lanes twos[2];                                                                                         \
+                for (int k = 0; k < 2; k++) {                                                                          \
+                    const W *of_pairs = b + (8 * i + 4 * j + 2 * k) * stride;                                          \
+                    twos[k] = halved_16(dot_##NAME(of_pairs, low, rank), dot_##NAME(of_pairs + stride, low, rank));    \
+                }                                                                                                      \
+                fours[j] = halved_8(twos[0], twos[1]);                                                                 \
+            }                                                                                                          \
+            eights[i] = halved_4(fours[0], fours[1]);                                                                  \
+        }                                                                                                              \
+        return halved_2(eights[0], eights[1]);                                                                         \
+    }                                                                                                                  \
+                                                                                                                       \
+    static void up_##NAME(const struct plan *plan, int64_t piece, int64_t first, X *y)                                 \
+    {                                                                                                                  \
+        const int64_t rank = plan->rank, d_out = plan->d_out;                                                          \
+        const int64_t end = first + FEATURES < d_out ? first + FEATURES : d_out;                                       \
+        const float *factors = plan->factors[piece];                                                                   \
+        const W *b = (const W *)plan->b[piece];                                                                        \
+        for (int64_t entry = plan->starts[piece]; entry < plan->starts[piece + 1]; entry++) {                          \
+            const float *low = plan->low + entry * rank;                                                               \
+            const float gate = plan->gates[entry], scaling = plan->scalings[piece];                                    \
+            X *of_row = y + plan->rows[entry] * d_out;                                                                 \
+            float sums[FEATURES];                                                                                      \
+            int64_t o = first;                                                                                         \
+            if (rank % LANES == 0)                                                                                     \
+                for (; o + LANES <= end; o += LANES) {                                                                 \
+                    lanes dots = dots_##NAME(b + o * plan->b_stride, plan->b_stride, low, rank);                       \
+                    memcpy(sums + o - first, &dots, sizeof dots);                                                      \
+                }                                                                                                      \
+            for (; o < end; o++) {                                                                                     \
+                const W *of_feature = b + o * plan->b_stride;                                                          \
+                float sum = 0;                                                                                         \
+                _Pragma("omp simd reduction(+ : sum)") for (int64_t r = 0; r < rank; r++) sum +=                       \
+                    READ_W(of_feature[r]) * low[r];                                                                    \
+                sums[o - first] = sum;                                                                                 \
+            }                                                                                                          \
+            for (o = first; o < end; o++) {                                                                            \
+                float value = READ_X(of_row[o]), change = sums[o - first] * scaling;                                   \
+                if (factors) {                                                                                         \
+                    float bare = plan->bias ? value - plan->bias[o] : value;                                           \
+                    change = (factors[o] - 1) * bare + factors[o] * change;                                            \
+                }                                                                                                      \
+                of_row[o] = WRITE_X(value + gate * change);                                                            \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    void add_##NAME(const struct plan *plan, void *result, const void *x)                                              \
+    {                                                                                                                  \
+        const int64_t of_a = (plan->rank + RANKS - 1) / RANKS, of_b = (plan->d_out + FEATURES - 1) / FEATURES;         \
+        _Pragma("omp parallel num_threads((int)plan->threads)")                                                        \
+        {                                                                                                              \
+            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < plan->pieces * of_a; i++)                      \
+                down_##NAME(plan, i / of_a, i % of_a * RANKS, (const X *)x);                                           \
+            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < plan->pieces * of_b; i++)                      \
+                up_##NAME(plan, i / of_b, i % of_b * FEATURES, (X *)result);                                           \
+        }                                                                                                              \
+    }
+
+DEFINE(bfloat16_bfloat16, bfloat16, read_bfloat16, write_bfloat16, bfloat16, read_bfloat16, lanes_of_bfloat16)
+DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_float32, lanes_of_float32)
+DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16, lanes_of_bfloat16)
+DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32, lanes_of_float32)
