@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class RowLora:
         ends = [0]
         for piece in pieces:
             ends.append(ends[-1] + len(piece.rows))
-        self._arrays = [
+        self._arrays: list[ctypes.Array[Any]] = [
             (ctypes.c_int64 * len(ends))(*ends),
             (ctypes.c_int64 * len(rows))(*rows),
             (ctypes.c_float * len(rows))(*[gate for piece in pieces for gate in piece.gates]),
