@@ -137,6 +137,8 @@ def test_what_it_does_not_take_is_left_as_it_is() -> None:
     assert not lora.add_to(result, normal(2, 192)[:, ::2])
     assert not lora.add_to(result.T.contiguous().T, x)
     assert not lora.add_to(result[:1], x[:1])
+    assert not lora.add_to(result[:1], x)
+    assert not lora.add_to(result, normal(3, 96))
     assert torch.equal(result, before)
     assert not RowLora.serves([])
     assert not RowLora.serves([small_piece([0], torch.float16)])
