@@ -126,7 +126,7 @@ def test_readers_see_whole_files_while_several_write(tmp_path: Path) -> None:
     texts = {letter * 100_000 for letter in "abc"}
 
     def write(text: str) -> None:
-        for _ in range(20):
+        for _ in range(8):
             write_text(path, text)
 
     write_text(path, "a" * 100_000)
