@@ -45,8 +45,12 @@ def endpoint(server: Server, **settings: Any) -> ChatEndpoint:
     return ChatEndpoint(server.url, "judge-1", **{"backoff": 0.0, "timeout": 5.0, "retries": 2, **settings})
 
 
-def grade(server: Server, path: Path, **settings: Any) -> judging.Outcome:
-    return judging.grade(endpoint(server, **settings), QUESTIONS, OURS, prompts.OWN, path)
+def judge_run(server: Server, path: Path, **values: Any) -> judging.JudgeRun:
+    return judging.JudgeRun(**{"judge": endpoint(server), "prompts": prompts.OWN, "path": path, **values})
+
+
+def grade(server: Server, path: Path, **values: Any) -> judging.Outcome:
+    return judging.grade(judge_run(server, path, **values), QUESTIONS, OURS)
 
 
 class TestClient:
@@ -125,8 +129,8 @@ from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.tasks.mt_bench import Question
 try:
     judging.grade(
-        ChatEndpoint(sys.argv[1], "j"), [Question(1, "writing", ("a", "b"), ())], [Answer(1, "m", ("c", "d"))],
-        prompts.OWN, Path(sys.argv[2]), workers=2,
+        judging.JudgeRun(ChatEndpoint(sys.argv[1], "j"), prompts.OWN, Path(sys.argv[2]), workers=2),
+        [Question(1, "writing", ("a", "b"), ())], [Answer(1, "m", ("c", "d"))],
     )
 except KeyboardInterrupt:
     sys.exit(130)
@@ -190,7 +194,7 @@ class TestGrading:
 
     def test_a_judge_that_talks_nonsense(self, server: Server, tmp_path: Path) -> None:
         server.reply = lambda body, number: "I like it." if number == 1 else "[[4]]"
-        outcome = judging.grade(endpoint(server), QUESTIONS, OURS, prompts.OWN, tmp_path / "s.jsonl", workers=1)
+        outcome = grade(server, tmp_path / "s.jsonl", workers=1)
         summary = scores.grades(outcome.records, QUESTIONS)
         assert summary["unparsed"] == 1
         assert summary["judgements"] == 4
@@ -223,10 +227,10 @@ class TestGrading:
         grade(server, path)
         server.reply = lambda body, number: "[[2]]"
         changed = [Answer(81, "ours", ("Roses.", "Tulip.")), OURS[1]]
-        outcome = judging.grade(endpoint(server), QUESTIONS, changed, prompts.OWN, path)
+        outcome = judging.grade(judge_run(server, path), QUESTIONS, changed)
         assert [record["score"] for record in outcome.records] == [7, 2, 7, 7]
         reworded = {**prompts.OWN, "single-v1": prompts.JudgePrompt("single-v1", "", "{question} {answer}")}
-        outcome = judging.grade(endpoint(server), QUESTIONS, changed, reworded, path)
+        outcome = judging.grade(judge_run(server, path, prompts=reworded), QUESTIONS, changed)
         assert [record["score"] for record in outcome.records] == [2, 2, 7, 7]
         assert len(server.requests) == 4 + 1 + 1
 
@@ -234,7 +238,7 @@ class TestGrading:
         path = tmp_path / "single.jsonl"
         grade(server, path)
         other = ChatEndpoint(server.url, "judge-2", backoff=0)
-        assert len(judging.grade(other, QUESTIONS, OURS, prompts.OWN, path).records) == 4
+        assert len(grade(server, path, judge=other).records) == 4
         assert len(server.requests) == 8
 
 
@@ -257,7 +261,7 @@ class TestComparing:
         self, server: Server, tmp_path: Path, reply: str, winners: tuple[str, str], summary: dict[str, Any]
     ) -> None:
         server.reply = lambda body, number: reply
-        outcome = judging.compare(endpoint(server), QUESTIONS, OURS, THEIRS, prompts.OWN, tmp_path / "pair.jsonl")
+        outcome = judging.compare(judge_run(server, tmp_path / "pair.jsonl"), QUESTIONS, OURS, THEIRS)
         assert {(r["g1_winner"], r["g2_winner"]) for r in outcome.records} == {winners}
         assert scores.wins(outcome.records) == summary
         assert len(server.requests) == 8
@@ -270,16 +274,15 @@ class TestComparing:
             return "[[A]]" if ours < theirs else "[[B]]"
 
         server.reply = prefers_ours
-        path = tmp_path / "pair.jsonl"
-        judge = endpoint(server)
-        outcome = judging.compare(judge, QUESTIONS, OURS, THEIRS, prompts.OWN, path)
+        run = judge_run(server, tmp_path / "pair.jsonl")
+        outcome = judging.compare(run, QUESTIONS, OURS, THEIRS)
         assert scores.wins(outcome.records)["wins"] == 4
-        judging.compare(judge, QUESTIONS, OURS, THEIRS, prompts.OWN, path)
+        judging.compare(run, QUESTIONS, OURS, THEIRS)
         assert len(server.requests) == 8
 
     def test_an_answer_without_its_counterpart(self, server: Server, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="101 has an answer of only one"):
-            judging.compare(endpoint(server), QUESTIONS, OURS, THEIRS[:1], prompts.OWN, tmp_path / "pair.jsonl")
+            judging.compare(judge_run(server, tmp_path / "pair.jsonl"), QUESTIONS, OURS, THEIRS[:1])
 
 
 @pytest.mark.parametrize(
@@ -341,5 +344,5 @@ class TestPrompts:
 
 def test_a_reference_to_the_first_turn_only(server: Server, tmp_path: Path) -> None:
     question = Question(1, "math", ("a?", "b?"), ("first",))
-    outcome = judging.grade(endpoint(server), [question], [Answer(1, "m", ("x", "y"))], prompts.OWN, tmp_path / "s")
+    outcome = judging.grade(judge_run(server, tmp_path / "s"), [question], [Answer(1, "m", ("x", "y"))])
     assert [record["judge"][1] for record in outcome.records] == ["single-math-v1", "single-v1-multi-turn"]

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,26 @@ class Outcome:
     reason: str | None
 
 
+@dataclass(frozen=True)
+class JudgeRun:
+    """Whose judgements are had, in which words, and where they are kept.
+
+    Attributes:
+        judge: Who judges.
+        prompts: What it is asked, by name; see [`milora.evaluation.mt_bench.prompts.load`].
+        path: JSON lines as FastChat's `gpt-4_single.jsonl` or `gpt-4_pair.jsonl`, to which judgements are appended as
+            they come: what it holds of the same answers, judge and prompts is not asked again.
+        workers: How many requests are made at a time.
+        progress: Shows progress, a judgement a step.
+    """
+
+    judge: Judge
+    prompts: Mapping[str, JudgePrompt]
+    path: Path
+    workers: int = 4
+    progress: Watch | None = None
+
+
 def parse_rating(judgement: str) -> float:
     """The grade from 1 to 10 that a judgement gives as `[[7]]` (or `[7]`), `UNPARSED` if it gives none."""
     for pattern in _RATING:
@@ -69,27 +89,13 @@ def parse_verdict(judgement: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def grade(
-    judge: Judge,
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    prompts: dict[str, JudgePrompt],
-    path: Path,
-    *,
-    workers: int = 4,
-    progress: Watch | None = None,
-) -> Outcome:
-    """Has every turn of every answer graded, and appends each judgement to a file as it comes.
+def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer]) -> Outcome:
+    """Has every turn of every answer graded.
 
     Args:
-        judge: Who grades.
+        run: Who grades, and where the grades go.
         questions: What was asked.
         answers: What was answered, by one model.
-        prompts: By name; see [`milora.evaluation.mt_bench.prompts.load`].
-        path: JSON lines as FastChat's `gpt-4_single.jsonl`: what it holds of these answers, this judge and these
-            prompts is not asked again.
-        workers: How many requests are made at a time.
-        progress: Shows progress, a judgement a step.
 
     Raises:
         DataError: If a prompt has a place that cannot be filled, or the file is no file of judgements.
@@ -100,40 +106,27 @@ def grade(
     for answer in answers:
         for turn in TURN_NUMBERS:
             question = asked[answer.question]
-            prompt = _prompt_for("single", question, turn, prompts)
+            prompt = _prompt_for("single", question, turn, run.prompts)
             about = {
                 "question_id": question.id,
                 "model": answer.model,
-                "judge": [judge.model, prompt.name],
+                "judge": [run.judge.model, prompt.name],
                 "turn": turn,
             }
             jobs.append(_Job(about, {"": prompt.fill(_parts(question, turn, {"": answer}))}))
-    return _run(jobs, lambda _, judgement: {"score": parse_rating(judgement)}, judge, path, workers, progress)
+    return _have(jobs, run, lambda _, judgement: {"score": parse_rating(judgement)})
 
 
 def compare(
-    judge: Judge,
-    questions: Sequence[Question],
-    answers: Sequence[Answer],
-    others: Sequence[Answer],
-    prompts: dict[str, JudgePrompt],
-    path: Path,
-    *,
-    workers: int = 4,
-    progress: Watch | None = None,
+    run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer], others: Sequence[Answer]
 ) -> Outcome:
     """Has the answers of two models compared, each pair twice with the places swapped, as FastChat does.
 
     Args:
-        judge: Who compares.
+        run: Who compares, and where the verdicts go.
         questions: What was asked.
         answers: The first model's (`model_1`).
         others: The second model's, of the same questions.
-        prompts: By name.
-        path: JSON lines as FastChat's `gpt-4_pair.jsonl`: what it holds of these answers, this judge and these
-            prompts is not asked again.
-        workers: How many requests are made at a time.
-        progress: Shows progress, a pair a step.
 
     Raises:
         DataError: If a question has an answer of one model only, a prompt has a place that cannot be filled, or the
@@ -154,18 +147,18 @@ def compare(
     for answer in answers:
         for turn in TURN_NUMBERS:
             question, other = asked[answer.question], second[answer.question]
-            prompt = _prompt_for("pair", question, turn, prompts)
+            prompt = _prompt_for("pair", question, turn, run.prompts)
             about = {
                 "question_id": question.id,
                 "model_1": answer.model,
                 "model_2": other.model,
-                "judge": [judge.model, prompt.name],
+                "judge": [run.judge.model, prompt.name],
                 "turn": turn,
             }
             places = {"g1_": {"_a": answer, "_b": other}, "g2_": {"_a": other, "_b": answer}}
             messages = {game: prompt.fill(_parts(question, turn, sides)) for game, sides in places.items()}
             jobs.append(_Job(about, messages))
-    return _run(jobs, winner, judge, path, workers, progress)
+    return _have(jobs, run, winner)
 
 
 @dataclass(frozen=True)
@@ -186,39 +179,32 @@ class _Job:
         return all(record.get(name) == value for name, value in {**self.about, **asked}.items())
 
 
-def _run(
-    jobs: Sequence[_Job],
-    read: Callable[[str, str], dict[str, Any]],
-    judge: Judge,
-    path: Path,
-    workers: int,
-    progress: Watch | None,
-) -> Outcome:
+def _have(jobs: Sequence[_Job], run: JudgeRun, read: Callable[[str, str], dict[str, Any]]) -> Outcome:
     """Does what is not in the file yet. A failure stops no other job, and is tried again by the next run."""
-    with writing(path):
-        drop_half_line(path)
-    done = _known(jobs, path)
+    with writing(run.path):
+        drop_half_line(run.path)
+    done = _known(jobs, run.path)
 
     def ask(index: int) -> dict[str, Any]:
         job = jobs[index]
         record = dict(job.about)
         for game, messages in job.messages.items():
-            judgement = judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
+            judgement = run.judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
             fields = {"user_prompt": messages[1]["content"], "judgment": judgement, **read(game, judgement)}
             record |= {f"{game}{name}": value for name, value in fields.items()}
         return {**record, "tstamp": time.time()}
 
     failed, reason = 0, None
     remaining = [index for index in range(len(jobs)) if index not in done]
-    with closing(_in_threads(ask, remaining, max(workers, 1))) as coming:
-        for index, outcome in progress(coming, "judgements", len(remaining)) if progress else coming:
+    with closing(_in_threads(ask, remaining, max(run.workers, 1))) as coming:
+        for index, outcome in run.progress(coming, "judgements", len(remaining)) if run.progress else coming:
             if isinstance(outcome, MiLoraError):
                 failed, reason = failed + 1, reason or str(outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:
-                with writing(path, KEPT):
-                    append_record(path, outcome)
+                with writing(run.path, KEPT):
+                    append_record(run.path, outcome)
                 done[index] = outcome
     return Outcome([done[index] for index in range(len(jobs)) if index in done], failed, reason)
 
@@ -275,7 +261,7 @@ def _identity(about: dict[str, Any]) -> str:
     return json.dumps(about, sort_keys=True)
 
 
-def _prompt_for(kind: str, question: Question, turn: int, prompts: dict[str, JudgePrompt]) -> JudgePrompt:
+def _prompt_for(kind: str, question: Question, turn: int, prompts: Mapping[str, JudgePrompt]) -> JudgePrompt:
     name = name_of(kind, with_reference=len(question.references) >= turn, second_turn=turn == TURNS)
     if name not in prompts:
         raise DataError(f"There is no judge prompt {name!r}; there are {', '.join(sorted(prompts))}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,10 @@ def run(
         return result
     wording = prompts.load(prompts_folder)
     judgements = folder / "model_judgment" / _file_name(judge.model)
-    graded = judging.grade(
-        judge,
-        questions,
-        answers,
-        wording,
-        judgements.with_name(f"{judgements.name}_single.jsonl"),
-        workers=workers,
-        progress=progress,
+    single = judging.JudgeRun(
+        judge, wording, judgements.with_name(f"{judgements.name}_single.jsonl"), workers, progress
     )
+    graded = judging.grade(single, questions, answers)
     _require(graded)
     own = all(wording[name] == prompt for name, prompt in prompts.OWN.items())
     result |= {
@@ -87,16 +83,8 @@ def run(
         **scores.grades(graded.records, questions),
     }
     if others is not None:
-        compared = judging.compare(
-            judge,
-            questions,
-            answers,
-            others,
-            wording,
-            judgements.with_name(f"{judgements.name}_pair.jsonl"),
-            workers=workers,
-            progress=progress,
-        )
+        pair = replace(single, path=judgements.with_name(f"{judgements.name}_pair.jsonl"))
+        compared = judging.compare(pair, questions, answers, others)
         _require(compared)
         result["pairwise"] = {
             "opponent": others[0].model,
