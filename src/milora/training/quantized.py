@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from trl import ModelConfig, get_quantization_config
 
 from milora.errors import MiLoraError
 from milora.training.arguments import DataArguments
+
+PACKS = "support_avx512bf16_for_cpu"
+"""The attribute of bitsandbytes' `Linear4bit` that says whether weights are packed for inference."""
 
 
 def loading_arguments(data: DataArguments) -> dict[str, Any]:
@@ -46,3 +50,15 @@ def loading_arguments(data: DataArguments) -> dict[str, Any]:
         # Each process has a whole backbone on a device of its own.
         arguments["device_map"] = {"": PartialState().local_process_index}
     return arguments
+
+
+def keep_trainable(backbone: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for inference on CPUs that multiply bfloat16.
+
+    It does so at a layer's first forward pass without gradients, such as the evaluation before the first step. Packed
+    weights pass no gradient on to the layers below, in training mode neither, and cannot be made where a layer's inputs
+    are no multiple of the quantisation's blocks. Other backbones are left as they are.
+    """
+    for module in backbone.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)

@@ -19,12 +19,14 @@ from milora.files import write_text
 from milora.tasks.sources import to_dataset
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
+from milora.training.checkpoints import last_checkpoint
 from milora.training.companions import companions
+from milora.training.launching import check_launch
 from milora.training.method import MethodArguments
-from milora.training.quantized import loading_arguments
+from milora.training.quantized import keep_trainable, loading_arguments
 from milora.training.result import RESULT_FILE, TrainingResult, versions
 from milora.training.rows import Mixture, mix, read_sources
-from milora.training.trainer import MiLoraTrainer, last_checkpoint
+from milora.training.trainer import MiLoraTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     """
     started = time.monotonic()
     output = Path(arguments.output_dir or "out")
+    check_launch()
     checkpoint = _checkpoint(arguments.resume_from_checkpoint, output)
     set_seed(arguments.seed)
     sources = read_sources(data, arguments.seed)
@@ -92,12 +95,14 @@ def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tupl
     # With several processes the trainer says which device is whose.
     stays = arguments.use_cpu or arguments.world_size > 1
     quantized = data.load_in_4bit or data.load_in_8bit
-    return load_backbone(
+    model, tokenizer = load_backbone(
         data.backbone,
         dtype="float32" if on_cpu and not quantized else data.dtype,
         device="cpu" if stays else None,
         **loading_arguments(data),
     )
+    keep_trainable(model)
+    return model, tokenizer
 
 
 def _adapted(

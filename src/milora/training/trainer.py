@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DummyOptim
 from datasets import concatenate_datasets
 from peft import AdaLoraModel
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from milora.errors import MiLoraError
@@ -23,15 +22,10 @@ from milora.training.arguments import TrainingArguments
 from milora.training.bilevel import BilevelSearch
 from milora.training.callbacks import routing_metrics
 from milora.training.card import ROUTES_FILE, CardFacts, write_card
+from milora.training.checkpoints import STATE_FILE
 from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
-
-STATE_FILE = "milora_state.pt"
-"""In a checkpoint: what transformers does not keep, above all the optimiser of what trains on dev batches."""
-
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", STATE_FILE, "trainer_state.json")
-"""What a checkpoint needs to be resumed from; transformers writes `trainer_state.json` last."""
 
 
 class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
@@ -124,6 +118,11 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As `Trainer`'s; Theta in a group of its own and without weight decay, or not there."""
         is_new = self.optimizer is None
+        if self._theta and isinstance(self.optimizer, DummyOptim):
+            raise MiLoraError(
+                "The DeepSpeed configuration has an optimizer of its own, which would train Theta, the rational "
+                "activations, at the learning rate of all else: leave 'optimizer' out of it, the trainer has one."
+            )
         if self.args.activation_training != "joint":
             # Loading a checkpoint may have switched them on again.
             require_gradients(self._theta, False)
@@ -272,20 +271,3 @@ def _float32_values(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
     """The values of what must stay in float32, as they are."""
     modules = [module for module in model.modules() if isinstance(module, KeepFloat32)]
     return [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder; one whose writing was cut off is passed over."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if all((path / name).is_file() for name in CHECKPOINT_FILES) and _is_json(path / "trainer_state.json"):
-            return path
-    return None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return False
-    return True

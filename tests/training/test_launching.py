@@ -1,0 +1,43 @@
+"""What the launcher asks for and accelerate leaves out."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate import DistributedType, PartialState
+
+from milora import MiLoraError
+from milora.training.launching import check_launch
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU])
+def test_fsdp_on_cpus_is_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = PartialState()
+    monkeypatch.setattr(state, "distributed_type", kind)
+    check_launch()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(MiLoraError, match="asks for FSDP"):
+        check_launch()
+    # The launcher of a configuration without it says so.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    check_launch()
+
+
+def test_deepspeed_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--use_cpu` does, of the launcher or of the command."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(MiLoraError, match="leave --use_cpu out"):
+        check_launch()
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        ("ACCELERATE_USE_FSDP", DistributedType.MULTI_GPU),
+        ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
+    ],
+)
+def test_what_is_given_is_not_refused(asked: str, kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartialState(), "distributed_type", kind)
+    monkeypatch.setenv(asked, "true")
+    check_launch()
