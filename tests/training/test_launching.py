@@ -30,6 +30,14 @@ def test_deepspeed_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) 
         check_launch()
 
 
+def test_deepspeed_processes_that_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.DEEPSPEED)
+    monkeypatch.setattr(PartialState(), "num_processes", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MiLoraError, match="launched in 2 processes"):
+        check_launch()
+
+
 @pytest.mark.parametrize(
     ("asked", "kind"),
     [

@@ -14,8 +14,8 @@ def check_launch() -> None:
     """Looks at how the processes were started, before a backbone is loaded.
 
     Accelerate leaves FSDP out without a word where there are no GPUs, and DeepSpeed where it is told to stay on the
-    CPU. Under FSDP transformers, which reads the launcher's environment by itself, would nevertheless leave the
-    backbone empty in all processes but the first.
+    CPU; DeepSpeed's processes on CPUs it has know nothing of each other. Under FSDP transformers, which reads the
+    launcher's environment by itself, would nevertheless leave the backbone empty in all processes but the first.
 
     Raises:
         MiLoraError: If FSDP or DeepSpeed is asked for and is not what the processes have.
@@ -30,6 +30,12 @@ def check_launch() -> None:
         raise MiLoraError(
             "The launcher asks for DeepSpeed, which accelerate leaves out under --use_cpu: leave --use_cpu out, of the "
             "launcher and of milora train. Without GPUs DeepSpeed itself takes the CPU (DS_ACCELERATOR=cpu)."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if kind is DistributedType.DEEPSPEED and PartialState().num_processes != started:
+        raise MiLoraError(
+            f"DeepSpeed was launched in {started} processes, and on CPUs accelerate has it in one: each would take "
+            "itself for the only one: pass --num_processes 1, or launch without DeepSpeed, with --multi_gpu --use_cpu."
         )
 
 
