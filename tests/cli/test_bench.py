@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from milora import benchmark
 from milora.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,77 @@ def test_bytes_are_those_of_the_shape(capfd: pytest.CaptureFixture[str]) -> None
     assert rows["lora"]["adapter_megabytes"] == pytest.approx(lora / 1e6)
     assert rows["milora"]["adapter_megabytes"] == pytest.approx(3 / 7 * lora / 1e6)
     assert rows["milora-k1"]["adapter_megabytes"] == pytest.approx(1 / 7 * lora / 1e6)
+
+
+MODELS = ["--backbone", "tiny", "--layers", "3", "--methods", "lora, milora", "--dtype", "float32",
+          "--adapter-dtype", "float32"]  # fmt: skip
+GENERATION = ["--beams", "2,4", "--prompt-tokens", "7", "--new-tokens", "9", "--round-seconds", "1.5", "--compile"]
+KERNEL = ["--batches", "2,3", "--d-in", "4", "--d-out", "5", "--rank", "6", "--active", "7", "--dtype", "float16"]
+MEASUREMENT = ["--rounds", "2", "--device", "cpu", "--seed", "4"]
+OF_MODELS: dict[str, Any] = {
+    "backbone": "tiny", "layers": 3, "methods": ("lora", "milora"), "dtype": "float32", "adapter_dtype": "float32",
+}  # fmt: skip
+OF_GENERATION: dict[str, Any] = {
+    "beams": (2, 4), "prompt_tokens": 7, "new_tokens": 9, "round_seconds": 1.5, "compile": True,
+}  # fmt: skip
+OF_MEASUREMENT: dict[str, Any] = {"rounds": 2, "device": "cpu", "seed": 4}
+ATTENTION = {"attention": "eager"}
+FUNCTIONS = {"train": "train_steps"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        # What is not said is as in Python.
+        (["decode"], benchmark.DecodeSettings()),
+        (["decode", "--compile"], benchmark.DecodeSettings(compile=True, methods=benchmark.decode_methods(True))),
+        (["prefill"], benchmark.PrefillSettings()),
+        (["train"], benchmark.TrainSettings()),
+        (["tenants"], benchmark.TenantsSettings()),
+        (["kernel"], benchmark.KernelSettings()),
+        (["traffic"], benchmark.TrafficSettings(backbone="tinyllama-1.1b", device="cpu")),
+        (
+            ["decode", *MODELS, "--attention", "eager", "--batch", "5", *GENERATION, *MEASUREMENT],
+            benchmark.DecodeSettings(batch=5, **OF_MODELS, **ATTENTION, **OF_GENERATION, **OF_MEASUREMENT),
+        ),
+        (
+            ["prefill", *MODELS, "--attention", "eager", "--batch", "5", "--prompt-tokens", "8, 9", *MEASUREMENT],
+            benchmark.PrefillSettings(batch=5, prompt_tokens=(8, 9), **OF_MODELS, **ATTENTION, **OF_MEASUREMENT),
+        ),
+        (
+            ["train", *MODELS, "--batch", "5", "--tokens", "6", "--gradient-checkpointing", *MEASUREMENT],
+            benchmark.TrainSettings(batch=5, tokens=6, gradient_checkpointing=True, **OF_MODELS, **OF_MEASUREMENT),
+        ),
+        (
+            ["tenants", *MODELS, "--tenants", "2,3", "--batch", "6", *GENERATION, *MEASUREMENT],
+            benchmark.TenantsSettings(tenants=(2, 3), batch=6, **OF_MODELS, **OF_GENERATION, **OF_MEASUREMENT),
+        ),
+        (
+            ["kernel", *KERNEL, *MEASUREMENT],
+            benchmark.KernelSettings(
+                batches=(2, 3), d_in=4, d_out=5, rank=6, active=7, dtype="float16", **OF_MEASUREMENT
+            ),
+        ),
+        (
+            ["traffic", *MODELS, "--batch", "5", "--beams", "6", "--context", "7"],
+            benchmark.TrafficSettings(batch=5, beams=6, context=7, device="cpu", **OF_MODELS),
+        ),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_options_are_settings(
+    arguments: list[str], settings: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def measure(settings: Any, progress: Any = None) -> benchmark.Result:
+        asked.append(settings)
+        return benchmark.Result(arguments[0], {}, [], [], {})
+
+    monkeypatch.setattr(benchmark, FUNCTIONS.get(arguments[0], arguments[0]), measure)
+    assert main(["bench", *arguments, "--json"]) == 0
+    assert asked == [settings]
+    assert json.loads(capfd.readouterr().out)["command"] == arguments[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""Groups of options: a dataclass that a sub-command takes as one parameter, and whose fields are options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, get_type_hints
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command for Typer, which knows no dataclasses: each is replaced by its fields where it stands.
+
+    `@app.command("name")` above, `@with_groups` below. A group's fields are annotated as parameters are, and each has a
+    default; a sub-class that names a field again gives it another default, or another help.
+
+    Args:
+        command: A function whose parameters can all be given by name.
+
+    Raises:
+        ValueError: If two options have one name.
+        TypeError: If a field of a group has no default.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if name != "return" and is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def flat(**options: Any) -> None:
+        for name, group in groups.items():
+            options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
+        command(**options)
+
+    flat.__name__, flat.__doc__ = command.__name__, command.__doc__
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    # What Typer reads; `inspect` takes it as it is.
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
+    return flat
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        if field.default is MISSING:
+            raise TypeError(f"{group.__name__}.{field.name} needs a default.")
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(group)
+    ]
