@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
-from milora.training.dev_step import Batch, DevStep, require_gradients
+from milora.training.dev_step import Batch, require_gradients
+from milora.training.dev_step_callback import DevStepCallback
+from milora.training.tuner import tuner_of
 from milora.tuners.prompt_pass import PromptTuner
 
 
-class BilevelActivations(TrainerCallback):  # type: ignore[misc]
+class BilevelActivations(DevStepCallback):
     """Trains the coefficients of rational activations on dev batches, everything else stays the trainer's.
 
     In MiLoRA they are the routers'. IAPT's, inside its bottlenecks, are trained alike: at the learning rate that its
@@ -41,28 +42,10 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, dev_batches: Iterable[Batch] | None = None, every: int = 1, learning_rate: float = 1e-6) -> None:
-        if every < 1:
-            raise MiLoraError(f"every must be at least 1; found {every}.")
-        self.dev_batches = dev_batches
-        self.every = every
-        self.learning_rate = learning_rate
-        self.model_arguments: dict[str, Any] = {}
-        self.loss_scale: Callable[[], float | None] = lambda: None
+        super().__init__(dev_batches, every, learning_rate)
         self.loss: Tensor | None = None
         """Of the last dev batch."""
         self._theta: list[nn.Parameter] = []
-        self._step: DevStep | None = None
-        self._resumed: Mapping[str, Any] | None = None
-
-    @property
-    def steps(self) -> int:
-        """How many Theta has made."""
-        return 0 if self._step is None else self._step.steps
-
-    @property
-    def skipped(self) -> int:
-        """How many of them were left out; see [`milora.training.dev_step.DevStep`]."""
-        return 0 if self._step is None else self._step.skipped
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Keeps Theta out of the trainer's optimiser, which is made later, and out of gradients between processes."""
@@ -80,36 +63,21 @@ class BilevelActivations(TrainerCallback):  # type: ignore[misc]
                 "Theta, the rational activations, trains on dev batches (activation_training='bilevel'), and there "
                 "are none: pass dev rows, or activation_training='joint' or 'frozen'."
             )
-        self._step = DevStep(
-            self._theta,
-            torch.optim.AdamW(self._theta, lr=self.learning_rate, weight_decay=0.0),
-            self.dev_batches,
-            evaluation=True,
-            arguments=self.model_arguments,
-        )
-        if self._resumed is not None:
-            self._step.load_state_dict(self._resumed)
-            self._resumed = None
+        optimizer = torch.optim.AdamW(self._theta, lr=self.learning_rate, weight_decay=0.0)
+        self.begin(self._theta, optimizer, evaluation=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """A step of Theta, when it is due."""
-        if self._step is not None and state.global_step % self.every == 0:
-            self.loss = self._step(model, args.device, self.loss_scale())
+        loss = self.step_if_due(model, args, state)
+        if loss is not None:
+            self.loss = loss
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves Theta as PEFT had it."""
         require_gradients(self._theta, True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model: the optimiser's state and the number of steps."""
-        return {} if self._step is None else {"dev_step": self._step.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; called before the training begins."""
-        self._resumed = state.get("dev_step")
-
 
 def activation_parameters(model: Any) -> list[nn.Parameter]:
     """Theta of a (wrapped) model's active adapter, as far as it trains; empty for other methods."""
-    tuner = getattr(getattr(model, "module", model), "base_model", None)
+    tuner = tuner_of(model)
     return tuner.activation_parameters() if isinstance(tuner, PromptTuner) else []

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
 from milora.training.stopping import forget_best
+from milora.training.tuner import tuner_of
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """Where PEFT's rank allocator keeps what each element was worth, by the parameter's name."""
@@ -106,7 +107,7 @@ def orthogonality_penalty(tuner: AdaLoraModel) -> Tensor:
 
 
 def _tuner(model: Any) -> Any:
-    tuner = getattr(getattr(model, "module", model), "base_model", None)
+    tuner = tuner_of(model)
     if not isinstance(tuner, AdaLoraModel):
         raise MiLoraError(
             f"AdaLoraAllocation needs get_peft_model(model, AdaLoraConfig(...)); found {type(model).__name__}."

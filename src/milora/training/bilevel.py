@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from milora.errors import MiLoraError
-from milora.training.dev_step import Batch, DevStep, processes, require_gradients
+from milora.training.dev_step import Batch, processes, require_gradients
+from milora.training.dev_step_callback import DevStepCallback
 from milora.training.stopping import forget_best
+from milora.training.tuner import tuner_of
 
 
-class BilevelSearch(TrainerCallback):  # type: ignore[misc]
+class BilevelSearch(DevStepCallback):
     """Trains what decides on a structure on dev batches, between the steps in which a trainer trains everything else.
 
     Subclasses set `tuner_class` and implement [`BilevelSearch.decisive`] and [`BilevelSearch.advance`]. The tuner says
@@ -52,34 +53,13 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if not 0 < search_share <= 1:
             raise MiLoraError(f"search_share must be above 0 and at most 1; found {search_share}.")
-        if every < 1:
-            raise MiLoraError(f"every must be at least 1; found {every}.")
-        self.dev_batches = dev_batches
+        super().__init__(dev_batches, every, learning_rate)
         self.search_share = search_share
-        self.every = every
-        self.learning_rate = learning_rate
         self.betas = betas
-        self.model_arguments: dict[str, Any] = {}
-        self.loss_scale: Callable[[], float | None] = lambda: None
-        self._step: DevStep | None = None
-        self._resumed: Mapping[str, Any] | None = None
-
-    @property
-    def skipped(self) -> int:
-        """How many steps on dev batches were left out; see [`milora.training.dev_step.DevStep`]."""
-        return 0 if self._step is None else self._step.skipped
 
     def is_open(self, model: Any, step: int) -> bool:
         """See [`milora.training.stopping.Undecided`]."""
         return bool(self._tuner(model).is_searching)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a run that is resumed during the search needs beside the model."""
-        return {} if self._step is None else {"dev_step": self._step.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; called before the training begins."""
-        self._resumed = state.get("dev_step")
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:
         """The parameters that are trained on the dev set."""
@@ -126,16 +106,8 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         if self.dev_batches is None:
             raise MiLoraError(f"{type(self).__name__} has no dev batches to learn from.")
         # In training mode, because that is where the candidates compete.
-        self._step = DevStep(
-            parameters,
-            torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas),
-            self.dev_batches,
-            evaluation=False,
-            arguments=self.model_arguments,
-        )
-        if self._resumed is not None:
-            self._step.load_state_dict(self._resumed)
-            self._resumed = None
+        optimizer_of_search = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas)
+        self.begin(parameters, optimizer_of_search, evaluation=False)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -144,9 +116,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
         tuner = self._tuner(model)
         if not tuner.is_searching:
             return
-        assert self._step is not None
-        if state.global_step % self.every == 0:
-            self._step(model, args.device, self.loss_scale())
+        self.step_if_due(model, args, state)
         before = list(tuner.parameters())
         begins_anew = self.advance(tuner, state.global_step, self._steps)
         remaining = {id(parameter) for parameter in tuner.parameters()}
@@ -158,7 +128,7 @@ class BilevelSearch(TrainerCallback):  # type: ignore[misc]
             forget_best(state)
 
     def _tuner(self, model: Any) -> Any:
-        tuner = getattr(getattr(model, "module", model), "base_model", None)
+        tuner = tuner_of(model)
         if not isinstance(tuner, self.tuner_class):
             raise MiLoraError(
                 f"{type(self).__name__} searches for a {self.tuner_class.__name__}'s structure; the model is a "

@@ -6,13 +6,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from milora.training.tuner import tuner_of
 from milora.tuners.milora import MiLoraModel
 
 
 def routing_metrics(model: Any) -> dict[str, float]:
     """The routing statistics of a (wrapped) model since the last call; empty for models without routers."""
-    model = getattr(model, "module", model)
-    tuner = getattr(model, "base_model", None)
+    tuner = tuner_of(model)
     return tuner.routing_statistics(reset=True) if isinstance(tuner, MiLoraModel) else {}
 
 

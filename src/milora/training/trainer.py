@@ -19,11 +19,11 @@ from milora.routing.precision import KeepFloat32
 from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.adalora import orthogonality_penalty
 from milora.training.arguments import TrainingArguments
-from milora.training.bilevel import BilevelSearch
 from milora.training.callbacks import routing_metrics
 from milora.training.card import ROUTES_FILE, CardFacts, write_card
 from milora.training.checkpoints import STATE_FILE
 from milora.training.dev_step import DevBatches, require_gradients
+from milora.training.dev_step_callback import DevStepCallback
 from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
 
@@ -212,12 +212,8 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
         super().log(logs, start_time)
 
-    def _on_dev_batches(self) -> list[BilevelSearch | BilevelActivations]:
-        return [
-            callback
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, BilevelSearch | BilevelActivations)
-        ]
+    def _on_dev_batches(self) -> list[DevStepCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, DevStepCallback)]
 
     def _mean_over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1 or not metrics:

@@ -1,0 +1,79 @@
+"""What the callbacks have in common that train something on dev batches, between the steps of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from milora.errors import MiLoraError
+from milora.training.dev_step import Batch, DevStep
+
+
+class DevStepCallback(TrainerCallback):  # type: ignore[misc]
+    """Has a [`DevStep`] from the beginning of the training on, and its state in a `MiLoraTrainer`'s checkpoints.
+
+    Subclasses call [`DevStepCallback.begin`] when training begins, and [`DevStepCallback.step_if_due`] after a step of
+    the trainer.
+
+    Args:
+        dev_batches: Batches of the dev set with labels, as the model takes them. `None` for those of the
+            [`milora.training.MiLoraTrainer`] that the callback is given to.
+        every: Trainer's steps for one step on a dev batch.
+        learning_rate: Of that step.
+
+    Attributes:
+        model_arguments: What the model is called with beside a dev batch; a `MiLoraTrainer` fills it in.
+        loss_scale: Tells the trainer's loss scale, `None` where there is none; likewise.
+
+    Raises:
+        MiLoraError: If `every` is out of range.
+    """
+
+    def __init__(self, dev_batches: Iterable[Batch] | None, every: int, learning_rate: float) -> None:
+        if every < 1:
+            raise MiLoraError(f"every must be at least 1; found {every}.")
+        self.dev_batches = dev_batches
+        self.every = every
+        self.learning_rate = learning_rate
+        self.model_arguments: dict[str, Any] = {}
+        self.loss_scale: Callable[[], float | None] = lambda: None
+        self._step: DevStep | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps on dev batches there were, those that were left out included."""
+        return 0 if self._step is None else self._step.steps
+
+    @property
+    def skipped(self) -> int:
+        """How many of them were left out; see [`milora.training.dev_step.DevStep`]."""
+        return 0 if self._step is None else self._step.skipped
+
+    def begin(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, *, evaluation: bool) -> None:
+        """Makes the step, or goes on with the one of a checkpoint; the arguments are [`DevStep`]'s."""
+        assert self.dev_batches is not None
+        self._step = DevStep(
+            parameters, optimizer, self.dev_batches, evaluation=evaluation, arguments=self.model_arguments
+        )
+        if self._resumed is not None:
+            self._step.load_state_dict(self._resumed)
+            self._resumed = None
+
+    def step_if_due(self, model: nn.Module, args: Any, state: Any) -> Tensor | None:
+        """Takes a step on a dev batch and returns its loss; `None` if training has not begun one, or none is due."""
+        if self._step is None or state.global_step % self.every != 0:
+            return None
+        return self._step(model, args.device, self.loss_scale())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model: the optimiser's state and the number of steps."""
+        return {} if self._step is None else {"dev_step": self._step.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state; called before the training begins."""
+        self._resumed = state.get("dev_step")

@@ -1,0 +1,10 @@
+"""PEFT's tuner inside the model that a trainer gives to its callbacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def tuner_of(model: Any) -> Any:
+    """What `get_peft_model` put around the backbone, several processes' wrapper or not; `None` if there is none."""
+    return getattr(getattr(model, "module", model), "base_model", None)
