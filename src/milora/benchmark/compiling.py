@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.utils import counters
 
+from milora.tuners.grouped import GroupedServing
+from milora.tuners.iapt import IAPTModel
+
 Returned = TypeVar("Returned")
 
 GRAPHS_OF_A_CASE = 16
@@ -25,6 +28,20 @@ def room_for_graphs(cases: int) -> Iterator[None]:
     config: Any = torch._dynamo.config
     with config.patch({name: max(value, getattr(config, name)) for name, value in limits.items()}):
         yield
+
+
+def why_not_compiled(model: Any, beams: int) -> str | None:
+    """What rules out that a method's decode steps are compiled as the others' are; `None` if nothing is known to.
+
+    Args:
+        model: The bare backbone or a `PeftModel`.
+        beams: Width of the search.
+    """
+    if beams > 1:
+        return "transformers compiles no step of a beam search"
+    tuner = getattr(model, "base_model", None)
+    decides = getattr(tuner, "grouped", tuner)
+    return decides.why_not_compiled() if isinstance(decides, GroupedServing | IAPTModel) else None
 
 
 class Compilations:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from milora.benchmark.compiling import Compilations
-from milora.benchmark.generating import Timing, affordable_tokens, generate, random_prompts
-from milora.benchmark.methods import BASE, MeasuredMethod, build_method, check_names, variant, with_generate_arguments
+from milora.benchmark.compiling import Compilations, why_not_compiled
+from milora.benchmark.generating import Timing, affordable_tokens, first_generation, generate, random_prompts
+from milora.benchmark.methods import BASE, build_method, check_names, variant, with_generate_arguments
 from milora.benchmark.result import Result
-from milora.benchmark.rounds import Progress, compared, compared_memory, in_turn, spread, spread_fields
+from milora.benchmark.rounds import Progress
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
 from milora.benchmark.traffic import GIGA, backbone_traffic
@@ -68,8 +68,7 @@ class DecodeSettings(Settings):
             for name in self.methods:
                 if variant(name).merges_route:
                     raise MiLoraError(f"{name} is not served by compiled steps: leave it out of the methods.")
-        for beams in self.beams:
-            check_at_least("beams", beams, 1)
+        check_at_least("beams", self.beams, 1)
         check_at_least("batch", self.batch, 1)
         check_at_least("prompt_tokens", self.prompt_tokens, 1)
         check_at_least("new_tokens", self.new_tokens, 2)
@@ -106,12 +105,6 @@ def _with_one_route(prepared: Prepared, prompts: Mapping[str, Tensor]) -> Prepar
     return Prepared(with_generate_arguments(prepared.method, route=route.expand(batch)), prepared.kept)
 
 
-def first_generation(session: Session) -> Callable[[MeasuredMethod], Any]:
-    """A short generation by which a method makes what it keeps, such as DoRA's caches."""
-    probe = random_prompts(session.backbone, 1, 2, session.settings.seed)
-    return lambda method: generate(method, probe, session.device, beams=1, new_tokens=2)
-
-
 @dataclass
 class GenerationCase:
     """Methods that generate from the same prompts with the same beams.
@@ -134,52 +127,46 @@ class GenerationCase:
 
     def measure(self) -> None:
         """Warms up and measures memory, method by method, then speed in turn."""
-        settings, progress = self.session.settings, self.session.progress
+        session, compiles = self.session, self.session.settings.compile
         batch, length = self.prompts["input_ids"].shape
-        name_of_case = f"beam {self.beams}, batch {batch}"
-        warming, graphs = Compilations(), Compilations()
+        warming, later = Compilations(), Compilations()
         tokens: dict[str, int] = {}
-        memory: dict[str, float] = {}
-        for name, prepared in self.methods.items():
-            progress(f"{name_of_case}: warming {name} up")
-            tokens[name] = warming.during(name, lambda prepared=prepared: self._warm_up(prepared.method))  # type: ignore[misc]
-            memory[name] = self.session.peak_memory(prepared, lambda name=name: self._run(name, tokens[name]))  # type: ignore[misc]
-        timings = in_turn(
-            name_of_case,
-            list(self.methods),
-            settings.rounds,
-            lambda name: graphs.during(name, lambda: self._run(name, tokens[name])),
-            progress,
+
+        def warm_up(name: str) -> None:
+            tokens[name] = warming.during(name, lambda: self._warm_up(name))
+
+        def run(name: str) -> Timing:
+            return self._run(name, tokens[name])
+
+        measured = session.measure(
+            f"beam {self.beams}, batch {batch}",
+            self.methods,
+            run=run,
+            timed=lambda name: later.during(name, lambda: run(name)),
+            warm_up=warm_up,
         )
-        self.session.order += timings.order
-        speeds = {name: [timing.tokens_per_second for timing in of] for name, of in timings.samples.items()}
-        first = {name: [timing.first_token for timing in of] for name, of in timings.samples.items()}
-        first_step = {name: [timing.first_step or 0.0 for timing in of] for name, of in timings.samples.items()}
-        whole = {name: [timing.whole for timing in of] for name, of in timings.samples.items()}
-        read, _ = backbone_traffic(self.session.backbone, batch * self.beams, length)
-        speeds_of_steps = {name: spread(of)["median"] / batch for name, of in speeds.items()}
-        self.session.rows += [
-            {
+        read, _ = backbone_traffic(session.backbone, batch * self.beams, length)
+        for name, prepared in self.methods.items():
+            steps_per_second = measured.median(name, lambda timing: timing.tokens_per_second) / batch
+            row = {
                 "method": name,
                 "beam": self.beams,
                 "batch": batch,
-                **spread_fields("tokens_per_second", speeds[name]),
-                **compared(speeds, name),
-                **compared_memory(memory, name),
-                "seconds_to_first_token": spread(first[name])["median"],
-                "seconds_of_first_step": spread(first_step[name])["median"],
-                "seconds": spread(whole[name])["median"],
+                **measured.fields(name, "tokens_per_second", lambda timing: timing.tokens_per_second),
+                "seconds_to_first_token": measured.median(name, lambda timing: timing.first_token),
+                "seconds_of_first_step": measured.median(name, lambda timing: timing.first_step or 0.0),
+                "seconds": measured.median(name, lambda timing: timing.whole),
                 # What a decode step must read of the backbone, by the time it takes: to hold against the bandwidth.
-                "weight_gigabytes_per_second": read / GIGA * speeds_of_steps[name],
+                "weight_gigabytes_per_second": read / GIGA * steps_per_second,
                 "prompt_tokens": length,
                 "new_tokens": tokens[name],
-                "compiled_in_warm_up": warming.of(name) if settings.compile else None,
-                "compiled_later": graphs.of(name) if settings.compile else None,
-                "graph_breaks": warming.breaks(name) + graphs.breaks(name) if settings.compile else None,
+                "compiled_in_warm_up": warming.of(name) if compiles else None,
+                "compiled_later": later.of(name) if compiles else None,
+                "graph_breaks": warming.breaks(name) + later.breaks(name) if compiles else None,
+                "not_compiled": why_not_compiled(prepared.method.model, self.beams) if compiles else None,
                 **(self.fields or {}),
             }
-            for name in self.methods
-        ]
+            session.rows.append(row)
 
     def _run(self, name: str, new_tokens: int) -> Timing:
         return generate(
@@ -191,14 +178,17 @@ class GenerationCase:
             compiled=self.session.settings.compile,
         )
 
-    def _warm_up(self, method: MeasuredMethod) -> int:
+    def _warm_up(self, name: str) -> int:
         """Runs a method, unmeasured, and says how many tokens it can be asked for."""
         settings = self.session.settings
-        affordable = self.new_tokens
-        if not settings.compile:
-            # Compiled, a run of another length would compile for a cache of another length.
-            short = self._run(method.name, min(SHORT, self.new_tokens))
+        if settings.compile:
+            # A run of another length would compile for a cache of another length.
+            affordable, runs = self.new_tokens, settings.warmups
+        else:
+            short = self._run(name, min(SHORT, self.new_tokens))
             affordable = affordable_tokens(short, self.new_tokens, settings.round_seconds)
-        for _ in range(settings.warmups):
-            self._run(method.name, affordable)
+            # The last one follows, in which memory is measured: after a short run it allocates what every other does.
+            runs = settings.warmups - 1
+        for _ in range(runs):
+            self._run(name, affordable)
         return affordable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 from milora.benchmark.methods import MeasuredMethod
+from milora.benchmark.session import Session
 from milora.tuners.grouped.compiling import compiled_settings
 
 FEWEST_TOKENS = 4
@@ -152,6 +153,12 @@ def generate(
             f"{tuple(output.shape)} after {len(ticks)} steps."
         )
     return Timing(batch, ticks, whole, method.variant.merges_route, output)
+
+
+def first_generation(session: Session) -> Callable[[MeasuredMethod], Timing]:
+    """A short generation by which a method makes what it keeps, such as DoRA's caches."""
+    probe = random_prompts(session.backbone, 1, 2, session.settings.seed)
+    return lambda method: generate(method, probe, session.device, beams=1, new_tokens=2)
 
 
 def affordable_tokens(timing: Timing, new_tokens: int, round_seconds: float) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora.benchmark.environment import environment
 from milora.benchmark.result import Result
-from milora.benchmark.rounds import Progress, Turn, compared, in_turn, spread_fields
+from milora.benchmark.rounds import Progress, compared, spread_fields
+from milora.benchmark.session import Record
 from milora.benchmark.settings import Settings, check_at_least
 from milora.kernels import add_grouped_lora, grouped_lora_reference
 
@@ -49,9 +49,7 @@ class KernelSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for batch in self.batches:
-            check_at_least("batches", batch, 1)
-        for name in ("d_in", "d_out", "rank", "active", "calls"):
+        for name in ("batches", "d_in", "d_out", "rank", "active", "calls"):
             check_at_least(name, getattr(self, name), 1)
 
 
@@ -85,10 +83,8 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
         progress: Is told how far it is.
     """
     settings = settings.resolved()
-    device = torch.device(settings.device or "cpu")
-    before = environment(device)
-    rows: list[dict[str, Any]] = []
-    order: list[Turn] = []
+    record = Record(settings, progress)
+    device = record.device
     source = torch.ones(COPIED_BYTES.get(device.type, COPIED_BYTES["cpu"]) // 4, device=device)
     target = torch.empty_like(source)
     for batch in settings.batches:
@@ -105,19 +101,16 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
         for run in runs.values():
             for _ in range(settings.warmups):
                 run()
-        case = f"batch {batch}"
-        measured = in_turn(case, list(runs), settings.rounds, lambda name, runs=runs: runs[name](), progress, _seconds)  # type: ignore[misc]
-        order += measured.order
+        samples = record.in_turn(f"batch {batch}", list(runs), lambda name, runs=runs: runs[name](), _seconds)  # type: ignore[misc]
         per_call = {
-            name: [seconds / (1 if name == COPY else settings.calls) for seconds in of]
-            for name, of in measured.samples.items()
+            name: [seconds / (1 if name == COPY else settings.calls) for seconds in of] for name, of in samples.items()
         }
         bandwidth = [2 * source.nbytes / seconds for seconds in per_call[COPY]]
         for name, seconds in per_call.items():
             moved = 2 * source.nbytes if name == COPY else calls.bytes
             speeds = [moved / each for each in seconds]
             shares = [speed / limit for speed, limit in zip(speeds, bandwidth, strict=True)]
-            rows.append(
+            record.rows.append(
                 {
                     "method": name,
                     "batch": batch,
@@ -129,8 +122,7 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
                     "largest_error": error if name == OPERATOR else None,
                 }
             )
-    after = environment(device)["load_average"]
-    return Result("kernel", settings.to_dict(), rows, order, {**before, "load_average_after": after})
+    return record.result("kernel")
 
 
 def _make(settings: KernelSettings, batch: int, device: torch.device) -> _Calls:

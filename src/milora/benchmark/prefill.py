@@ -6,11 +6,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from milora.benchmark.decode import first_generation
-from milora.benchmark.generating import Timing, generate, random_prompts
+from milora.benchmark.generating import Timing, first_generation, generate, random_prompts
 from milora.benchmark.methods import BASE, build_method, check_names
 from milora.benchmark.result import Result
-from milora.benchmark.rounds import Progress, compared, compared_memory, in_turn, spread_fields
+from milora.benchmark.rounds import Progress
 from milora.benchmark.routing_time import routing_time
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
@@ -39,8 +38,7 @@ class PrefillSettings(Settings):
         super().__post_init__()
         check_names(self.methods)
         check_at_least("batch", self.batch, 1)
-        for tokens in self.prompt_tokens:
-            check_at_least("prompt_tokens", tokens, 1)
+        check_at_least("prompt_tokens", self.prompt_tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,7 @@ def prefill(settings: PrefillSettings, progress: Progress = lambda line: None, b
 
 
 def _measure(session: Session, methods: dict[str, Prepared], batch: int, tokens: int) -> None:
-    settings, progress = session.settings, session.progress
-    prompts = random_prompts(session.backbone, batch, tokens, settings.seed)
-    case = f"batch {batch}, prompts of {tokens}"
+    prompts = random_prompts(session.backbone, batch, tokens, session.settings.seed)
 
     def run(name: str) -> Timing:
         return generate(methods[name].method, prompts, session.device, beams=1, new_tokens=1)
@@ -89,23 +85,14 @@ def _measure(session: Session, methods: dict[str, Prepared], batch: int, tokens:
             with_clocks = run(name)
         return Prefill(timing, routing.seconds() / with_clocks.first_token)
 
-    memory: dict[str, float] = {}
-    for name, prepared in methods.items():
-        progress(f"{case}: warming {name} up")
-        for _ in range(settings.warmups):
-            run(name)
-        memory[name] = session.peak_memory(prepared, lambda name=name: run(name))  # type: ignore[misc]
-    measured = in_turn(case, list(methods), settings.rounds, run_twice, progress)
-    session.order += measured.order
-    seconds = {name: [sample.timing.first_token for sample in of] for name, of in measured.samples.items()}
+    case = f"batch {batch}, prompts of {tokens}"
+    measured = session.measure(case, methods, run=run, timed=run_twice)
     session.rows += [
         {
             "method": name,
             "batch": batch,
             "prompt_tokens": tokens,
-            **spread_fields("seconds_to_first_token", seconds[name]),
-            **compared(seconds, name),
-            **compared_memory(memory, name),
+            **measured.fields(name, "seconds_to_first_token", lambda sample: sample.timing.first_token),
             "routing_share": _median([sample.routing_share for sample in measured.samples[name]]),
         }
         for name in methods

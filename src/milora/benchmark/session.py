@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic
 
 import torch
 
@@ -14,7 +16,7 @@ from milora.benchmark.environment import environment
 from milora.benchmark.memory import live_bytes, only_new_objects, peak_growth
 from milora.benchmark.methods import MeasuredMethod, build_backbone
 from milora.benchmark.result import MIB, Result
-from milora.benchmark.rounds import Progress, Turn
+from milora.benchmark.rounds import Progress, Sample, Turn, compared, compared_memory, in_turn, spread_fields
 from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import model_bytes
 
@@ -35,8 +37,30 @@ class Prepared:
     kept: int
 
 
-class Session:
-    """One backbone in memory and the methods around it.
+@dataclass(frozen=True)
+class Measured(Generic[Sample]):
+    """What came out of a case.
+
+    Attributes:
+        samples: By method, one sample a round.
+        memory: By method, the peak in MiB.
+    """
+
+    samples: Mapping[str, list[Sample]]
+    memory: Mapping[str, float]
+
+    def fields(self, name: str, key: str, value: Callable[[Sample], float]) -> dict[str, Any]:
+        """What a row says of one method: the spread of a value as `key`, how it compares, and the peak memory."""
+        values = {method: [value(sample) for sample in samples] for method, samples in self.samples.items()}
+        return {**spread_fields(key, values[name]), **compared(values, name), **compared_memory(self.memory, name)}
+
+    def median(self, name: str, value: Callable[[Sample], float]) -> float:
+        """Of a value, over the rounds of one method."""
+        return statistics.median(value(sample) for sample in self.samples[name])
+
+
+class Record:
+    """What a benchmark has measured so far, and in which turns.
 
     Args:
         settings: Resolved.
@@ -50,6 +74,37 @@ class Session:
         self.rows: list[dict[str, Any]] = []
         self.order: list[Turn] = []
         self._before = environment(self.device)
+
+    def in_turn(
+        self, case: str, names: Sequence[str], measure: Callable[[str], Sample], describe: Callable[[Sample], str] = str
+    ) -> Mapping[str, list[Sample]]:
+        """Samples by name; see [`milora.benchmark.rounds.in_turn`]."""
+        measured = in_turn(case, names, self.settings.rounds, measure, self.progress, describe)
+        self.order += measured.order
+        return measured.samples
+
+    def result(self, command: str) -> Result:
+        """What has been measured."""
+        after = environment(self.device)["load_average"]
+        return Result(
+            command,
+            self.settings.to_dict(),
+            self.rows,
+            self.order,
+            {**self._before, "load_average_after": after},
+        )
+
+
+class Session(Record):
+    """One backbone in memory and the methods around it.
+
+    Args:
+        settings: Resolved.
+        progress: Is told how far it is.
+    """
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        super().__init__(settings, progress)
         depth = "" if settings.layers is None else f", {settings.layers} blocks"
         progress(f"building {settings.backbone}{depth}, in {settings.dtype}")
         self.backbone = build_backbone(settings)
@@ -74,20 +129,40 @@ class Session:
             prepared[name] = Prepared(method, live_bytes(self.device) - before - method.own_weights)
         return prepared
 
+    def measure(
+        self,
+        case: str,
+        methods: Mapping[str, Prepared],
+        *,
+        run: Callable[[str], Any],
+        timed: Callable[[str], Sample],
+        warm_up: Callable[[str], Any] | None = None,
+        describe: Callable[[Sample], str] = str,
+    ) -> Measured[Sample]:
+        """Warms up and measures memory, method by method, then whatever `timed` returns in turn.
+
+        Args:
+            case: What is measured, for the progress.
+            methods: By name.
+            run: Runs a method once, to warm it up and for its peak memory.
+            timed: Runs it once in its turn.
+            warm_up: Runs it unmeasured; by default `run`, as often as the settings have it.
+            describe: What to tell of a sample.
+        """
+        memory: dict[str, float] = {}
+        for name, prepared in methods.items():
+            self.progress(f"{case}: warming {name} up")
+            if warm_up is None:
+                for _ in range(self.settings.warmups):
+                    run(name)
+            else:
+                warm_up(name)
+            memory[name] = self.peak_memory(prepared, partial(run, name))
+        return Measured(self.in_turn(case, list(methods), timed, describe), memory)
+
     def peak_memory(self, prepared: Prepared, run: Callable[[], Any]) -> float:
         """MiB: the backbone's, what the method keeps, and the most that `run` has on top of both."""
         return (self.backbone_bytes + prepared.kept + peak_growth(run, self.device)) / MIB
-
-    def result(self, command: str) -> Result:
-        """What has been measured."""
-        after = environment(self.device)["load_average"]
-        return Result(
-            command,
-            self.settings.to_dict(),
-            self.rows,
-            self.order,
-            {**self._before, "load_average_after": after},
-        )
 
 
 @contextmanager

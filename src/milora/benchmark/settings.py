@@ -31,7 +31,7 @@ class Settings:
         attention: transformers' `attn_implementation`; its own choice by default.
         compile: Decode with a static cache and a compiled forward pass, for every method.
         rounds: How often each method is measured, in turn with the others.
-        warmups: Unmeasured runs of each method before.
+        warmups: Runs of each method before, the speed of which is not measured.
         round_seconds: A method that would take longer for one run generates fewer tokens in it, at least four; its row
             says how many.
         seed: Of the weights and the prompts.
@@ -94,11 +94,12 @@ class Settings:
         return asdict(self)
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Refuses a number that is too small.
+def check_at_least(name: str, value: int | tuple[int, ...], least: int) -> None:
+    """Refuses a number, or any of several, that is too small.
 
     Raises:
         MiLoraError: If `value < least`.
     """
-    if value < least:
-        raise MiLoraError(f"{name} must be at least {least}; found {value}.")
+    for number in value if isinstance(value, tuple) else (value,):
+        if number < least:
+            raise MiLoraError(f"{name} must be at least {least}; found {number}.")

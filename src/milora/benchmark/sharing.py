@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from milora.tuners.grouped.compiling import forget_compiled_step
+
 
 def shared_copy(backbone: nn.Module, own: Iterable[nn.Module] = ()) -> Any:
     """A copy of a model's modules whose parameters and buffers are the same tensors as the model's.
 
-    Adapters put into the copy leave the model itself as it was: it has no wrapped modules and no hooks.
+    Adapters put into the copy leave the model itself as it was: it has no wrapped modules and no hooks. The copy is of
+    a class of its own, below the model's: before torch.compile runs one model's graph for another, it compares their
+    classes and not their hooks, and would leave out an adapter that consists of hooks.
 
     Args:
         backbone: The model to copy.
@@ -20,7 +24,11 @@ def shared_copy(backbone: nn.Module, own: Iterable[nn.Module] = ()) -> Any:
     """
     owned = {id(parameter) for module in own for parameter in module.parameters()}
     shared = {id(tensor): tensor for tensor in _tensors(backbone) if id(tensor) not in owned}
-    return copy.deepcopy(backbone, memo=shared)
+    copied = copy.deepcopy(backbone, memo=shared)
+    kind = type(backbone)
+    copied.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    forget_compiled_step(copied)
+    return copied
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -121,6 +121,15 @@ def title(result: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What is to be said beneath a result's table: which rows of a compiled measurement are of eager steps, and why."""
+    reasons: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row.get("not_compiled"):
+            reasons.setdefault(row["not_compiled"], []).append(f"{row['method']} (beam {row['beam']})")
+    return [f"Not compiled: {', '.join(dict.fromkeys(named))}: {reason}." for reason, named in reasons.items()]
+
+
 def print_table(result: Mapping[str, Any]) -> None:
     """Prints a result's table on standard output."""
     header, rows = cells(result)
@@ -131,11 +140,15 @@ def print_table(result: Mapping[str, Any]) -> None:
         table.add_row(*row)
     # Figures that are cut off are none: the table takes the room it needs, however wide the terminal is.
     needed = Console(width=WIDEST).measure(table).maximum
-    Console(width=max(Console().width, needed)).print(table)
+    console = Console(width=max(Console().width, needed))
+    console.print(table)
+    for note in notes(result):
+        console.print(note, markup=False, highlight=False)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A result's table in Markdown, its title above."""
     header, rows = cells(result)
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return f"{title(result)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([title(result), table, *notes(result)]) + "\n"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora.benchmark.decode import GenerationCase, first_generation
-from milora.benchmark.generating import random_prompts
+from milora.benchmark.decode import GenerationCase
+from milora.benchmark.generating import first_generation, random_prompts
 from milora.benchmark.methods import (
     BASE,
     MeasuredMethod,
@@ -59,12 +59,10 @@ class TenantsSettings(Settings):
                 raise MiLoraError(
                     f"{name} serves one adapter at a time: give some of {', '.join((BASE, *SERVES_ROWS))}."
                 )
-        for tenants in self.tenants:
-            check_at_least("tenants", tenants, 1)
+        check_at_least("tenants", self.tenants, 1)
         if self.batch is not None:
             check_at_least("batch", self.batch, max(self.tenants))
-        for beams in self.beams:
-            check_at_least("beams", beams, 1)
+        check_at_least("beams", self.beams, 1)
         check_at_least("prompt_tokens", self.prompt_tokens, 1)
         check_at_least("new_tokens", self.new_tokens, 2)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from milora.benchmark.generating import random_prompts
 from milora.benchmark.methods import MeasuredMethod, build_method, check_names, variant
 from milora.benchmark.result import Result
-from milora.benchmark.rounds import Progress, compared, compared_memory, in_turn, spread_fields
+from milora.benchmark.rounds import Progress
 from milora.benchmark.session import Build, opened
 from milora.benchmark.settings import Settings, check_at_least
 from milora.errors import MiLoraError
@@ -121,25 +121,18 @@ def train_steps(settings: TrainSettings, progress: Progress = lambda line: None,
             trainings[method.name].step(short)
 
         methods = session.prepare(settings.methods, build, first_step)
+
+        def run(name: str) -> float:
+            return trainings[name].step(rows)
+
         case = f"batch {settings.batch} x {settings.tokens}"
-        memory: dict[str, float] = {}
-        for name, prepared in methods.items():
-            progress(f"{case}: warming {name} up")
-            for _ in range(settings.warmups):
-                trainings[name].step(rows)
-            memory[name] = session.peak_memory(prepared, lambda name=name: trainings[name].step(rows))  # type: ignore[misc]
-        measured = in_turn(
-            case, list(methods), settings.rounds, lambda name: trainings[name].step(rows), progress, _seconds
-        )
-        session.order += measured.order
+        measured = session.measure(case, methods, run=run, timed=run, describe=_seconds)
         session.rows += [
             {
                 "method": name,
                 "batch": settings.batch,
                 "tokens": settings.tokens,
-                **spread_fields("seconds_per_step", measured.samples[name]),
-                **compared(measured.samples, name),
-                **compared_memory(memory, name),
+                **measured.fields(name, "seconds_per_step", float),
                 "trainable": sum(parameter.numel() for parameter in trainings[name].parameters),
             }
             for name in methods

@@ -12,6 +12,9 @@ from milora.errors import MiLoraError
 ALL_DEVICES = "_compile_all_devices"
 """transformers compiles on accelerators only, unless a `CompileConfig` has this set; private, and no constructor's."""
 
+COMPILED_CALL = "_compiled_call"
+"""Where transformers keeps a model's compiled call, for every later `generate`."""
+
 
 def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `generate` under which its decode steps are compiled whole, on any device.
@@ -57,6 +60,15 @@ def is_compiled_by_transformers(model: Any, named: dict[str, Any]) -> bool:
     if cache is not None:
         return bool(getattr(cache, "is_compileable", False)) and type(cache) is not DynamicCache
     return _value(named, own, "cache_implementation") in ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+
+def forget_compiled_step(model: Any) -> None:
+    """Makes a copy of a backbone compile its decode steps itself: transformers' compiled call is the original's.
+
+    Args:
+        model: The copy.
+    """
+    vars(model).pop(COMPILED_CALL, None)
 
 
 def _value(named: dict[str, Any], config: Any, name: str) -> Any:

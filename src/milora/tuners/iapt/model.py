@@ -11,6 +11,7 @@ from milora.backbone.blocks import find_blocks, hidden_size
 from milora.backbone.key_value import check_projection, find_input_norm
 from milora.errors import MiLoraError
 from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
+from milora.tuners.grouped.compiling import is_compiled_by_transformers
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.layer import IAPTLayer
 from milora.tuners.prefix import PrefixTuner
@@ -89,6 +90,7 @@ class IAPTModel(PromptTuner, PrefixTuner):
         """`generate` of the backbone, with soft tokens written once, at the prefill.
 
         For assisted generation and chunked prefill, whose first pass is not the prompt, in a pass of its own before.
+        Decode steps are not compiled, whatever the cache; see [`IAPTModel.why_not_compiled`].
 
         Args:
             *args: As for the backbone's `generate`.
@@ -100,6 +102,9 @@ class IAPTModel(PromptTuner, PrefixTuner):
         model: Any = self.model
         if self.prompt_tuning_is_off():
             return model.generate(*args, **kwargs)
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        if is_compiled_by_transformers(model, named):
+            kwargs["disable_compile"] = True
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise MiLoraError(
@@ -112,6 +117,10 @@ class IAPTModel(PromptTuner, PrefixTuner):
                 prompts = {name: kwargs[name] for name in names if name in kwargs}
                 model.generate(*args, **prompts, generation_config=one_token(model))
             return model.generate(*args, **kwargs)
+
+    def why_not_compiled(self) -> str:
+        """What keeps transformers from compiling the decode steps."""
+        return "a decode step of IAPT reads what the pass over the prompt left behind, which torch.compile does not see"
 
 
 def _unchanged(hidden: Tensor) -> Tensor:
