@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim
 from datasets import concatenate_datasets
 from peft import AdaLoraModel
 from torch import Tensor, nn
