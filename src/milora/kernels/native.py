@@ -1,8 +1,9 @@
 """Builds the kernels that are written in C, for the CPU that runs them, when they are first needed.
 
-A decode step multiplies matrices so thin that preparing a call of a BLAS costs more than the product. The C file beside
-this one has loops for that; they take a second or two to build with the machine's own C compiler, once: the library is
-kept in the user's cache. Where there is no compiler, or `MILORA_NATIVE=0` is set, torch's operators are used.
+A decode step multiplies matrices so thin that preparing a call of a BLAS costs more than the product, and a router is
+many small operators whose calls cost more than what they do. The C files beside this one have loops for that; they take
+a second or two to build with the machine's own C compiler, once: the library is kept in the user's cache. Where there
+is no compiler, or `MILORA_NATIVE=0` is set, torch's operators are used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from threading import Lock
 
 _log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("row_lora.c")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("row_lora.c", "routing.c"))
+HEADER = FOLDER / "numbers.h"
 SWITCH = "MILORA_NATIVE"
 """Environment variable: `0` for torch's operators alone."""
 
@@ -47,14 +50,14 @@ def library() -> ctypes.CDLL | None:
 def _library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
-        _log.info("There is no C compiler: on the CPU, decode steps use torch's products.")
+        _log.info("There is no C compiler: on the CPU, routers and decode steps use torch's operators.")
         return None
     for flags in FLAGS:
         try:
             return ctypes.CDLL(str(_built(compiler, flags)))
         except (OSError, subprocess.SubprocessError) as error:
             reason = getattr(error, "stderr", None) or str(error)
-            _log.info("%s cannot build %s: %s", " ".join([compiler, *flags]), SOURCE.name, str(reason).strip()[:500])
+            _log.info("%s cannot build the kernels: %s", " ".join([compiler, *flags]), str(reason).strip()[:500])
     return None
 
 
@@ -66,13 +69,13 @@ def _compiler() -> str | None:
 def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     """The library's file, from the cache or new; two processes that build at once both get a whole one."""
     folder = _cache()
-    path = folder / f"{SOURCE.stem}-{_digest(compiler, flags)}.so"
+    path = folder / f"kernels-{_digest(compiler, flags)}.so"
     if path.is_file():
         return path
     handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *flags, "-shared", "-fPIC", "-o", partial, str(SOURCE)]
+        command = [compiler, *flags, "-shared", "-fPIC", "-o", partial, *map(str, SOURCES), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
         os.replace(partial, path)
     finally:
@@ -81,10 +84,11 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
 
 
 def _digest(compiler: str, flags: tuple[str, ...]) -> str:
-    """Names what the library depends on: its source, how it is built, and the processor that it is built for."""
+    """Names what the library depends on: its sources, how it is built, and the processor that it is built for."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS).stdout
     digest = hashlib.blake2b(digest_size=10)
-    for part in (SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor().encode()):
+    sources = [source.read_bytes() for source in (HEADER, *SOURCES)]
+    for part in (*sources, " ".join(flags).encode(), version, _processor().encode()):
         digest.update(part + b"\0")
     return digest.hexdigest()
 

@@ -9,11 +9,7 @@
  * shared out by features, so that the result does not depend on the number of threads.
  */
 
-#include <stdint.h>
-#include <string.h>
-
-typedef uint16_t bfloat16;
-typedef float float32;
+#include "numbers.h"
 
 struct plan {
     int64_t pieces, rank, d_in, d_out;
@@ -30,71 +26,39 @@ struct plan {
     float *low;                 /* (entries, rank): room for d */
 };
 
-static inline float read_bfloat16(bfloat16 value)
-{
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-static inline bfloat16 write_bfloat16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (value != value)
-        return 0x7fc0;
-    return (bfloat16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); /* to the nearest, ties to even */
-}
-
-static inline float read_float32(float32 value) { return value; }
-static inline float32 write_float32(float value) { return value; }
-
 #define FEATURES 64 /* of the output, one thread's at a time */
 #define RANKS 4     /* rows of A that are multiplied together */
-#define LANES 16
 
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
-typedef uint32_t bit_lanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
-typedef uint16_t half_lanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
-
-static inline lanes lanes_of_bfloat16(const bfloat16 *values)
-{
-    half_lanes halves;
-    memcpy(&halves, values, sizeof halves);
-    return (lanes)(__builtin_convertvector(halves, bit_lanes) << 16);
-}
-
-static inline lanes lanes_of_float32(const float32 *values)
-{
-    lanes result;
-    memcpy(&result, values, sizeof result);
-    return result;
-}
+/* Clang has the one, GCC before 12 the other alone. */
+#ifdef __clang__
+#define SHUFFLED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define SHUFFLED(A, B, ...) __builtin_shuffle(A, B, (bit_lanes){__VA_ARGS__})
+#endif
 
 /* Sums within two vectors at a time, so that after log2(LANES) levels lane i is the sum of the i-th vector. */
 static inline lanes halved_16(lanes a, lanes b)
 {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
 static inline lanes halved_8(lanes a, lanes b)
 {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    return SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
 static inline lanes halved_4(lanes a, lanes b)
 {
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return SHUFFLED(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           SHUFFLED(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
 }
 
 static inline lanes halved_2(lanes a, lanes b)
 {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return SHUFFLED(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 #define DEFINE(NAME, X, READ_X, WRITE_X, W, READ_W, LANES_OF_W)                                                                    \

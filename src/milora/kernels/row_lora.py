@@ -106,12 +106,13 @@ class RowLora:
             x: (rows, d_in), likewise.
 
         Returns:
-            Whether it has been done. It cannot where the two have gaps, types that differ or are not the kernel's, or
-            rows that do not fit each other or the pieces.
+            Whether it has been done. It cannot where the two have gaps, are elsewhere, have types that differ or are
+            not the kernel's, or rows that do not fit each other or the pieces.
         """
         if (
             result.dtype != x.dtype
             or x.dtype not in self._functions
+            or not (x.is_cpu and result.is_cpu)
             or not (x.is_contiguous() and result.is_contiguous())
             or x.numel() < self._least_rows * self._d_in
             or x.numel() * self._d_out != result.numel() * self._d_in

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
+from milora.kernels import routing as kernels
 from milora.routing.precision import KeepFloat32
 
 
@@ -18,10 +19,17 @@ class Pooler(KeepFloat32):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """See the class."""
+        pooled = self.pooled_at_once(hidden, mask)
+        if pooled is not None:
+            return pooled
         # Zeroed and not only weighted by zero: what lies at padding may be NaN, and 0 * NaN is NaN. Before the cast,
         # where it is half as much to write.
         hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).float()
         return torch.einsum("bt,bth->bh", self.weights(hidden, mask), hidden)
+
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        """The result by a kernel that does all of it, where there is one."""
+        return None
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Each token's share in the pooled vector: (batch, tokens), zero outside the mask."""
@@ -30,6 +38,10 @@ class Pooler(KeepFloat32):
 
 class MeanPooler(Pooler):
     """The mean over the prompt's tokens (the paper's MiLoRA-1)."""
+
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        """See [`Pooler`]."""
+        return kernels.pool(hidden, mask, None)
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """1 / (tokens of the prompt) on the prompt."""
@@ -66,6 +78,10 @@ class AttentionPooler(Pooler):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
+
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        """See [`Pooler`]."""
+        return kernels.pool(hidden, mask, self.weight)
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """The attention that each token of the prompt gets."""

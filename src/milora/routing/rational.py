@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from milora.errors import MiLoraError
+from milora.kernels import routing as kernels
 from milora.routing.precision import KeepFloat32
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -93,6 +94,9 @@ class RationalActivation(KeepFloat32):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape in, the same shape out, float32."""
         x = x.float()
+        value = kernels.rational(x, self.numerator, self.denominator)
+        if value is not None:
+            return value
         return _horner(x, self.numerator) / (1 + (x * _horner(x, self.denominator)).abs())
 
 

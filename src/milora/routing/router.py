@@ -96,7 +96,8 @@ def choose(probabilities: Tensor, top_k: int, gate: str = "hard") -> Decision:
     mask = chosen.to(probabilities.dtype)
     if gate == "hard":
         # Grouped so that the forward value is exactly 1: (p - p) is 0, while (1 + p) - p is not always 1.
-        gates = mask if top_k == experts else mask + mask * (probabilities - probabilities.detach())
+        is_constant = top_k == experts or not (probabilities.requires_grad and torch.is_grad_enabled())
+        gates = mask if is_constant else mask + mask * (probabilities - probabilities.detach())
     elif gate == "softmax":
         gates = probabilities * mask
     elif gate == "renormalized":
