@@ -197,7 +197,7 @@ class TestParameters:
         assert generate(model, adapter_names=["again"] * 6) == generate(model, adapter_names=names)
 
 
-class TestLeftToPeft:
+class TestOneAdapterAfterTheOther:
     def test_gradients(self) -> None:
         model = tenants()
         for parameter in model.parameters():
@@ -208,12 +208,25 @@ class TestLeftToPeft:
         layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
         assert layer.lora_A["wide"].weight.grad is not None
 
-    def test_midora_rows_which_it_refuses(self) -> None:
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+    def test_midora_rows_beside_others(self, name: str) -> None:
+        model = tenants(name)
+        add_adapter(model, "midora", name, seed=3, use_dora=True)
+        add_adapter(model, "another", name, seed=4, use_dora=True, top_k=1)
+        names = ["midora", "wide", "__base__", "another", "midora", "soft"]
+        assert generate(model, adapter_names=names) == alone(model, names)
+        assert generate(model, adapter_names=names, num_beams=2) == alone(model, names, num_beams=2)
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+    def test_a_row_that_chose_nothing_of_a_layer_is_the_backbones(self) -> None:
         model = tenants()
         add_adapter(model, "midora", seed=3, use_dora=True)
-        with pytest.raises(ValueError, match="DoRA"):
-            generate(model, adapter_names=["midora", *NAMES[1:]])
-        assert generate(model, adapter_names=NAMES) == alone(model)
+        names = ["midora", "__base__", *["__base__"] * 4]
+        with model.disable_adapter():
+            bare = logits_of(model)
+        mixed = logits_of(model, adapter_names=names)
+        assert not torch.equal(mixed[0], bare[0])
+        torch.testing.assert_close(mixed[1:], bare[1:], rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_left_in_place_afterwards() -> None:

@@ -230,7 +230,7 @@ class GroupedServing(ABC):
 
     @abstractmethod
     def names(self, batch: Any, x: Tensor) -> list[str] | None:
-        """The adapter of each row, for PEFT's own path; `None` if the active one serves all."""
+        """The adapter of each row, which a layer's own forward is to be told; `None` if it knows."""
 
     def has_fixed_rows(self, batch: Any, x: Tensor) -> bool:
         """Whether the next step's input will have the rows that a module's input `x` has."""

@@ -29,8 +29,7 @@ class ExpertLayer:
     """Mixed into a LoRA layer of PEFT by [`as_expert`]: a call that has nothing to adapt is one of the base layer.
 
     PEFT's `forward` casts its input, asks each variant and casts the result, whether or not there is anything to add.
-    It is left to serve what is not this tuner's own case: rows with adapters of their own, several adapters, disabled
-    ones, and the chosen experts of quantised layers.
+    It is left to serve what is not this tuner's own case: disabled adapters and the chosen experts of quantised layers.
     """
 
     kind: type[LoraLayer]
@@ -46,8 +45,10 @@ class ExpertLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if running.is_merged:
             return self.base_layer(x)
-        if running.adapter is None or args or kwargs or self._disable_adapters:
+        if args or kwargs or self._disable_adapters:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if running.adapter is None:
+            return self._by_adapter(running, x)
         prepared = running.prepared
         if running.is_decode_step and prepared is not None:
             step = prepared.step(self)
@@ -65,6 +66,26 @@ class ExpertLayer:
             return super().forward(x)  # type: ignore[misc]
         result = self.base_layer(x)
         return variant.adapt(self, running.adapter, selection, x, result).to(result.dtype)
+
+    def _by_adapter(self, running: RoutingPass, x: Tensor) -> Tensor:
+        """Each row with its own adapter, one adapter after the other; for what no stack serves, DoRA above all.
+
+        Raises:
+            MiLoraError: If the input does not have the batch's rows.
+        """
+        running.check_rows(x)
+        result: Tensor = self.base_layer(x)
+        for adapter, rows in running.adapter_rows.items():
+            variant = self.lora_variant.get(adapter)
+            if not isinstance(variant, ExpertVariant):
+                continue
+            selection = selection_of(running.routings, adapter, variant.block, variant.expert)
+            if selection is None:
+                continue
+            places = running.places(adapter, x.device)
+            part = variant.adapt(self, adapter, selection, x.index_select(0, places), result.index_select(0, places))
+            result = result.index_copy(0, places, part.to(result.dtype))
+        return result
 
     def train(self, mode: bool = True) -> Any:
         """As any module's; training forgets what [`dora_scale`] keeps."""

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
-from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share, lora_layers
+from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share
 from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.expert import ExpertVariant
 from milora.tuners.milora.routing_pass import RoutingPass
@@ -39,25 +39,9 @@ class RoutedServing(GroupedServing):
 
     @contextmanager
     def naming_rows(self, names: list[str]) -> Iterator[None]:
-        """In force: an adapter for each row, or for as many rows in succession as beams and return sequences make.
-
-        Modules that no stack serves are told the names as PEFT tells them, in a hook.
-        """
-        handles: list[Any] = []
-        try:
-            with self.serving(), self.dispatcher.naming_rows(names):
-                for path, layer in lora_layers(self.model):
-                    if path not in self.stacks.modules:
-                        handles.append(layer.register_forward_pre_hook(self._name_rows, with_kwargs=True))
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _name_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        running: RoutingPass | None = self.dispatcher.current
-        names = None if running is None else self.names(running, args[0])
-        return None if names is None else (args, {**kwargs, "adapter_names": names})
+        """In force: an adapter for each row, or for as many rows in succession as beams and return sequences make."""
+        with self.serving(), self.dispatcher.naming_rows(names):
+            yield
 
     def is_plain(self, layer: LoraLayer, adapter: str) -> bool:
         """See [`GroupedServing.is_plain`]; gates are what the operator is for."""
@@ -79,21 +63,8 @@ class RoutedServing(GroupedServing):
         """See [`GroupedServing.rows`]."""
         return batch.rows
 
-    def names(self, batch: RoutingPass, x: Tensor) -> list[str] | None:
-        """See [`GroupedServing.names`].
-
-        Raises:
-            MiLoraError: If a module's input does not have the batch's rows.
-        """
-        names = self.dispatcher.adapter_names
-        if names is None:
-            return None
-        if x.shape[0] != batch.rows:
-            raise MiLoraError(
-                f"{type(self.model).__name__} flattens batch and tokens before one of the adapted modules, so rows "
-                "with different adapters cannot be told apart there. Serve one adapter at a time."
-            )
-        return _expanded(names, batch.rows)
+    def names(self, batch: RoutingPass, x: Tensor) -> None:
+        """See [`GroupedServing.names`]: experts read the pass themselves."""
 
     def shares(self, batch: RoutingPass, module: ModuleStack, x: Tensor) -> Iterator[Share]:
         """See [`GroupedServing.shares`].
@@ -101,7 +72,8 @@ class RoutedServing(GroupedServing):
         Raises:
             MiLoraError: If a module's input does not have the batch's rows.
         """
-        self.names(batch, x)
+        if self.dispatcher.adapter_names is not None:
+            batch.check_rows(x)
         for adapter, rows in batch.adapter_rows.items():
             variant = module.layer.lora_variant.get(adapter)
             if isinstance(variant, ExpertVariant):

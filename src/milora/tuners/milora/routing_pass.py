@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from milora.errors import MiLoraError
 from milora.routing import Route
 from milora.tuners.milora.decoding import PreparedExperts
 from milora.tuners.milora.selection import BlockRouting
@@ -43,6 +45,24 @@ class RoutingPass(PromptPass):
             return None
         ((adapter, rows),) = self.adapter_rows.items()
         return adapter if rows is None else None
+
+    def places(self, adapter: str, device: torch.device) -> Tensor:
+        """(its rows), int64: an adapter's rows as an index on a device, made once a pass."""
+        key = ("places", adapter, device)
+        if key not in self.values:
+            rows = self.adapter_rows[adapter]
+            self.values[key] = torch.tensor(range(self.rows) if rows is None else rows, device=device)
+        index: Tensor = self.values[key]
+        return index
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raises a [`MiLoraError`] if a module's input does not have the batch's rows, which may have own adapters."""
+        if x.shape[0] != self.rows:
+            raise MiLoraError(
+                f"An adapted module was given an input of shape {tuple(x.shape)} for a batch of {self.rows} rows: batch "
+                "and tokens are flattened before it, so rows with different adapters cannot be told apart there. Serve "
+                "one adapter at a time."
+            )
 
     def route(self, blocks: tuple[str, ...]) -> Route:
         """The decisions of all adapters as a value; rows without an adapter have gate and probability 0."""
