@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from milora.tuners.grouped import GroupedServing
 from milora.tuners.iapt import IAPTModel
+from milora.tuners.moelora import MoeLoraModel
 
 Returned = TypeVar("Returned")
 
@@ -41,7 +42,8 @@ def why_not_compiled(model: Any, beams: int) -> str | None:
         return "transformers compiles no step of a beam search"
     tuner = getattr(model, "base_model", None)
     decides = getattr(tuner, "grouped", tuner)
-    return decides.why_not_compiled() if isinstance(decides, GroupedServing | IAPTModel) else None
+    known = isinstance(decides, GroupedServing | IAPTModel | MoeLoraModel)
+    return decides.why_not_compiled() if known else None
 
 
 class Compilations:

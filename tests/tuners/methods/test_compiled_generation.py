@@ -13,15 +13,8 @@ from milora.tuners.grouped.compiling import compiled_settings
 PROMPTS = random_prompts(3, (3, 9), seed=1)
 
 
-TASK_GATE = pytest.mark.xfail(
-    raises=RuntimeError, strict=True, reason="a compiled step does not see the tasks that MOELoRA's gate='task' reads"
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=TASK_GATE if name == "moelora-task" else ()) for name in METHODS]
-)
+@pytest.mark.parametrize("name", list(METHODS))
 def test_a_compiled_step_decodes_as_an_eager_one(name: str) -> None:
     torch._dynamo.reset()
     model = adapted(name, "llama")

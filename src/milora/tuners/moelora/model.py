@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from milora.backbone.blocks import find_blocks, hidden_size, in_features
 from milora.errors import MiLoraError
 from milora.tuners.attachment import Attachment, AttachmentTuner
+from milora.tuners.grouped.compiling import is_compiled_by_transformers
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraPart, MoeLoraShared
 from milora.tuners.moelora.running import Running
@@ -81,6 +82,8 @@ class MoeLoraModel(AttachmentTuner):
     def generate(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The backbone's `generate`.
 
+        With `gate="task"` decode steps are not compiled, whatever the cache; see [`MoeLoraModel.why_not_compiled`].
+
         Args:
             *args: As for the backbone.
             task_ids: (batch), the task of each prompt, for adapters with `gate="task"`; beams and several return
@@ -90,8 +93,18 @@ class MoeLoraModel(AttachmentTuner):
         Raises:
             MiLoraError: If the active adapter needs `task_ids` and they are missing; see [`MoeLoraModel.use_tasks`].
         """
+        model: Any = self.model
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        if self.why_not_compiled() is not None and is_compiled_by_transformers(model, named):
+            kwargs["disable_compile"] = True
         with self.use_tasks(task_ids):
-            return self.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
+
+    def why_not_compiled(self) -> str | None:
+        """What keeps transformers from compiling the decode steps, if anything does."""
+        if any(self.peft_config[name].gate == "task" for name in self.active_adapters):
+            return "the rows' tasks are read where the model is called, which torch.compile does not see"
+        return None
 
     def use_tasks(self, task_ids: Tensor | Sequence[int] | None) -> AbstractContextManager[None]:
         """`with model.use_tasks(task_ids):` says which task each row belongs to, where no argument can; `None` nothing.
