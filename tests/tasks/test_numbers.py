@@ -6,7 +6,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from milora.tasks.numbers import canonical, find_number, number
@@ -81,6 +81,30 @@ class TestForms:
         assert [canonical(value) for value in values] == ["1000", "0.5", "-0.125", "1/3", "-1.4", "0"]
 
 
+SPACES = (" ", "\u00a0", "\u202f")
+SPACED_FORMS = ("{}", "{}.", "{}.00", "${}", "€ {}", "USD {}", "{}%", "{} apples", "{}kg", "**{}**", "\\boxed{{{}}}")
+
+
+class TestSpacesBetweenThousands:
+    @given(st.integers(1000, 10**12), st.sampled_from(SPACES), st.sampled_from(SPACED_FORMS), st.sampled_from(WORDINGS))
+    def test_any_number(self, value: int, space: str, form: str, wording: str) -> None:
+        written = f"{value:,}".replace(",", space)
+        assert find_number(wording.format(form.format(written))) == str(value)
+        assert find_number(wording.format(form.format(f"-{written}"))) == str(-value)
+
+    @given(st.lists(st.integers(0, 99999), min_size=2, max_size=5), st.sampled_from(SPACES))
+    def test_numbers_in_a_row_that_have_not_its_form_stay_apart(self, values: list[int], space: str) -> None:
+        first, *others = map(str, values)
+        assume(len(first) > 3 or any(len(other) != 3 for other in others))
+        text = space.join([first, *others])
+        assert find_number(f"The answer is {text}") == first
+        assert find_number(text) == others[-1]
+
+    @given(st.integers(0, 999), st.integers(100, 999), st.sampled_from([" and ", " or ", " apples and ", "; ", " - "]))
+    def test_words_and_marks_between_numbers_keep_them_apart(self, first: int, second: int, between: str) -> None:
+        assert find_number(f"{first}{between}{second} pears") == str(second)
+
+
 @pytest.mark.parametrize(
     ("output", "value"),
     [
@@ -90,6 +114,14 @@ class TestForms:
         ("\\dfrac{1}{2}", "0.5"),
         ("2 1/2 hours", "2.5"),
         ("1{,}000", "1000"),
+        ("The answer is 10 000", "10000"),
+        ("3 apples and 400 pears", "400"),
+        ("12 5", "5"),
+        ("1 2345", "2345"),
+        ("12 345 67", "67"),
+        ("The answer is 2 000 + 3 000 = 5 000", "5000"),
+        ("10 000/5", "2000"),
+        ("2 100/200", "2.5"),  # a mixed number
         ("The answer is 2 + 3 = 5 apples in 7 days", "5"),
         ("The answer is 2 apples + 3 apples = 5 apples", "5"),
         ("The answer is 8 = 5 + 3", "8"),
@@ -126,7 +158,15 @@ def test_what_counts(output: str, value: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [(" 1,080\n", "1080"), ("120.0", "120"), ("-5", "-5"), ("5 apples", None), ("5 6", None), ("", None)],
+    [
+        (" 1,080\n", "1080"),
+        ("120.0", "120"),
+        ("-5", "-5"),
+        ("5 apples", None),
+        ("5 6", None),
+        ("12\u00a0345", "12345"),
+        ("", None),
+    ],
 )
 def test_number_is_the_whole_text(text: str, value: str | None) -> None:
     assert number(text) == value
@@ -141,7 +181,7 @@ def test_any_text_gives_a_number_or_none(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1 a b " * 4000, "1+" * 9000, "1," * 9000, "answer " * 9000, "\\frac{" * 5000, "1 " * 9000]
+    "text", ["1 a b " * 4000, "1+" * 9000, "1," * 9000, "answer " * 9000, "\\frac{" * 5000, "1 " * 9000, "100 " * 9000]
 )
 def test_a_model_that_repeats_itself_costs_no_time(text: str) -> None:
     started = time.process_time()

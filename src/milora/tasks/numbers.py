@@ -9,8 +9,12 @@ from milora.tasks.answers import CUE
 
 _CURRENCY = r"(?:(?:US|A|C)?\$\s?|[€£¥₹]\s?|(?:USD|EUR|GBP|INR)\s?|Rs\.?\s?)"
 _SIGN = r"(?:(?<![\w)\]%])[-+])"
-_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|(?<![0-9A-Za-z.])\.[0-9]+)"
-_VALUE = rf"(?:[0-9]+ [0-9]+/[0-9]+|{_DECIMAL}(?:/{_DECIMAL})?)"
+_SPACE = "[ \u00a0\u202f]"
+# Only where the whole run of digits and spaces has the form of a number, so that "12 345 67" remains a list.
+_SPACED = rf"(?<![0-9]{_SPACE})[0-9]{{1,3}}(?:{_SPACE}[0-9]{{3}})+(?!{_SPACE}?[0-9])"
+_DECIMAL = rf"(?:(?:{_SPACED}|[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?|(?<![0-9A-Za-z.])\.[0-9]+)"
+_MIXED = "[0-9]+ [1-9][0-9]*/[0-9]+"
+_VALUE = rf"(?:{_MIXED}|{_DECIMAL}(?:/{_DECIMAL})?)"
 # Not inside a word ("x2"), a date, a time, a ratio or a version, and no ordinal.
 _NUMBER = (
     rf"(?<!\w)(?<![0-9][.,/:])(?:{_SIGN}{_CURRENCY}?|{_CURRENCY}[-+]?)?{_VALUE}"
@@ -47,7 +51,8 @@ def find_number(text: str) -> str | None:
     (right behind it, where the cue is no sentence): the first number there, and of an equation its result ("the answer
     is 2 + 3 = 5"). A sum or a range is no answer there. Without such a cue it is the last number of the text.
 
-    Thousands separators, currency, units, per cent signs, LaTeX and bold do not matter, nor does the form of the value:
+    Thousands separators (commas, or spaces, U+00A0 or U+202F, before exactly three digits each), currency, units, per
+    cent signs, LaTeX and bold do not matter, nor does the form of the value:
     `1,000.0` and `$1000` are equal, and `1/2`, `0.5` and `\\frac{1}{2}`. Words ("five", "million") and ordinals are not
     read, nor is a number after "not".
     """
@@ -71,12 +76,12 @@ def number(text: str) -> str | None:
     if match is None or len(match[1]) > _MOST_DIGITS:
         return None
     digits = re.sub(r"[^0-9./ ]", "", match[1].replace("Rs.", "")).strip()
-    *whole, last = digits.split(" ")
+    whole, last = digits.split(" ") if re.fullmatch(_MIXED, digits) else ("0", digits.replace(" ", ""))
     numerator, _, denominator = last.partition("/")
     below = Fraction(denominator) if denominator else Fraction(1)
     if below == 0:
         return None
-    value = Fraction(numerator) / below + sum(map(Fraction, whole))
+    value = Fraction(numerator) / below + Fraction(whole)
     return canonical(-value if "-" in match[1] else value)
 
 
