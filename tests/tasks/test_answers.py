@@ -109,8 +109,39 @@ class TestLabels:
         assert labels.find("physics or us foreign policy") is None
         assert labels.find("astrophysics") is None
 
+    @given(
+        st.permutations(LABELS),
+        st.sampled_from(["the correct answer is {}", "Answer: {}.", "the answer is either {}, I think"]),
+        st.sampled_from(["{} or {}", "{} and {}", "{}, {}", "**{}** or **{}**", "({}) or ({})", "{} & {}"]),
+    )
+    def test_two_labels_side_by_side_are_no_answer(self, labels: list[str], wording: str, pair: str) -> None:
+        assert Labels(self.LABELS).find(wording.format(pair.format(*labels))) is None
 
-@pytest.mark.parametrize("text", ["the answer is " * 3000, "(A " * 9000, "answer " * 9000, "[" * 20000, "A/" * 9000])
+    @pytest.mark.parametrize(
+        "output",
+        [
+            "the correct answer is true, not false",
+            "the correct answer is true. False is wrong",
+            "the correct answer is true, true, true",
+            "the correct answer is true or so",
+            "It may be true or false. The correct answer is true",
+        ],
+    )
+    def test_what_else_is_said_after_a_label(self, output: str) -> None:
+        assert Labels(("true", "false")).find(output) == "true"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the answer is " * 3000,
+        "(A " * 9000,
+        "answer " * 9000,
+        "[" * 20000,
+        "A/" * 9000,
+        "the answer is true" + ", " * 9000,
+    ],
+)
 def test_a_model_that_repeats_itself_costs_no_time(text: str) -> None:
     started = time.process_time()
     find_letter(text, LETTERS)

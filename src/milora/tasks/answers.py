@@ -29,7 +29,9 @@ _END = r"(?=\s*(?:$|[.,;:!?)\]\n*\"'`]))"
 _AFTER_CUE = re.compile(rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|([A-Z]){_WHOLE}|([a-z]){_END})")
 _AT_START = re.compile(rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|([A-Za-z]){_END})")
 _IN_BRACKETS = re.compile(rf"{_DENIED}(?<![/\w])\(([A-Z])\)(?!\s*/)")
-_ANOTHER = re.compile(rf"{_MARKS}(?:/|\bor\b|\band\b|,|&){_MARKS}(?:{_BRACKETED}|([A-Z]){_WHOLE})")
+_JOINT = rf"{_MARKS}(?:/|\bor\b|\band\b|,|&){_MARKS}"
+_ANOTHER = re.compile(rf"{_JOINT}(?:{_BRACKETED}|([A-Z]){_WHOLE})")
+_BESIDE = re.compile(rf"[)\]]?{_JOINT}[(\[]?")
 
 
 class Labels:
@@ -50,14 +52,21 @@ class Labels:
         """The label that a text gives, or `None`.
 
         It is the first label after "answer is" (or "answer:"). Where nothing follows such words, it is the only label
-        in the text; several different ones are no answer. Neither is a label after "not", nor one in a list such as
-        "true/false". Case, punctuation and a space in the label ("Answer 2") do not matter.
+        in the text; several different ones are no answer, nor are two different ones side by side ("true or false")
+        after such words. Neither is a label after "not", nor one in a list such as "true/false". Case, punctuation and
+        a space in the label ("Answer 2") do not matter.
         """
         text = re.sub(r"\s*/\s*", "/", " ".join(text.casefold().split()))
         cue = _LABEL_CUE.search(text)
         match = self._pattern.search(text, cue.end()) if cue else None
-        found = {_letters(m[0]) for m in ([match] if match else self._pattern.finditer(text))}
+        found = {_letters(m[0]) for m in (self._side_by_side(match) if match else self._pattern.finditer(text))}
         return self._labels[found.pop()] if len(found) == 1 else None
+
+    def _side_by_side(self, first: re.Match[str]) -> list[re.Match[str]]:
+        """A label that was found, and the one that "or", "and", a comma or the like joins to it."""
+        joint = _BESIDE.match(first.string, first.end())
+        second = self._pattern.match(first.string, joint.end()) if joint else None
+        return [first, second] if second else [first]
 
 
 def find_letter(text: str, letters: str) -> str | None:
