@@ -75,7 +75,7 @@ class ExpertLayer:
         """
         running.check_rows(x)
         result: Tensor = self.base_layer(x)
-        for adapter, rows in running.adapter_rows.items():
+        for adapter in running.adapter_rows:
             variant = self.lora_variant.get(adapter)
             if not isinstance(variant, ExpertVariant):
                 continue

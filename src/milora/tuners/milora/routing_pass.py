@@ -59,9 +59,9 @@ class RoutingPass(PromptPass):
         """Raises a [`MiLoraError`] if a module's input does not have the batch's rows, which may have own adapters."""
         if x.shape[0] != self.rows:
             raise MiLoraError(
-                f"An adapted module was given an input of shape {tuple(x.shape)} for a batch of {self.rows} rows: batch "
-                "and tokens are flattened before it, so rows with different adapters cannot be told apart there. Serve "
-                "one adapter at a time."
+                f"An adapted module was given an input of shape {tuple(x.shape)} for a batch of {self.rows} rows: "
+                "batch and tokens are flattened before it, so rows with different adapters cannot be told apart there. "
+                "Serve one adapter at a time."
             )
 
     def route(self, blocks: tuple[str, ...]) -> Route:
