@@ -67,7 +67,7 @@ def test_both_turns_against_a_loop_of_single_prompts(tmp_path: Path) -> None:
 def test_the_chat_template_is_used_where_there_is_one() -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
-    assert module._prompt(tokenizer, ["a", "b"], ["x"]) == [
+    assert module.conversation_prompt(tokenizer, ["a", "b"], ["x"]) == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "b"},

@@ -101,7 +101,7 @@ def answer_questions(
         conversations: list[list[str]] = [[] for _ in group]
         for turn in range(TURNS):
             prompts = [
-                _prompt(tokenizer, q.turns[: turn + 1], said) for q, said in zip(group, conversations, strict=True)
+                conversation_prompt(tokenizer, q.turns[: turn + 1], said) for q, said in zip(group, conversations, strict=True)
             ]
             decoding = _decoding(group[0].category, max_new_tokens, beams)
             for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size):
@@ -166,7 +166,14 @@ def _decoding(category: str, max_new_tokens: int, beams: int | None) -> Decoding
     return Decoding(max_new_tokens, beams=1, temperature=TEMPERATURES.get(category))
 
 
-def _prompt(tokenizer: Any, asked: Sequence[str], said: Sequence[str]) -> Text:
+def conversation_prompt(tokenizer: Any, asked: Sequence[str], said: Sequence[str]) -> Text:
+    """What a model reads in a turn: the conversation so far, in its chat template or the instruction template.
+
+    Args:
+        tokenizer: The model's.
+        asked: The user's turns so far.
+        said: The answers to all of them but the last.
+    """
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": asked[0]}]
         for answer, question in zip(said, asked[1:], strict=True):
