@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from milora.errors import DataError, MiLoraError
 from milora.tasks import hub, registry
 from milora.tasks.rows import Row, instruction_prompt
-from milora.tasks.sources import read_rows, to_dataset
+from milora.tasks.sources import DEV_SPLITS, dev_split, read_dev_rows, read_rows, to_dataset
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -33,6 +33,14 @@ def write_array(path: Path, *rows: Any) -> Path:
 def error_of(source: str | Path, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
         read_rows(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def dev_error_of(source: str | Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_dev_rows(source)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -273,11 +281,20 @@ class TestHub:
         monkeypatch.setattr(hub, "load_dataset", load_dataset)
         rows = [Row(instruction_prompt("Add."), "4", "4")]
         assert read_rows("owner/some.data") == rows
-        assert read_rows("owner/data", split="test", config="easy") == rows
+        assert read_rows("owner/data:20220301.en", split="test") == rows
         assert asked == [
             (("owner/some.data", None), {"split": "train"}),
-            (("owner/data", "easy"), {"split": "test"}),
+            (("owner/data", "20220301.en"), {"split": "test"}),
         ]
+
+    def test_a_bad_row_is_named_with_its_configuration(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(hub, "load_dataset", lambda *_, **__: Dataset.from_list([{**PAIR, "prompt": " "}]))
+        assert error_of("owner/data:easy") == "owner/data:easy (train), row 1: `prompt` is empty"
+
+    @pytest.mark.parametrize("name", ["data:easy", "owner/data:", "owner/data.json:easy", "owner/part/data:easy"])
+    def test_what_is_no_hub_id(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert error_of(name).startswith(f"{name}: no such file")
 
     def test_a_hub_that_cannot_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load_dataset(*_: Any, **__: Any) -> Dataset:
@@ -286,6 +303,72 @@ class TestHub:
         monkeypatch.setattr(hub, "load_dataset", load_dataset)
         message = error_of("owner/data")
         assert message.startswith("split 'train' of the dataset 'owner/data' cannot be loaded: Couldn't reach the Hub")
+
+
+class TestDevRows:
+    @pytest.mark.parametrize("name", DEV_SPLITS)
+    def test_a_folder_s_file(self, name: str, tmp_path: Path) -> None:
+        write_lines(tmp_path / "train.jsonl", PAIR, PAIR)
+        write_lines(tmp_path / "test.jsonl", PAIR, PAIR, PAIR)
+        assert dev_split(tmp_path) is None
+        message = dev_error_of(tmp_path)
+        assert message.startswith(
+            f"{tmp_path} has no split dev or validation to take dev rows from; its splits: test, train"
+        )
+        write_lines(tmp_path / f"{name}.jsonl", {**PAIR, "prompt": "of dev"})
+        assert dev_split(tmp_path) == name
+        assert read_dev_rows(tmp_path) == [Row("of dev", " 4")]
+
+    def test_dev_comes_before_validation(self, tmp_path: Path) -> None:
+        for name in ("validation", "dev"):
+            write_lines(tmp_path / f"{name}.jsonl", {**PAIR, "prompt": name})
+        assert [row.prompt for row in read_dev_rows(tmp_path)] == ["dev"]
+
+    def test_a_file_is_its_own_split(self, tmp_path: Path) -> None:
+        file = write_lines(tmp_path / "train.jsonl", PAIR)
+        assert dev_split(file) is None
+        assert read_dev_rows(file) == [Row("2 + 2 =", " 4")]
+
+    def test_a_dataset_that_load_dataset_reads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        folder = tmp_path / "data"
+        folder.mkdir()
+        Dataset.from_list([PAIR]).to_parquet(folder / "train-0.parquet")
+        assert dev_split(folder) is None
+        assert "its splits: train: name a file" in dev_error_of(folder)
+        Dataset.from_list([{**PAIR, "prompt": "of dev"}]).to_parquet(folder / "dev-0.parquet")
+        assert dev_split(folder) == "validation"
+        assert read_dev_rows(folder) == [Row("of dev", " 4")]
+
+    def test_a_dataset_that_was_saved(self, tmp_path: Path) -> None:
+        single = Dataset.from_list([PAIR])
+        single.save_to_disk(str(tmp_path / "one"))
+        assert dev_split(tmp_path / "one") is None
+        assert len(read_dev_rows(tmp_path / "one")) == 1
+        DatasetDict(train=single, validation=single).save_to_disk(str(tmp_path / "many"))
+        assert dev_split(tmp_path / "many") == "validation"
+
+    def test_a_dataset_on_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        splits = DatasetDict(
+            train=Dataset.from_list([PAIR, PAIR]), validation=Dataset.from_list([{**PAIR, "prompt": "of dev"}])
+        )
+
+        def load_dataset(name: str, config: str | None, split: str | None = None) -> Any:
+            assert (name, config) == ("owner/data", "easy")
+            return splits if split is None else splits[split]
+
+        monkeypatch.setattr(hub, "load_dataset", load_dataset)
+        assert dev_split("owner/data:easy") == "validation"
+        assert read_dev_rows("owner/data:easy") == [Row("of dev", " 4")]
+        del splits["validation"]
+        assert dev_error_of("owner/data:easy").startswith("owner/data:easy has no split dev or validation")
+
+    def test_tasks(self) -> None:
+        name = registry.names()[0]
+        assert dev_split(name) == "dev"
+        assert read_dev_rows(name) == read_rows(name, "dev")
+        with pytest.raises(MiLoraError, match="mmlu has no split 'dev'; its splits: test"):
+            read_dev_rows("mmlu")
 
 
 class TestTaskNames:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -18,20 +21,42 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     Raises:
         DataError: the dataset cannot be reached, read or built, or has no such split or configuration.
     """
+    with _explained(f"split {split!r} of the dataset {name!r}"):
+        if not _was_saved(name):
+            return load_dataset(name, config, split=split)
+        saved = load_from_disk(name)
+        if not isinstance(saved, DatasetDict):
+            return saved
+        if split not in saved:
+            raise DataError(f"{name} has no split {split!r}; its splits: {', '.join(saved)}")
+        return saved[split]
+
+
+def split_names(name: str, config: str | None = None) -> list[str] | None:
+    """The splits of a dataset; `None` for a single one that was saved to disk, and is its own.
+
+    Raises:
+        DataError: the dataset cannot be reached, read or built, or has no such configuration.
+    """
+    with _explained(f"the dataset {name!r}"):
+        # A split is not loaded without the others either, so that this costs nothing where one is.
+        found: Any = load_from_disk(name) if _was_saved(name) else load_dataset(name, config)
+        return list(found) if isinstance(found, dict) else None
+
+
+def _was_saved(name: str) -> bool:
+    return any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
     try:
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            saved = load_from_disk(name)
-            if not isinstance(saved, DatasetDict):
-                return saved
-            if split not in saved:
-                raise DataError(f"{name} has no split {split!r}; its splits: {', '.join(saved)}")
-            return saved[split]
-        return load_dataset(name, config, split=split)
+        yield
     except DataError:
         raise
     except (OSError, ValueError, DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"split {split!r} of the dataset {name!r} cannot be loaded: {reason} "
+            f"{what} cannot be loaded: {reason} "
             "(check its name, split and configuration, and that the hub can be reached; a folder works without it)"
         ) from error

@@ -13,18 +13,20 @@ from datasets import Dataset, Features, List, Value
 from milora.errors import DataError, did_you_mean
 from milora.tasks import registry
 from milora.tasks.files import FILE_SUFFIXES, read_file
-from milora.tasks.hub import load_split
+from milora.tasks.hub import load_split, split_names
 from milora.tasks.rows import Row, read_records
-from milora.tasks.task import check_split
+from milora.tasks.task import SPLITS, check_split
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?")
+
+DEV_SPLITS = ("dev", "validation", "valid", "val")
+"""What splits of dev rows are called; the first that a source has is read."""
 
 
 def read_rows(
     source: str | os.PathLike[str],
     split: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-    config: str | None = None,
 ) -> list[Row]:
     """The rows of a source, which is looked up in this order.
 
@@ -32,7 +34,7 @@ def read_rows(
        handed to the task. A folder of the same name is `./name`.
     2. A file: `.jsonl` (a row a line) or `.json` (an array). It is its own split: `split` is not looked at.
     3. A folder: its file `{split}.jsonl` or `{split}.json` (`train` by default), else that split of the dataset in it.
-    4. A hub id, `owner/name`: the dataset's `split` (`train` by default) of the configuration `config`.
+    4. A hub id, `owner/name`, or `owner/name:configuration`: the dataset's `split` (`train` by default).
 
     See `milora.tasks.rows` for the shapes of rows.
 
@@ -51,12 +53,42 @@ def read_rows(
         files = [file for suffix in FILE_SUFFIXES if (file := path / f"{split}{suffix}").is_file()]
         if len(files) > 1:
             raise DataError(f"{path} has {' and '.join(file.name for file in files)}: name the one to read")
-        return read_file(files[0]) if files else _read_dataset(str(path), split, config)
+        return read_file(files[0]) if files else _read_dataset(str(path), None, split)
     if path.exists():
         return read_file(path)
-    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in FILE_SUFFIXES:
-        return _read_dataset(name, split, config)
-    raise DataError(_not_found(name, path))
+    return _read_dataset(*_hub_dataset(name), split)
+
+
+def dev_split(source: str | os.PathLike[str]) -> str | None:
+    """The split that a source has its dev rows in, the first of [`DEV_SPLITS`]; `None` where it has none of them.
+
+    A file has none, nor has a single dataset that was saved to disk: they are their own split.
+
+    Raises:
+        DataError: there is no such source, or it cannot be read.
+    """
+    name = os.fspath(source)
+    return "dev" if name in registry.names() else _first_dev(_splits(name) or ())
+
+
+def read_dev_rows(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> list[Row]:
+    """The rows of a source that is there for dev: those of its [`dev_split`], or all of one that is its own split.
+
+    Raises:
+        DataError: as [`read_rows`], or the source has splits and none of them is for dev.
+        MiLoraError: a task has no dev split.
+    """
+    name = os.fspath(source)
+    if name in registry.names():
+        return read_rows(name, "dev", data_dir)
+    splits = _splits(name)
+    split = _first_dev(splits or ())
+    if splits is not None and split is None:
+        raise DataError(
+            f"{name} has no split {' or '.join(DEV_SPLITS[:2])} to take dev rows from; its splits: "
+            f"{', '.join(splits)}: name a file of dev rows, or a source with such a split"
+        )
+    return read_rows(name, split, data_dir)
 
 
 def to_dataset(rows: Sequence[Row]) -> Dataset:
@@ -82,9 +114,34 @@ def to_dataset(rows: Sequence[Row]) -> Dataset:
     )
 
 
-def _read_dataset(name: str, split: str, config: str | None) -> list[Row]:
+def _splits(name: str) -> list[str] | None:
+    """The splits of a source that is no task; `None` where it is its own split."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted({file.stem for file in path.iterdir() if file.suffix in FILE_SUFFIXES and file.is_file()})
+        return files if {*SPLITS, *DEV_SPLITS}.intersection(files) else split_names(str(path))
+    return None if path.exists() else split_names(*_hub_dataset(name))
+
+
+def _first_dev(splits: Sequence[str]) -> str | None:
+    return next((split for split in DEV_SPLITS if split in splits), None)
+
+
+def _hub_dataset(name: str) -> tuple[str, str | None]:
+    """The id and the configuration of a dataset on the hub.
+
+    Raises:
+        DataError: the name is that of none.
+    """
+    found = _HUB_ID.fullmatch(name)
+    if found is None or Path(found[1]).suffix.lower() in FILE_SUFFIXES:
+        raise DataError(_not_found(name, Path(name).expanduser()))
+    return found[1], found[2]
+
+
+def _read_dataset(name: str, config: str | None, split: str) -> list[Row]:
     dataset = load_split(name, split, config)
-    source = f"{name} ({split})"
+    source = f"{name}{f':{config}' if config else ''} ({split})"
     return read_records(((f"{source}, row {number}", row) for number, row in enumerate(dataset, start=1)), source)
 
 
@@ -94,6 +151,7 @@ def _not_found(name: str, path: Path) -> str:
     known = [entry.name for entry in path.parent.iterdir()]
     if path.name == name:  # a bare name may be meant as a task's
         known += registry.names()
-        kinds = f"file, folder or task (tasks: {', '.join(registry.names())}; a hub dataset is owner/name)"
+        tasks = ", ".join(registry.names())
+        kinds = f"file, folder or task (tasks: {tasks}; a hub dataset is owner/name or owner/name:configuration)"
         return f"{name}: no such {kinds}{did_you_mean(name, known)}"
     return f"{name}: no such file or folder{did_you_mean(path.name, known)}"
