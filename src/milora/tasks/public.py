@@ -5,14 +5,22 @@ from __future__ import annotations
 import abc
 import os
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import TypeVar
 
 from milora.errors import MiLoraError
 from milora.tasks.task import Example, Split, Task, check_split
 
-_DEV_SHARE = 10  # one row in ten,
-_DEV_MOST = 500  # at most
+T = TypeVar("T")
+
+DEV_SHARE = 0.1
+"""How much of the rows is held out,"""
+
+LARGEST_DEV = 500
+"""and how many at most."""
 
 
 class PublicTask(Task):
@@ -50,14 +58,31 @@ class PublicTask(Task):
         """
 
 
-def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What remains to train on, and a dev set: a tenth of the prompts, at most 500 and at least one.
+def hold_out(
+    rows: Sequence[T],
+    share: float = DEV_SHARE,
+    seed: int = 0,
+    group: Callable[[T], str] = attrgetter("prompt"),
+) -> tuple[list[T], list[T]]:
+    """What remains to train on, and a dev set; the order within each stays.
 
-    The choice depends on nothing but the prompts themselves, so that two runs with different seeds, or files in another
-    order, never train on each other's dev rows.
+    Rows of one group stay on one side. The dev set is a share of the groups, and at least one where there are several:
+    but for those that would make it larger than [`LARGEST_DEV`] rows, or than half of all. The choice depends on
+    nothing but the groups and the seed, so that with one seed no run trains on another's dev rows, whatever the files'
+    order.
+
+    Args:
+        rows: The rows.
+        share: Of the groups, above 0 and below 1.
+        seed: Decides which groups.
+        group: Of a row; by default its prompt.
     """
-    prompts = sorted({example.prompt for example in examples})
-    count = min(_DEV_MOST, max(1, len(prompts) // _DEV_SHARE))
-    held = set(random.Random(0).sample(prompts, count))
-    train = [example for example in examples if example.prompt not in held]
-    return train, [example for example in examples if example.prompt in held]
+    sizes = Counter(map(group, rows))
+    count = min(LARGEST_DEV, max(1, int(len(sizes) * share)), len(sizes) - 1)
+    held: set[str] = set()
+    room = min(LARGEST_DEV, len(rows) // 2)
+    for name in random.Random(seed).sample(sorted(sizes), max(count, 0)):
+        if sizes[name] <= room:
+            held.add(name)
+            room -= sizes[name]
+    return [row for row in rows if group(row) not in held], [row for row in rows if group(row) in held]

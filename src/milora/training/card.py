@@ -106,7 +106,8 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
     base = facts.base_model if _is_public(facts.base_model) else None
     method = facts.config.peft_type.value.lower()
     tags = [*dict.fromkeys([*TAGS, method, *([f"base_model:adapter:{base}"] if base else [])])]
-    datasets = [name for name in facts.data if "/" in name and not Path(name).exists() and not Path(name).suffix]
+    names = dict.fromkeys(name.partition(":")[0] for name in facts.data)  # without configurations
+    datasets = [name for name in names if "/" in name and not Path(name).exists() and not Path(name).suffix]
     return {
         "library_name": "peft",
         **({"base_model": base} if base else {}),

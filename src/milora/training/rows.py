@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from milora.errors import MiLoraError
-from milora.tasks import registry
-from milora.tasks.rows import Row
-from milora.tasks.sources import read_rows
+from milora.tasks.public import hold_out
+from milora.tasks.rows import Row, Text
+from milora.tasks.sources import dev_split, read_dev_rows, read_rows
 from milora.training.arguments import DataArguments
-
-LARGEST_DEV = 500
-"""Rows held out at most, where the data have no dev split of their own."""
 
 
 @dataclass
@@ -69,7 +66,9 @@ class SourceRows:
 def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
     """Reads all sources, and holds out dev rows where there are none.
 
-    A task has its own dev split; of other sources a share of the rows is held out, unless `dev_data` is given.
+    A task has its own dev split, and a folder or a dataset may have one. Of other sources a share is held out, at most
+    500 rows: equal prompts stay on one side, and so does a chat with all of its replies. With `dev_data`
+    the dev rows are those alone, and training has all others.
 
     Args:
         data: The sources.
@@ -80,20 +79,21 @@ def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
     """
     if not data.sources:
         raise MiLoraError("There is nothing to learn from: pass --task with a task's name, or --data with a file.")
+    if not 0 <= data.dev_fraction < 1:
+        raise MiLoraError(f"dev_fraction must be at least 0 and below 1; found {data.dev_fraction}.")
     sources: dict[str, SourceRows] = {}
     for name in data.sources:
         rows: Sequence[Row] = read_rows(name, "train", data.data_dir)
         dev: Sequence[Row] = ()
         if not data.dev_data:
-            if name in registry.names():
-                dev = read_rows(name, "dev", data.data_dir)
-            else:
-                rows, dev = _hold_out(rows, data.dev_fraction, seed)
+            if split := dev_split(name):
+                dev = read_rows(name, split, data.data_dir)
+            elif data.dev_fraction:
+                rows, dev = hold_out(rows, data.dev_fraction, seed, _chat_of(rows))
         sources[name] = SourceRows(rows[: data.train_rows], dev[: data.dev_rows])
     for name in data.dev_data:
-        split = "dev" if name in registry.names() else None
         source = sources.setdefault(name, SourceRows())
-        source.dev = [*source.dev, *read_rows(name, split, data.data_dir)[: data.dev_rows]]
+        source.dev = [*source.dev, *read_dev_rows(name, data.data_dir)[: data.dev_rows]]
     return sources
 
 
@@ -120,21 +120,31 @@ def mix(sources: Mapping[str, SourceRows], tokenizer: Any, max_length: int | Non
         no_room = sum(count.no_room for count in mixture.counts.values())
         raise MiLoraError(
             f"None of the training rows fits max_length={max_length} ({mixture.left_out} rows are too long, of "
-            f"{no_room} the prompt alone): raise --max_length."
+            f"{no_room} the prompt alone): raise --max_length (the backbone's positions are the most), or shorten them."
         )
     return mixture
 
 
-def _hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Splits rows at random into train and dev; the order within each stays."""
-    if not 0 <= fraction < 1:
-        raise MiLoraError(f"dev_fraction must be at least 0 and below 1; found {fraction}.")
-    count = min(int(len(rows) * fraction), LARGEST_DEV)
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))
-    return (
-        [row for index, row in enumerate(rows) if index not in held_out],
-        [row for index, row in enumerate(rows) if index in held_out],
-    )
+def _chat_of(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """A function that names the chat of a row: the first of all prompts that its own prompt begins with, or is.
+
+    A reply's prompt is the chat up to it, so that it begins with the prompt of each earlier reply.
+    """
+    prompts = {_turns(row.prompt) for row in rows}
+
+    def chat(row: Row) -> str:
+        turns = _turns(row.prompt)
+        beginnings = (turns[:length] for length in range(1, len(turns) + 1))
+        return json.dumps(next(beginning for beginning in beginnings if beginning in prompts))
+
+    return chat
+
+
+def _turns(prompt: Text) -> tuple[tuple[str, str], ...]:
+    """A prompt's messages; a string is one."""
+    if isinstance(prompt, str):
+        return (("", prompt),)
+    return tuple((message["role"], message["content"]) for message in prompt)
 
 
 def _fitting(rows: Sequence[Row], tokenizer: Any, max_length: int | None, counts: SourceCounts) -> list[Row]:
