@@ -96,6 +96,38 @@ def test_results_of_other_tasks_are_kept(tmp_path: Path, capsys: pytest.CaptureF
     assert "is no file of results" in complaint(capsys, *shared, "--limit", "3", "--task", "bundled-choice")
 
 
+def test_figures_of_one_task_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    shared = ["--backbone", "base", "--output-dir", str(tmp_path), "--limit", "2", "--task", "bundled-choice"]
+    measured = result(capsys, *shared, "--no-generate", "--perplexity")["tasks"]["bundled-choice"]
+    answered = result(capsys, *shared)["tasks"]["bundled-choice"]
+    assert "perplexity" not in answered
+    kept = json.loads(path.read_text())
+    assert kept["tasks"]["bundled-choice"] == {**measured, **answered}
+    assert kept["mean"] == answered["accuracy"]
+    again = result(capsys, *shared, "--no-generate", "--perplexity")["tasks"]["bundled-choice"]
+    assert again == measured
+    assert json.loads(path.read_text()) == kept
+    refused = complaint(capsys, *shared, "--limit", "3", "--no-generate", "--perplexity")
+    assert "another limit (2, and now 3)" in refused
+
+
+def test_shots_are_solved_questions_before_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, rows in (("dev", 5), ("test", 2)):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+        lines = [f"{split} question {row}?,a,b,c,d,B\n" for row in range(rows)]
+        (tmp_path / "mmlu" / split / f"anatomy_{split}.csv").write_text("".join(lines))
+    out = tmp_path / "out"
+    arguments = ["--backbone", "base", "--task", "mmlu", "--data-dir", str(tmp_path), "--output-dir", str(out)]
+    assert result(capsys, *arguments, "--shots", "2")["tasks"]["mmlu"]["shots"] == 2
+    prompts = [json.loads(line)["prompt"] for line in (out / "mmlu.jsonl").read_text().splitlines()]
+    assert [(prompt.count("dev question"), prompt.count("Answer: B")) for prompt in prompts] == [(2, 2), (2, 2)]
+    assert "results of mmlu with 2 shots, and now 5" in complaint(capsys, *arguments)
+    assert "shots is 6, but anatomy has 5" in complaint(capsys, *arguments, "--shots", "6")
+    refused = complaint(capsys, *arguments, "--shots", "2", "--task", "boolq")
+    assert "--shots is for mmlu and bbh: boolq has no solved examples" in refused
+
+
 def test_a_bare_backbone_and_perplexity_alone(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--backbone", "base", "--task", "bundled-choice", "--limit", "2"]
     bare = result(capsys, *arguments, "--perplexity", "--no-generate", "--split", "dev")
@@ -213,6 +245,46 @@ class TestMtBench:
         assert main(["evaluate", *arguments]) == 0
         assert "6.000" in capsys.readouterr().out
 
+    def test_what_an_earlier_call_measured_is_kept(
+        self, judge: Server, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments += ["--output-dir", str(tmp_path / "out"), "--model-id", "mine"]
+        judged = result(capsys, *arguments, "--judge-url", judge.url)["tasks"]["mt-bench"]
+        assert judged["score"] == 7
+        unjudged = result(capsys, *arguments)["tasks"]["mt-bench"]
+        assert "score" not in unjudged
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["mt-bench"] == judged
+
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_judgements_that_could_not_be_had_are_no_success(
+        self, judge: Server, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+    ) -> None:
+        judge.reply = lambda body, number: (400, {}, "too\nlong") if number == 1 else "[[5]] [[C]]"
+        arguments += ["--judge-url", judge.url, "--output-dir", str(tmp_path / "out"), "--judge-workers", "1"]
+        assert main(["evaluate", *arguments, *(["--json"] if as_json else [])]) == 1
+        captured = capsys.readouterr()
+        said = [line for line in captured.err.splitlines() if line.startswith("milora: ")]
+        assert len(said) == 1
+        assert "mt-bench: 1 judgements could not be had" in said[0]
+        assert "too long" in said[0]
+        kept = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert (kept["tasks"]["mt-bench"]["failed"], kept["tasks"]["mt-bench"]["score"]) == (1, 5)
+        if as_json:
+            assert json.loads(captured.out) == kept
+            assert captured.err.count("\n") == 1
+        assert result(capsys, *arguments)["tasks"]["mt-bench"]["failed"] == 0
+
+    def test_turns_without_room_are_on_the_screen(
+        self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # 128 positions, a token a character.
+        arguments = ["--backbone", "base", *arguments[2:], "--output-dir", str(tmp_path / "out")]
+        assert main(["evaluate", *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        heads, cells = (line for line in lines if "no room" in line or "mt-bench" in line)
+        assert [head.strip() for head in heads.strip("┃").split("┃")] == ["task", "rows", "no room"]
+        assert [cell.strip() for cell in cells.strip("│").split("│")] == ["mt-bench", "1", "2"]
+
     def test_a_judge_that_refuses_leaves_the_answers(
         self, judge: Server, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -225,3 +297,16 @@ class TestMtBench:
         assert "--output-dir" in complaint(capsys, *arguments)
         other = str(tmp_path / "other.jsonl")
         assert "--judge-url" in complaint(capsys, *arguments, "--output-dir", str(tmp_path), "--compare-with", other)
+
+    def test_an_opponent_that_lacks_an_answer(
+        self, judge: Server, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with (tmp_path / "mt_bench" / "question.jsonl").open("a") as file:
+            file.write(json.dumps({"question_id": 82, "category": "math", "turns": ["1?", "2?"]}) + "\n")
+        judge.reply = lambda body, number: "[[6]] [[A]]"
+        arguments += ["--judge-url", judge.url, "--compare-with", str(tmp_path / "other.jsonl")]
+        arguments += ["--output-dir", str(tmp_path / "out")]
+        assert "other.jsonl has no answer to question 82" in complaint(capsys, *arguments)
+        assert not judge.requests
+        assert not (tmp_path / "out").exists()
+        assert result(capsys, *arguments, "--limit", "1")["tasks"]["mt-bench"]["pairwise"]["ties"] == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,13 +12,14 @@ import typer
 from milora.cli import options
 from milora.cli.output import json_only, progress_bar, quiet_libraries
 from milora.errors import MiLoraError
+from milora.evaluation.results import FILE_NAME as RESULTS_FILE
+from milora.evaluation.results import failures, merged, read_results, shots_of, with_mean
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from milora.tasks.task import Task
 
-RESULTS_FILE = "results.json"
 BUSY = "wait until it has ended, or give another --output-dir"
 
 
@@ -36,14 +36,22 @@ def command(
     data_dir: options.DataDirectory = None,
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
     limit: options.Limit = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the rows' order, and so of what --limit takes.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the order of rows, and so of what --limit takes, and of what is drawn.")
+    ] = 0,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots", min=0, help="Solved examples before each question, for mmlu (by default 5) and bbh (0)."
+        ),
+    ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
             "--output-dir",
             metavar="DIR",
-            help=f"Predictions, a file a task, and {RESULTS_FILE}, to which other tasks can be added; the same command "
-            "goes on with what is there. One process at a time.",
+            help=f"Predictions, a file a task, and {RESULTS_FILE}, to which tasks and figures can be added; the same "
+            "command goes on with what is there. One process at a time.",
         ),
     ] = None,
     beams: Annotated[
@@ -84,11 +92,11 @@ def command(
     Answers are generated with beam search and read as each task reads them; one that cannot be read is wrong.
     """
     with json_only(as_json) as print_result:
-        tasks = find_tasks(task, data_dir)
+        tasks = find_tasks(task, data_dir, shots)
 
         from milora.backbone.loading import backbone_of, load_for_inference, locate
         from milora.evaluation.fingerprint import model_fingerprint
-        from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate, mean_accuracy
+        from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate
         from milora.files import write_json
         from milora.locks import alone_in
         from milora.tasks.task import check_split
@@ -117,21 +125,21 @@ def command(
         adapters = {} if adapter is None else {"default": adapter}
         backbone = backbone_of(adapters, backbone)
         about = {"adapter": adapter, "backbone": locate(backbone), **settings.to_dict()}
-        names = [of_task.name for of_task in tasks]
         quiet_libraries()
         with nullcontext() if output_dir is None else alone_in(output_dir, BUSY):
             if output_dir is not None:
-                earlier_results(output_dir / RESULTS_FILE, about, names)
+                read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
             model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
             about["model"] = model_fingerprint(model)
-            earlier = {} if output_dir is None else earlier_results(output_dir / RESULTS_FILE, about, names)
+            earlier = {}
+            if output_dir is not None:
+                earlier = read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
             results: dict[str, dict[str, Any]] = {}
             for of_task in tasks:
                 results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
-                result = {**about, "tasks": results, "mean": mean_accuracy(results)}
                 if output_dir is not None:
-                    together = {**earlier, **results}
-                    write_json(output_dir / RESULTS_FILE, {**about, "tasks": together, "mean": mean_accuracy(together)})
+                    write_json(output_dir / RESULTS_FILE, with_mean(about, merged(earlier, results)))
+        result = with_mean(about, results)
         print_result(result)
         if not as_json:
             from rich.console import Console
@@ -141,50 +149,20 @@ def command(
                 # A file has no width to fit, and narrow columns would cut names.
                 console.width = 160
             console.print(table(results, result["mean"]))
-            for result in results.values():
-                if result.get("failed"):
-                    typer.echo(f"{result['failed']} judgements could not be had: {result['reason']}", err=True)
             if output_dir is not None:
                 typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
+        if lacking := failures(results):
+            for line in lacking:
+                typer.echo(f"milora: {line}", err=True)
+            raise typer.Exit(1)
 
 
-def earlier_results(path: Path, about: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The results by task that a file has from earlier calls, to which others are added.
-
-    With another `limit` it is begun anew, if each of its tasks is measured again.
-
-    Args:
-        path: The file; without one there are no results.
-        about: What the results depend on, as far as it is known yet.
-        tasks: What is to be measured now.
-
-    Raises:
-        MiLoraError: If it is of another model or other settings, or it is no file of results.
-    """
-    elsewhere = "give another --output-dir, or remove the file"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        earlier: dict[str, dict[str, Any]] = dict(found["tasks"])
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise MiLoraError(f"{path} is no file of results of milora evaluate: {elsewhere}.") from error
-    different = [name for name, value in about.items() if found.get(name) != value]
-    if different == ["limit"] and set(earlier) <= set(tasks):
-        return {}
-    if different:
-        name = different[0]
-        raise MiLoraError(
-            f"{path} has results with another {name} ({found.get(name)!r}, and now {about[name]!r}): {elsewhere}."
-        )
-    return earlier
-
-
-def find_tasks(names: Sequence[str], data_dir: Path | None) -> list[Task]:
+def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = None) -> list[Task]:
     """The tasks of `--task` options, each of one name or of several between commas.
 
     Raises:
-        MiLoraError: If there is no task of a name, or none at all.
+        MiLoraError: If there is no task of a name, or none at all, or one has no solved examples and `shots` are asked
+            for.
     """
     from milora.tasks import registry
 
@@ -192,7 +170,15 @@ def find_tasks(names: Sequence[str], data_dir: Path | None) -> list[Task]:
     found = [registry.get(name, data_dir) for name in dict.fromkeys(separate) if name]
     if not found:
         raise MiLoraError(f"--task names no task; there are {', '.join(registry.names())}.")
-    return found
+    if shots is None:
+        return found
+    for of_task in found:
+        if shots_of(of_task) is None:
+            able = [name for name in registry.names() if shots_of(registry.get(name, data_dir)) is not None]
+            raise MiLoraError(
+                f"--shots is for {' and '.join(able)}: {of_task.name} has no solved examples, evaluate it apart."
+            )
+    return [registry.get(of_task.name, data_dir, shots=shots) for of_task in found]
 
 
 def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -189,7 +187,7 @@ def _task(name: str | None, data: str | None, data_dir: Path | None) -> Task | N
 
 def _run(model: Any, adapters: Sequence[str], decoding: Decoding, seed: int) -> str:
     """A digest of what decides the texts besides the prompts: the weights and their dtype, adapters, decoding."""
-    from milora.evaluation.fingerprint import model_fingerprint
+    from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
 
     settings = {
         "adapters": adapters,
@@ -197,9 +195,7 @@ def _run(model: Any, adapters: Sequence[str], decoding: Decoding, seed: int) -> 
         "dtype": str(model.dtype),
         "seed": seed if decoding.samples else None,
     }
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    digest.update(model_fingerprint(model, adapters).encode())
-    return digest.hexdigest()
+    return run_fingerprint(settings, model_fingerprint(model, adapters))
 
 
 def _print(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:

@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `milora`; those of the process by default.
 
     Returns:
-        The exit status: 0 on success, 2 after a user's mistake (one line on standard error says which), 130 when
-        interrupted.
+        The exit status: 0 on success, 1 if a part of what was asked could not be had (what could is kept), 2 after a
+        user's mistake (one line on standard error says which), 130 when interrupted.
 
     Raises:
         Exception: Whatever is not a user's mistake, so that Python prints its traceback and exits with 1; under

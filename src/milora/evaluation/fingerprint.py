@@ -1,10 +1,10 @@
-"""Tells models apart by their contents, so that the results of one are never taken for another's."""
+"""Tells models and runs apart by their contents, so that the results of one are never taken for another's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,19 @@ def model_fingerprint(model: Any, adapters: Iterable[str] | None = None) -> str:
     digest.update(str(getattr(config, "model_type", type(model).__name__)).encode())
     for parameter in model.parameters():
         digest.update(_bytes(parameter.detach().flatten()[:SAMPLE]))
+    return digest.hexdigest()
+
+
+def run_fingerprint(settings: Mapping[str, Any], model: str) -> str:
+    """A digest of a run, which marks the outputs that a later run may go on with.
+
+    Args:
+        settings: For JSON, whatever decides the outputs beside the weights: the task or the question, the decoding, the
+            seed where tokens are drawn.
+        model: The [`model_fingerprint`] of the model that answers.
+    """
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
+    digest.update(model.encode())
     return digest.hexdigest()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -11,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from milora.backbone.positions import positions_of
 from milora.errors import MiLoraError
-from milora.evaluation.fingerprint import model_fingerprint
+from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
 from milora.evaluation.predictions import Predictions, Request
 from milora.evaluation.progress import Watch
 from milora.evaluation.scores import Scores, score
-from milora.inference.generation import Decoding, encode_prompt, generate_texts, positions_of
+from milora.inference.generation import Decoding, encode_prompt, generate_texts
+from milora.tasks.rows import Text
 from milora.tasks.task import Split, Task
 
 
@@ -134,7 +134,7 @@ def evaluate_task(
     started = time.perf_counter()
     fitting = []
     for index in missing:
-        if _has_room(model, tokenizer, requests[index], decoding.max_new_tokens):
+        if has_room(model, tokenizer, requests[index].prompt, decoding.max_new_tokens):
             fitting.append(index)
         else:
             predictions.add_without_room(index)
@@ -153,14 +153,13 @@ def evaluate_task(
     )
 
 
-def _has_room(model: Any, tokenizer: Any, request: Request, new_tokens: int) -> bool:
+def has_room(model: Any, tokenizer: Any, prompt: Text, new_tokens: int) -> bool:
+    """Whether a backbone has positions for a prompt and the tokens to come; always, where it sets no limit."""
     positions = positions_of(model)
-    return positions is None or len(encode_prompt(tokenizer, request.prompt)) + new_tokens <= positions
+    return positions is None or len(encode_prompt(tokenizer, prompt)) + new_tokens <= positions
 
 
 def _run(model: Any, task: Task, decoding: Decoding, seed: int) -> str:
     """What marks rows that can be gone on with: the same model answers the same task in the same way."""
     settings = {"task": task.name, "decoding": asdict(decoding), "seed": seed if decoding.samples else None}
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-    digest.update(model_fingerprint(model).encode())
-    return digest.hexdigest()
+    return run_fingerprint(settings, model_fingerprint(model))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
-
 from milora.errors import MiLoraError
 from milora.evaluation.generation import evaluate_task
 from milora.evaluation.mt_bench import run as mt_bench
-from milora.evaluation.mt_bench.answers import read_answers
+from milora.evaluation.mt_bench.answers import read_opponent
 from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.evaluation.perplexity import completion_perplexity
 from milora.evaluation.progress import Watch
+from milora.evaluation.results import shots_of
 from milora.inference.generation import Decoding
 from milora.tasks.mt_bench import MtBench, question_folder
 from milora.tasks.task import Split, Task
@@ -49,7 +48,7 @@ class EvaluationSettings:
     Attributes:
         split: Which rows.
         limit: How many of them; all with `None`.
-        seed: Of their order.
+        seed: Of their order, and of what is drawn.
         beams: Width of the beam search; by default 3, and for MT-Bench drawing at FastChat's temperatures.
         max_new_tokens: Length at which an answer is cut; by default what the task needs.
         batch_size: Rows a batch.
@@ -82,6 +81,17 @@ class EvaluationSettings:
         values = asdict(self)
         return {name: values[name] for name in ("split", "limit", "seed", "beams", "max_new_tokens")}
 
+    @property
+    def figures(self) -> set[str]:
+        """Which of [`milora.evaluation.results.FIGURES`] are measured, each by the tasks that have it."""
+        measured = {
+            "accuracy": self.accuracy,
+            "perplexity": self.perplexity,
+            "score": self.judging.url is not None,
+            "pairwise": self.judging.opponent is not None,
+        }
+        return {name for name, is_measured in measured.items() if is_measured}
+
     def predictions_of(self, task: Task) -> Path | None:
         """The file for a task's predictions."""
         name = task.name if self.split == "test" else f"{task.name}-{self.split}"
@@ -103,7 +113,6 @@ def hold_conversations(
     assert isinstance(task, MtBench)
     _check_conversations(task, settings)
     assert settings.output_dir is not None
-    torch.manual_seed(settings.seed)
     judging = settings.judging
     return mt_bench.run(
         model,
@@ -118,6 +127,7 @@ def hold_conversations(
         progress=progress,
         max_new_tokens=settings.max_new_tokens or task.max_new_tokens,
         beams=settings.beams,
+        seed=settings.seed,
         batch_size=settings.batch_size,
     )
 
@@ -142,6 +152,8 @@ def measure(
 ) -> dict[str, Any]:
     """The [`Evaluator`] of tasks whose rows have answers."""
     result: dict[str, Any] = {"split": settings.split}
+    if (shots := shots_of(task)) is not None:
+        result["shots"] = shots
     if settings.accuracy:
         result |= evaluate_task(
             model,
@@ -163,12 +175,6 @@ def measure(
         names = {"rows": "perplexity_rows", "no_room": "perplexity_no_room", "loss": "loss", "tokens": "loss_tokens"}
         result |= {names.get(name, name): value for name, value in found.items()}
     return result
-
-
-def mean_accuracy(results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The mean of the tasks' accuracies, each task with the same weight; `None` if none has one."""
-    accuracies = [result["accuracy"] for result in results.values() if result.get("accuracy") is not None]
-    return sum(accuracies) / len(accuracies) if accuracies else None
 
 
 def check_rows(task: Task, settings: EvaluationSettings) -> None:
@@ -195,6 +201,6 @@ def _check_conversations(task: MtBench, settings: EvaluationSettings) -> None:
         raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
     if judging.url is not None:
         ChatEndpoint(judging.url, judging.model)
-    questions = task.questions()
+    questions = task.questions()[: settings.limit]
     if judging.opponent is not None:
-        read_answers(judging.opponent, questions)
+        read_opponent(judging.opponent, questions)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from support.adapted import adapted
+from support.architectures import ARCHITECTURES
 from support.tokenizer import character_tokenizer
 
-from milora.errors import DataError
+from milora.errors import DataError, MiLoraError
 from milora.evaluation.mt_bench import answers as module
 from milora.evaluation.mt_bench.answers import answer_questions, read_answers
 from milora.evaluation.mt_bench.run import run
@@ -60,7 +61,7 @@ def test_both_turns_against_a_loop_of_single_prompts(tmp_path: Path) -> None:
         assert answer.turns == (reply, by_hand(model, tokenizer, second, 6))
     assert read_answers(path, QUESTIONS) == found
     row = json.loads(path.read_text().splitlines()[0])
-    assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp", "run"}
+    assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp", "run", "routes"}
     assert row["choices"] == [{"index": 0, "turns": list(found[0].turns)}]
 
 
@@ -102,13 +103,56 @@ def test_answers_of_other_weights_or_decoding_are_refused(tmp_path: Path) -> Non
         answer_questions(model, tokenizer, QUESTIONS[:1], path, "m", max_new_tokens=2, beams=1)
 
 
+def test_answers_of_another_seed_or_to_other_words_are_refused(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    path = tmp_path / "m.jsonl"
+    drawn, greedy = Question(1, "writing", ("ab?", "cd?")), Question(2, "math", ("ef?", "gh?"))
+    first = answer_questions(model, tokenizer, [greedy, drawn], path, "m", max_new_tokens=2)
+    # Nothing is drawn for mathematics, so that the seed decides nothing there.
+    assert answer_questions(model, tokenizer, [greedy], path, "m", max_new_tokens=2, seed=1) == first[:1]
+    with pytest.raises(DataError, match=r"question 1: .*from another seed"):
+        answer_questions(model, tokenizer, [greedy, drawn], path, "m", max_new_tokens=2, seed=1)
+    edited = [greedy, Question(1, "writing", ("ab?", "cd!"))]
+    with pytest.raises(DataError, match=r"question 1: .*other words of the question: name another folder"):
+        answer_questions(model, tokenizer, edited, path, "m", max_new_tokens=2)
+    assert answer_questions(model, tokenizer, [greedy, drawn], path, "m", max_new_tokens=2) == first
+
+
+def test_each_turn_has_the_route_of_its_own_prompt(tmp_path: Path) -> None:
+    case, tokenizer = adapted("llama", seed=3), character_tokenizer(chat=True)
+    case.model.config.max_position_embeddings = 1024
+    questions = [Question(1, "math", ("ab?", "ZZZZ%%%9999" * 3)), Question(2, "math", ("abcde?", "f?"))]
+    path = tmp_path / "m.jsonl"
+    found = answer_questions(case.model, tokenizer, questions, path, "m", max_new_tokens=3)
+    experts = case.reference.blocks[0].experts
+    for question, answer in zip(questions, found, strict=True):
+        first = f"user: {question.turns[0]}\nassistant: "
+        second = f"{first}{answer.turns[0]}\nuser: {question.turns[1]}\nassistant: "
+        for prompt, route in zip((first, second), answer.routes, strict=True):
+            gates = case.reference.route(tokenizer(prompt, return_tensors="pt")["input_ids"]).gates
+            assert route == {
+                expert: torch.nonzero(gates[:, column]).flatten().tolist() for column, expert in enumerate(experts)
+            }
+    # Each turn's and each question's differ, so that one in another's place would show.
+    assert found[0].routes[0] not in (found[0].routes[1], found[1].routes[0])
+    lines = {line["question_id"]: line["routes"] for line in map(json.loads, path.read_text().splitlines())}
+    assert [lines[answer.question] for answer in found] == [list(answer.routes) for answer in found]
+
+
+def test_no_router_no_route(tmp_path: Path) -> None:
+    model = ARCHITECTURES["llama"]()
+    model.config.max_position_embeddings = 1024
+    found = answer_questions(model, character_tokenizer(), QUESTIONS[:1], tmp_path / "m", "m", max_new_tokens=2)
+    assert found[0].routes == (None, None)
+
+
 def test_creative_questions_are_drawn_from_seeds(tmp_path: Path) -> None:
     model, tokenizer = model_and_tokenizer()
     question = [Question(1, "writing", ("ab?", "cd?"))]
     texts = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(seed)
-        texts.append(answer_questions(model, tokenizer, question, tmp_path / name, "m", max_new_tokens=8)[0].turns)
+        answers = answer_questions(model, tokenizer, question, tmp_path / name, "m", max_new_tokens=8, seed=seed)
+        texts.append(answers[0].turns)
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -124,6 +168,36 @@ class FakeJudge:
 
     def complete(self, messages: Any, *, temperature: float, max_tokens: int) -> str:
         return "[[3]] [[A]]"
+
+
+class FailingJudge:
+    """Grades, and refuses to compare."""
+
+    model = "j"
+
+    def complete(self, messages: Any, *, temperature: float, max_tokens: int) -> str:
+        if "assistant B" in messages[1]["content"]:
+            raise MiLoraError("The judge sleeps.")
+        return "[[3]]"
+
+
+def test_grades_are_kept_where_no_comparison_could_be_had(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    settings: dict[str, Any] = {"max_new_tokens": 2, "beams": 1}
+    other = Path(run(model, tokenizer, QUESTIONS, tmp_path, "base", **settings)["answers"])
+    result = run(model, tokenizer, QUESTIONS, tmp_path, "m", judge=FailingJudge(), opponent=other, **settings)
+    assert (result["score"], result["failed"]) == (3, 0)
+    pairwise = [result["pairwise"][name] for name in ("judge", "failed", "reason", "win_rate")]
+    assert pairwise == ["j", 6, "The judge sleeps.", None]
+
+
+def test_an_opponent_that_lacks_an_answer_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = model_and_tokenizer()
+    settings: dict[str, Any] = {"max_new_tokens": 2, "beams": 1}
+    other = Path(run(model, tokenizer, QUESTIONS[:1], tmp_path, "base", **settings)["answers"])
+    monkeypatch.setattr(module, "generate_texts", None)
+    with pytest.raises(DataError, match=r"base\.jsonl has no answer to question 2, and to 2 of the 3 questions in all"):
+        run(model, tokenizer, QUESTIONS, tmp_path, "m", judge=FakeJudge(), opponent=other, **settings)
 
 
 def test_from_questions_to_scores(tmp_path: Path) -> None:
@@ -151,7 +225,7 @@ def test_from_questions_to_scores(tmp_path: Path) -> None:
     )
     assert (result["score"], result["prompts"], result["failed"]) == (3, "own", 0)
     assert result["pairwise"]["ties"] == 6
-    assert result["pairwise"]["opponent"] == "base"
+    assert (result["pairwise"]["opponent"], result["pairwise"]["judge"]) == ("base", "org/judge")
     assert steps == {"MT-Bench": [2], "judgements": [6, 6]}
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")} == {
         "model_answer/base.jsonl",

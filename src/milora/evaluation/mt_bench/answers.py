@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from milora.errors import DataError, MiLoraError
-from milora.evaluation.fingerprint import model_fingerprint
+from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
+from milora.evaluation.generation import has_room
 from milora.evaluation.progress import Watch
+from milora.evaluation.routes import compact_route
 from milora.files import writing
 from milora.inference.generation import Decoding, generate_texts
 from milora.records import append_record, drop_half_line, read_records
@@ -26,6 +28,8 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 
 KEPT = "; what is in it is kept: make room, and run the same again to go on"
 
+CompactRoute: TypeAlias = dict[str, list[int]]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -35,13 +39,20 @@ class Answer:
         question: Its id.
         model: The model's name.
         turns: The answers.
-        run: What they were made with, model and decoding, in a digest; `None` for those of other programs.
+        run: What they were made with, model, question, decoding and seed, in a digest; `None` for those of other
+            programs.
+        no_room: The numbers of the turns, from 1, whose conversation left no room for an answer in the backbone's
+            positions; their text is empty.
+        routes: The route of each turn's prompt as [`compact_route`] writes it, `None` where no router was asked; empty
+            for answers of other programs.
     """
 
     question: int
     model: str
     turns: tuple[str, ...]
     run: str | None = None
+    no_room: tuple[int, ...] = ()
+    routes: tuple[CompactRoute | None, ...] = ()
 
 
 def answer_questions(
@@ -53,6 +64,7 @@ def answer_questions(
     *,
     max_new_tokens: int = 1024,
     beams: int | None = None,
+    seed: int = 0,
     batch_size: int = 8,
     progress: Watch | None = None,
 ) -> list[Answer]:
@@ -62,6 +74,12 @@ def answer_questions(
     Prompts are the tokenizer's chat template if it has one, else LLM-Adapters' instruction template, which is repeated
     for the second turn.
 
+    A conversation that leaves no room for `max_new_tokens` tokens in the backbone's positions is not given to the
+    model, nor cut: its answer is an empty text, the turn is in `no_room`, and so are the turns after it.
+
+    A line has FastChat's fields, and beside them, where its readers do not look, `run`, `routes` and, where there is
+    such a turn, `no_room`; see [`Answer`].
+
     Args:
         model: A causal language model, with an adapter or without.
         tokenizer: The model's.
@@ -70,6 +88,7 @@ def answer_questions(
         model_id: The model's name in the file.
         max_new_tokens: Length at which an answer is cut.
         beams: Beam search for every category; `None` draws at FastChat's temperatures, greedily where they are 0.
+        seed: Of torch's random numbers, where tokens are drawn.
         batch_size: The most prompts a batch.
         progress: Shows progress, a batch a step.
 
@@ -77,39 +96,26 @@ def answer_questions(
         The answers in the questions' order.
 
     Raises:
-        DataError: If the file holds answers of another model, or of this name's with other weights or decoding, or is
-            no file of answers.
-        MiLoraError: If a conversation does not fit the model with `max_new_tokens` to come, or the file cannot be
-            written.
+        DataError: If the file holds answers of another model, or of this name's with other weights, decoding or seed,
+            or to a question in other words, or is no file of answers.
+        MiLoraError: If the file cannot be written, or the GPU's memory does not suffice.
     """
     with writing(path):
         drop_half_line(path)
-    made_with = _run(model, max_new_tokens, beams)
+    made_with = _runs(model, questions, max_new_tokens, beams, seed)
     done = {answer.question: answer for answer in read_answers(path, questions)} if path.exists() else {}
-    strangers = {answer.model for answer in done.values()} - {model_id}
-    if strangers:
-        raise DataError(f"{path} holds answers of {sorted(strangers)[0]!r}, not of {model_id!r}: name another file.")
-    if any(answer.run not in (None, made_with) for answer in done.values()):
-        raise DataError(
-            f"{path} holds answers of {model_id!r} with other weights or other decoding: name another folder or "
-            "another model id, or remove the file."
-        )
+    _check_origin(done.values(), path, model_id, made_with)
     missing = [question for question in questions if question.id not in done]
+    torch.manual_seed(seed)
     # A batch at a time through both turns, so that an interruption costs no more than a batch.
     groups = list(_batches(missing, batch_size))
     for group in progress(groups, "MT-Bench", len(groups)) if progress else groups:
-        conversations: list[list[str]] = [[] for _ in group]
-        for turn in range(TURNS):
-            prompts = [
-                conversation_prompt(tokenizer, q.turns[: turn + 1], said) for q, said in zip(group, conversations, strict=True)
-            ]
-            decoding = _decoding(group[0].category, max_new_tokens, beams)
-            for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size):
-                conversations[text.index].append(text.text.strip())
-        for question, said in zip(group, conversations, strict=True):
-            done[question.id] = Answer(question.id, model_id, tuple(said), made_with)
+        decoding = _decoding(group[0].category, max_new_tokens, beams)
+        for conversation in _hold(model, tokenizer, group, decoding, batch_size):
+            question = conversation.question.id
+            done[question] = conversation.answer(model_id, made_with[question])
             with writing(path, KEPT):
-                append_record(path, _record(done[question.id]))
+                append_record(path, _record(done[question]))
     return [done[question.id] for question in questions]
 
 
@@ -123,8 +129,14 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
     answers: dict[int, Answer] = {}
     for where, record in read_records(path):
         try:
-            turns = tuple(str(turn) for turn in record["choices"][0]["turns"])
-            answer = Answer(int(record["question_id"]), str(record["model_id"]), turns, record.get("run"))
+            answer = Answer(
+                int(record["question_id"]),
+                str(record["model_id"]),
+                tuple(str(turn) for turn in record["choices"][0]["turns"]),
+                record.get("run"),
+                tuple(int(turn) for turn in record.get("no_room", ())),
+                tuple(record.get("routes", ())),
+            )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise DataError(f"{where}: no answer in FastChat's format (question_id, model_id, choices)") from error
         if len(answer.turns) != TURNS:
@@ -132,6 +144,65 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
         if answer.question in wanted:
             answers[answer.question] = answer
     return list(answers.values())
+
+
+def read_opponent(path: Path, questions: Sequence[Question]) -> list[Answer]:
+    """The answers in a file of FastChat's format to all of some questions, to compare others with.
+
+    Raises:
+        DataError: As [`read_answers`] does, or if a question has no answer there.
+    """
+    answers = read_answers(path, questions)
+    answered = {answer.question for answer in answers}
+    if lacking := [question.id for question in questions if question.id not in answered]:
+        raise DataError(
+            f"{path} has no answer to question {lacking[0]}, and to {len(lacking)} of the {len(questions)} questions "
+            "in all: compare with a file that answers each of them, or ask fewer with --limit."
+        )
+    return answers
+
+
+@dataclass
+class _Conversation:
+    """A question while it is being answered, turn by turn."""
+
+    question: Question
+    said: list[str] = field(default_factory=list)
+    routes: list[CompactRoute | None] = field(default_factory=list)
+    no_room: list[int] = field(default_factory=list)
+
+    def add(self, text: str, route: CompactRoute | None) -> None:
+        self.said.append(text)
+        self.routes.append(route)
+
+    def add_without_room(self) -> None:
+        self.add("", None)
+        self.no_room.append(len(self.said))
+
+    def answer(self, model_id: str, run: str) -> Answer:
+        return Answer(self.question.id, model_id, tuple(self.said), run, tuple(self.no_room), tuple(self.routes))
+
+
+def _hold(
+    model: Any, tokenizer: Any, questions: Sequence[Question], decoding: Decoding, batch_size: int
+) -> list[_Conversation]:
+    """All turns of some conversations, side by side."""
+    conversations = [_Conversation(question) for question in questions]
+    for turn in range(TURNS):
+        asked: list[_Conversation] = []
+        prompts: list[Text] = []
+        for conversation in conversations:
+            # Without the first answer there is no conversation to go on with.
+            if not conversation.no_room:
+                prompt = conversation_prompt(tokenizer, conversation.question.turns[: turn + 1], conversation.said)
+                if has_room(model, tokenizer, prompt, decoding.max_new_tokens):
+                    asked.append(conversation)
+                    prompts.append(prompt)
+                    continue
+            conversation.add_without_room()
+        for text in generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size):
+            asked[text.index].add(text.text.strip(), None if text.route is None else compact_route(text.route))
+    return conversations
 
 
 def _record(answer: Answer) -> dict[str, Any]:
@@ -142,12 +213,38 @@ def _record(answer: Answer) -> dict[str, Any]:
         "choices": [{"index": 0, "turns": list(answer.turns)}],
         "tstamp": time.time(),
         "run": answer.run,
+        "routes": list(answer.routes),
+        **({"no_room": list(answer.no_room)} if answer.no_room else {}),
     }
 
 
-def _run(model: Any, max_new_tokens: int, beams: int | None) -> str:
-    settings = json.dumps([model_fingerprint(model), max_new_tokens, beams])
-    return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
+def _runs(
+    model: Any, questions: Sequence[Question], max_new_tokens: int, beams: int | None, seed: int
+) -> dict[int, str]:
+    """By question, what marks an answer that need not be made again."""
+    weights = model_fingerprint(model)
+    runs = {}
+    for question in questions:
+        decoding = _decoding(question.category, max_new_tokens, beams)
+        settings = {
+            "turns": question.turns,
+            "decoding": asdict(decoding),
+            "seed": seed if decoding.samples else None,
+        }
+        runs[question.id] = run_fingerprint(settings, weights)
+    return runs
+
+
+def _check_origin(answers: Iterable[Answer], path: Path, model_id: str, runs: Mapping[int, str]) -> None:
+    for answer in answers:
+        if answer.model != model_id:
+            raise DataError(f"{path} holds answers of {answer.model!r}, not of {model_id!r}: name another file.")
+        if answer.run not in (None, runs[answer.question]):
+            raise DataError(
+                f"{path}, question {answer.question}: the answer of {model_id!r} was given with other weights or other "
+                "decoding, from another seed, or to other words of the question: name another folder or another model "
+                "id, or remove the file."
+            )
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:

@@ -26,6 +26,7 @@ UNPARSED = -1
 
 _RATING = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
+NO_ANSWER = "There is no answer to judge: the conversation left no room for one in the backbone's positions."
 MAX_TOKENS = 2048
 TURN_NUMBERS = range(1, TURNS + 1)
 
@@ -92,6 +93,9 @@ def parse_verdict(judgement: str) -> str | None:
 def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer]) -> Outcome:
     """Has every turn of every answer graded.
 
+    The judge is not asked about a turn without room for an answer: it has the lowest grade, 1, in a record like others,
+    so that FastChat's own means count it too.
+
     Args:
         run: Who grades, and where the grades go.
         questions: What was asked.
@@ -113,7 +117,8 @@ def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer
                 "judge": [run.judge.model, prompt.name],
                 "turn": turn,
             }
-            jobs.append(_Job(about, {"": prompt.fill(_parts(question, turn, {"": answer}))}))
+            replies = {"": f"{NO_ANSWER} Rating: [[1]]"} if turn in answer.no_room else {}
+            jobs.append(_Job(about, {"": prompt.fill(_parts(question, turn, {"": answer}))}, replies))
     return _have(jobs, run, lambda _, judgement: {"score": parse_rating(judgement)})
 
 
@@ -121,6 +126,9 @@ def compare(
     run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer], others: Sequence[Answer]
 ) -> Outcome:
     """Has the answers of two models compared, each pair twice with the places swapped, as FastChat does.
+
+    The judge is not asked about turns without room for an answer: such a turn loses against one with an answer, and two
+    of them are a tie.
 
     Args:
         run: Who compares, and where the verdicts go.
@@ -157,7 +165,8 @@ def compare(
             }
             places = {"g1_": {"_a": answer, "_b": other}, "g2_": {"_a": other, "_b": answer}}
             messages = {game: prompt.fill(_parts(question, turn, sides)) for game, sides in places.items()}
-            jobs.append(_Job(about, messages))
+            replies = {game: reply for game, sides in places.items() if (reply := _reply_without_room(sides, turn))}
+            jobs.append(_Job(about, messages, replies))
     return _have(jobs, run, winner)
 
 
@@ -168,10 +177,12 @@ class _Job:
     Attributes:
         about: What its record says besides: of what, and by whom.
         messages: What the judge is sent, by the beginning of the names of the fields that its reply goes to.
+        replies: What stands in the place of its reply where there is nothing to judge.
     """
 
     about: dict[str, Any]
     messages: dict[str, list[dict[str, str]]]
+    replies: dict[str, str]
 
     def is_answered_by(self, record: dict[str, Any]) -> bool:
         """Whether a record is of this judgement, and of the same answers and prompt: both may have been made anew."""
@@ -189,7 +200,7 @@ def _have(jobs: Sequence[_Job], run: JudgeRun, read: Callable[[str, str], dict[s
         job = jobs[index]
         record = dict(job.about)
         for game, messages in job.messages.items():
-            judgement = run.judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
+            judgement = job.replies.get(game) or run.judge.complete(messages, temperature=0, max_tokens=MAX_TOKENS)
             fields = {"user_prompt": messages[1]["content"], "judgment": judgement, **read(game, judgement)}
             record |= {f"{game}{name}": value for name, value in fields.items()}
         return {**record, "tstamp": time.time()}
@@ -266,6 +277,15 @@ def _prompt_for(kind: str, question: Question, turn: int, prompts: Mapping[str, 
     if name not in prompts:
         raise DataError(f"There is no judge prompt {name!r}; there are {', '.join(sorted(prompts))}.")
     return prompts[name]
+
+
+def _reply_without_room(sides: Mapping[str, Answer], turn: int) -> str | None:
+    """The verdict on a pair of which one or both left no room for an answer, `None` where both have one."""
+    empty = {side for side, answer in sides.items() if turn in answer.no_room}
+    if not empty:
+        return None
+    verdict = "C" if len(empty) == 2 else "B" if "_a" in empty else "A"
+    return f"{NO_ANSWER} [[{verdict}]]"
 
 
 def _parts(question: Question, turn: int, sides: dict[str, Answer]) -> dict[str, str]:

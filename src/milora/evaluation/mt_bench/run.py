@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 from milora.errors import MiLoraError
 from milora.evaluation.mt_bench import judging, prompts, scores
-from milora.evaluation.mt_bench.answers import answer_questions, read_answers
+from milora.evaluation.mt_bench.answers import Answer, answer_questions, read_opponent
 from milora.evaluation.progress import Watch
 from milora.tasks.mt_bench import Question
 
@@ -49,22 +51,30 @@ def run(
         prompts_folder: Where FastChat's `judge_prompts.jsonl` is looked for.
         workers: Requests to the judge at a time.
         progress: Shows progress.
-        **generation: `max_new_tokens`, `beams` and `batch_size` of
+        **generation: `max_new_tokens`, `beams`, `seed` and `batch_size` of
             [`milora.evaluation.mt_bench.answers.answer_questions`].
 
     Returns:
-        `answers` (the file); with a judge `judge`, `prompts` ("fastchat" or "own"), `failed`, `reason`, and what
-        [`milora.evaluation.mt_bench.scores.grades`] gives; with an opponent too `pairwise`.
+        `model`, `questions` (how many), `answers` (the file), `answers_digest` (of their texts), `no_room` (how many
+        turns had no room for an answer); with a judge `judge`, `prompts` ("fastchat" or "own"), `failed`, `reason`, and
+        what [`milora.evaluation.mt_bench.scores.grades`] gives; with an opponent too `pairwise`, likewise.
 
     Raises:
-        MiLoraError: If there is an opponent and no judge, or a judgement could be had for none of the answers.
+        MiLoraError: If there is an opponent and no judge, or a grade could be had for none of the answers.
+        DataError: If the opponent's file lacks an answer, or one of the files cannot be read.
     """
     if opponent is not None and judge is None:
         raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
-    others = None if opponent is None else read_answers(opponent, questions)
+    others = None if opponent is None else read_opponent(opponent, questions)
     path = answers_file(folder, model_id)
     answers = answer_questions(model, tokenizer, questions, path, model_id, progress=progress, **generation)
-    result: dict[str, Any] = {"model": model_id, "questions": len(questions), "answers": str(path)}
+    result: dict[str, Any] = {
+        "model": model_id,
+        "questions": len(questions),
+        "answers": str(path),
+        "answers_digest": _digest(answers),
+        "no_room": sum(len(answer.no_room) for answer in answers),
+    }
     if judge is None:
         return result
     wording = prompts.load(prompts_folder)
@@ -73,11 +83,12 @@ def run(
         judge, wording, judgements.with_name(f"{judgements.name}_single.jsonl"), workers, progress
     )
     graded = judging.grade(single, questions, answers)
-    _require(graded)
+    if graded.failed and not graded.records:
+        raise MiLoraError(f"No judgement could be had. {graded.reason} The answers are kept.")
     own = all(wording[name] == prompt for name, prompt in prompts.OWN.items())
+    judged_by = {"judge": judge.model, "prompts": "own" if own else "fastchat"}
     result |= {
-        "judge": judge.model,
-        "prompts": "own" if own else "fastchat",
+        **judged_by,
         "failed": graded.failed,
         "reason": graded.reason,
         **scores.grades(graded.records, questions),
@@ -85,9 +96,9 @@ def run(
     if others is not None:
         pair = replace(single, path=judgements.with_name(f"{judgements.name}_pair.jsonl"))
         compared = judging.compare(pair, questions, answers, others)
-        _require(compared)
         result["pairwise"] = {
             "opponent": others[0].model,
+            **judged_by,
             "failed": compared.failed,
             "reason": compared.reason,
             **scores.wins(compared.records),
@@ -95,9 +106,9 @@ def run(
     return result
 
 
-def _require(outcome: judging.Outcome) -> None:
-    if outcome.failed and not outcome.records:
-        raise MiLoraError(f"No judgement could be had. {outcome.reason} The answers are kept.")
+def _digest(answers: Sequence[Answer]) -> str:
+    texts = json.dumps([answer.turns for answer in answers])
+    return hashlib.blake2b(texts.encode(), digest_size=8).hexdigest()
 
 
 def _file_name(name: str) -> str:
