@@ -82,9 +82,10 @@ class MergingTuner(PromptTuner):
             super()._before_forward(module, args, kwargs)
             return
         self._shared_weights.begin_forward()
-        if self.dispatcher.merged is not None and self.prompt_tuning_is_off():
-            raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
         follows = self.passes.following() is not None
+        # Looks at all modules, so not in every step of a generation, in which adapters stay as they are.
+        if self.dispatcher.merged is not None and not follows and self.prompt_tuning_is_off():
+            raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
         super()._before_forward(module, args, kwargs)
         stack, running = self.dispatcher.merge_into, self.dispatcher.current
         if stack is None or running is None or running.is_merged:
