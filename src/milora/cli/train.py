@@ -62,23 +62,46 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
     """The arguments that flags, and the YAML file they may name, stand for.
 
     Raises:
-        MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is no YAML mapping.
+        MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is not there or no YAML
+            mapping.
     """
+    import yaml
+
     parser = _parser()
+    flags, file = _apart_from_file(flags)
     try:
         parsed: Any = parser.parse_args_and_config(flags, return_remaining_strings=False)
+    except MiLoraError:
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MiLoraError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError, OSError) as error:
-        if isinstance(error, MiLoraError):
-            raise
-        unknown = [flag for flag in flags if flag.startswith("--") and flag[2:] not in _names(parser)]
-        if unknown:
-            names = sorted(_names(parser))
-            raise MiLoraError(f"Unknown flag {unknown[0]}{did_you_mean(unknown[0][2:], names)}") from error
+        names = _names(parser)
+        for flag in flags:
+            spelled = flag.partition("=")[0]
+            name = spelled[2:].replace("-", "_")
+            if flag.startswith("--") and name not in names:
+                raise MiLoraError(f"Unknown flag {spelled}{did_you_mean(name, sorted(names))}") from error
         raise MiLoraError(str(error).splitlines()[0]) from error
     data, method, arguments = parsed
     folder = data_folder(data.data_dir)
     data.data_dir = None if folder is None else str(folder)
     return data, method, arguments
+
+
+def _apart_from_file(flags: list[str]) -> tuple[list[str], str | None]:
+    """Flags in which `--config=FILE` is `--config FILE`, as TRL's parser wants it, and the file.
+
+    Raises:
+        MiLoraError: If there is `--config` and no file.
+    """
+    apart = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if "--config" not in apart:
+        return apart, None
+    file = next(iter(apart[apart.index("--config") + 1 :]), "")
+    if not file or file.startswith("--"):
+        raise MiLoraError("--config needs a file: --config recipe.yaml. See milora train --help.")
+    return apart, file
 
 
 def _parser() -> Any:
