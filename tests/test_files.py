@@ -7,34 +7,21 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.full_disk import largest_file
 
 from milora.errors import MiLoraError
 from milora.files import is_disk_full, whole_file, whole_folder, write_json, write_text, writing
 
 # Forked, as a new interpreter takes seconds to import torch.
 FORK = multiprocessing.get_context("fork")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system takes no more than so many bytes in a file: what is beyond fails in the middle of a write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names(folder: Path) -> list[str]:
@@ -185,6 +172,19 @@ def test_a_number_that_json_cannot_say_leaves_the_old_file(tmp_path: Path) -> No
         write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"é": 1}
     assert "é" in path.read_text()
+
+
+@pytest.mark.parametrize("short_of_its_end", [True, False])
+def test_what_torch_cannot_write_is_a_full_disk(tmp_path: Path, short_of_its_end: bool) -> None:
+    """Which says something else of a file that lacks its last byte than of one that lacks most."""
+    path, tensors = tmp_path / "optimizer.pt", {"a": torch.zeros(100_000)}
+    torch.save(tensors, path)
+    limit = path.stat().st_size - 1 if short_of_its_end else 1000
+    said = pytest.raises(MiLoraError, match="No space left on device; go on")
+    with largest_file(limit), said, writing(path, "; go on"):
+        torch.save(tensors, path)
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"), writing(path):
+        torch.load(path)
 
 
 def test_what_a_full_disk_looks_like() -> None:

@@ -21,6 +21,9 @@ from milora.errors import MiLoraError
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
 """How libraries that are written in Rust, such as safetensors, say what the system said."""
 
+_NOT_TO_ITS_END = ("PytorchStreamWriter failed", "basic_ios::clear", "unexpected pos")
+"""How `torch.save`, which does not say what the system said, says that a file could not be written to its end."""
+
 
 @contextmanager
 def writing(path: Path, kept: str = "") -> Iterator[None]:
@@ -122,11 +125,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, says that there is no room left on a disk."""
+    """Whether an exception, or one that it came from, says that there is no room left on a disk.
+
+    Of one by `torch.save` it is taken for granted.
+    """
     seen: BaseException | None = error
     while seen is not None:
         numbers = {getattr(seen, "errno", None), _number_in_words(seen)}
-        if numbers & {errno.ENOSPC, errno.EDQUOT} or os.strerror(errno.ENOSPC) in str(seen):
+        in_words = (os.strerror(errno.ENOSPC), *(_NOT_TO_ITS_END if isinstance(seen, RuntimeError) else ()))
+        if numbers & {errno.ENOSPC, errno.EDQUOT} or any(words in str(seen) for words in in_words):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

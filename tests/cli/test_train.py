@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from support.full_disk import largest_file
 from support.tokenizer import save_backbone
 
 from milora.cli.main import main
+from milora.cli.train import parse
+from milora.training.checkpoints import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,43 @@ def test_a_mistake_is_one_line(
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--r=4", "--topk", "2"], "Unknown flag --topk; did you mean 'top_k'?"),
+        (["--data-dir", "d", "--top-kk=2"], "Unknown flag --top-kk; did you mean 'top_k'?"),
+        (["--config=FILE", "--topk", "2"], "Unknown flag --topk; did you mean 'top_k'?"),
+        (["--r", "4", "--config"], "--config needs a file"),
+        (["--config", "--r", "4"], "--config needs a file"),
+        (["--config="], "--config needs a file"),
+    ],
+)
+def test_the_flag_that_is_wrong_is_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("r: 2\n")
+    assert main(["train", *[argument.replace("FILE", str(recipe)) for argument in arguments]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"milora: {complaint}")
+
+
+@pytest.mark.parametrize("content", [b"r: [1, 2\ntop_k: 3\n", b"\xff\xfe\xfa: 1\n"], ids=["unclosed", "not UTF-8"])
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    assert main(["train", "--config", str(recipe)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"milora: {recipe} is no YAML: ")
+
+
+def test_flags_and_the_file_are_found_however_they_are_spelled(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("top_k: 2\nr: 2\n")
+    data, method, arguments = parse([f"--config={recipe}", "--r=4", "--data-dir", str(tmp_path), "--use_cpu=True"])
+    assert (data.data_dir, method.top_k, method.r, arguments.use_cpu) == (str(tmp_path), 2, 4, True)
+
+
 def test_help_lists_our_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -170,6 +210,44 @@ def test_help_lists_our_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--deepspeed" not in shown
     assert main(["train", "--help-all"]) == 0
     assert "--deepspeed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_before(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    """The one is written in Rust, the other in C++, which has no word of its own for it."""
+    data, output = rows_file(tmp_path), tmp_path / "out"
+    assert main(flags(backbone, data, output, max_steps=2)) == 0
+    resumed = [*flags(backbone, data, output), "--resume_from_checkpoint", "last"]
+    capsys.readouterr()
+    with largest_file((output / "checkpoint-2" / file).stat().st_size - 1):
+        assert main(resumed) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"milora: {output} cannot be written: ")
+    assert said.endswith("; earlier checkpoints are kept: make room, and go on with --resume_from_checkpoint last\n")
+    assert last_checkpoint(output) == output / "checkpoint-2"
+    assert main([*resumed, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["resumed_from"], result["steps"]) == (str(output / "checkpoint-2"), 6)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_counts_on_with_its_callbacks_restored_by_transformers(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing learns, so the first evaluation stays the best: the third after it, at step 4, ends the run."""
+    settings = {"learning_rate": 0.0, "activation_learning_rate": 0.0, "eval_steps": 1, "save_steps": 1}
+    patience = {"early_stopping_patience": 3, "eval_on_start": False, **settings}
+    run = [rows_file(tmp_path), tmp_path / "out"]
+    assert main(flags(backbone, *run, max_steps=2, **patience)) == 0
+    capsys.readouterr()
+    resumed = flags(backbone, *run, max_steps=9, restore_callback_states_from_checkpoint=True, **patience)
+    assert main([*resumed, "--resume_from_checkpoint", "last", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["steps"], result["stopped_early"]) == (4, True)
 
 
 @pytest.mark.slow

@@ -41,6 +41,6 @@ def test_it_waits_for_the_structure() -> None:
 
 def test_the_count_goes_on_when_a_run_is_resumed() -> None:
     first, second = EarlyStopping(3), EarlyStopping(3)
-    first.early_stopping_patience_counter = 2
+    first.load_state_dict({"counter": 2})
     second.load_state_dict(first.state_dict())
-    assert second.early_stopping_patience_counter == 2
+    assert second.count == 2

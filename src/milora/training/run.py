@@ -15,11 +15,11 @@ from transformers import set_seed
 
 from milora.backbone.loading import load_backbone, read_adapter_config
 from milora.errors import MiLoraError
-from milora.files import write_text
+from milora.files import write_text, writing
 from milora.tasks.sources import to_dataset
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
-from milora.training.checkpoints import last_checkpoint
+from milora.training.checkpoints import KEPT, last_checkpoint
 from milora.training.companions import companions
 from milora.training.launching import check_launch
 from milora.training.method import MethodArguments
@@ -69,10 +69,12 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
         # The first evaluation was made by the run that is resumed.
         trainer.args.eval_on_start = False
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model(str(output))
+    with writing(output, KEPT):
+        trainer.save_model(str(output))
     result = _result(trainer, method, mixture, output, checkpoint, time.monotonic() - started)
     if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        with writing(output, KEPT):
+            trainer.state.save_to_json(str(output / "trainer_state.json"))
         record = _record(data, method, arguments, trainer, result)
         write_text(output / RESULT_FILE, json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n")
         trainer.draw_routes({name: counts.dev for name, counts in mixture.counts.items()}, output / ROUTES_FILE)

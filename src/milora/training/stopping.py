@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 
 @runtime_checkable
@@ -16,11 +16,15 @@ class Undecided(Protocol):
         """Whether it is after optimiser step `step`, so that what is evaluated then is not what will be kept."""
 
 
-class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+class EarlyStopping(TrainerCallback):  # type: ignore[misc]
     """Ends a run after `patience` evaluations without a better one, none of them counted while a structure is open.
 
     A search makes the dev perplexity worse before it makes it better (what it finds begins anew), and ended in its
     midst it would leave an adapter that is none of the method's.
+
+    It has one of transformers' `EarlyStoppingCallback` and is none: with `restore_callback_states_from_checkpoint` a
+    trainer makes those anew of what JSON can say, which `undecided` is not. The count goes on in every resumed run all
+    the same, by way of a `MiLoraTrainer`'s own state, with the patience that the resumed run is given.
 
     Args:
         patience: Evaluations.
@@ -28,23 +32,32 @@ class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
     """
 
     def __init__(self, patience: int, undecided: Sequence[Undecided] = ()) -> None:
-        super().__init__(patience)
         self.undecided = undecided
+        self._stopping = EarlyStoppingCallback(patience)
+
+    @property
+    def count(self) -> int:
+        """Evaluations since the best one."""
+        return int(self._stopping.early_stopping_patience_counter)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Checks that there is something to go by."""
+        self._stopping.on_train_begin(args, state, control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **kwargs: Any) -> None:
         """Counts an evaluation."""
         if any(callback.is_open(model, state.global_step) for callback in self.undecided):
-            self.early_stopping_patience_counter = 0
+            self._stopping.early_stopping_patience_counter = 0
             return
-        super().on_evaluate(args, state, control, metrics, model=model, **kwargs)
+        self._stopping.on_evaluate(args, state, control, metrics, model=model, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"counter": self.early_stopping_patience_counter}
+        return {"counter": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on counting."""
-        self.early_stopping_patience_counter = state["counter"]
+        self._stopping.early_stopping_patience_counter = state["counter"]
 
 
 def forget_best(state: Any) -> None:

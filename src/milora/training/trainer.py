@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from milora.errors import MiLoraError
+from milora.files import writing
 from milora.routing.precision import KeepFloat32
 from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.adalora import orthogonality_penalty
 from milora.training.arguments import TrainingArguments
 from milora.training.callbacks import routing_metrics
 from milora.training.card import ROUTES_FILE, CardFacts, write_card
-from milora.training.checkpoints import STATE_FILE
+from milora.training.checkpoints import KEPT, STATE_FILE
 from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.routes import draw_routes
@@ -227,6 +228,10 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         # What PEFT wrote of AdaLoRA is pruned; all of it is in our own file.
         if not isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(self.args.output_dir or "out"), KEPT):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
