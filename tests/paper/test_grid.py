@@ -176,11 +176,73 @@ def test_what_cannot_be_run_is_named_and_the_rest_is_run() -> None:
     assert of.missing(table7["boolq"][0], "boolq") == "no weights"
     # With Alpaca there, only what a test lacks itself is left out.
     of = grid({"mmlu": "no folder mmlu"}, sections=["table3"], tasks=())
-    assert {run.tests for run in runs(of)} == {("bbh",)}
+    # MT-Bench has what MiLoRA's routers choose.
+    assert {run.method: run.tests for run in runs(of)} == {"moelora": ("bbh",), "milora": ("mt-bench", "bbh")}
     cells = of.sections[0].rows[0].cells
     assert of.missing(cells["bbh"][0], "bbh") is None
     assert of.missing(cells["mmlu"][0], "mmlu") == "no folder mmlu"
     assert "judge" in str(of.missing(cells["mt-bench"][0], "mt-bench"))
+
+
+URL = "http://127.0.0.1:9/v1"
+NOT_AT_HAND = {"mmlu": "no folder mmlu", "bbh": "no folder bbh"}
+
+
+def test_figure_2_needs_no_judge_for_mt_bench() -> None:
+    of = grid(NOT_AT_HAND, sections=["figure2"], tasks=(), seeds=(0,))
+    found = {run.tasks: run for run in runs(of)}
+    assert found[("alpaca",)].tests == ("mt-bench",)
+    assert "judge" not in found[("alpaca",)].evaluation
+    assert of.missing(of.sections[0].rows[0].cells["mt-bench"][0], "mt-bench") is None
+    # Table 3 has nothing to show of such a run, which is made where figure 2 is there, and is then the same.
+    assert runs(grid(NOT_AT_HAND, sections=["table3"], tasks=(), seeds=(0,))) == []
+    both = runs(grid(NOT_AT_HAND, sections=["table3", "figure2", "figure4"], tasks=(), seeds=(0,)))
+    assert [run for run in both if run.tasks == ("alpaca",)] == [found[("alpaca",)]]
+    without = grid({"mt-bench": "no folder mt_bench"}, sections=["figure2"], tasks=(), seeds=(0,))
+    cell = without.sections[0].rows[0].cells["mt-bench"][0]
+    assert without.missing(cell, "mt-bench") == "no folder mt_bench"
+
+
+def test_with_a_judge_table_3_has_mt_bench_and_its_runs_are_others() -> None:
+    settings = {"sections": ["table3"], "tasks": (), "seeds": (0,)}
+    of = grid(NOT_AT_HAND, judge_url=URL, judge_model="j", **settings)
+    found = {run.method: run for run in runs(of)}
+    assert {run.tests for run in found.values()} == {("mt-bench",)}
+    assert found["milora"].evaluation["judge"] == "j"
+    assert of.missing(of.sections[0].rows[0].cells["mt-bench"][0], "mt-bench") is None
+    # The judge decides the outcome, and the place where it is reached does not.
+    elsewhere = runs(grid(NOT_AT_HAND, judge_url="https://example.com", judge_model="j", **settings))
+    other = runs(grid(NOT_AT_HAND, judge_url=URL, judge_model="k", **settings))
+    digests = {run.digest for run in found.values()}
+    assert {run.digest for run in elsewhere} == digests
+    assert not {run.digest for run in other} & digests
+    # Runs that hold no conversations are the same with a judge.
+    single = {"sections": ["table1"], "only_methods": ["milora"]}
+    assert runs(grid(judge_url=URL, **single)) == runs(grid(**single))
+
+
+def test_conversations_are_held_for_table_3_and_not_for_each_ablation() -> None:
+    of = grid(sections=["table3", "table5", "table7"], tasks=(), seeds=(0,), judge_url=URL)
+    alpaca = [run for run in runs(of) if run.tasks == ("alpaca",)]
+    # Table 5's first row is Table 3's MiLoRA; five ablations, and two methods on two other backbones.
+    assert [run.tests for run in alpaca] == [("mt-bench", "mmlu", "bbh")] * 2 + [("mmlu", "bbh")] * (5 + 4)
+
+
+def test_instructions_are_tuned_by_perplexity_where_all_else_is_tuned_by_accuracy() -> None:
+    flags = {"tune": {"learning_rate": [1, 2]}, "tune_by": "accuracy", "evaluation": {"dev_rows": 4}}
+    of = grid(sections=["table3"], only_methods=["milora"], tasks=(), **flags)
+    cell = of.cells()[0]
+    perplexity = {1: 3.0, 2: 2.0}
+    results = Results(
+        {
+            run.digest: record(run, dev={"alpaca": {"perplexity": perplexity[value["learning_rate"]], "rows": 4}})
+            for value, run in of.candidates(cell)
+        }
+    )
+    choice = of.choice(cell, results, lambda digest: True)
+    assert (choice.best, choice.criterion) == ({"learning_rate": 2}, "perplexity")
+    other = grid(sections=["table1"], only_methods=["milora"], **flags)
+    assert other.choice(other.cells()[0], Results(), lambda digest: True).criterion == "accuracy"
 
 
 def test_budgets_reach_the_runs() -> None:

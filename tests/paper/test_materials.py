@@ -9,7 +9,7 @@ from support.grids import EverythingAtHand, grid
 
 from milora.paper.grid import Grid
 from milora.paper.materials import Materials
-from milora.paper.request import read_request
+from milora.paper.request_reading import read_request
 from milora.paper.runs import Run
 from milora.paper.store import Results
 
@@ -48,6 +48,24 @@ def test_splits_and_sources_have_their_own(tmp_path: Path) -> None:
     assert here == materials.rows_fingerprint(write(tmp_path / "there" / "rows.jsonl", ["a", "b"]), "dev")
     assert here != materials.rows_fingerprint(write(tmp_path / "other.jsonl", ["a", "c"]), "dev")
     assert materials.rows_missing(str(tmp_path / "nowhere.jsonl"), "dev") is not None
+
+
+def test_the_questions_of_mt_bench_have_one_too(tmp_path: Path) -> None:
+    def asked(words: str) -> str | None:
+        question = {"question_id": 81, "category": "writing", "turns": [words, "Shorter."]}
+        (tmp_path / "mt_bench").mkdir(exist_ok=True)
+        (tmp_path / "mt_bench" / "question.jsonl").write_text(json.dumps(question) + "\n")
+        return Materials(str(tmp_path)).rows_fingerprint("mt-bench", "test")
+
+    assert asked("Write.") == asked("Write.") != asked("Sing.")
+    assert Materials(str(tmp_path)).rows_missing("mt-bench", "test") is None
+    assert "question.jsonl" in str(Materials(str(tmp_path / "nowhere")).rows_missing("mt-bench", "test"))
+
+
+def test_a_shape_without_weights_says_where_one_with_weights_is_named() -> None:
+    missing = str(Materials().backbone_missing("gemma-2b"))
+    assert "--backbone" in missing
+    assert "other_backbones" in missing
 
 
 def test_a_run_with_other_dev_rows_is_another_run() -> None:

@@ -31,6 +31,26 @@ def test_a_measurement_beside_the_paper_s(tmp_path: Path) -> None:
     assert lines[5] == "| MiLoRA | 3 | 9.0 | 33.5 | - | - | 100 | 15300 |"
 
 
+def test_each_row_has_its_number_of_tokens_where_they_differ(tmp_path: Path) -> None:
+    rows = [
+        {"method": name, "beam": 1, "tokens_per_second": 8.0, "peak_memory_mib": 100.4, "new_tokens": tokens}
+        for name, tokens in (("dora", 4), ("milora", 32))
+    ]
+    measured = {"rows": rows, "settings": {"rounds": 5, "new_tokens": 32}, "environment": {"processor": "x"}}
+    (tmp_path / FILE).write_text(json.dumps(measured))
+    lines = speed_section(tmp_path)
+    assert lines[0].startswith("|  | beam | new tokens | tokens a second |")
+    assert {line.count("|") for line in lines[:4]} == {10}
+    assert lines[2].startswith("| DoRA | 1 | 4 | 8.0 |")
+    assert lines[3].startswith("| MiLoRA | 1 | 32 | 8.0 |")
+    assert "4 to 32 new ones (each row has its number)" in lines[-1]
+    # With the same for all it is said once, and it is what they wrote rather than what was asked for.
+    (tmp_path / FILE).write_text(json.dumps({**measured, "rows": [{**row, "new_tokens": 16} for row in rows]}))
+    lines = speed_section(tmp_path)
+    assert "new tokens" not in lines[0]
+    assert "16 new ones, x." in lines[-1]
+
+
 def test_without_a_measurement_and_with_a_broken_one(tmp_path: Path) -> None:
     assert speed_section(tmp_path, measure=False) == ["Not measured yet."]
     (tmp_path / FILE).write_text("{")

@@ -9,7 +9,7 @@ from typing import Any
 from milora.backbone.shapes import shape_config
 from milora.paper.grid import Grid
 from milora.paper.materials import Materials
-from milora.paper.request import read_request
+from milora.paper.request_reading import read_request
 from milora.paper.runs import Run
 from milora.paper.store import FINISHED, Record
 

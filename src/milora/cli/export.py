@@ -38,7 +38,8 @@ def command(
             raise MiLoraError("Give either --prompt TEXT or --route FILE: a LoRA adapter is one route, frozen.")
 
         from milora.backbone.loading import load_for_inference
-        from milora.cli.route import require_routers, route_prompts
+        from milora.cli.route import require_routers
+        from milora.inference.routing import route_prompts
         from milora.tuners.milora.export import export_route
 
         quiet_libraries()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HOUR = 3600
 MINUTE = 60
 
-LEFT_OUT = ("--shard", "--output", "--data-dir", "--seconds-per-run")
+LEFT_OUT = ("--shard", "--output", "--data-dir", "--judge-url", "--seconds-per-run")
 """Options, each with a value, that a report does not show: where things are, and how the work is shared."""
 
 
@@ -72,6 +72,18 @@ def command(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="Prompts a batch in evaluation.")
     ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url",
+            metavar="URL",
+            help="OpenAI-compatible API that grades MT-Bench for Table 3; its key is MILORA_JUDGE_API_KEY or "
+            "OPENAI_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option("--judge-model", help="The judge's name there; by default gpt-4.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Results and report.")] = Path("out/report"),
     shard: Annotated[
         str | None, typer.Option("--shard", metavar="I/N", help="Make only this share of the runs: 1/2, 2/2.")
@@ -110,6 +122,8 @@ def command(
             "budget": int(budget) if budget and budget.isdigit() else budget,
             "evaluation": {name: value for name, value in evaluation.items() if value is not None},
             "threads": threads,
+            "judge_url": judge_url,
+            "judge_model": judge_model,
         }
 
         import torch
@@ -118,7 +132,8 @@ def command(
         from milora.paper.grid import Grid
         from milora.paper.plan import make_plan
         from milora.paper.report import write_report
-        from milora.paper.request import parse_settings, read_request
+        from milora.paper.request_checks import check_trainings
+        from milora.paper.request_reading import parse_settings, read_request
         from milora.paper.store import ResultStore
         from milora.paper.worker import Worker
 
@@ -142,6 +157,7 @@ def command(
             return
         progress = None
         if not no_run:
+            check_trainings(request, here=True)
             _say(_summary(plan))
             progress = Worker(grid, store, cells, say=_say).work()
         results = store.read()

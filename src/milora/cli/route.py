@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +65,7 @@ def command(
             prompts[source or "prompts"] = [request.prompt for request in requests]
 
         from milora.backbone.loading import load_for_inference
+        from milora.inference.routing import route_prompts
         from milora.routing import Route
 
         quiet_libraries()
@@ -89,28 +90,6 @@ def command(
             console = Console()
             for label, route in routes.items():
                 console.print(table(route, label))
-
-
-def route_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[Text], batch_size: int = 8, progress: Any = None
-) -> Route:
-    """The route of each prompt, in the prompts' order.
-
-    Raises:
-        MiLoraError: If a prompt has no tokens.
-    """
-    from milora.inference.generation import batches, encode_prompt, left_padded, padding_token
-    from milora.routing import Route
-
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    plan = batches(encoded, batch_size)
-    padding = padding_token(tokenizer)
-    parts = [
-        model.base_model.route(**left_padded([encoded[index] for index in batch], padding, model.device)).to("cpu")
-        for batch in (progress.track(plan, description="routing") if progress else plan)
-    ]
-    order = [index for batch in plan for index in batch]
-    return Route.cat(parts)[[order.index(index) for index in range(len(order))]]
 
 
 def require_routers(adapter: str) -> None:

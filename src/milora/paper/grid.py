@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
 from milora.errors import MiLoraError
+from milora.evaluation.run import Judging
 from milora.methods import METHODS, Counts, method, parameter_counts
 from milora.paper.budget import SIZES, Budget, equal_budgets
-from milora.paper.materials import MT_BENCH, NEEDS_A_JUDGE, Materials
-from milora.paper.request import MILORA_BUDGET, PAPER_BUDGET, ReportRequest
+from milora.paper.materials import MT_BENCH, NEEDS_A_JUDGE, Materials, has_answers
+from milora.paper.request import MILORA_BUDGET, PAPER_BUDGET, PERPLEXITY, ReportRequest
 from milora.paper.runs import Cell, Run, Settings, Variant
 from milora.paper.sections import Section, sections
 from milora.paper.store import Record, Results
@@ -25,6 +27,8 @@ default that changes makes another run."""
 
 EMPTY = Budget({}, Counts(0, 0, 0))
 ROUTED = ("milora", "midora")
+"""Methods with a router a block."""
+
 Settled = Callable[[str], bool]
 """Whether a run, by its digest, will not be made (again): it has finished, or failed for this time."""
 
@@ -36,12 +40,14 @@ class Choice:
     Attributes:
         label: The variant.
         tasks: It was trained on.
+        criterion: `perplexity` or `accuracy`: what dev says.
         tried: The values of each try, with what dev said of it; `None` of a try that has failed or is missing.
         best: The values taken; `None` while tries are missing or where all have failed.
     """
 
     label: str
     tasks: tuple[str, ...]
+    criterion: str
     tried: tuple[tuple[Settings, float | None], ...]
     best: Settings | None
 
@@ -59,7 +65,9 @@ class Grid:
 
     def __init__(self, request: ReportRequest, materials: Materials | None = None) -> None:
         self.request = request
-        self.materials = materials or Materials(request.data_dir)
+        self.materials = materials or Materials(
+            request.data_dir, Judging(url=request.judge_url, model=request.judge_model)
+        )
         self._budgets: dict[str, Budget] | None = None
         self._runs: dict[str, Run] = {}
         self.sections: list[Section] = sections(request, self.base_settings)
@@ -81,15 +89,21 @@ class Grid:
 
     def cells(self) -> list[Cell]:
         """The cells of all sections, each once, in the order of the sections."""
-        return list({cell.key: cell for section in self.sections for cell in section.cells()}.values())
+        found: dict[str, Cell] = {}
+        for section in self.sections:
+            for cell in section.cells():
+                # What is possible for one of the cells that a run answers is possible for the run.
+                suffices = cell.key in found and found[cell.key].routes_suffice
+                found[cell.key] = replace(cell, routes_suffice=True) if suffices else cell
+        return list(found.values())
 
     def missing(self, cell: Cell, test: str | None = None) -> str | None:
         """Why a cell has no run, or a test of it no result, in a line; `None` if nothing is in the way."""
         reason = self.materials.backbone_missing(cell.backbone)
         for task in cell.tasks:
-            reason = reason or self._of_task(task, "train")
+            reason = reason or self.materials.rows_missing(task, "train")
         tests = [test] if test is not None else cell.tests
-        reasons = [self._of_task(name, "test") for name in tests]
+        reasons = [self._of_test(cell, name) for name in tests]
         return reason or (reasons[0] if all(reasons) else None)
 
     def candidates(self, cell: Cell) -> list[tuple[Settings, Run]]:
@@ -112,7 +126,8 @@ class Grid:
         complete = all(settled(run.digest) for _, run in candidates)
         best = min(finished, key=lambda pair: pair[0])[1] if finished and complete else None
         label = cell.variant.label if cell.variant.own_tuning else method(cell.variant.method).title
-        return Choice(label, cell.tasks, tried, best)
+        criterion = self.request.tune_by if all(map(has_answers, cell.tasks)) else PERPLEXITY
+        return Choice(label, cell.tasks, criterion, tried, best)
 
     def run(self, cell: Cell, results: Results, settled: Settled) -> Run | None:
         """The run of a cell; `None` if it cannot be made, or while its settings are still being tuned."""
@@ -189,8 +204,20 @@ class Grid:
                 found.setdefault(possible[0].digest, cell)
         return list(found.values())
 
-    def _of_task(self, task: str, split: str) -> str | None:
-        return NEEDS_A_JUDGE if task == MT_BENCH else self.materials.rows_missing(task, split)
+    def _of_test(self, cell: Cell, test: str) -> str | None:
+        """Why a test of a cell has no result."""
+        missing = self.materials.rows_missing(test, "test")
+        is_judged = self.request.judge_url is not None
+        return missing if missing or test != MT_BENCH or is_judged or cell.routes_suffice else NEEDS_A_JUDGE
+
+    def _is_tested(self, cell: Cell, test: str) -> bool:
+        """Whether a cell's run has a test, the same for all cells that it answers.
+
+        Of methods with routers MT-Bench has the routes without a judge too.
+        """
+        if self.materials.rows_missing(test, "test") is not None:
+            return False
+        return test != MT_BENCH or self.request.judge_url is not None or cell.variant.method in ROUTED
 
     def _dev_sources(self, tasks: tuple[str, ...]) -> list[str]:
         """Where dev rows come from: those that every training looks at between its steps, and those of dev accuracy."""
@@ -203,15 +230,15 @@ class Grid:
         return {} if is_other else self.base_settings(cell.variant.method)
 
     def _merit(self, record: Record | None) -> float | None:
-        """What dev says of a finished try; less is better."""
+        """What dev says of a finished try; less is better. Tasks without right answers have perplexity only."""
         if record is None:
             return None
-        if self.request.tune_by == "perplexity":
-            value = record.get("dev_perplexity")
-            # Of a run that diverged there is no number, or none to compare with.
-            return float(value) if value is not None and math.isfinite(value) else math.inf
-        scores = [of_task["accuracy"] for of_task in record["dev"].values()]
-        return -float(sum(scores)) / len(scores)
+        if self.request.tune_by == PERPLEXITY:
+            return _finite(record.get("dev_perplexity"))
+        dev = record["dev"].values()
+        if not all("accuracy" in of_task for of_task in dev):
+            return _finite(statistics.fmean(of_task["perplexity"] for of_task in dev))
+        return -statistics.fmean(of_task["accuracy"] for of_task in dev)
 
     def _make(self, cell: Cell, tuned: Settings) -> Run:
         key = f"{cell.key} {sorted(tuned.items())}"
@@ -221,7 +248,8 @@ class Grid:
 
     def _build(self, cell: Cell, tuned: Settings) -> Run:
         request, name = self.request, cell.variant.method
-        tests = tuple(test for test in cell.tests if self._of_task(test, "test") is None)
+        tests = tuple(test for test in cell.tests if self._is_tested(cell, test))
+        judged = {"judge": request.judge_model} if request.judge_url is not None and MT_BENCH in tests else {}
         prints = self.materials
         return Run(
             label=", ".join([str(cell), *(f"{field} {value:g}" for field, value in tuned.items())]),
@@ -233,7 +261,7 @@ class Grid:
             seed=cell.seed,
             training={"learning_rate": _paper_learning_rate(), **request.training_of(name), **tuned},
             data=request.data,
-            evaluation=asdict(request.evaluation),
+            evaluation={**asdict(request.evaluation), **judged},
             fingerprints={
                 "backbone": prints.backbone_fingerprint(cell.backbone),
                 "train": {task: prints.rows_fingerprint(task, "train") for task in cell.tasks},
@@ -241,6 +269,11 @@ class Grid:
                 "test": {task: prints.rows_fingerprint(task, "test") for task in tests},
             },
         )
+
+
+def _finite(perplexity: float | None) -> float:
+    # Of a run that diverged there is no number, or none to compare with.
+    return float(perplexity) if perplexity is not None and math.isfinite(perplexity) else math.inf
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What runs need: a backbone's weights, tasks' rows. What is at hand, and a fingerprint of it."""
+"""What runs need: a backbone's weights, tasks' rows, a judge. What is at hand, and a fingerprint of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 from milora.backbone.loading import locate
 from milora.backbone.shapes import SHAPES, shape_config
 from milora.errors import MiLoraError
+from milora.evaluation.run import Judging
 from milora.tasks import registry
+from milora.tasks.mt_bench import MtBench, Question
 from milora.tasks.rows import Row
 from milora.tasks.sources import read_rows
 from milora.tasks.task import Example
@@ -20,8 +22,8 @@ ROWS_OF_A_FINGERPRINT = 64
 PART = 1 << 20
 """Of a weights' file this much from either end is read for its fingerprint."""
 
-MT_BENCH = "mt-bench"
-NEEDS_A_JUDGE = "its answers are judged by a model: milora evaluate --task mt-bench --judge-url URL"
+MT_BENCH = MtBench.name
+NEEDS_A_JUDGE = "its answers are judged by a model, which --judge-url names"
 
 
 class Materials:
@@ -29,10 +31,12 @@ class Materials:
 
     Args:
         data_dir: Folder of the benchmarks' files; without it they come from the hub.
+        judging: Who grades the answers to MT-Bench; without a `url` nobody does.
     """
 
-    def __init__(self, data_dir: str | None = None) -> None:
+    def __init__(self, data_dir: str | None = None, judging: Judging | None = None) -> None:
         self.data_dir = data_dir
+        self.judging = judging or Judging()
         self._backbones: dict[str, _Backbone] = {}
         self._splits: dict[tuple[str, str], _Found] = {}
 
@@ -69,6 +73,11 @@ class Materials:
         return self._splits[source, split]
 
 
+def has_answers(task: str) -> bool:
+    """Whether an output can be right or wrong; of instructions to train on none is."""
+    return "test" in registry.get(task).splits
+
+
 class _Found:
     def __init__(self, fingerprint: str = "", missing: str | None = None) -> None:
         self.fingerprint = fingerprint
@@ -93,7 +102,10 @@ class _Backbone:
     @cached_property
     def missing(self) -> str | None:
         if self._name in SHAPES and not self._is_folder:
-            return f"{self._name} is a shape without weights: name a folder or a hub id that has them"
+            return (
+                f"{self._name} is a shape without weights: name a folder or a hub id that has them, as --backbone or, "
+                "for Table 7, under other_backbones in the settings file"
+            )
         try:
             _ = self.config
         except MiLoraError as error:
@@ -123,9 +135,11 @@ class _Backbone:
 
 
 def _look_for_rows(source: str, split: Any, data_dir: str | None) -> _Found:
-    rows: Sequence[Example | Row]
+    rows: Sequence[Example | Row | Question]
     try:
-        if source in registry.names():
+        if source == MT_BENCH:
+            rows = MtBench(data_dir).questions()
+        elif source in registry.names():
             rows = registry.get(source, data_dir).examples(split, ROWS_OF_A_FINGERPRINT, 0)
         else:
             rows = read_rows(source)[:ROWS_OF_A_FINGERPRINT]
@@ -135,8 +149,14 @@ def _look_for_rows(source: str, split: Any, data_dir: str | None) -> _Found:
         return _Found(missing=f"{source} has no rows in its split {split}")
     digest = hashlib.blake2b(digest_size=8)
     for row in rows:
-        digest.update(f"{row.prompt!r} {row.completion!r} {row.answer!r}\n".encode())
+        digest.update(f"{_contents(row)}\n".encode())
     return _Found(digest.hexdigest())
+
+
+def _contents(row: Example | Row | Question) -> str:
+    if isinstance(row, Question):
+        return f"{row.id} {row.category!r} {row.turns!r} {row.references!r}"
+    return f"{row.prompt!r} {row.completion!r} {row.answer!r}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,10 +9,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from milora.errors import MiLoraError
+
 Settings = Mapping[str, Any]
 
 IDENTITY_FORMAT = 1
 """Part of every digest: to be raised when what a run does changes although its settings do not."""
+
+
+class UnfinishedRunError(MiLoraError):
+    """A run cannot be finished for now, though nothing is wrong with it: the next call goes on with what it made."""
 
 
 def canonical(value: Any) -> str:
@@ -46,6 +52,8 @@ class Cell:
     tasks: tuple[str, ...]
     tests: tuple[str, ...]
     seed: int
+    routes_suffice: bool = False
+    """Whether only what the routers choose is asked for, to which MT-Bench needs no judge."""
 
     @property
     def key(self) -> str:
@@ -70,7 +78,7 @@ class Run:
         seed: Of the adapter's start and the order of the rows.
         training: Fields of `TrainingArguments`.
         data: Fields of `DataArguments`.
-        evaluation: See [`milora.paper.request.Evaluation`].
+        evaluation: See [`milora.paper.request.Evaluation`]; with the judge's name where one grades answers.
         fingerprints: Of the backbone's files and of the rows of train, dev and test, as these decide the outcome too.
     """
 

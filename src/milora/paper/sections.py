@@ -16,6 +16,9 @@ INSTRUCTIONS = "alpaca"
 INSTRUCTION_TESTS = ("mt-bench", "mmlu", "bbh")
 """What a model trained on instructions is tested on; these have no training rows of their own."""
 
+WITHOUT_CONVERSATIONS = ("mmlu", "bbh")
+"""What its variants are tested on: judged conversations are dear, and only Table 3 and figure 2 have them."""
+
 RANKS = (8, 16, 32, 64, 128, 256)
 CHOSEN = (1, 2, 3, 4, 5, 6, 7)
 COEFFICIENTS = (0, 1e-3, 1e-2, 1e-1, 1)
@@ -119,23 +122,37 @@ class _Builder:
         """A method at its budget, with some settings otherwise."""
         return Variant(label or method(name).title, name, {**self.base(name), **settings}, own_tuning)
 
-    def single(self, variant: Variant, tasks: Sequence[str], backbone: str = "") -> dict[str, tuple[Cell, ...]]:
+    def single(
+        self, variant: Variant, tasks: Sequence[str], backbone: str = "", *, routes_suffice: bool = False
+    ) -> dict[str, tuple[Cell, ...]]:
         """An adapter for each task."""
-        return {task: self._seeded(backbone, variant, *_trained_for(task)) for task in tasks}
+        converses = not backbone and dict(variant.settings) == dict(self.base(variant.method))
+        return {task: self._seeded(backbone, variant, *_trained_for(task, converses), routes_suffice) for task in tasks}
 
     def together(self, variant: Variant, tasks: Sequence[str]) -> dict[str, tuple[Cell, ...]]:
         """One adapter for all tasks."""
         return dict.fromkeys(tasks, self._seeded("", variant, tuple(tasks), tuple(tasks)))
 
     def _seeded(
-        self, backbone: str, variant: Variant, tasks: tuple[str, ...], tests: tuple[str, ...]
+        self,
+        backbone: str,
+        variant: Variant,
+        tasks: tuple[str, ...],
+        tests: tuple[str, ...],
+        routes_suffice: bool = False,
     ) -> tuple[Cell, ...]:
         seeds = self.limits.get("seeds") or self.request.seeds
-        return tuple(Cell(backbone or self.request.backbone, variant, tasks, tests, seed) for seed in seeds)
+        on = backbone or self.request.backbone
+        return tuple(Cell(on, variant, tasks, tests, seed, routes_suffice) for seed in seeds)
 
 
-def _trained_for(task: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return ((INSTRUCTIONS,), INSTRUCTION_TESTS) if task in INSTRUCTION_TESTS else ((task,), (task,))
+def _trained_for(task: str, converses: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What an adapter that is tested on a task is trained on, and all that it is tested on."""
+    if task not in INSTRUCTION_TESTS:
+        return (task,), (task,)
+    return (
+        INSTRUCTIONS,
+    ), INSTRUCTION_TESTS if converses or task not in WITHOUT_CONVERSATIONS else WITHOUT_CONVERSATIONS
 
 
 def _table1(of: _Builder) -> Section:
@@ -162,7 +179,8 @@ def _table3(of: _Builder) -> Section:
         Row(method(name).title, of.single(of.variant(name), INSTRUCTION_TESTS), paper=method(name).title)
         for name in of.methods(("moelora", "milora"))
     ]
-    return Section(of.name, "Table 3: instruction tuning on Alpaca", INSTRUCTION_TESTS, tuple(rows))
+    title = "Table 3: instruction tuning on Alpaca (mt-bench: the judge's mean grade, of 10)"
+    return Section(of.name, title, INSTRUCTION_TESTS, tuple(rows))
 
 
 def _table5(of: _Builder) -> Section:
@@ -195,7 +213,7 @@ def _with_mmlu(of: _Builder) -> tuple[str, ...]:
 
 def _figure2(of: _Builder) -> Section:
     tasks = of.tasks(("mt-bench", *PAIR))
-    row = Row("MiLoRA", of.single(of.variant("milora"), tasks))
+    row = Row("MiLoRA", of.single(of.variant("milora"), tasks, routes_suffice=True))
     return Section(of.name, "Figure 2: what the routers choose", tasks, (row,))
 
 

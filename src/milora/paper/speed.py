@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,14 @@ def speed_section(
 def _lines(result: Mapping[str, Any]) -> list[str]:
     rows = {(row["method"], row["beam"]): row for row in result["rows"]}
     printed = {(name, beam): values for name in METHODS for beam, *values in published.table4()[method(name).title]}
+    settings, environment = result["settings"], result["environment"]
+    # A slow method may have been asked for fewer tokens, so that the others get their turns.
+    written = {key: row.get("new_tokens", settings.get("new_tokens")) for key, row in rows.items()}
+    differ = len(set(written.values())) > 1
     lines = [
-        "|  | beam | tokens a second | paper | MiLoRA is faster by | paper | peak memory, MiB | paper |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"|  | beam |{' new tokens |' if differ else ''} tokens a second | paper | MiLoRA is faster by | paper | "
+        "peak memory, MiB | paper |",
+        f"| --- | ---: |{' ---: |' if differ else ''} ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (name, beam), row in rows.items():
         paper = printed.get((name, beam))
@@ -66,20 +71,25 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         in_paper = f"{printed['milora', beam][0] / paper[0]:.3f}" if paper and name != "milora" else "-"
         memory = "-" if row.get("peak_memory_mib") is None else f"{row['peak_memory_mib']:.0f}"
         title = method(name).title if name in METHODS else name
-        lines.append(
-            f"| {title} | {beam} | {speed} | {paper[0] if paper else '-'} | {factor} | {in_paper} | {memory} | "
-            f"{paper[1] if paper else '-'} |"
-        )
-    settings, environment = result["settings"], result["environment"]
+        cells = [title, str(beam), *([str(written[name, beam])] if differ else []), speed]
+        cells += [str(paper[0]) if paper else "-", factor, in_paper, memory, str(paper[1]) if paper else "-"]
+        lines.append(f"| {' | '.join(cells)} |")
     machine = (environment.get("gpu") or {}).get("name") or environment.get("processor")
     lines += [
         "",
         f"Median over {settings.get('rounds')} rounds, methods in turn; {settings.get('backbone')} with random "
-        f"weights, {settings.get('prompt_tokens')} prompt tokens, {settings.get('new_tokens')} new ones, {machine}. "
+        f"weights, {settings.get('prompt_tokens')} prompt tokens, {_new_tokens(written.values())}, {machine}. "
         "The paper: Llama-2 7B on an A40. The whole measurement is in "
         f"[{FILE}]({FILE}).",
     ]
     return lines
+
+
+def _new_tokens(written: Collection[Any]) -> str:
+    counts = sorted({count for count in written if count is not None})
+    if len(counts) < 2:
+        return f"{counts[0] if counts else 'some'} new ones"
+    return f"{counts[0]} to {counts[-1]} new ones (each row has its number)"
 
 
 def _factor(ours: Mapping[str, Any], row: Mapping[str, Any]) -> float:

@@ -65,7 +65,7 @@ class Measurements:
         return [record for record in found if record is not None]
 
     def accuracy(self, row: Row, column: str) -> Summary | None:
-        """In percent; `None` without any."""
+        """In percent, of MT-Bench the judge's mean grade, of 10; `None` without any."""
         values = [self._accuracy(record, column) for record in self.records(row, column)]
         known = tuple(value for value in values if value is not None)
         return Summary(known, len(row.cells[column])) if known else None
@@ -87,8 +87,12 @@ class Measurements:
 
     @staticmethod
     def _accuracy(record: Record, column: str) -> float | None:
-        score = record["tests"].get(column)
-        return None if score is None else PERCENT * float(score["accuracy"])
+        test = record["tests"].get(column)
+        if test is None:
+            return None
+        if "score" in test:
+            return None if test["score"] is None else float(test["score"])
+        return PERCENT * float(test["accuracy"])
 
 
 def leaders(summaries: Sequence[Summary | None]) -> tuple[int | None, bool]:

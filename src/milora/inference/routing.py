@@ -1,0 +1,36 @@
+"""Routes of prompts, in batches, without generating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from milora.inference.generation import batches, encode_prompt, left_padded, padding_token
+from milora.routing import Route
+from milora.tasks.rows import Text
+
+
+def route_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[Text], batch_size: int = 8, progress: Any = None
+) -> Route:
+    """The route of each prompt, in the prompts' order, on the CPU.
+
+    Args:
+        model: A causal language model with an adapter that has routers.
+        tokenizer: The model's.
+        prompts: Strings, or lists of chat messages for the tokenizer's chat template.
+        batch_size: The most prompts a batch; prompts of similar length share one.
+        progress: A `rich` progress bar.
+
+    Raises:
+        MiLoraError: If a prompt has no tokens.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    plan = batches(encoded, batch_size)
+    padding = padding_token(tokenizer)
+    parts = [
+        model.base_model.route(**left_padded([encoded[index] for index in batch], padding, model.device)).to("cpu")
+        for batch in (progress.track(plan, description="routing") if progress else plan)
+    ]
+    order = [index for batch in plan for index in batch]
+    return Route.cat(parts)[[order.index(index) for index in range(len(order))]]
