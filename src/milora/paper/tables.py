@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from milora.methods import method
 from milora.paper import published
+from milora.paper.lost_rows import lost_row_notes, lost_rows
 from milora.paper.sections import Row, Section
 from milora.paper.statistics import Measurements, Summary, leaders
+from milora.paper.wording import listed
 
 NOTHING = "-"
 AVERAGE = "average"
@@ -78,7 +80,12 @@ def section_table(section: Section, measured: Measurements) -> Table:
     return Table(
         tuple(header),
         tuple(rows),
-        (*_reading(section, summaries, best), *_missing(section, measured), *paper.notes()),
+        (
+            *_reading(section, summaries, best),
+            *lost_row_notes(section, measured),
+            *_missing(section, measured),
+            *paper.notes(),
+        ),
         tuple(_records(section, measured, summaries, paper)),
     )
 
@@ -123,7 +130,7 @@ class _Paper:
             return []
         of = "the backbones of the rows" if self._section.name == "table7" else "Llama-2 7B"
         own = [column for column in self._section.columns if not self.has(column)]
-        not_there = f" It has no figures for {_listed(own)}." if own else ""
+        not_there = f" It has no figures for {listed(own)}." if own else ""
         return [f"The paper's figures are on {of}, medians of five seeds.{not_there}"]
 
     def _tasks(self) -> set[str]:
@@ -172,7 +179,7 @@ def _reading(
     if leading:
         notes.append(
             "Bold: the highest median, where even its lowest seed is above every other row's highest "
-            f"({_listed(leading)})."
+            f"({listed(leading)})."
         )
     if overlapping:
         told = "; ".join(_best_in(section, column, summaries[column], best[column][0]) for column in overlapping)
@@ -190,7 +197,7 @@ def _best_in(section: Section, column: str, summaries: Sequence[Summary | None],
             for row, summary in zip(section.rows, summaries, strict=True)
             if summary is not None and summary.median == top
         ]
-        return f"{column}, where {_listed(tied)} share the highest median"
+        return f"{column}, where {listed(tied)} share the highest median"
     highest = summaries[best]
     assert highest is not None
     reached = sum(
@@ -238,7 +245,7 @@ def _missing(section: Section, measured: Measurements) -> list[str]:
                 of_reason = reasons.setdefault(reason, [])
                 if place not in of_reason:
                     of_reason.append(place)
-    return [f"Not run: {_listed(places)}: {reason}." for reason, places in reasons.items()]
+    return [f"Not run: {listed(places)}: {reason}." for reason, places in reasons.items()]
 
 
 def _records(
@@ -249,6 +256,7 @@ def _records(
         for column, of_column in summaries.items():
             summary = of_column[index]
             records = measured.records(row, column) if column != AVERAGE else []
+            lost = lost_rows(records, column)
             first = records[0]["parameters"] if records else {}
             cell = next(iter(row.cells.values()))[0]
             reason = measured.grid.missing(row.cells[column][0], column) if column != AVERAGE else None
@@ -268,8 +276,10 @@ def _records(
                     "tunable": first.get("tunable", ""),
                     "activated_mean": first.get("activated_mean", ""),
                     "activated_max": first.get("activated_max", ""),
-                    "test_rows": sum(record["tests"][column]["rows"] for record in records),
-                    "unparsed": sum(record["tests"][column]["unparsed"] for record in records),
+                    "test_rows": lost.tested,
+                    "unparsed": lost.unparsed,
+                    "no_room": lost.no_room,
+                    "left_out": lost.left_out,
                     "learning_rate": " ".join(f"{rate:g}" for rate in _learning_rates(records)),
                     "missing": reason or "",
                 }
@@ -284,7 +294,3 @@ def _learning_rates(records: list[dict[str, object]]) -> list[float]:
 
 def _rounded(value: float | None) -> object:
     return "" if value is None else round(value, 3)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1] if names else ""
