@@ -17,6 +17,15 @@ def test_the_figures_are_those_of_the_transcription() -> None:
     assert published.everything() == transcribed
 
 
+def test_table_6_by_our_names() -> None:
+    # Read off the paper's page.
+    assert published.dataset("arc-easy") == {"train": 2251, "dev": 570, "test": 2376}
+    assert published.dataset("boolq") == {"train": 9427, "dev": None, "test": 3270}
+    assert published.dataset("mt-bench") == {"train": None, "dev": None, "test": 80}
+    assert published.dataset("bundled-choice") == {}
+    assert published.dataset("columns") == {}
+
+
 def test_every_method_has_a_row_in_table_1() -> None:
     assert set(published.rows("table1")) == {method.title for method in METHODS.values()}
     for name, method in METHODS.items():

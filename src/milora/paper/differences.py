@@ -7,10 +7,13 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from milora.methods import METHODS, method
+from milora.paper import published
 from milora.paper.budget import TOLERANCE, paper_backbone
 from milora.paper.grid import Choice, Grid
 from milora.paper.request import SEEDS
 from milora.paper.store import Record, Results
+from milora.paper.wording import value_text
+from milora.tasks import registry
 from milora.training import TrainingArguments
 
 PAPER_BEAMS = 3
@@ -44,6 +47,7 @@ def differences(grid: Grid, records: Iterable[Record]) -> list[str]:
     lines = [_backbone(grid)]
     tasks = list(dict.fromkeys(column for section in grid.sections for column in section.columns))
     lines.append(f"Tasks: {', '.join(tasks)}." + _rows(records))
+    lines += [f"{task}: {differs}" for task in tasks if (differs := registry.get(task).differs)]
     lines += _training(grid)
     seeds = f"{len(request.seeds)} ({', '.join(map(str, request.seeds))})"
     lines.append(f"Seeds: {seeds}; the paper has {len(SEEDS)}. Rows are the same for all seeds.")
@@ -111,6 +115,11 @@ def tuning_lines(grid: Grid, results: Results) -> list[str]:
         lines.append(f"| {choice.label} | {' + '.join(choice.tasks)} | {tried} | {taken} |")
     if any(_at_the_edge(choice) for choice in choices.values()):
         lines += ["", "\\* At the edge of what was tried: a value beyond it might be better."]
+    if any(len(tried) == 2 for choice in choices.values() for tried in _tried(choice).values()):
+        lines += [
+            "",
+            "A choice between two values is always at an edge of what was tried: a value beyond it might be better.",
+        ]
     return lines
 
 
@@ -155,8 +164,17 @@ def _rows(records: list[Record]) -> str:
     single = {tuple(record["tasks"]): record["rows"] for record in records if len(record["tasks"]) == 1}
     if not single:
         return ""
-    told = "; ".join(f"{tasks[0]} {rows['train']} and {rows['dev']}" for tasks, rows in single.items())
+    told = "; ".join(
+        f"{tasks[0]} {rows['train']} and {rows['dev']}{_paper_rows(tasks[0])}" for tasks, rows in single.items()
+    )
     return f" Training and dev rows: {told}."
+
+
+def _paper_rows(task: str) -> str:
+    rows = published.dataset(task)
+    if not rows:
+        return ""
+    return f" (the paper: {rows['train']} and {'none of its own' if rows['dev'] is None else rows['dev']})"
 
 
 def _training(grid: Grid) -> list[str]:
@@ -165,7 +183,7 @@ def _training(grid: Grid) -> list[str]:
         one.name: one.default for one in fields(TrainingArguments) if one.name in TrainingArguments.__annotations__
     }
     told = [
-        f"{name} {_value(value)}" + (f" (the paper: {_paper_value(name, defaults)})" if name in defaults else "")
+        f"{name} {value_text(value)}" + (f" (the paper: {_paper_value(name, defaults)})" if name in defaults else "")
         for name, value in request.training.items()
         if name not in NOT_TOLD and defaults.get(name, MISSING) != value and name not in request.tune
     ]
@@ -175,11 +193,11 @@ def _training(grid: Grid) -> list[str]:
         f"Training: the paper's settings but for {', '.join(told)}." if told else "Training: the paper's settings."
     ]
     if request.data:
-        lines.append(f"Data: {', '.join(f'{name} {_value(value)}' for name, value in request.data.items())}.")
+        lines.append(f"Data: {', '.join(f'{name} {value_text(value)}' for name, value in request.data.items())}.")
     own = {name: settings for name, settings in request.methods.items() if settings}
     if own:
         each = "; ".join(
-            f"{method(name).title}: {', '.join(f'{field} {_value(value)}' for field, value in settings.items())}"
+            f"{method(name).title}: {', '.join(f'{field} {value_text(value)}' for field, value in settings.items())}"
             for name, settings in own.items()
         )
         lines.append(f"Settings of single methods: {each}.")
@@ -187,7 +205,7 @@ def _training(grid: Grid) -> list[str]:
 
 
 def _paper_value(name: str, defaults: Mapping[str, Any]) -> str:
-    return PAPER_BATCH if name == "total_train_batch_size" else _value(defaults[name])
+    return PAPER_BATCH if name == "total_train_batch_size" else value_text(defaults[name])
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -200,22 +218,25 @@ def _distinct(texts: Iterable[Any]) -> list[str]:
 
 
 def _at_the_edge(choice: Choice) -> str:
-    """`*` if the value taken is the least or the greatest of those tried."""
-    if choice.best is None or len(choice.tried) < 3:
+    """`*` if a value taken is the least or the greatest of three or more."""
+    if choice.best is None:
         return ""
-    for name, value in choice.best.items():
-        tried = sorted(values[name] for values, _ in choice.tried)
-        if value in (tried[0], tried[-1]) and tried[0] != tried[-1]:
-            return " \\*"
-    return ""
+    edges = {name: (tried[0], tried[-1]) for name, tried in _tried(choice).items() if len(tried) > 2}
+    return " \\*" if any(choice.best[name] in edge for name, edge in edges.items()) else ""
+
+
+def _tried(choice: Choice) -> dict[str, list[float]]:
+    """The different values of each field of numbers, in order; what has no order has no edge."""
+    found = {}
+    for name in dict.fromkeys(name for values, _ in choice.tried for name in values):
+        tried = [values[name] for values, _ in choice.tried]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in tried):
+            found[name] = sorted(set(tried))
+    return found
 
 
 def _values(values: Mapping[str, Any]) -> str:
-    return ", ".join(_value(value) for value in values.values())
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return ", ".join(value_text(value) for value in values.values())
 
 
 def _merit(merit: float | None, criterion: str) -> str:

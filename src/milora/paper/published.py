@@ -93,6 +93,16 @@ def table4() -> dict[str, list[tuple[int, float, int]]]:
     }
 
 
+def dataset(task: str) -> dict[str, int | None]:
+    """Table 6: how many rows a task has to train on, of dev and to test on; `None` where it has none of its own.
+
+    Empty where the paper has no such task.
+    """
+    content = everything()["table6_datasets"]
+    rows: dict[str, list[int | None]] = {_column(name): counts for name, counts in content.items() if name != "columns"}
+    return dict(zip(content["columns"], rows[task], strict=True)) if task in rows else {}
+
+
 def figure(name: str) -> str:
     """What the paper says of a figure (`figure2` to `figure5`), whose points it does not print as numbers."""
     return str(everything()["figures"][name])

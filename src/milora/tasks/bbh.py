@@ -60,6 +60,10 @@ class Bbh(PublicTask):
     max_new_tokens = 128
     splits: ClassVar[tuple[str, ...]] = ("test",)
     average: ClassVar[Literal["rows", "groups"]] = "groups"
+    differs = (
+        f"Asked for the answer alone, without solved examples, and in at most {max_new_tokens} new tokens. Figures "
+        "with its authors' three examples and chains of thought, which `milora lm-eval` has, are others."
+    )
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None, shots: int = 0):
         super().__init__(data_dir)

@@ -57,6 +57,10 @@ class Mmlu(PublicTask):
     name = "mmlu"
     max_new_tokens = 16
     splits: ClassVar[tuple[str, ...]] = ("test",)
+    differs = (
+        "The letter is read from what is generated after five solved questions. Figures of lm-eval (`milora lm-eval`), "
+        "which compares how likely the four letters are, are others."
+    )
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None, shots: int = 5):
         super().__init__(data_dir)

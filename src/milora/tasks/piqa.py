@@ -20,6 +20,10 @@ class Piqa(LabelTask):
     name = "piqa"
     folder = "piqa"
     labels = ("solution1", "solution2")
+    differs = (
+        "Tested on the public validation split of 1838 rows: the answers of the test rows, of which the paper counts "
+        "3000, were never published."
+    )
     # The authors' own ybisk/piqa is a loading script, which `datasets` runs no more; this is the same in Parquet files.
     hub_id = "baber/piqa"
     hub_splits = {"train": "train", "test": "validation"}  # noqa: RUF012

@@ -42,6 +42,9 @@ class Task(abc.ABC):
     average: ClassVar[Literal["rows", "groups"]] = "rows"
     """What the benchmark's one figure is the mean over: all rows, or the accuracies of its groups."""
 
+    differs: ClassVar[str] = ""
+    """How it differs from the task of the MiLoRA paper, in a sentence or two; empty where it is not known to."""
+
     @abc.abstractmethod
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> Sequence[Example]:
         """The first `count` rows of a split (all of them with `None`), in an order fixed by `seed`."""
