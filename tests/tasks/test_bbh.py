@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.data import real
 
 from milora.errors import DataError, MiLoraError
+from milora.paper import published
 from milora.tasks import bbh
 from milora.tasks.bbh import TASKS, Bbh
 
@@ -29,7 +30,7 @@ class TestRealRows:
     def test_counts_and_gold_answers(self) -> None:
         task = Bbh(real("bbh"))
         rows = task.examples("test")
-        assert len(rows) == 6511  # Table 6
+        assert len(rows) == published.dataset("bbh")["test"]
         counts = Counter(row.group for row in rows)
         assert len(counts) == 27
         assert counts["penguins_in_a_table"] == 146

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from support.data import real
 
 from milora.errors import DataError, MiLoraError
+from milora.paper import published
 from milora.tasks import mmlu
 from milora.tasks.mmlu import Mmlu
 from milora.tasks.mmlu_subject import MmluSubject
@@ -39,7 +40,7 @@ class TestRealRows:
     def test_counts(self) -> None:
         task = Mmlu(real("mmlu"))
         rows = task.examples("test")
-        assert len(rows) == 14042  # Table 6
+        assert len(rows) == published.dataset("mmlu")["test"]
         assert len({row.group for row in rows}) == 57
         for row in rows[::50]:
             assert task.is_correct(row.completion, row.answer)
