@@ -75,14 +75,10 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> bool:
     handles, names = figure.axes[0].get_legend_handles_labels()
     # Under the title, where no title is too long for it.
     figure.legend(handles, names, loc="upper right", bbox_to_anchor=(0.99, 0.92), ncols=4, frameon=False, fontsize=8)
-    figure.text(
-        0.02,
-        0.015,
-        "Lines: median over seeds. Bands: least to greatest. "
-        f"Dotted: the paper's setting for MiLoRA, {form.format(setting)}.",
-        fontsize=7,
-        color="0.35",
-    )
+    legend = "Lines: median over seeds. Bands: least to greatest."
+    if setting in values:
+        legend += f" Dotted: the paper's setting for MiLoRA, {form.format(setting)}."
+    figure.text(0.02, 0.015, legend, fontsize=7, color="0.35")
     figure.subplots_adjust(
         left=0.6 / figure.get_figwidth(), right=0.985, top=0.8, bottom=0.23, wspace=0.18 + 0.05 * len(panels)
     )
