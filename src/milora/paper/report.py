@@ -12,12 +12,18 @@ from milora.paper import published
 from milora.paper.differences import budget_lines, differences, environment_lines, tuning_lines
 from milora.paper.figures import PAPER_LIMIT, Shares, line_figure, share_figure, shares, shares_csv
 from milora.paper.grid import Grid
+from milora.paper.lost_rows import lost_row_notes
 from milora.paper.sections import Section
 from milora.paper.statistics import Measurements
-from milora.paper.store import FILE, Record, Results
+from milora.paper.store import FILE, Results
 from milora.paper.tables import section_table
+from milora.paper.usage import unused_lines, used_records
+from milora.tasks.files import read_text
 
 NAME = "README.md"
+NOTES = "NOTES.md"
+"""In the output folder: what its readers should know besides, by whoever made it. It stands in the report."""
+
 LINES = ("figure3", "figure4", "figure5")
 KEPT = ". The results are kept."
 
@@ -43,6 +49,8 @@ class Report:
 def write_report(grid: Grid, results: Results, folder: Path, command: str = "", speed: Speed | None = None) -> Report:
     """Writes the report of what has finished; each file whole or not at all.
 
+    A `NOTES.md` in the folder stands near the report's top.
+
     Args:
         grid: What is reported.
         results: What is known of its runs.
@@ -52,18 +60,20 @@ def write_report(grid: Grid, results: Results, folder: Path, command: str = "", 
             raises as [`MiLoraError`] stands in the table's place.
 
     Raises:
-        MiLoraError: If a file cannot be written, or matplotlib is missing.
+        MiLoraError: If a file cannot be written, matplotlib is missing, or `NOTES.md` cannot be read.
     """
     writer = _Writer(folder)
     measured = Measurements(grid, results)
-    used = _used(grid, results)
+    used = used_records(grid, results)
     lines = ["# The paper's tables and figures, measured", ""]
     if command:
         lines += [f"Made by `{command}`. Runs are in [`{FILE}`]({FILE}), a line each.", ""]
+    lines += _notes(folder)
     if grid.sections:
         lines += ["## Set-up, and how it differs from the paper's", ""]
         lines += [f"- {line}" for line in differences(grid, used)]
         lines += ["", *budget_lines(grid), "", *tuning_lines(grid, results), "", *environment_lines(used)]
+        lines += ["", *unused_lines(grid, results)]
     for section in grid.sections:
         lines += ["", f"## {section.title}", ""]
         lines += (
@@ -81,6 +91,11 @@ def write_report(grid: Grid, results: Results, folder: Path, command: str = "", 
     lines += _failures(grid, results)
     writer.text(NAME, _joined(lines))
     return Report(folder / NAME, tuple(writer.files), tuple(errors))
+
+
+def _notes(folder: Path) -> list[str]:
+    path = folder / NOTES
+    return [read_text(path).strip(), ""] if path.is_file() else []
 
 
 def _section(section: Section, measured: Measurements, writer: _Writer) -> list[str]:
@@ -111,6 +126,7 @@ def _figure2(section: Section, measured: Measurements, writer: _Writer) -> list[
         "Above: each expert's share of all choices in all blocks, the mean over seeds, with lines from the least "
         "seed to the greatest. Below: the share of test prompts that chose an expert in a block, the mean over seeds.",
         "",
+        *(part for note in lost_row_notes(section, measured) for part in (note, "")),
         "Numbers: [figure2.csv](figure2.csv)",
     ]
     return lines
@@ -133,12 +149,6 @@ def _not_run(section: Section, measured: Measurements) -> list[str]:
         if reason is not None:
             found.append(f"{column}: {reason}.\n")
     return found
-
-
-def _used(grid: Grid, results: Results) -> list[Record]:
-    """The records of the grid's runs, tries included, each once."""
-    runs = grid.runs(results, lambda digest: True)
-    return [results.finished[run.digest] for run in runs if run.digest in results.finished]
 
 
 def _failures(grid: Grid, results: Results) -> list[str]:
