@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import CompileConfig, DynamicCache
@@ -34,8 +35,8 @@ def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
             "compiled=True needs a cache of fixed size: leave past_key_values out, or give a StaticCache."
         )
     config = _value(named, own, "compile_config")
-    if config is None:
-        config = CompileConfig(fullgraph=True)
+    # The caller's own is for generations that it says nothing of devices for.
+    config = CompileConfig(fullgraph=True) if config is None else copy.copy(config)
     setattr(config, ALL_DEVICES, True)
     settings: dict[str, Any] = {"compile_config": config}
     if cache is None:
