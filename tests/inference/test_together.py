@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from milora import MiLoraError
 from milora.inference.together import NAMED_ROWS, compiled_step, serve_together
 from milora.methods import config_for
 from milora.tuners.grouped import serving as grouped_serving
+from milora.tuners.grouped.compiling import ALL_DEVICES
 
 PROMPTS = random_prompts(5, (3, 9), seed=8)
 INPUT_IDS, ATTENTION_MASK = pad(PROMPTS, "left")
@@ -134,6 +135,53 @@ def test_dora_goes_pefts_way() -> None:
     with pytest.raises(ValueError, match="DoRA"):
         logits_of(model, adapter_names=["dora", *NAMES[1:]])
     assert logits_of(model, adapter_names=NAMES).isfinite().all()
+
+
+class TestStepsThatTransformersCompiles:
+    """As on a GPU, where a static cache is all that it takes."""
+
+    OPTIONS: ClassVar = {"cache_implementation": "static"}
+
+    @staticmethod
+    def config() -> CompileConfig:
+        own = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+        setattr(own, ALL_DEVICES, True)
+        return own
+
+    @pytest.mark.slow
+    def test_what_the_operator_does_not_serve_goes_pefts_way(self) -> None:
+        torch._dynamo.reset()
+        model = tenants("gpt2", lora_bias=True)
+        names = ["one", "two", "__base__", "one", "three"]
+        expected = generate(model, adapter_names=names)
+        serve_together(model)
+        assert model.base_model.grouped.why_not_compiled() is not None
+        assert generate(model, adapter_names=names, compile_config=self.config(), **self.OPTIONS) == expected
+
+    @pytest.mark.slow
+    def test_an_adapter_that_is_not_in_the_batch_rules_nothing_out(self) -> None:
+        torch._dynamo.reset()
+        model = tenants()
+        expected = generate(model, adapter_names=NAMES)
+        dora = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model.add_adapter("dora", dora)
+        serve_together(model.eval())
+        assert generate(model, adapter_names=NAMES, compile_config=self.config(), **self.OPTIONS) == expected
+        assert model.base_model.grouped.stacks.modules
+        with pytest.raises(ValueError, match="DoRA"):
+            generate(model, adapter_names=["dora"] * 5, compile_config=self.config(), **self.OPTIONS)
+
+    def test_beside_another_compiled_generation(self) -> None:
+        model = tenants()
+        serve_together(model)
+        with (
+            model.base_model.grouped.alone(),
+            pytest.raises(MiLoraError, match=r"Another compiled generation is running.*disable_compile=True"),
+        ):
+            generate(model, adapter_names=NAMES, compile_config=self.config(), **self.OPTIONS)
+        options = {**self.OPTIONS, "disable_compile": True}
+        with model.base_model.grouped.alone():
+            assert generate(model, adapter_names=NAMES, **options) == generate(model, adapter_names=NAMES)
 
 
 def test_trained_further_after_serving() -> None:

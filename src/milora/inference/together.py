@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError, did_you_mean
-from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share
+from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share, names_of_rows, rows_by_adapter
 from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
 from milora.tuners.milora.model import MiLoraModel
 
@@ -27,7 +26,9 @@ def serve_together(model: PeftModel, *, capacity: int = 0) -> None:
     """Makes `adapter_names` fast: the LoRA of all rows in one operator a module, in place of PEFT's loop over adapters.
 
     To be called once, before or after the adapters are loaded. A MiLoRA model does this of itself, and is given the
-    capacity only. What the operator cannot serve (DoRA, quantised layers, gradients) goes PEFT's way as before.
+    capacity only. What the operator cannot serve is computed for one adapter after the other: in a plain PEFT model by
+    PEFT's own loop (quantised layers, gradients), which refuses DoRA rows; in a MiLoRA model also MiDoRA rows. In a
+    plain model, steps that transformers compiles are then compiled around that loop, for these names alone.
 
     The adapters' A and B move into one tensor a module, of which the parameters become views: in memory they are once.
     Smaller ranks are padded to the largest, and places kept free for adapters to come count as the largest too.
@@ -82,6 +83,8 @@ class LoraServing(GroupedServing):
         capacity: See [`serve_together`].
     """
 
+    eagerly = "disable_compile=True"
+
     def __init__(self, tuner: LoraModel, capacity: int = 0) -> None:
         self.tuner = tuner
         self._in_force = _InForce()
@@ -112,38 +115,47 @@ class LoraServing(GroupedServing):
 
     def names(self, batch: _NamedBatch, x: Tensor) -> list[str]:
         """See [`GroupedServing.names`]; beams and tokens of a row follow each other."""
-        rows = x.shape[0]
-        if rows % len(batch.names) != 0:
-            raise MiLoraError(f"adapter_names names {len(batch.names)} rows; the batch has {rows}.")
-        return [name for name in batch.names for _ in range(rows // len(batch.names))]
+        return names_of_rows(batch.names, x.shape[0])
+
+    def adapter_rows(self, batch: _NamedBatch, x: Tensor) -> Mapping[str, list[int]]:
+        """See [`GroupedServing.adapter_rows`]."""
+        return rows_by_adapter(batch.names, x.shape[0])
+
+    def names_rows(self) -> bool:
+        """See [`GroupedServing.names_rows`]."""
+        return self._in_force.batch is not None
 
     def shares(self, batch: _NamedBatch, module: ModuleStack, x: Tensor) -> Iterator[Share]:
         """See [`GroupedServing.shares`]."""
-        names = self.names(batch, x)
-        for adapter in dict.fromkeys(names):
-            if adapter != BASE_ROW:
-                yield Share(adapter, [row for row, of_row in enumerate(names) if of_row == adapter], None)
+        for adapter, rows in self.adapter_rows(batch, x).items():
+            yield Share(adapter, rows, None)
 
     @contextmanager
     def naming_rows(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """In place of PEFT's own: in force, an adapter for each row."""
         names = kwargs.get("adapter_names")
+        own: Callable[..., AbstractContextManager[None]] = partial(getattr(type(self.tuner), NAMED_ROWS), self.tuner)
         if names is None or kwargs.get("alora_offsets") is not None:
-            own: Callable[..., AbstractContextManager[None]] = getattr(type(self.tuner), NAMED_ROWS)
-            with own(self.tuner, *args, **kwargs):
+            with own(*args, **kwargs):
                 yield
             return
         self._check(list(names))
         with ExitStack() as stack:
-            stack.enter_context(self.serving())
-            if is_compiled_by_transformers(self.model, kwargs):
-                stack.enter_context(self.compiled())
             outer, self._in_force.batch = self._in_force.batch, _NamedBatch(list(names), {})
             stack.callback(setattr, self._in_force, "batch", outer)
-            for path, module in self.model.named_modules():
-                if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper) and path not in self.stacks.modules:
-                    handle = module.register_forward_pre_hook(partial(_name_rows, self), with_kwargs=True)
-                    stack.callback(handle.remove)
+            if is_compiled_by_transformers(self.model, kwargs):
+                stack.enter_context(self.alone())
+                if self.why_not_compiled(names) is not None:
+                    # The loop is traced with the names in it: it can be of no other batch.
+                    self._in_force.batch = None
+                    stack.enter_context(own(*args, **kwargs))
+                    yield
+                    return
+                stack.enter_context(self.compiled_steps())
+            stack.enter_context(self.serving())
+            for layer in self.stacks.left_out.values():
+                handle = layer.register_forward_pre_hook(partial(_name_rows, self), with_kwargs=True)
+                stack.callback(handle.remove)
             yield
 
     def _check(self, names: list[str]) -> None:
@@ -158,7 +170,5 @@ class LoraServing(GroupedServing):
 
 
 def _name_rows(serving: LoraServing, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    batch = serving.batch()
-    if batch is None or (torch.compiler.is_dynamo_compiling() and serving.is_compiled):
-        return None
-    return args, {**kwargs, "adapter_names": serving.names(batch, args[0])}
+    batch = None if torch.compiler.is_dynamo_compiling() else serving.batch()
+    return None if batch is None else (args, {**kwargs, "adapter_names": serving.names(batch, args[0])})

@@ -194,6 +194,63 @@ class TestBesideEagerThreads:
         assert found == [expected[1]]
 
 
+class TestTheAdaptersAreDisabled:
+    """The compiled step is then the backbone's."""
+
+    @pytest.mark.slow
+    def test_compiled_steps_are_the_backbones(self, counters: dict[str, Counter[str]]) -> None:
+        model = two_adapters()
+        backbone = generate(ARCHITECTURES["llama"]())
+        for _ in range(2):
+            with model.disable_adapter():
+                assert compiled(model) == backbone
+            # Its own step beside it; what that one reads must not come into the other.
+            expected = generate(model)
+            assert compiled(model) == expected != backbone
+        assert not counters["graph_break"]
+
+
+class TestLeftToTransformers:
+    """As on a GPU, where a static cache is all that it takes: a generation that did not ask for it is never refused."""
+
+    def test_a_second_thread_generates_eagerly(self) -> None:
+        model = two_adapters()
+        own = CompileConfig(backend=lambda graph, inputs: pytest.fail("a step was compiled"), mode=None)
+        setattr(own, ALL_DEVICES, True)
+        expected = generate(model)
+        with model.base_model.grouped.compiled():
+            assert in_another_thread(lambda: generate(model, compile_config=own)) == expected
+
+    def test_two_threads_at_once(self) -> None:
+        """One of them gets the compiled step, whatever the order in which they ask for it."""
+        model = two_adapters()
+        serving = model.base_model.grouped
+        found: list[bool] = []
+        inside = threading.Barrier(2, timeout=60)
+
+        def run() -> None:
+            with serving.compiled_if_possible(["default"]) as is_possible:
+                found.append(is_possible)
+                inside.wait()
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(found) == [False, True]
+        assert in_another_thread(lambda: compiled(model, max_new_tokens=1))
+
+    def test_only_the_generations_own_adapters_count(self) -> None:
+        model = two_adapters()
+        add_adapter(model, "midora", seed=3, use_dora=True)
+        serving = model.base_model.grouped
+        for adapters, is_compiled in ((["default"], True), (["default", "midora"], False)):
+            with serving.compiled_if_possible(adapters) as is_possible:
+                assert is_possible is is_compiled
+        assert "cannot be part of a compiled decode step" in str(serving.why_not_compiled())
+
+
 class TestRefusals:
     def test_a_second_thread(self) -> None:
         model = two_adapters()
@@ -237,6 +294,14 @@ class TestRefusals:
     def test_what_rules_it_out(self, settings: dict[str, Any]) -> None:
         with pytest.raises(MiLoraError, match="compiled=True needs"):
             compiled(two_adapters(), **settings)
+
+
+def test_the_callers_config_stays_as_it_was() -> None:
+    own = config()
+    settings = compiled_settings({"compile_config": own})
+    assert settings["compile_config"].to_dict() == own.to_dict()
+    assert getattr(settings["compile_config"], ALL_DEVICES)
+    assert not getattr(own, ALL_DEVICES)
 
 
 def test_which_generations_transformers_compiles() -> None:

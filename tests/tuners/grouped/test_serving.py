@@ -159,6 +159,44 @@ class TestParameters:
             assert torch.equal(layer.lora_A["wide"].weight, a)
             assert torch.equal(layer.lora_B["wide"].weight, b)
 
+    def test_a_rank_that_was_cut_in_place(self) -> None:
+        """The parameters begin where they began, and are shorter."""
+        model = tenants()
+        generate(model, adapter_names=NAMES)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                a, b = module.lora_A["wide"].weight, module.lora_B["wide"].weight
+                a.data, b.data = a.data[:2], b.data[:, :2]
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+    def test_a_replaced_layer_is_served(self) -> None:
+        model = tenants()
+        generate(model, adapter_names=NAMES)
+        attention = model.base_model.model.model.layers[0].self_attn
+        attention.q_proj = copy.deepcopy(attention.q_proj)
+        attention.q_proj.dispatcher = model.base_model.dispatcher
+        for name in ("default", "wide", "soft"):
+            attention.q_proj.lora_variant[name].dispatcher = model.base_model.dispatcher
+            attention.q_proj.lora_A[name].weight.data *= -3
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+    def test_moved_parameters_are_served(self) -> None:
+        model = tenants()
+        expected = logits_of(model, adapter_names=NAMES).double()
+        model.double()
+        torch.testing.assert_close(logits_of(model, adapter_names=NAMES), expected, rtol=1e-3, atol=1e-4)
+        assert generate(model, adapter_names=NAMES) == alone(model)
+
+    def test_what_has_not_changed_is_not_looked_into_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A caller's own decoding loop brings the stacks up to date at every token."""
+        model = tenants()
+        logits_of(model, adapter_names=NAMES)
+        stacks = model.base_model.grouped.stacks
+        monkeypatch.setattr(stacks, "_stackable", lambda layer: pytest.fail("a layer was looked into again"))
+        found = logits_of(model, adapter_names=NAMES)
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["wide"].weight.data.mul_(-5)
+        assert not torch.equal(logits_of(model, adapter_names=NAMES), found)
+
     def test_adapters_come_and_go(self) -> None:
         model = tenants()
         generate(model, adapter_names=NAMES)
@@ -207,6 +245,62 @@ class TestOneAdapterAfterTheOther:
         logits.sum().backward()
         layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
         assert layer.lora_A["wide"].weight.grad is not None
+
+    def test_midora_rows_with_gradients_and_soft_gates(self) -> None:
+        """Each row's gradients are those of the row alone, in its adapter, and in the router that gates it."""
+        model = tenants()
+        add_adapter(model, "midora", seed=3, use_dora=True, gate="softmax")
+        names = ["midora", "wide", "__base__", "midora", "soft", "wide"]
+        model.requires_grad_(False)
+        trained = {
+            name: parameter.requires_grad_()
+            for name, parameter in model.named_parameters()
+            if any(f".{adapter}" in name for adapter in ("midora", "wide", "soft"))
+        }
+
+        def gradients(rows: list[int], **settings: Any) -> dict[str, Tensor]:
+            model.zero_grad()
+            logits = model(**{name: tensor[rows] for name, tensor in BATCH.items()}, **settings).logits
+            logits.square().sum().backward()
+            return {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in trained.items()
+            }
+
+        together = gradients(list(range(6)), adapter_names=names)
+        expected = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+        for row, name in enumerate(names):
+            if name != "__base__":
+                model.base_model.set_adapter(name)
+                for parameter in trained.values():
+                    parameter.requires_grad_()
+                for each, gradient in gradients([row]).items():
+                    expected[each] += gradient
+        assert any(gradient.any() for name, gradient in expected.items() if "projection.midora" in name)
+        assert any(gradient.any() for name, gradient in expected.items() if "lora_A.midora" in name)
+        for each, gradient in expected.items():
+            torch.testing.assert_close(together[each], gradient, rtol=1e-3, atol=1e-4, msg=each)
+
+    def test_a_layer_that_is_called_with_further_arguments(self) -> None:
+        """They are the base layer's, as in PEFT's own; the rows keep their adapters."""
+
+        class Scaled(nn.Linear):
+            def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+                return super().forward(x) * factor
+
+        model = tenants()
+        add_adapter(model, "midora", seed=3, use_dora=True)
+        layer = model.base_model.model.model.layers[1].mlp.gate_proj
+        layer.base_layer.__class__ = Scaled
+        own = type(layer)
+        names = ["midora", "wide", "__base__", "midora", "soft", "default"]
+        layer.register_forward_pre_hook(lambda module, args: (*args, 2.0))
+        assert type(layer) is own
+        mixed = logits_of(model, adapter_names=names)
+        for row, name in enumerate(names):
+            if name != "__base__":
+                model.set_adapter(name)
+                torch.testing.assert_close(mixed[row], logits_of(model, [row])[0], rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
     def test_midora_rows_beside_others(self, name: str) -> None:

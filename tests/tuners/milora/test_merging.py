@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.adapted import adapted, assert_nothing_in_force
+from support.adapted import adapted, add_adapter, assert_nothing_in_force
 from support.architectures import ARCHITECTURES, pad, random_prompts
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor
+from transformers import CompileConfig, DynamicCache, LogitsProcessor
 
 from milora import MiLoraConfig, MiLoraError, Route
+from milora.tuners.grouped.compiling import ALL_DEVICES
 
 NEW = 6
 PROMPTS = random_prompts(3, (4, 8), seed=4)
@@ -309,8 +310,44 @@ class TestRefusals:
         assert_nothing_in_force(model)
 
     def test_compiled_steps(self) -> None:
+        model = adapted().model
         with pytest.raises(MiLoraError, match="not served by compiled steps"):
-            generate(adapted().model, merge_route=True, compiled=True)
+            generate(model, merge_route=True, compiled=True)
+        with (
+            model.merged_route(model.route(torch.tensor(PROMPTS[:1]))),
+            pytest.raises(MiLoraError, match="not served by compiled steps"),
+        ):
+            generate(model, compiled=True)
+        assert_nothing_in_force(model)
+
+    def test_steps_that_transformers_would_compile_are_run_eagerly(self) -> None:
+        """As on a GPU, where a static cache is all that it takes."""
+        model = adapted().model
+        own = CompileConfig(backend=lambda graph, inputs: pytest.fail("a step was compiled"), mode=None)
+        setattr(own, ALL_DEVICES, True)
+        static = {"cache_implementation": "static"}
+        expected = generate(model, **static)
+        with model.merged_route(model.route(torch.tensor(PROMPTS[:1]))):
+            assert generate(model, compile_config=own, **static) == expected
+
+    def test_rows_with_adapters_of_their_own_and_another_adapter(self) -> None:
+        model = adapted().model
+        add_adapter(model, "other", seed=7)
+        prompt = torch.tensor(PROMPTS[:1])
+        expected = generate(model)
+        with model.merged_route(model.route(prompt)):
+            for name in ("other", "__base__", "default"):
+                with pytest.raises(MiLoraError, match="adapter_names gives rows their own"):
+                    generate(model, adapter_names=[name])
+                with pytest.raises(MiLoraError, match="adapter_names gives rows their own"):
+                    model(prompt, adapter_names=[name])
+            with pytest.raises(MiLoraError, match=r"other.* cannot be made active.*leave merged_route"):
+                model.set_adapter("other")
+            model.set_adapter("default")
+            assert generate(model) == expected
+        model.set_adapter("other")
+        assert generate(model) != expected
+        assert_nothing_in_force(model)
 
 
 class TestThreads:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from milora.errors import MiLoraError
 from milora.kernels import OneToken, add_grouped_lora, one_token
-from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack, lora_layers
-
-BASE_ROW = "__base__"
-"""PEFT's name for a row without an adapter."""
+from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack
+from milora.tuners.grouped.wrappers import forward_by_row
 
 
 class Share(NamedTuple):
@@ -119,19 +119,18 @@ class GroupedModule(ModuleStack):
         return known
 
     def _own_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self.layer
         batch = self.serving.batch()
         names = None if batch is None else self.serving.names(batch, x)
         if names is not None:
             kwargs["adapter_names"] = names
-        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        return self.serving.own_forward(self.layer)(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _build(self, batch: Any, x: Tensor) -> ModuleRows | None:
         shares = list(self.serving.shares(batch, self, x))
         served = [share for share in shares if share.adapter in self.slots]
         is_left_out = any(share.adapter in self.layer.lora_A for share in shares if share.adapter not in self.slots)
         if self.serving.is_compiled_here() and (is_left_out or not self.serving.has_fixed_rows(batch, x)):
-            raise MiLoraError(_cannot_compile(self.path))
+            raise self.serving.cannot_compile(self.path)
         if is_left_out:
             return None
         rows, device = self.serving.rows(batch, x), self.lora_a.device
@@ -182,7 +181,10 @@ class GroupedServing(ABC):
     Attributes:
         is_compiled: Whether any thread's decode steps are compiled. For traced code, in which no thread can be asked
             for; elsewhere see [`GroupedServing.is_compiled_here`].
+        eagerly: The argument of `generate` that rules a compiled step out.
     """
+
+    eagerly: str
 
     def __init__(self, model: nn.Module, capacity: int = 0) -> None:
         self.model = model
@@ -196,11 +198,11 @@ class GroupedServing(ABC):
         self._compiled_lock = threading.Lock()
         self._compiling_thread: int | None = None
         self._users = 0
-        self._serving_layers: set[LoraLayer] = set()
+        self._own_forwards: dict[nn.Module, Any] = {}
 
     # A copied or pickled model starts without stacks: its adapters have storage of their own.
     def __getstate__(self) -> dict[str, Any]:
-        own = {"stacks", "_lock", "_compiled_lock", "_compiling_thread", "_users", "_serving_layers", "is_compiled"}
+        own = {"stacks", "_lock", "_compiled_lock", "_compiling_thread", "_users", "_own_forwards", "is_compiled"}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -232,6 +234,14 @@ class GroupedServing(ABC):
     def names(self, batch: Any, x: Tensor) -> list[str] | None:
         """The adapter of each row, which a layer's own forward is to be told; `None` if it knows."""
 
+    @abstractmethod
+    def adapter_rows(self, batch: Any, x: Tensor) -> Mapping[str, list[int]] | None:
+        """Adapter -> its rows of a module's input `x`, `None` where one adapter serves all."""
+
+    @abstractmethod
+    def names_rows(self) -> bool:
+        """Whether, in this thread, rows have adapters of their own."""
+
     def has_fixed_rows(self, batch: Any, x: Tensor) -> bool:
         """Whether the next step's input will have the rows that a module's input `x` has."""
         return True
@@ -247,37 +257,65 @@ class GroupedServing(ABC):
             self.stacks.refresh()
             self._users += 1
             for module in self.stacks.modules.values():
-                module.layer.__dict__["forward"] = module.forward
-                self._serving_layers.add(module.layer)
+                self._serve(module.layer, module.forward)
+            if self.names_rows():
+                for wrapper in self.stacks.wrappers.values():
+                    self._serve(wrapper, partial(self._forward_by_row, wrapper))
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    for layer in self._serving_layers:
-                        layer.__dict__.pop("forward", None)
-                    self._serving_layers.clear()
+                    for module, own in self._own_forwards.items():
+                        module.__dict__.pop("forward", None)
+                        if own is not None:
+                            module.__dict__["forward"] = own
+                    self._own_forwards.clear()
+
+    def own_forward(self, module: Any) -> Callable[..., Any]:
+        """The forward that a module has while nothing is served."""
+        return self._own_forwards.get(module) or partial(type(module).forward, module)
+
+    def _serve(self, module: nn.Module, forward: Any) -> None:
+        # accelerate keeps the forward of a module that it watches where ours is put.
+        self._own_forwards.setdefault(module, module.__dict__.get("forward"))
+        module.__dict__["forward"] = forward
+
+    def _forward_by_row(self, wrapper: AuxiliaryTrainingWrapper, *args: Any, **kwargs: Any) -> Any:
+        """In place of a wrapped module's own forward: each row by its adapter's module."""
+        batch = None if torch.compiler.is_dynamo_compiling() or wrapper.disable_adapters else self.batch()
+        rows = None if batch is None else self.adapter_rows(batch, args[0])
+        if rows is None:
+            return self.own_forward(wrapper)(*args, **kwargs)
+        return forward_by_row(wrapper, rows, *args, **kwargs)
 
     def is_compiled_here(self) -> bool:
         """Whether it is this thread whose decode steps are compiled; others may generate eagerly meanwhile."""
         return self.is_compiled and threading.get_ident() == self._compiling_thread
 
-    def can_compile(self) -> bool:
-        """Whether [`GroupedServing.compiled`] would let a generation with any of the adapters in."""
-        return not self._compiled_lock.locked() and self.why_not_compiled() is None
+    def why_not_compiled(self, adapters: Collection[str] | None = None) -> str | None:
+        """What of the model keeps a generation from being compiled, if anything does.
 
-    def why_not_compiled(self) -> str | None:
-        """What of the model keeps a generation with any of its adapters from being compiled, if anything does."""
+        Args:
+            adapters: Those of the generation; `None` for all that there are.
+        """
         with self.serving():
-            for path, layer in lora_layers(self.model):
-                if path not in self.stacks.modules or set(layer.lora_A) != set(self.stacks.modules[path].slots):
-                    return _not_compilable(path)
-        return None
+            path = self._in_the_way()
+            for each, module in self.stacks.modules.items():
+                stacked, of_layer = set(module.slots), set(module.layer.lora_A)
+                if path is None and (of_layer if adapters is None else of_layer & set(adapters)) - stacked:
+                    path = each
+        return None if path is None else _not_compilable(path)
 
-    def _unserved(self) -> str | None:
-        """The path of a LoRA layer that no stack serves."""
-        return next((path for path, _ in lora_layers(self.model) if path not in self.stacks.modules), None)
+    def _in_the_way(self) -> str | None:
+        """The path of a module whose rows a compiled step could not tell apart."""
+        wrappers = self.stacks.wrappers if self.names_rows() else {}
+        return next(iter([*self.stacks.left_out, *wrappers]), None)
+
+    def cannot_compile(self, path: str) -> MiLoraError:
+        """What to raise where a module cannot be compiled."""
+        return MiLoraError(f"{_not_compilable(path)}. Generate with {self.eagerly}.")
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
@@ -286,33 +324,66 @@ class GroupedServing(ABC):
         Raises:
             MiLoraError: If another thread's compiled generation is running, or a layer cannot be compiled.
         """
+        with self.alone(), self.compiled_steps():
+            yield
+
+    @contextmanager
+    def compiled_if_possible(self, adapters: Collection[str]) -> Iterator[bool]:
+        """As [`GroupedServing.compiled`], of which nobody has asked for: what cannot be compiled is left alone.
+
+        Args:
+            adapters: Those of the generation.
+
+        Yields:
+            Whether the steps may be compiled.
+        """
+        is_alone = self._compiled_lock.acquire(blocking=False)
+        try:
+            if is_alone and self.why_not_compiled(adapters) is None:
+                with self.compiled_steps():
+                    yield True
+                return
+        finally:
+            if is_alone:
+                self._compiled_lock.release()
+        yield False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While in force no other thread generates with compiled steps.
+
+        Raises:
+            MiLoraError: If one does.
+        """
         if not self._compiled_lock.acquire(blocking=False):
             raise MiLoraError(
                 "Another compiled generation is running on this model, and its decode step reads one set of routes. "
-                "Generate one after the other, or with compiled=False."
+                f"Generate one after the other, or with {self.eagerly}."
             )
         try:
-            with self.serving():
-                path = self._unserved()
-                if path is not None:
-                    raise MiLoraError(_cannot_compile(path))
-                self._compiling_thread = threading.get_ident()
-                self.is_compiled = True
-                try:
-                    yield
-                finally:
-                    self.is_compiled = False
-                    self._compiling_thread = None
+            yield
         finally:
             self._compiled_lock.release()
 
-
-def _cannot_compile(path: str) -> str:
-    return f"{_not_compilable(path)}. Generate with compiled=False."
+    @contextmanager
+    def compiled_steps(self) -> Iterator[None]:
+        """As [`GroupedServing.compiled`], for a thread that is [`GroupedServing.alone`]."""
+        with self.serving():
+            path = self._in_the_way()
+            if path is not None:
+                raise self.cannot_compile(path)
+            self._compiling_thread = threading.get_ident()
+            self.is_compiled = True
+            try:
+                yield
+            finally:
+                self.is_compiled = False
+                self._compiling_thread = None
 
 
 def _not_compilable(path: str) -> str:
     return (
         f"{path} cannot be part of a compiled decode step: its base layer is quantised, its adapter is more than "
-        "LoRA there (DoRA, a bias), or batch and tokens are flattened before it"
+        "LoRA there (DoRA, a bias), batch and tokens are flattened before it, or each row has its adapter's own "
+        "(modules_to_save, trainable tokens)"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,7 +37,12 @@ class ModuleStack:
         self.path = path
         self.layer = layer
         self.slots: dict[str, int] = {}
-        self._parts: dict[str, tuple[nn.Module, nn.Module]] = {}
+        self._parts: dict[str, tuple[nn.Module, nn.Module, int]] = {}
+        self._fitted_to: Any = None
+
+    def is_current(self) -> bool:
+        """Whether the layer's adapters, and where their parameters lie, are as [`ModuleStack.fit`] left them."""
+        return bool(self._fitted_to == _state_of(self.layer))
 
     def fit(self, adapters: list[str], capacity: int) -> None:
         """Holds exactly these adapters from now on; nothing moves as long as they fit into the stacks there are.
@@ -45,17 +51,16 @@ class ModuleStack:
             adapters: Those that are to be stacked; all have parameters of one type on one device.
             capacity: The fewest places that stacks made anew have.
         """
-        for adapter in [name for name in self.slots if name not in adapters or not self._is_current(name)]:
+        for adapter in [name for name in self.slots if name not in adapters or not self._is_view(name)]:
             del self.slots[adapter], self._parts[adapter]
         added = [name for name in adapters if name not in self.slots]
-        if not added:
-            return
         free = [slot for slot in range(self._places()) if slot not in self.slots.values()]
         if len(added) > len(free) or not all(self._has_room(name) for name in added):
             self._make_anew(adapters, capacity)
             added, free = adapters, list(range(len(adapters)))
         for adapter, slot in zip(added, free, strict=False):
             self._take_in(adapter, slot)
+        self._fitted_to = _state_of(self.layer)
 
     def _places(self) -> int:
         return self.lora_a.shape[0] if hasattr(self, "lora_a") else 0
@@ -63,10 +68,14 @@ class ModuleStack:
     def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight
 
-    def _is_current(self, adapter: str) -> bool:
+    def _part(self, adapter: str) -> tuple[nn.Module, nn.Module, int]:
+        a, b = self.layer.lora_A[adapter], self.layer.lora_B[adapter]
+        return a, b, a.weight.shape[0]
+
+    def _is_view(self, adapter: str) -> bool:
         """Whether the adapter's parameters are still the views that were made of it."""
-        layer, slot = self.layer, self.slots[adapter]
-        if adapter not in layer.lora_A or (layer.lora_A[adapter], layer.lora_B[adapter]) != self._parts[adapter]:
+        slot = self.slots[adapter]
+        if adapter not in self.layer.lora_A or self._part(adapter) != self._parts[adapter]:
             return False
         a, b = self._weights(adapter)
         return a.data_ptr() == self.lora_a[slot].data_ptr() and b.data_ptr() == self.lora_b[slot].data_ptr()
@@ -100,19 +109,25 @@ class ModuleStack:
             place.copy_(value)
             parameter.data = place
         self.slots[adapter] = slot
-        self._parts[adapter] = (self.layer.lora_A[adapter], self.layer.lora_B[adapter])
+        self._parts[adapter] = self._part(adapter)
 
 
 class AdapterStacks:
     """The stacks of all of a model's modules, made when they are first needed and again when adapters have changed.
 
     Left out are layers that do not run their base layer as a plain linear one (quantised backbones) and adapters that
-    are more than `x A B` in a layer (DoRA, a bias); they are served by PEFT's own path.
+    are more than `x A B` in a layer (DoRA, a bias); their layers' own forward serves them.
 
     Args:
         model: The backbone with PEFT's layers in it.
         is_plain: Whether an adapter is `x A B` in a layer.
         capacity: How many adapters to make room for, so that one more is loaded without moving the others.
+
+    Attributes:
+        modules: Path -> the stack of a LoRA layer.
+        left_out: Path -> a LoRA layer that has none.
+        wrappers: Path -> a module that PEFT keeps for each adapter whole or in part (`modules_to_save`,
+            `trainable_token_indices`).
     """
 
     def __init__(self, model: nn.Module, is_plain: IsPlain, capacity: int = 0) -> None:
@@ -120,20 +135,31 @@ class AdapterStacks:
         self.is_plain = is_plain
         self.capacity = capacity
         self.modules: dict[str, Any] = {}
+        self.left_out: dict[str, LoraLayer] = {}
+        self.wrappers: dict[str, AuxiliaryTrainingWrapper] = {}
 
     def refresh(self) -> None:
-        """Brings the stacks up to date with the adapters that the model has now."""
-        found: dict[str, ModuleStack] = {}
-        for path, layer in lora_layers(self.model):
-            stackable = self._stackable(layer)
-            if not stackable:
+        """Brings the stacks up to date with the adapters that the model has now.
+
+        It is asked for before every pass, so a layer in which nothing has changed is only compared with what it was.
+        """
+        modules: dict[str, ModuleStack] = {}
+        left_out, wrappers = {}, {}
+        for path, module in _adapted(self.model):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                wrappers[path] = module
                 continue
             stack = self.modules.get(path)
-            if stack is None or stack.layer is not layer:
-                stack = self.new_module(path, layer)
-            stack.fit(stackable, self.capacity)
-            found[path] = stack
-        self.modules = found
+            if stack is None or stack.layer is not module or not stack.is_current():
+                stackable = self._stackable(module)
+                if not stackable:
+                    left_out[path] = module
+                    continue
+                if stack is None or stack.layer is not module:
+                    stack = self.new_module(path, module)
+                stack.fit(stackable, self.capacity)
+            modules[path] = stack
+        self.modules, self.left_out, self.wrappers = modules, left_out, wrappers
 
     def new_module(self, path: str, layer: LoraLayer) -> ModuleStack:
         """The stack of a module that has none yet."""
@@ -157,9 +183,36 @@ class AdapterStacks:
         return [name for name in plain if kinds[name] == first and not layer.lora_A[name].weight.is_meta]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's LoRA layers of a model by path."""
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer))
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """LoRA layers and wrapped modules by path. Adapters themselves, which may be many, are not looked through."""
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        is_lora = isinstance(module, LoraLayer)
+        if is_lora or isinstance(module, AuxiliaryTrainingWrapper):
+            yield path, module
+        children = [(name, child) for name, child in module.named_children() if name == "base_layer" or not is_lora]
+        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
+
+
+def _state_of(layer: LoraLayer) -> tuple[Any, ...]:
+    """What decides whether a layer's adapters can be stacked, and are: compared by identity, in C for the most part.
+
+    Training and loading write to where the parameters lie, which are views of the stacks, so they change nothing of it.
+    """
+    weights = [linear.weight for part in (layer.lora_A, layer.lora_B) for linear in part.values()]
+    return (
+        layer.base_layer,
+        dict(layer.lora_A.items()),
+        dict(layer.lora_B.items()),
+        dict(layer.lora_variant),
+        dict(layer.lora_bias),
+        [(weight.data_ptr(), weight.shape) for weight in weights],
+    )
 
 
 def _kind(weight: Tensor) -> tuple[torch.dtype, torch.device]:

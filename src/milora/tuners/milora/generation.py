@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,17 +62,19 @@ class GeneratingTuner(MergingTuner):
         """
         model: Any = self.model
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-        if compiled and merge_route:
-            raise MiLoraError("A merged route is not served by compiled steps: leave out compiled or merge_route.")
+        is_merged = merge_route or self.dispatcher.merged is not None
+        if compiled and is_merged:
+            raise MiLoraError(
+                "A merged route is not served by compiled steps: leave out compiled=True, or merge_route=True and "
+                "`with model.merged_route(...)`."
+            )
         if compiled:
             kwargs |= compiled_settings(named)
-        elif compiled is False or merge_route:
+        elif compiled is False or is_merged:
             kwargs["disable_compile"] = True
         if self.prompt_tuning_is_off():
             return model.generate(*args, **kwargs)
-        if not compiled and is_compiled_by_transformers(model, {**named, **kwargs}):
-            compiled = self.grouped.can_compile()
-            kwargs["disable_compile"] = not compiled
+        is_left_to_transformers = not compiled and is_compiled_by_transformers(model, {**named, **kwargs})
         cache = named.get("past_key_values")
         route = route if route is not None else self.dispatcher.forced
         if route is None and cache is not None and cache.get_seq_length() > 0:
@@ -89,15 +91,30 @@ class GeneratingTuner(MergingTuner):
         with (
             self.dispatcher.generating(named.get("attention_mask")) as generation,
             self.dispatcher.forcing(route),
-            self.grouped.compiled() if compiled else nullcontext(),
+            self._steps(compiled, is_left_to_transformers) as are_compiled,
             self._shared_weights.generating(),
             self._merging_when_known() if merge_route else nullcontext(),
         ):
+            if is_left_to_transformers and not are_compiled:
+                kwargs["disable_compile"] = True
             output = model.generate(*args, **kwargs)
         if self.dispatcher.records is not None:
             assert isinstance(generation.prompt_pass, RoutingPass)
             self.dispatcher.records.append(generation.prompt_pass.route(tuple(routers_of(self.model))))
         return output
+
+    @contextmanager
+    def _steps(self, compiled: bool | None, is_left_to_transformers: bool) -> Iterator[bool]:
+        """In force: compiled steps, where the caller asked for them, or transformers and nothing is against it."""
+        if compiled:
+            with self.grouped.compiled():
+                yield True
+        elif is_left_to_transformers:
+            names = self.dispatcher.adapter_names
+            with self.grouped.compiled_if_possible(self.active_adapters if names is None else names) as are_compiled:
+                yield are_compiled
+        else:
+            yield False
 
     @torch.no_grad()
     def route(

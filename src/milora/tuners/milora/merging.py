@@ -22,6 +22,9 @@ from milora.tuners.milora.routers import chosen_modules, routers_of
 from milora.tuners.milora.shared_weights import SharedWeights
 from milora.tuners.prompt_pass import PromptTuner
 
+MERGED = "a route is merged into the backbone's weights, which serve it and no other; leave merged_route first"
+"""What to say of calls that a merged route rules out."""
+
 
 class MergingTuner(PromptTuner):
     """What the tuner needs to merge a route: at once, or in the generation that finds it.

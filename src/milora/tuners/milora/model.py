@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from milora.errors import MiLoraError
 from milora.routing import load_balancing_loss
-from milora.tuners.grouped import BASE_ROW
+from milora.tuners.grouped import BASE_ROW, rows_by_adapter
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.expert import NO_MERGE, ExpertVariant, as_expert
 from milora.tuners.milora.generation import GeneratingTuner
 from milora.tuners.milora.layer import RouterLayer
-from milora.tuners.milora.named_rows import RoutedServing, rows_by_adapter
+from milora.tuners.milora.merging import MERGED
+from milora.tuners.milora.named_rows import RoutedServing
 from milora.tuners.milora.routers import add_routers, remove_routers, routers_of
 from milora.tuners.milora.routing_pass import RoutingPass
 from milora.tuners.milora.shared_weights import SharedWeights
@@ -100,13 +101,17 @@ class MiLoraModel(GeneratingTuner, RevertibleTuner, LoraModel):  # type: ignore[
         """As PEFT's, for one adapter at a time.
 
         Raises:
-            MiLoraError: For several: a prompt is routed by one adapter. `adapter_names` gives each row its own.
+            MiLoraError: For several: a prompt is routed by one adapter. `adapter_names` gives each row its own. For
+                another than the active one, while a route of that is merged.
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise MiLoraError(
                 f"Only one MiLoRA adapter can be active; found {list(adapter_name)}. To serve several in one batch, "
                 "give each row its own: model.generate(..., adapter_names=[...])."
             )
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if self.dispatcher.merged is not None and names != self.active_adapters:
+            raise MiLoraError(f"{names} cannot be made active: {MERGED}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -155,6 +160,8 @@ class MiLoraModel(GeneratingTuner, RevertibleTuner, LoraModel):  # type: ignore[
             return
         if self.training:
             raise MiLoraError("adapter_names is for inference; call model.eval() first.")
+        if self.dispatcher.merged is not None:
+            raise MiLoraError(f"adapter_names gives rows their own adapters, but {MERGED}.")
         unknown = {name for name in names if name != BASE_ROW} - set(self.peft_config)
         if unknown:
             raise MiLoraError(f"No adapter named {sorted(unknown)}; there are {sorted(self.peft_config)}.")

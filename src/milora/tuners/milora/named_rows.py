@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
-from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share
+from milora.tuners.grouped import GroupedServing, ModuleStack, Share
 from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.expert import ExpertVariant
 from milora.tuners.milora.routing_pass import RoutingPass
+from milora.tuners.milora.selection import routing_of
 
 
 class RoutedServing(GroupedServing):
@@ -23,6 +23,8 @@ class RoutedServing(GroupedServing):
         model: The backbone with PEFT's layers in it.
         dispatcher: Where the running pass is.
     """
+
+    eagerly = "compiled=False"
 
     def __init__(self, model: nn.Module, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
@@ -40,7 +42,7 @@ class RoutedServing(GroupedServing):
     @contextmanager
     def naming_rows(self, names: list[str]) -> Iterator[None]:
         """In force: an adapter for each row, or for as many rows in succession as beams and return sequences make."""
-        with self.serving(), self.dispatcher.naming_rows(names):
+        with self.dispatcher.naming_rows(names), self.serving():
             yield
 
     def is_plain(self, layer: LoraLayer, adapter: str) -> bool:
@@ -66,40 +68,31 @@ class RoutedServing(GroupedServing):
     def names(self, batch: RoutingPass, x: Tensor) -> None:
         """See [`GroupedServing.names`]: experts read the pass themselves."""
 
+    def adapter_rows(self, batch: RoutingPass, x: Tensor) -> Mapping[str, list[int]] | None:
+        """See [`GroupedServing.adapter_rows`].
+
+        Raises:
+            MiLoraError: If a module's input does not have the batch's rows.
+        """
+        if not self.names_rows():
+            return None
+        batch.check_rows(x)
+        return {adapter: rows for adapter, rows in batch.adapter_rows.items() if rows is not None}
+
+    def names_rows(self) -> bool:
+        """See [`GroupedServing.names_rows`]."""
+        return self.dispatcher.adapter_names is not None
+
     def shares(self, batch: RoutingPass, module: ModuleStack, x: Tensor) -> Iterator[Share]:
         """See [`GroupedServing.shares`].
 
         Raises:
             MiLoraError: If a module's input does not have the batch's rows.
         """
-        if self.dispatcher.adapter_names is not None:
+        if self.names_rows():
             batch.check_rows(x)
         for adapter, rows in batch.adapter_rows.items():
             variant = module.layer.lora_variant.get(adapter)
             if isinstance(variant, ExpertVariant):
-                decision = batch.routings[adapter][variant.block].decision
+                decision = routing_of(batch.routings, adapter, variant.block).decision
                 yield Share(adapter, rows, decision.gates[:, variant.expert])
-
-
-def rows_by_adapter(names: list[str], rows: int) -> dict[str, list[int]]:
-    """Adapter -> its rows, in a batch of `rows` rows; beams of a row follow each other.
-
-    Args:
-        names: The adapter of each prompt, [`BASE_ROW`] for none.
-        rows: How many rows the batch has.
-
-    Raises:
-        MiLoraError: If the rows are not a multiple of the names.
-    """
-    names = _expanded(names, rows)
-    return {
-        name: [row for row, of_row in enumerate(names) if of_row == name]
-        for name in dict.fromkeys(names)
-        if name != BASE_ROW
-    }
-
-
-def _expanded(names: list[str], rows: int) -> list[str]:
-    if not names or rows % len(names) != 0:
-        raise MiLoraError(f"adapter_names names {len(names)} rows; the batch has {rows}.")
-    return [name for name in names for _ in range(rows // len(names))]

@@ -96,10 +96,19 @@ def selection_of(routings: Routings, adapter: str, block: str, expert: int) -> S
     Raises:
         RuntimeError: If the block has not been routed, because its layers were called outside the block.
     """
+    return routing_of(routings, adapter, block).selections[expert]
+
+
+def routing_of(routings: Routings, adapter: str, block: str) -> BlockRouting:
+    """What a block's router decided for an adapter's rows.
+
+    Raises:
+        RuntimeError: If the block has not been routed, because its layers were called outside the block.
+    """
     routing = routings.get(adapter, {}).get(block)
     if routing is None:
         raise RuntimeError(
             f"A layer of {block} was called for adapter {adapter!r} before the block was: there is no route yet. "
             "Call the whole model."
         )
-    return routing.selections[expert]
+    return routing

@@ -1,0 +1,47 @@
+"""Modules that PEFT keeps for each adapter beside LoRA, whole or in part, where rows have adapters of their own.
+
+They are those of `modules_to_save` (a language model's head, say) and of `trainable_token_indices`. PEFT's own way to
+serve such rows wants all of them, and the active adapter too, to have the module, and knows a few kinds of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+
+def forward_by_row(
+    wrapper: AuxiliaryTrainingWrapper, adapter_rows: Mapping[str, list[int]], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A wrapped module's output, each row by its adapter's own module; by the backbone's, where the adapter has none.
+
+    Args:
+        wrapper: PEFT's wrapper, whose adapters are not disabled.
+        adapter_rows: Adapter -> its rows; rows of no adapter are the backbone's.
+        x: (rows, ...).
+        *args: Passed on.
+        **kwargs: Passed on.
+    """
+    own = {adapter: rows for adapter, rows in adapter_rows.items() if rows and adapter in wrapper._adapters}
+    taken = {row for rows in own.values() for row in rows}
+    others = [row for row in range(x.shape[0]) if row not in taken]
+    outputs = [
+        wrapper._forward_wrapped_mixed_batch(_of_rows(x, rows), adapter, *args, **kwargs)
+        for adapter, rows in own.items()
+    ]
+    if others:
+        outputs.append(wrapper.original_module(_of_rows(x, others), *args, **kwargs))
+    if len(outputs) == 1:
+        return outputs[0]
+    order = [row for rows in (*own.values(), others) for row in rows]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    output = torch.cat(outputs)
+    return output.index_select(0, torch.tensor(places, device=output.device))
+
+
+def _of_rows(x: Tensor, rows: list[int]) -> Tensor:
+    return x if len(rows) == x.shape[0] else x.index_select(0, torch.tensor(rows, device=x.device))
