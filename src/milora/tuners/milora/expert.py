@@ -45,10 +45,10 @@ class ExpertLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if running.is_merged:
             return self.base_layer(x)
+        if running.adapter is None and not self._disable_adapters:
+            return self._by_adapter(running, x, *args, **kwargs)
         if args or kwargs or self._disable_adapters:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if running.adapter is None:
-            return self._by_adapter(running, x)
         prepared = running.prepared
         if running.is_decode_step and prepared is not None:
             step = prepared.step(self)
@@ -67,14 +67,16 @@ class ExpertLayer:
         result = self.base_layer(x)
         return variant.adapt(self, running.adapter, selection, x, result).to(result.dtype)
 
-    def _by_adapter(self, running: RoutingPass, x: Tensor) -> Tensor:
+    def _by_adapter(self, running: RoutingPass, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each row with its own adapter, one adapter after the other; for what no stack serves, DoRA above all.
 
         Raises:
             MiLoraError: If the input does not have the batch's rows.
         """
         running.check_rows(x)
-        result: Tensor = self.base_layer(x)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        # A base layer may return its input, or a view of it.
+        is_own = result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() and not torch.is_grad_enabled()
         for adapter in running.adapter_rows:
             variant = self.lora_variant.get(adapter)
             if not isinstance(variant, ExpertVariant):
@@ -84,7 +86,10 @@ class ExpertLayer:
                 continue
             places = running.places(adapter, x.device)
             part = variant.adapt(self, adapter, selection, x.index_select(0, places), result.index_select(0, places))
-            result = result.index_copy(0, places, part.to(result.dtype))
+            if is_own:
+                result.index_copy_(0, places, part.to(result.dtype))
+            else:
+                result = result.index_copy(0, places, part.to(result.dtype))
         return result
 
     def train(self, mode: bool = True) -> Any:
@@ -120,7 +125,7 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
     """Whether `lora_A` and `lora_B` are bare matrices, which may be used without calling the modules that hold them.
 
     They are not where something listens to those modules or keeps their weights elsewhere between calls (hooks, FSDP,
-    DeepSpeed), nor with `lora_bias`.
+    DeepSpeed, accelerate's offloading, which replaces their forward), nor with `lora_bias`.
     """
     modules: tuple[Any, ...] = (layer.lora_A[adapter], layer.lora_B[adapter])
     return all(
@@ -129,6 +134,7 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )
+        and "forward" not in module.__dict__
         for module in modules
     )
 

@@ -72,7 +72,8 @@ class RouterLayer(BareTunerLayer):
     def decide(self, adapter: str, hidden: Tensor, prompt: Tensor) -> Decision:
         """Routes (batch, tokens, hidden) under a (batch, tokens) mask of the prompts' tokens."""
         projection = self.projection[adapter]
-        device = self.weight.device
+        # Offloaded, a router is loaded by its own hooks, to where the block computes.
+        device = hidden.device if self.weight.is_meta else self.weight.device
         probabilities = expert_probabilities(
             hidden.to(device),
             prompt.to(device),
