@@ -52,14 +52,14 @@ def facts(**values: Any) -> CardFacts:
 
 
 def test_the_hub_can_read_it() -> None:
-    card = ModelCard(model_card(facts(data=["boolq", "someone/rows", "someone/rows:2022.en"])))
+    card = ModelCard(model_card(facts(data=["boolq", "someone/rows", "someone/rows:easy", "someone/more:2022.en"])))
     data = card.data.to_dict()
     assert (data["library_name"], data["base_model"], data["pipeline_tag"]) == (
         "peft",
         "meta-llama/Llama-3.2-1B",
         "text-generation",
     )
-    assert data["datasets"] == ["someone/rows"]
+    assert data["datasets"] == ["someone/rows", "someone/more"]
     assert {"milora", "peft", "base_model:adapter:meta-llama/Llama-3.2-1B"} <= set(data["tags"])
     for text in (
         "| top_k | 2 |",

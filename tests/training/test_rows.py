@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.tokenizer import character_tokenizer
+from support.tokenizer import character_tokenizer, save_backbone
 
 from milora import MiLoraError
-from milora.training import DataArguments
+from milora.training import DataArguments, MethodArguments, TrainingArguments, train
 from milora.training.rows import mix, read_sources
 
 
@@ -56,3 +57,106 @@ def test_a_dev_set_of_its_own(tmp_path: Path) -> None:
 def test_nothing_to_learn_from() -> None:
     with pytest.raises(MiLoraError, match="pass --task"):
         read_sources(DataArguments(), 0)
+
+
+def test_a_folder_s_own_dev_rows(tmp_path: Path) -> None:
+    file_of(tmp_path, "train.jsonl", [(f"train {index}", "x") for index in range(20)])
+    data = DataArguments(data=[str(tmp_path)])
+    assert len(read_sources(data, 0)[str(tmp_path)].dev) == 2
+    file_of(tmp_path, "dev.jsonl", [("dev", "x")] * 3)
+    for arguments in (data, DataArguments(data=[str(tmp_path)], dev_data=[str(tmp_path)])):
+        mixture = mix(read_sources(arguments, 0), character_tokenizer(), None)
+        assert len(mixture.train) == 20
+        assert [row.prompt for row in mixture.dev] == ["dev"] * 3
+
+
+def test_a_folder_without_dev_rows_is_none_to_measure_on(tmp_path: Path) -> None:
+    train = file_of(tmp_path, "train.jsonl", [("train", "x")] * 20)
+    with pytest.raises(MiLoraError, match="has no split dev or validation to take dev rows from; its splits: train"):
+        read_sources(DataArguments(data=[train], dev_data=[str(tmp_path)]), 0)
+
+
+class TestHeldOut:
+    def held_out(self, source: str, seed: int = 0, fraction: float = 0.1) -> tuple[list[Any], list[Any]]:
+        rows = read_sources(DataArguments(data=[source], dev_fraction=fraction), seed)[source]
+        return list(rows.train), list(rows.dev)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_equal_prompts_stay_on_one_side(self, tmp_path: Path, seed: int) -> None:
+        source = file_of(tmp_path, "rows.jsonl", [(f"row {index % 20}", f"{index}") for index in range(60)])
+        train, dev = self.held_out(source, seed)
+        assert (len(train), len(dev)) == (54, 6)
+        assert {row.prompt for row in train}.isdisjoint(row.prompt for row in dev)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_replies_of_a_chat_stay_on_one_side(self, tmp_path: Path, seed: int) -> None:
+        chats = [
+            [
+                {"role": role, "content": f"{role} {turn} of {number}"}
+                for turn in range(4)
+                for role in ("user", "assistant")
+            ]
+            for number in range(20)
+        ]
+        # One more that opens as another does, and goes on in its own way.
+        chats.append([*chats[3][:1], *chats[4][1:]])
+        path = tmp_path / "chats.jsonl"
+        path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        train, dev = self.held_out(str(path), seed, 0.2)
+        openings = [{row.prompt[0]["content"] for row in side} for side in (train, dev)]
+        assert openings[0].isdisjoint(openings[1])
+        assert len(openings[1]) == 4
+        assert len(train) + len(dev) == 84
+
+    def test_prompts_that_begin_alike_are_no_chat(self, tmp_path: Path) -> None:
+        shown = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
+        rows = [
+            {"prompt": [*shown, {"role": "user", "content": f"{number} + 1"}], "completion": shown[1:]}
+            for number in range(20)
+        ]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert [len(side) for side in self.held_out(str(path))] == [18, 2]
+        texts = file_of(tmp_path, "texts.jsonl", [("row " * count, "x") for count in range(1, 21)])
+        assert [len(side) for side in self.held_out(texts)] == [18, 2]
+
+    def test_how_many(self, tmp_path: Path) -> None:
+        def sizes(prompts: list[str], fraction: float = 0.1) -> list[int]:
+            source = file_of(tmp_path, "rows.jsonl", [(prompt, "x") for prompt in prompts])
+            return [len(side) for side in self.held_out(source, fraction=fraction)]
+
+        assert sizes([f"{number}" for number in range(5)]) == [4, 1]
+        assert sizes(["one"]) == [1, 0]
+        assert sizes(["one"] * 9) == [9, 0]
+        assert sizes([f"{number}" for number in range(5)], fraction=0.0) == [5, 0]
+        assert sizes([f"{number}" for number in range(6000)]) == [5500, 500]
+        # A prompt of which there are too many rows is not held out.
+        assert sizes(["often"] * 501 + ["once", "again"], fraction=0.9)[1] in (1, 2)
+        with pytest.raises(MiLoraError, match=r"dev_fraction must be at least 0 and below 1; found 1\.0"):
+            sizes(["one"], fraction=1.0)
+
+
+def test_rows_longer_than_the_backbone_s_positions_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = save_backbone(tmp_path / "backbone", "opt")  # it learns positions, 128 of them
+    source = file_of(tmp_path, "rows.jsonl", [(f"row {index}", "x") for index in range(7)] + [("a" * 127, "b")])
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, save_strategy="no", load_best_model_at_end=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    result = train(
+        DataArguments(str(backbone), data=[source], dev_fraction=0.0), MethodArguments("lora", {"r": 2}), arguments
+    )
+    assert (result.train_rows, result.skipped_rows) == (7, 1)
+    said = [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
+    assert said == ["max_length is 128 instead of 768: the backbone has no positions for more."]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "positions", "fits"), [(768, 512, 512), (768, 768, 768), (768, None, 768), (None, 512, 512)]
+)
+def test_the_length_that_fits(max_length: int | None, positions: int | None, fits: int) -> None:
+    arguments = TrainingArguments("out", max_length=max_length, use_cpu=True)
+    arguments.set_length(positions)
+    assert arguments.max_length == fits

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from milora.backbone.positions import positions_of
 from milora.errors import MiLoraError
 from milora.evaluation.progress import Watch
-from milora.inference.generation import batches, padding_token, positions_of
+from milora.inference.generation import batches, padding_token
 from milora.tasks.task import Example
 
 NO_LABEL = -100

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from milora.backbone.positions import positions_of
 from milora.errors import MiLoraError
 from milora.routing import Route
 from milora.tasks.rows import Text
@@ -132,15 +133,6 @@ def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
     if not tokens:
         raise MiLoraError(f"The prompt {prompt!r} has no tokens; there is nothing to continue.")
     return tokens
-
-
-def positions_of(model: Any) -> int | None:
-    """How many tokens a model has positions for, prompt and new tokens together; `None` where it sets no limit."""
-    config = model.config
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
 
 
 def batches(

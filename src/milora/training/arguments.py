@@ -47,11 +47,17 @@ class DataArguments:
     )
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Further training rows: a .jsonl or .json file, a folder, a hub data set, a task's name."},
+        metadata={
+            "help": "Further training rows: a .jsonl or .json file, a folder, a task's name, or a hub data set, "
+            "owner/name or owner/name:configuration."
+        },
     )
     dev_data: list[str] = field(
         default_factory=list,
-        metadata={"help": "Rows for dev perplexity; by default the tasks' own dev splits, or rows held out of `data`."},
+        metadata={
+            "help": "Rows for dev perplexity: a file, or a source with a split dev or validation; by default those of "
+            "the training rows' sources, or rows held out where there are none."
+        },
     )
     data_dir: str | None = field(
         default=None,
@@ -91,7 +97,10 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     """TRL's `SFTConfig`, with the paper's settings (section 4.2 of Zhang et al. 2024) as defaults."""
 
     output_dir: str | None = field(default="out", metadata={"help": "Where the adapter and checkpoints go."})
-    max_length: int | None = field(default=768, metadata={"help": "Rows of more tokens are left out, and counted."})
+    max_length: int | None = field(
+        default=768,
+        metadata={"help": "Rows of more tokens are left out, and counted; at most the backbone's positions."},
+    )
     num_train_epochs: float = field(default=10.0, metadata={"help": "Most epochs; early stopping may end it before."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows a step on a device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of adapters and routers."})
@@ -150,6 +159,16 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         """Rows that all devices of all processes take at once."""
         devices = max(self.world_size, 1) * max(self.n_gpu, 1)
         return int(self.per_device_train_batch_size * devices)
+
+    def set_length(self, positions: int | None) -> None:
+        """Lowers `max_length` to the positions that the backbone has, where it has fewer; a warning says so."""
+        if positions is None or (self.max_length is not None and self.max_length <= positions):
+            return
+        if self.process_index == 0:
+            _log.warning(
+                "max_length is %d instead of %s: the backbone has no positions for more.", positions, self.max_length
+            )
+        self.max_length = positions
 
     def set_accumulation(self, rows: int) -> None:
         """Sets `gradient_accumulation_steps` so that an optimiser step sees the total batch of the paper.

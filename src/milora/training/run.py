@@ -14,6 +14,7 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from milora.backbone.loading import load_backbone, read_adapter_config
+from milora.backbone.positions import positions_of
 from milora.errors import MiLoraError
 from milora.files import write_text, writing
 from milora.tasks.sources import to_dataset
@@ -47,6 +48,7 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     set_seed(arguments.seed)
     sources = read_sources(data, arguments.seed)
     model, tokenizer = load_for_training(data, arguments)
+    arguments.set_length(positions_of(model))
     mixture = mix(sources, tokenizer, arguments.max_length)
     if not mixture.dev:
         arguments.eval_strategy = "no"
