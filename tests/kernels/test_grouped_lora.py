@@ -1,9 +1,11 @@
 """The operator against a loop over rows, on every implementation that runs here."""
 
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -211,6 +213,16 @@ def test_an_adapter_beyond_the_stacks() -> None:
         grouped_lora(**make_case(**SMALL) | {"adapters": torch.tensor([0, 1, 2, 3, 0])})
 
 
+def test_float64_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels sum in float32."""
+    module = importlib.import_module("milora.kernels.grouped_lora")  # the package has a function of its name
+    monkeypatch.setattr(module, "has_triton", lambda: True)
+    case = make_case(**{**SMALL, "dtype": torch.float64})
+    result = case["result"].clone()
+    module._on_gpu(**{**case, "result": result})
+    assert_right(result, case)
+
+
 # ------------------------------------------------------------------------------------------------------------- Triton
 
 
@@ -222,6 +234,7 @@ def in_triton(case: dict[str, Any]) -> Tensor:
     return result
 
 
+needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="runs in the process that interprets Triton")
 
 
@@ -259,8 +272,80 @@ def test_triton_with_views_and_types() -> None:
     assert_right(in_triton(mixed), mixed)
 
 
+class Launches:
+    """Stands for a kernel: notes its launches, and on which device's turn they came."""
+
+    def __init__(self, current: list[Any]) -> None:
+        self.current = current
+        self.devices: list[Any] = []
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        self.devices.append(self.current[-1])
+        self.arguments.append((args, kwargs))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
+    """In place of the kernels, by name."""
+    from milora.kernels import grouped_lora_triton
+
+    current: list[Any] = [None]
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor.data_ptr())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    found = {name: Launches(current) for name in ("_shrink", "_expand")}
+    for name, kernel in found.items():
+        monkeypatch.setattr(grouped_lora_triton, name, kernel)
+    return found
+
+
+@needs_triton
+def test_triton_runs_on_the_tensors_device(launches: dict[str, Launches]) -> None:
+    case = make_case(**SMALL)
+    in_triton(case)
+    assert [kernel.devices for kernel in launches.values()] == [[case["x"].data_ptr()]] * 2
+
+
+@needs_triton
+@pytest.mark.skipif(is_interpreted(), reason="nothing is compiled in the interpreter")
+def test_no_variant_is_compiled_for_a_length_or_a_number_of_rows(request: pytest.FixtureRequest) -> None:
+    """By Triton's own key of a kernel's variants, for a GPU that need not be there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from milora.kernels import grouped_lora_triton
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    kernels = {name: getattr(grouped_lora_triton, name) for name in ("_shrink", "_expand")}
+    launches = request.getfixturevalue("launches")
+    for rows in (1, 3, 16):
+        for tokens in (2, 7, 16):
+            in_triton(make_case([8], [0] * rows, [1.0] * rows, tokens, 64, 64, torch.bfloat16))
+    for name, kernel in kernels.items():
+        variant_of = create_function_from_signature(kernel.signature, kernel.params, backend)
+        variants = {str(variant_of(*args, **kwargs)[1]) for args, kwargs in launches[name].arguments}
+        assert len(launches[name].arguments) == 9
+        assert len(variants) == 1, name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2 or not has_triton(), reason="needs two GPUs and Triton")
+def test_triton_on_a_gpu_that_is_not_the_current_one() -> None:
+    case = make_case(**SMALL)
+    assert_right(grouped_lora(**{name: tensor.to("cuda:1") for name, tensor in case.items()}).cpu(), case)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="this is the process that interprets Triton")
 def test_triton_in_its_interpreter() -> None:
     """The tests above in a process of their own: the interpreter is chosen when a kernel is defined."""
@@ -271,7 +356,7 @@ def test_triton_in_its_interpreter() -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert "6 passed" in run.stdout, run.stdout
+    assert "7 passed" in run.stdout, run.stdout
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_triton(), reason="needs a GPU and Triton")

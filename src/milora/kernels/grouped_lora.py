@@ -5,8 +5,9 @@
 A row without an adapter (index -1) and a row whose gate is 0 cost nothing: their weights are not read. This is the
 grouped multiplication of Punica (Chen et al. 2023) and S-LoRA (Sheng et al. 2023), with a gate for each row.
 
-`torch.ops.milora.add_grouped_lora` writes into its first argument. It has an implementation for CPUs and one in Triton,
-a fake one for `torch.compile`, and asks the device nothing on a GPU, so that CUDA graphs can hold it.
+`torch.ops.milora.add_grouped_lora` writes into its first argument. It has an implementation for CPUs, one in Triton for
+all types but float64, a fake one for `torch.compile`, and asks the device nothing on a GPU, so that CUDA graphs can
+hold it.
 """
 
 # mypy: allow-untyped-calls
@@ -127,7 +128,8 @@ def _check(result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: T
 
 
 def _on_gpu(result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    if not has_triton():
+    # The kernel sums in float32, which is not what float64 is asked for.
+    if not has_triton() or torch.float64 in (result.dtype, x.dtype, lora_a.dtype):
         _elsewhere(result, x, adapters, gates, lora_a, lora_b)
         return
     from milora.kernels.grouped_lora_triton import add_grouped_lora_on_gpu

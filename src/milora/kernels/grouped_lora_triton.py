@@ -3,6 +3,9 @@
 A program looks at its row's adapter and gate first, and leaves if there is nothing to do: such a row's weights are
 never read. The shrinking sum over d_in is cut into pieces, so that a batch of few tokens fills the GPU; the pieces are
 summed by the expanding kernel in a fixed order, so that results do not vary from run to run.
+
+Triton compiles a variant of a kernel for integers that are 1 or divisible by 16. Those that vary from prompt to prompt
+are excepted, so that nothing is compiled for a length or a number of rows while serving.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -19,7 +22,7 @@ MAX_PIECES = 8
 """Pieces at most into which the sum over d_in is cut."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens", "steps"])
 def _shrink(
     x, adapters, gates, lora_a, low,
     rows, tokens, d_in, rank, steps,
@@ -58,7 +61,7 @@ def _shrink(
     tl.store(low + place, total, mask=(token[:, None] < tokens) & (r[None, :] < rank))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def _expand(
     result, low, adapters, gates, lora_b,
     rows, tokens, d_out, rank, pieces,
@@ -119,14 +122,16 @@ def add_grouped_lora_on_gpu(
     pieces = 1 if use_dot else min(MAX_PIECES, steps_in_all)
     token_blocks = triton.cdiv(tokens, block_tokens)
     low = torch.empty(pieces, rows, tokens, rank, device=x.device, dtype=torch.float32)
-    _shrink[(rows, token_blocks, pieces)](
-        x, adapters, gates, lora_a, low,
-        rows, tokens, d_in, rank, triton.cdiv(steps_in_all, pieces),
-        x.stride(0), x.stride(1),
-        TOKENS=block_tokens, RANK=block_rank, IN=block_in, DOT=use_dot, UPCAST=upcast,
-    )  # fmt: skip
-    _expand[(rows, token_blocks, triton.cdiv(d_out, block_out))](
-        result, low, adapters, gates, lora_b,
-        rows, tokens, d_out, rank, pieces,
-        TOKENS=block_tokens, RANK=block_rank, OUT=block_out, DOT=use_dot, UPCAST=upcast,
-    )  # fmt: skip
+    # Triton launches on the current device, which need not be this module's where a model lies on several.
+    with torch.cuda.device_of(x):
+        _shrink[(rows, token_blocks, pieces)](
+            x, adapters, gates, lora_a, low,
+            rows, tokens, d_in, rank, triton.cdiv(steps_in_all, pieces),
+            x.stride(0), x.stride(1),
+            TOKENS=block_tokens, RANK=block_rank, IN=block_in, DOT=use_dot, UPCAST=upcast,
+        )  # fmt: skip
+        _expand[(rows, token_blocks, triton.cdiv(d_out, block_out))](
+            result, low, adapters, gates, lora_b,
+            rows, tokens, d_out, rank, pieces,
+            TOKENS=block_tokens, RANK=block_rank, OUT=block_out, DOT=use_dot, UPCAST=upcast,
+        )  # fmt: skip
