@@ -1,9 +1,14 @@
-"""A backbone's folder, as small as can be."""
+"""A backbone's folder, as small as can be, and a clock that tests move."""
 
+import functools
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
+
+from milora.benchmark import bandwidth
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +26,34 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> str:
         eos_token_id=list(range(61)),
     ).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bandwidth is measured with half a gigabyte otherwise."""
+    monkeypatch.setitem(bandwidth.COPIED_BYTES, "cpu", 2**20)
+
+
+class Clock:
+    """A clock that stands still but for what a test makes slow, so that figures can be worked out by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def slow(self, owner: Any, name: str, seconds: float) -> None:
+        """Every call of a function takes as long from here on."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def slowed(*args: Any, **kwargs: Any) -> Any:
+            self.now += seconds
+            return function(*args, **kwargs)
+
+        self._monkeypatch.setattr(owner, name, slowed)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)

@@ -11,11 +11,11 @@ from torch import Tensor
 from milora.benchmark.compiling import Compilations, why_not_compiled
 from milora.benchmark.generating import Timing, affordable_tokens, first_generation, generate, random_prompts
 from milora.benchmark.methods import BASE, build_method, check_names, variant, with_generate_arguments
-from milora.benchmark.result import Result
+from milora.benchmark.result import GIGA, Result
 from milora.benchmark.rounds import Progress
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
-from milora.benchmark.traffic import GIGA, backbone_traffic
+from milora.benchmark.traffic import backbone_traffic
 from milora.errors import MiLoraError
 
 DECODE_METHODS = (
@@ -131,6 +131,7 @@ class GenerationCase:
         batch, length = self.prompts["input_ids"].shape
         warming, later = Compilations(), Compilations()
         tokens: dict[str, int] = {}
+        bandwidth = session.copy_bandwidth
 
         def warm_up(name: str) -> None:
             tokens[name] = warming.during(name, lambda: self._warm_up(name))
@@ -148,6 +149,7 @@ class GenerationCase:
         read, _ = backbone_traffic(session.backbone, batch * self.beams, length)
         for name, prepared in self.methods.items():
             steps_per_second = measured.median(name, lambda timing: timing.tokens_per_second) / batch
+            weights_per_second = read * steps_per_second
             row = {
                 "method": name,
                 "beam": self.beams,
@@ -156,8 +158,9 @@ class GenerationCase:
                 "seconds_to_first_token": measured.median(name, lambda timing: timing.first_token),
                 "seconds_of_first_step": measured.median(name, lambda timing: timing.first_step or 0.0),
                 "seconds": measured.median(name, lambda timing: timing.whole),
-                # What a decode step must read of the backbone, by the time it takes: to hold against the bandwidth.
-                "weight_gigabytes_per_second": read / GIGA * steps_per_second,
+                # What a decode step must read of the backbone, by the time it takes, and that by what a copy moves.
+                "weight_gigabytes_per_second": weights_per_second / GIGA,
+                "share_of_bandwidth": weights_per_second / bandwidth,
                 "prompt_tokens": length,
                 "new_tokens": tokens[name],
                 "compiled_in_warm_up": warming.of(name) if compiles else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora.benchmark.result import Result
+from milora.benchmark.bandwidth import Copy
+from milora.benchmark.result import GIGA, Result
 from milora.benchmark.rounds import Progress, compared, spread_fields
 from milora.benchmark.session import Record
 from milora.benchmark.settings import Settings, check_at_least
+from milora.benchmark.timed import timed
 from milora.kernels import add_grouped_lora, grouped_lora_reference
 
 OPERATOR, REFERENCE, COPY = "operator", "reference", "copy"
-COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
-"""Size of the buffer whose copy tells a device's bandwidth: far above every cache."""
 COLD_BYTES = 2**28
 """The stacks that calls go through in turn are together at least this large, so that none is found in a cache."""
-GIGA = 1e9
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ class _Calls:
 def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> Result:
     """Measures a decode step's call of the operator: one token a row.
 
-    On a GPU the calls are captured into a CUDA graph, as in a compiled decode step, so that launching them costs
-    nothing. The device's bandwidth is measured beside, in the same rounds, as a copy of a large buffer.
+    On a GPU the calls are captured into a CUDA graph, see [`timed`]. The device's bandwidth is measured beside, in the
+    same rounds, as a copy of a large buffer.
 
     Args:
         settings: What to measure.
@@ -85,8 +83,7 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
     settings = settings.resolved()
     record = Record(settings, progress)
     device = record.device
-    source = torch.ones(COPIED_BYTES.get(device.type, COPIED_BYTES["cpu"]) // 4, device=device)
-    target = torch.empty_like(source)
+    copy = Copy(device)
     for batch in settings.batches:
         calls = _make(settings, batch, device)
         lora_a, lora_b = calls.stacks[0]
@@ -94,9 +91,9 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
         found = add_grouped_lora(calls.result.clone(), calls.x, calls.adapters, calls.gates, lora_a, lora_b)
         error = ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
         runs = {
-            OPERATOR: _prepared(_calling(add_grouped_lora, calls, settings.calls), device),
-            REFERENCE: _prepared(_calling(grouped_lora_reference, calls, settings.calls), device),
-            COPY: _prepared(lambda: target.copy_(source), device),
+            OPERATOR: timed(_calling(add_grouped_lora, calls, settings.calls), device),
+            REFERENCE: timed(_calling(grouped_lora_reference, calls, settings.calls), device),
+            COPY: timed(copy, device),
         }
         for run in runs.values():
             for _ in range(settings.warmups):
@@ -105,9 +102,9 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
         per_call = {
             name: [seconds / (1 if name == COPY else settings.calls) for seconds in of] for name, of in samples.items()
         }
-        bandwidth = [2 * source.nbytes / seconds for seconds in per_call[COPY]]
+        bandwidth = [copy.bytes / seconds for seconds in per_call[COPY]]
         for name, seconds in per_call.items():
-            moved = 2 * source.nbytes if name == COPY else calls.bytes
+            moved = copy.bytes if name == COPY else calls.bytes
             speeds = [moved / each for each in seconds]
             shares = [speed / limit for speed, limit in zip(speeds, bandwidth, strict=True)]
             record.rows.append(
@@ -154,33 +151,6 @@ def _calling(function: Callable[..., Tensor], calls: _Calls, number: int) -> Cal
             function(calls.result, calls.x, calls.adapters, calls.gates, lora_a, lora_b)
 
     return run
-
-
-def _prepared(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    """A function that runs `run` and returns the seconds; on a GPU as a graph."""
-    run()
-    if device.type != "cuda":
-
-        def timed() -> float:
-            started = time.perf_counter()
-            run()
-            return time.perf_counter() - started
-
-        return timed
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-
-    def replayed() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end)) / 1000
-
-    return replayed
 
 
 def _seconds(sample: float) -> str:

@@ -13,6 +13,7 @@ from milora.benchmark.rounds import Progress
 from milora.benchmark.routing_time import routing_time
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
+from milora.errors import MiLoraError
 
 PREFILL_METHODS = (BASE, "lora", "lora-merged", "dora-cached", "moelora", "milora-k1", "milora", "midora")
 
@@ -37,6 +38,8 @@ class PrefillSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.methods)
+        if self.compile:
+            raise MiLoraError("A prefill is not compiled: leave compile out, or measure decoding with it.")
         check_at_least("batch", self.batch, 1)
         check_at_least("prompt_tokens", self.prompt_tokens, 1)
 

@@ -8,6 +8,7 @@ from typing import Any
 from milora.benchmark.rounds import Turn
 
 MIB = 2**20
+GIGA = 1e9
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Generic
 
 import torch
 
+from milora.benchmark.bandwidth import copy_bandwidth
 from milora.benchmark.compiling import room_for_graphs
 from milora.benchmark.environment import environment
 from milora.benchmark.memory import live_bytes, only_new_objects, peak_growth
 from milora.benchmark.methods import MeasuredMethod, build_backbone
-from milora.benchmark.result import MIB, Result
+from milora.benchmark.result import GIGA, MIB, Result
 from milora.benchmark.rounds import Progress, Sample, Turn, compared, compared_memory, in_turn, spread_fields
 from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import model_bytes
@@ -73,7 +74,7 @@ class Record:
         self.device = torch.device(settings.device or "cpu")
         self.rows: list[dict[str, Any]] = []
         self.order: list[Turn] = []
-        self._before = environment(self.device)
+        self.environment = environment(self.device)
 
     def in_turn(
         self, case: str, names: Sequence[str], measure: Callable[[str], Sample], describe: Callable[[Sample], str] = str
@@ -91,7 +92,7 @@ class Record:
             self.settings.to_dict(),
             self.rows,
             self.order,
-            {**self._before, "load_average_after": after},
+            {**self.environment, "load_average_after": after},
         )
 
 
@@ -109,6 +110,14 @@ class Session(Record):
         progress(f"building {settings.backbone}{depth}, in {settings.dtype}")
         self.backbone = build_backbone(settings)
         self.backbone_bytes = model_bytes(self.backbone)
+
+    @cached_property
+    def copy_bandwidth(self) -> float:
+        """Bytes a second that a copy on the device reads and writes; measured once, and told in the environment."""
+        self.progress("measuring the bandwidth")
+        found = copy_bandwidth(self.device)
+        self.environment["copy_gigabytes_per_second"] = found / GIGA
+        return found
 
     def prepare(
         self, names: Sequence[str], build: Build, first_use: Callable[[MeasuredMethod], Any]

@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 WIDEST = 1000
+NOTHING = "-"
 Cell = Callable[[Mapping[str, Any]], str]
 
 
 def _number(key: str, digits: int) -> Cell:
-    return lambda row: "-" if row.get(key) is None else f"{row[key]:.{digits}f}"
+    return lambda row: NOTHING if row.get(key) is None else f"{row[key]:.{digits}f}"
 
 
 def _range(key: str, digits: int) -> Cell:
@@ -27,20 +28,20 @@ def _ratio(other: str) -> Cell:
     def cell(row: Mapping[str, Any]) -> str:
         found = row["ratios"].get(other)
         if found is None:
-            return "1" if row["method"] == other else "-"
+            return "1" if row["method"] == other else NOTHING
         return f"{found['median']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
 
     return cell
 
 
 def _share(row: Mapping[str, Any]) -> str:
-    return "-" if row["routing_share"] is None else f"{row['routing_share']:.2%}"
+    return NOTHING if row["routing_share"] is None else f"{row['routing_share']:.2%}"
 
 
 def _memory_ratio(other: str) -> Cell:
     def cell(row: Mapping[str, Any]) -> str:
         found = row["memory_ratios"].get(other)
-        return f"{found:.3f}" if found is not None else "1" if row["method"] == other else "-"
+        return f"{found:.3f}" if found is not None else "1" if row["method"] == other else NOTHING
 
     return cell
 
@@ -53,6 +54,7 @@ _DECODE: Mapping[str, Cell] = {
     "/ lora": _ratio("lora"),
     "peak MiB": _number("peak_memory_mib", 0),
     "weights GB/s": _number("weight_gigabytes_per_second", 1),
+    "of bandwidth": _number("share_of_bandwidth", 2),
     "new": _number("new_tokens", 0),
 }
 COLUMNS: Mapping[str, Mapping[str, Cell]] = {
@@ -71,6 +73,7 @@ COLUMNS: Mapping[str, Mapping[str, Cell]] = {
         "tokens": _number("tokens", 0),
         "step, s": _range("seconds_per_step", 3),
         "/ lora": _ratio("lora"),
+        "/ milora": _ratio("milora"),
         "peak MiB": _number("peak_memory_mib", 0),
         "memory / lora": _memory_ratio("lora"),
     },
@@ -98,9 +101,11 @@ COLUMNS: Mapping[str, Mapping[str, Cell]] = {
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a result's table."""
-    columns = COLUMNS[result["command"]]
-    return ["method", *columns], [[row["method"], *(cell(row) for cell in columns.values())] for row in result["rows"]]
+    """The header and the rows of a result's table; a column in which nothing stands is left out."""
+    rows = result["rows"]
+    columns = {name: [cell(row) for row in rows] for name, cell in COLUMNS[result["command"]].items()}
+    shown = {name: texts for name, texts in columns.items() if set(texts) != {NOTHING}}
+    return ["method", *shown], [[row["method"], *texts] for row, *texts in zip(rows, *shown.values(), strict=True)]
 
 
 def title(result: Mapping[str, Any]) -> str:

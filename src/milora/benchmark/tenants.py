@@ -23,8 +23,8 @@ from milora.benchmark.settings import Settings, check_at_least
 from milora.errors import MiLoraError
 
 TENANT_METHODS = (BASE, "lora", "lora-together", "milora")
-SERVES_ROWS = ("lora", "dora", "milora", "midora")
-"""Methods of which rows of one batch can have different adapters (`adapter_names`)."""
+SERVES_ROWS = ("lora", "milora", "midora")
+"""Methods of which rows of one batch can have different adapters (`adapter_names`); PEFT refuses it to DoRA."""
 
 
 @dataclass(frozen=True)

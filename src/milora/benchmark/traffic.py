@@ -30,13 +30,12 @@ from torch import Tensor, nn
 from milora.backbone.blocks import find_blocks
 from milora.backbone.shapes import build
 from milora.benchmark.methods import BASE, check_names, variant
-from milora.benchmark.result import Result
+from milora.benchmark.result import GIGA, Result
 from milora.benchmark.settings import Settings, check_at_least
 from milora.errors import MiLoraError
 from milora.methods import config_for
 
 MEGA = 1e6
-GIGA = 1e9
 TRAFFIC_METHODS = (BASE, "lora", "dora", "dora-cached", "moelora", "milora-k1", "milora-k2", "milora", "midora")
 COUNTED = ("lora", "dora", "moelora", "milora", "midora")
 

@@ -1,0 +1,40 @@
+"""How fast a device moves memory, to hold against it what a kernel or a decode step must move."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from milora.benchmark.timed import timed
+
+COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
+"""Size of the buffer whose copy tells a device's bandwidth: far above every cache."""
+COPIES = 5
+
+
+class Copy:
+    """A copy of a large buffer, which a call makes again.
+
+    Args:
+        device: Where.
+
+    Attributes:
+        bytes: That it moves: those that it reads and those that it writes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._source = torch.ones(COPIED_BYTES.get(device.type, COPIED_BYTES["cpu"]) // 4, device=device)
+        self._target = torch.empty_like(self._source)
+        self.bytes = 2 * self._source.nbytes
+
+    def __call__(self) -> None:
+        """Copies."""
+        self._target.copy_(self._source)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes, the median of some copies."""
+    copy = Copy(device)
+    run = timed(copy, device)
+    return copy.bytes / statistics.median(run() for _ in range(COPIES))
