@@ -33,7 +33,11 @@ def command(
     prompt: options.Prompts = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="SOURCE", help="A task, a .jsonl or .json file, a folder or a hub dataset."),
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="A task, a .jsonl or .json file, a folder or a hub dataset (owner/name or owner/name:configuration).",
+        ),
     ] = None,
     split: options.Split = "test",
     data_dir: options.DataDirectory = None,

@@ -32,7 +32,9 @@ def command(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            "--data", metavar="SOURCE", help="A task, file, folder or hub dataset; repeat to compare several."
+            "--data",
+            metavar="SOURCE",
+            help="A task, file, folder or hub dataset (owner/name or owner/name:configuration); repeat to compare several.",
         ),
     ] = None,
     split: options.Split = "test",
