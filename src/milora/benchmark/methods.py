@@ -39,6 +39,7 @@ class Variant:
         merged: Whether the adapter is merged into (a copy of) the weights.
         together: Whether `serve_together` is called on the model.
         merges_route: Whether each generation merges one route, which all rows of a batch must then have.
+        bilevel: Whether a training step has one of Theta, the rational activations, on dev rows after it.
         generate: Further arguments of `generate`.
     """
 
@@ -48,6 +49,7 @@ class Variant:
     merged: bool = False
     together: bool = False
     merges_route: bool = False
+    bilevel: bool = False
     generate: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,6 +65,7 @@ VARIANTS: Mapping[str, Variant] = {
     "milora-k2": Variant("milora", {"top_k": 2}),
     "milora": Variant("milora"),
     "milora-merged": Variant("milora", merges_route=True, generate={"merge_route": True}),
+    "milora-bilevel": Variant("milora", bilevel=True),
     "midora": Variant("midora"),
 }
 """By name. Further ones: every other method of `milora.methods`, and `milora-k4` or `midora-k1` for any k."""
@@ -87,16 +90,21 @@ def variant(name: str) -> Variant:
     )
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_names(names: Sequence[str], *, training: bool = False) -> None:
     """Refuses names that cannot be measured, before a backbone is built for them.
 
+    Args:
+        names: Of methods.
+        training: Whether training steps are measured.
+
     Raises:
-        MiLoraError: If there is none, one is unknown, or one is there twice.
+        MiLoraError: If there is none, one is unknown, is there twice, or differs from another in training alone.
     """
     if not names:
         raise MiLoraError(f"No method is given; give some of {', '.join(VARIANTS)}.")
     for name in names:
-        variant(name)
+        if variant(name).bilevel and not training:
+            raise MiLoraError(f"{name} is a training step, which milora bench train measures: name milora here.")
         if names.count(name) > 1:
             raise MiLoraError(f"The method {name!r} is given twice.")
 

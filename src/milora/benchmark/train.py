@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from milora.benchmark.session import Build, opened
 from milora.benchmark.settings import Settings, check_at_least
 from milora.errors import MiLoraError
 
-TRAIN_METHODS = ("lora", "dora", "moelora", "milora", "midora")
+if TYPE_CHECKING:
+    from milora.training.dev_step import DevStep
+
+TRAIN_METHODS = ("lora", "dora", "moelora", "milora", "milora-bilevel", "midora")
 IGNORED = -100
 """The label of a token without loss."""
 
@@ -44,7 +48,7 @@ class TrainSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names(self.methods)
+        check_names(self.methods, training=True)
         for name in self.methods:
             found = variant(name)
             inference_only = found.merged or found.dora_caching or found.together or found.merges_route
@@ -58,32 +62,57 @@ class Training:
     """A method with its optimiser.
 
     Args:
-        method: What to train.
+        method: What to train. One that is `bilevel` has Theta, the rational activations, out of its optimiser, and
+            trains them as [`milora.training.BilevelActivations`] does: a step of their own after every other, by the
+            same [`milora.training.dev_step.DevStep`], at `milora train`'s learning rate.
         device: Where.
         gradient_checkpointing: Whether blocks are run a second time in the backward pass.
+        dev_batches: For the steps of Theta.
     """
 
-    def __init__(self, method: MeasuredMethod, device: torch.device, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self,
+        method: MeasuredMethod,
+        device: torch.device,
+        gradient_checkpointing: bool,
+        dev_batches: Iterable[Mapping[str, Tensor]] = (),
+    ) -> None:
         self.model = method.model.train()
         self.device = device
         if gradient_checkpointing:
             enable_checkpointing(self.model.base_model.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.dev_step = _dev_step(self.model, dev_batches) if method.variant.bilevel else None
+        self.optimizer = torch.optim.AdamW([p for p in self.parameters if p.requires_grad], lr=1e-4)
 
     def step(self, rows: Mapping[str, Tensor]) -> float:
-        """Forward, backward, AdamW; the seconds that it took."""
+        """Forward, backward, AdamW, and where Theta has steps of its own one of them; the seconds that it took."""
         self._wait()
         started = time.perf_counter()
         self.model(**rows).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.dev_step is not None:
+            self.dev_step(self.model, self.device)
         self._wait()
         return time.perf_counter() - started
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _dev_step(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> DevStep:
+    """What trains Theta, which is taken out of what else trains."""
+    # TRL comes with it, which takes seconds to import, and no other method needs.
+    from milora.training.activations import activation_parameters
+    from milora.training.arguments import TrainingArguments
+    from milora.training.dev_step import DevStep, require_gradients
+
+    theta = activation_parameters(model)
+    require_gradients(theta, False)
+    optimizer = torch.optim.AdamW(theta, lr=TrainingArguments.activation_learning_rate, weight_decay=0.0)
+    return DevStep(theta, optimizer, batches, evaluation=True)
 
 
 def enable_checkpointing(backbone: Any) -> None:
@@ -103,6 +132,9 @@ def labelled_rows(backbone: Any, batch: int, tokens: int, seed: int) -> dict[str
 def train_steps(settings: TrainSettings, progress: Progress = lambda line: None, build: Build = build_method) -> Result:
     """Measures training steps: forward with loss, backward, and AdamW on the adapter.
 
+    `milora-bilevel` is `milora` with a step of Theta, the rational activations, on as many dev rows after it, as
+    `milora train` takes it: its ratio to `milora` is what bi-level training costs.
+
     Memory is the backbone's, what the method keeps (adapter and optimiser's states), and the most that a step has on
     top: activations and gradients.
 
@@ -113,11 +145,13 @@ def train_steps(settings: TrainSettings, progress: Progress = lambda line: None,
     """
     with opened(settings, progress, len(settings.methods), training=True) as session:
         rows = labelled_rows(session.backbone, settings.batch, settings.tokens, settings.seed)
-        short = {name: tensor[:1] for name, tensor in rows.items()}
+        dev_rows = labelled_rows(session.backbone, settings.batch, settings.tokens, settings.seed + 1)
+        short, short_dev = ({name: tensor[:1] for name, tensor in batch.items()} for batch in (rows, dev_rows))
         trainings: dict[str, Training] = {}
 
         def first_step(method: MeasuredMethod) -> None:
-            trainings[method.name] = Training(method, session.device, settings.gradient_checkpointing)
+            dev_batches = chain([short_dev], repeat(dev_rows))
+            trainings[method.name] = Training(method, session.device, settings.gradient_checkpointing, dev_batches)
             trainings[method.name].step(short)
 
         methods = session.prepare(settings.methods, build, first_step)
