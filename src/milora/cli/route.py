@@ -34,7 +34,7 @@ def command(
         typer.Option(
             "--data",
             metavar="SOURCE",
-            help="A task, file, folder or hub dataset (owner/name or owner/name:configuration); repeat to compare several.",
+            help="A task, file, folder or hub dataset (owner/name or owner/name:configuration); repeat to compare.",
         ),
     ] = None,
     split: options.Split = "test",
