@@ -265,7 +265,7 @@ class TestMtBench:
         captured = capsys.readouterr()
         said = [line for line in captured.err.splitlines() if line.startswith("milora: ")]
         assert len(said) == 1
-        assert "mt-bench: 1 judgements could not be had" in said[0]
+        assert "mt-bench: 1 judgement could not be had" in said[0]
         assert "too long" in said[0]
         kept = json.loads((tmp_path / "out" / "results.json").read_text())
         assert (kept["tasks"]["mt-bench"]["failed"], kept["tasks"]["mt-bench"]["score"]) == (1, 5)

@@ -102,5 +102,6 @@ def failures(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         reason = next((str(part["reason"]) for part in parts if part.get("reason")), "no reason given")
         if count:
             again = "the same command asks for them again"
-            lines.append(f"{name}: {count} judgements could not be had, {again}: {' '.join(reason.split())}")
+            noun = "judgement" if count == 1 else "judgements"
+            lines.append(f"{name}: {count} {noun} could not be had, {again}: {' '.join(reason.split())}")
     return lines

@@ -58,6 +58,15 @@ def test_what_fits_is_answered_and_the_rest_is_empty(tmp_path: Path, monkeypatch
     assert answer_questions(model, tokenizer, QUESTIONS, path, "m", max_new_tokens=NEW_TOKENS) == found
 
 
+def test_a_conversation_without_its_first_answer_is_not_gone_on_with(tmp_path: Path) -> None:
+    model, tokenizer = model_and_tokenizer()
+    # The second turn would fit in a template that forgets what was said before it.
+    tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}"
+    long = Question(3, "math", ("j" * POSITIONS, "k?"))
+    found = answer_questions(model, tokenizer, [long], tmp_path / "m", "m", max_new_tokens=NEW_TOKENS)
+    assert (found[0].turns, found[0].no_room) == (("", ""), (1, 2))
+
+
 class Judge:
     """Prefers what stands first, and thinks it excellent."""
 
