@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.grids import grid, instantly, record
 from milora.errors import MiLoraError
 from milora.paper import worker
 from milora.paper.grid import Grid
-from milora.paper.runs import Run
+from milora.paper.runs import Run, UnfinishedRunError
 from milora.paper.store import ResultStore
 from milora.paper.worker import Worker
 
@@ -78,6 +79,56 @@ def test_a_failure_is_recorded_stops_nothing_and_is_tried_again_by_the_next_call
     assert all(one["method"] == "lora" and one["seed"] in (0, 1) for one in failed)
     done = Worker(of, store, execute=instantly).work()
     assert (done.finished, done.failed) == (8, 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_failed_takes_no_room(tmp_path: Path, error: Exception) -> None:
+    def fails(run: Run, folder: Path, *_: Any) -> dict[str, Any]:
+        (folder / "checkpoint-1").mkdir(parents=True)
+        raise error
+
+    store = ResultStore(tmp_path)
+    with suppress(MiLoraError):
+        Worker(grid(sections=["table1"], only_methods=["lora"]), store, execute=fails).work()
+    assert not list((store.working / "runs").iterdir())
+
+
+@pytest.mark.parametrize("error", [UnfinishedRunError("no judge"), KeyboardInterrupt()])
+def test_what_was_interrupted_keeps_its_folder_until_its_record_is_written(
+    tmp_path: Path, error: BaseException
+) -> None:
+    def interrupted(run: Run, folder: Path, *_: Any) -> dict[str, Any]:
+        folder.mkdir(parents=True)
+        raise error
+
+    def goes_on(run: Run, folder: Path, *_: Any) -> dict[str, Any]:
+        assert folder.is_dir()
+        return record(run)
+
+    store = ResultStore(tmp_path)
+    of = grid(sections=["table1"], only_methods=["lora"], tasks=["bundled-choice"], seeds=(0,))
+    with suppress(KeyboardInterrupt):
+        Worker(of, store, execute=interrupted).work()
+    append = store.append
+
+    def watched(one: dict[str, Any]) -> None:
+        assert store.run_folder(one["run"]).is_dir()
+        append(one)
+
+    store.append = watched  # type: ignore[method-assign]
+    assert Worker(of, store, execute=goes_on).work().finished == 1
+    assert not list((store.working / "runs").iterdir())
+
+
+def test_grades_and_routes_are_told_as_well_as_accuracies(tmp_path: Path) -> None:
+    def execute(run: Run, *_: Any) -> dict[str, Any]:
+        return record(run, tests={"mt-bench": {"score": 6.5}, "bbh": {"accuracy": 0.25}} if run.seed else {})
+
+    said: list[str] = []
+    of = grid(sections=["table3"], only_methods=["milora"], tasks=())
+    Worker(of, ResultStore(tmp_path), execute=execute, say=said.append).work()
+    assert "seed 0: routes in 10 s" in said[0]
+    assert "seed 1: mt-bench 6.50 of 10, bbh 25.0% in 10 s" in said[1]
 
 
 def test_where_all_tries_fail_the_grid_ends(tmp_path: Path) -> None:

@@ -1,14 +1,15 @@
-"""One run: trains an adapter, tests it, and says everything that came of it."""
+"""One run: trains an adapter, tests it, and says everything that came of it; goes on where it was interrupted."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -19,27 +20,58 @@ from trl import SFTConfig
 
 from milora.backbone.loading import load_adapter, locate
 from milora.benchmark.environment import environment
-from milora.evaluation.generation import Evaluation, evaluate_task
-from milora.evaluation.predictions import read_predictions
-from milora.evaluation.routes import expert_shares
-from milora.inference.generation import Decoding
+from milora.files import write_text
 from milora.methods import parameter_counts
+from milora.paper.adapter_tests import AdapterTests
 from milora.paper.materials import Materials
 from milora.paper.revision import revision
 from milora.paper.runs import Run
 from milora.paper.store import FINISHED, Record
-from milora.tasks import registry
+from milora.paper.training_settings import training_arguments
 from milora.training import DataArguments, MethodArguments, TrainingArguments, train
+from milora.training.checkpoints import last_checkpoint
 from milora.training.result import versions
 from milora.training.run import load_for_training
 
-ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
-"""What a run of a grid has otherwise than a training by itself, unless it is asked for."""
-
-PLACES = ("output_dir", "run_name", "logging_dir", "hub_model_id", "hub_token", "deepspeed", "fsdp_config")
+PLACES = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "run_name",
+    "logging_dir",
+    "hub_model_id",
+    "hub_token",
+    "deepspeed",
+    "fsdp_config",
+)
 """Fields of `TrainingArguments` that say where something is, and nothing about what comes out."""
 
 MEASURED_SEPARATELY = ("seconds", "load_average", "date")
+
+TRAINED_FILE = "trained.json"
+"""In a run's folder when its adapter is complete: what training came to."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run's training came to, as its record has it.
+
+    Attributes:
+        full_training: All settings but those at TRL's own defaults.
+        dev_perplexity: Of what was kept, or the least that was seen.
+        steps: Optimiser steps made.
+        epochs: Passes over the training rows made.
+        rows: To train on, of dev, and left out for their length.
+        parameters: What trained at the end.
+        resumed_from_step: Where the run was gone on with, if a process before this one was interrupted.
+    """
+
+    full_training: dict[str, Any]
+    dev_perplexity: float | None
+    steps: int
+    epochs: float
+    rows: dict[str, int]
+    parameters: int
+    resumed_from_step: int | None = None
 
 
 def execute(run: Run, folder: Path, materials: Materials) -> Record:
@@ -47,7 +79,8 @@ def execute(run: Run, folder: Path, materials: Materials) -> Record:
 
     Args:
         run: What to do.
-        folder: For the adapter and the predictions; emptied before, and taken away when the run has finished.
+        folder: For the checkpoints, the adapter and the predictions. What an interrupted process left of the run is
+            gone on with: from its last checkpoint, or where the adapter is complete, with its tests.
         materials: Where the rows come from.
 
     Returns:
@@ -55,55 +88,51 @@ def execute(run: Run, folder: Path, materials: Materials) -> Record:
         came out.
 
     Raises:
+        UnfinishedRunError: If a judge cannot be had: the folder has what the next call needs to go on.
         Exception: Whatever training or generation raises.
     """
     started = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
-    arguments = TrainingArguments(output_dir=str(folder), seed=run.seed, **{**ALWAYS, **run.training})
     data = DataArguments(backbone=run.backbone, task=list(run.tasks), data_dir=materials.data_dir, **run.data)
-    # The trainer prints a line at every log, in which the grid's own lines would drown.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        result = train(data, MethodArguments(method=run.method, settings=_without_none(run.settings)), arguments)
-    trained = time.monotonic()
+    arguments, trained = _trained(run, data, folder)
+    trained_at = time.monotonic()
     # The very backbone that was trained on: its revision, its dtype, its bits.
     model, tokenizer = load_for_training(data, arguments)
     model = load_adapter(model, folder)
-    tests, shares = _tested(run, "test", run.evaluation["test_rows"], model, tokenizer, folder, materials)
-    dev: dict[str, Any] = {}
-    if run.evaluation["dev_rows"]:
-        dev, _ = _tested(run, "dev", run.evaluation["dev_rows"], model, tokenizer, folder, materials)
+    adapter = AdapterTests(run, model, tokenizer, folder / "predictions", materials)
+    tests, shares = adapter.test()
+    dev = adapter.dev()
     device = str(model.device)
-    del model
+    del model, adapter
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     finished = time.monotonic()
     counts = parameter_counts(run.method, materials.config(run.backbone), **_without_none(run.settings))
-    shutil.rmtree(folder, ignore_errors=True)
     return {
         "run": run.digest,
         "status": FINISHED,
         "label": run.label,
         "backbone": backbone_name(run.backbone),
         **run.identity,
-        "full_training": _settings(arguments),
+        "full_training": trained.full_training,
         "tests": tests,
         "dev": dev,
         "expert_shares": shares,
-        "dev_perplexity": result.dev_perplexity_best,
-        "steps": result.steps,
-        "epochs": result.epochs,
-        "rows": {"train": result.train_rows, "dev": result.dev_rows, "left_out": result.skipped_rows},
+        "dev_perplexity": trained.dev_perplexity,
+        "steps": trained.steps,
+        "resumed_from_step": trained.resumed_from_step,
+        "epochs": trained.epochs,
+        "rows": trained.rows,
         "parameters": {
             "tunable": counts.tunable,
             "activated_mean": counts.activated_mean,
             "activated_max": counts.activated_max,
-            "trained": result.tunable_parameters,
+            "trained": trained.parameters,
         },
         "seconds": {
             "total": round(finished - started, 1),
-            "training": round(trained - started, 1),
-            "evaluation": round(finished - trained, 1),
+            "training": round(trained_at - started, 1),
+            "evaluation": round(finished - trained_at, 1),
         },
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -117,55 +146,35 @@ def backbone_name(backbone: str) -> str:
     return Path(backbone).name if Path(locate(backbone)).is_dir() else backbone
 
 
-def _tested(
-    run: Run, split: Any, limit: int | None, model: Any, tokenizer: Any, folder: Path, materials: Materials
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores by task, and where there were routes, the experts' shares by task."""
-    scores: dict[str, Any] = {}
-    shares: dict[str, Any] = {}
-    for name in run.tests if split == "test" else run.tasks:
-        task = registry.get(name, materials.data_dir)
-        path = folder / "predictions" / f"{name}.{split}.jsonl"
-        evaluation = evaluate_task(
-            model,
-            tokenizer,
-            task,
-            split=split,
-            limit=limit,
-            decoding=Decoding(max_new_tokens=task.max_new_tokens, beams=run.evaluation["beams"]),
-            batch_size=run.evaluation["batch_size"],
-            output=path,
-        )
-        scores[name] = _score(evaluation)
-        routed = [row for row in read_predictions(path) if row.get("route")]
-        if routed:
-            shares[name] = share_record(routed)
-    return scores, shares
-
-
-def _score(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "accuracy": evaluation.accuracy,
-        "rows": evaluation.rows,
-        "correct": evaluation.correct,
-        "unparsed": evaluation.unparsed,
-        "no_room": evaluation.no_room,
-    }
-
-
-def share_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share of prompts that chose each expert in each block, as a record holds it.
-
-    Args:
-        rows: Of predictions, all with a route.
+def _trained(run: Run, data: DataArguments, folder: Path) -> tuple[TrainingArguments, Trained]:
+    """Trains, as far as the folder does not have it already.
 
     Returns:
-        `experts`, `blocks` (their numbers), `share` (blocks x experts), and `prompts`, how many there were.
+        The arguments, and what training came to; the adapter is in the folder.
     """
-    shares = expert_shares(rows)
-    blocks = sorted(next(iter(shares.values())))
-    share = [[round(of_expert[block], 4) for of_expert in shares.values()] for block in blocks]
-    return {"experts": list(shares), "blocks": blocks, "share": share, "prompts": len(rows)}
+    path = folder / TRAINED_FILE
+    if path.is_file():
+        trained = Trained(**json.loads(path.read_text(encoding="utf-8")))
+        return training_arguments(run.training, folder, run.seed), replace(trained, resumed_from_step=trained.steps)
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    arguments = training_arguments(run.training, folder, run.seed, resume=checkpoint is not None)
+    method = MethodArguments(method=run.method, settings=_without_none(run.settings))
+    # The trainer prints a line at every log, in which the grid's own lines would drown.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        result = train(data, method, arguments)
+    trained = Trained(
+        full_training=_settings(arguments),
+        dev_perplexity=result.dev_perplexity_best,
+        steps=result.steps,
+        epochs=result.epochs,
+        rows={"train": result.train_rows, "dev": result.dev_rows, "left_out": result.skipped_rows},
+        parameters=result.tunable_parameters,
+        resumed_from_step=None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+    )
+    write_text(path, json.dumps(asdict(trained)) + "\n")
+    return arguments, trained
 
 
 def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def make_plan(grid: Grid, results: Results, cells: Sequence[Cell], guess: float 
     def settled(digest: str) -> bool:
         return digest in results.finished
 
-    records = list(results.finished.values())
+    # The seconds of a run that was interrupted are those of its last part.
+    records = [record for record in results.finished.values() if record.get("resumed_from_step") is None]
     default = SECONDS_A_RUN if guess is None else guess
     runs = []
     for run in grid.runs(results, settled, list(cells)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from milora.locks import locked
 from milora.paper.grid import Grid
 from milora.paper.materials import Materials
 from milora.paper.revision import revision
-from milora.paper.runs import Cell, Run
+from milora.paper.runs import Cell, Run, UnfinishedRunError
 from milora.paper.store import FAILED, Record, Results, ResultStore
 
 Execute = Callable[[Run, Path, Materials], Record]
@@ -127,9 +128,13 @@ class Worker:
         return True
 
     def _make(self, run: Run) -> None:
+        folder = self._store.run_folder(run.digest)
         try:
-            record = self._execute(run, self._store.run_folder(run.digest), self._grid.materials)
+            record = self._execute(run, folder, self._grid.materials)
         except Exception as error:
+            if not isinstance(error, UnfinishedRunError):
+                # Its checkpoints would fail again, and keep a full disk full. What was interrupted is kept.
+                shutil.rmtree(folder, ignore_errors=True)
             if is_disk_full(error):
                 raise MiLoraError(
                     f"The disk of {self._store.folder} is full: {run.label} was not finished. Finished runs are kept; "
@@ -150,6 +155,8 @@ class Worker:
             self._say(f"{run.label}: failed, {message}")
             return
         self._store.append(record)
+        # Not before: until the record is written, the folder is all that there is of the run.
+        shutil.rmtree(folder, ignore_errors=True)
         self._say(f"{run.label}: {_summary(record)}")
 
 
@@ -161,5 +168,10 @@ def _execution() -> Execute:
 
 def _summary(record: Record) -> str:
     tests = record.get("tests") or {}
-    accuracies = ", ".join(f"{name} {score['accuracy']:.1%}" for name, score in tests.items())
-    return f"{accuracies} in {record.get('seconds', {}).get('total', 0):.0f} s"
+    told = ", ".join(f"{name} {_score(score)}" for name, score in tests.items())
+    return f"{told or 'routes'} in {record.get('seconds', {}).get('total', 0):.0f} s"
+
+
+def _score(of_test: Record) -> str:
+    """Accuracy, or the grade of a judge."""
+    return f"{of_test['accuracy']:.1%}" if "accuracy" in of_test else f"{of_test['score'] or 0:.2f} of 10"
