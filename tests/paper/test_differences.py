@@ -78,3 +78,24 @@ def test_what_has_no_order_has_no_edge() -> None:
     lines = tuning_lines(of, Results(found))
     assert any(line.startswith("| LoRA") and "False: 2.000, True: 2.000" in line for line in lines)
     assert not {ALWAYS, EDGE} & set(lines)
+
+
+def test_what_has_no_right_answers_is_tuned_by_perplexity_and_says_so() -> None:
+    of = grid(
+        sections=["table1", "table3"],
+        only_methods=["milora"],
+        tasks=(),
+        seeds=(0,),
+        limits={"table1": {"tasks": ["boolq"]}},
+        tune={"learning_rate": [1, 2, 3]},
+        tune_by="accuracy",
+        evaluation={"dev_rows": 4},
+    )
+    found = {}
+    for run in of.runs(Results(), lambda digest: True):
+        dev = {"perplexity": 2.5} if run.tasks == ("alpaca",) else {"accuracy": 0.5}
+        found[run.digest] = record(run, dev=dict.fromkeys(run.tasks, dev))
+    lines = tuning_lines(of, Results(found))
+    assert any(line.startswith("| MiLoRA | boolq | 1: 50.0%, 2: 50.0%") for line in lines)
+    assert any(line.startswith("| MiLoRA | alpaca | 1: 2.500, 2: 2.500") for line in lines)
+    assert "Of alpaca, where no output is right or wrong, it is dev perplexity." in lines

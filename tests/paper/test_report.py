@@ -51,3 +51,38 @@ def test_lost_rows_stand_under_figure_2(tmp_path: Path) -> None:
     }
     text = write_report(of, Results(found), tmp_path).path.read_text()
     assert "count as wrong, all seeds together: in boolq MiLoRA (3 of 10).\n\nNumbers:" in text
+
+
+def test_a_report_without_runs_names_no_file_of_them(tmp_path: Path) -> None:
+    text = write_report(grid(sections=["table4"]), Results(), tmp_path, "milora report --table 4", lambda _: ["slow"])
+    assert "Made by `milora report --table 4`.\n" in text.path.read_text()
+    assert "results.jsonl" not in text.path.read_text()
+
+
+def test_mt_bench_has_the_routes_of_its_runs_and_says_what_its_grade_lacks(tmp_path: Path) -> None:
+    of = grid(sections=["table3", "figure2"], only_methods=["milora"], tasks=(), seeds=(0,))
+    share = {"experts": ["a.q", "a.k"], "blocks": [0], "share": [[1.0, 0.0]], "prompts": 80}
+    score = {"accuracy": 0.5, "rows": 10, "correct": 5, "unparsed": 0, "no_room": 0}
+    found = {
+        run.digest: record(run, tests={"mmlu": score}, expert_shares={"mt-bench": share})
+        for run in of.runs(Results(), lambda digest: True)
+    }
+    text = write_report(of, Results(found), tmp_path).path.read_text()
+    table, _, figure = text.partition("## Figure 2")
+    assert "Not run: mt-bench: its answers are judged by a model, which --judge-url names." in table
+    assert "- mt-bench: the most used expert is `a.q` with 100.0%" in figure
+    assert "Not run: mt-bench" not in figure
+    assert "mt-bench,0,a.q,1.0000" in (tmp_path / "figure2.csv").read_text()
+
+
+def test_the_grade_of_a_judge_is_no_percentage(tmp_path: Path) -> None:
+    of = grid(
+        sections=["table3"], only_methods=["milora"], tasks=(), seeds=(0, 1, 2), judge_url="http://127.0.0.1:9/v1"
+    )
+    found = {}
+    for run in of.runs(Results(), lambda digest: True):
+        grade = {"score": [6.25, 7.5, 7.0][run.seed], "rows": 160, "unparsed": 0, "no_room": 0}
+        found[run.digest] = record(run, tests={"mt-bench": grade})
+    write_report(of, Results(found), tmp_path)
+    row = (tmp_path / "table3.csv").read_text().splitlines()[1].split(",")
+    assert row[:8] == ["table3", "MiLoRA", "milora", "", "mt-bench", "7.0", "6.25", "7.5"]

@@ -12,7 +12,7 @@ from milora.paper.budget import TOLERANCE, paper_backbone
 from milora.paper.grid import Choice, Grid
 from milora.paper.request import SEEDS
 from milora.paper.store import Record, Results
-from milora.paper.wording import value_text
+from milora.paper.wording import listed, value_text
 from milora.tasks import registry
 from milora.training import TrainingArguments
 
@@ -110,9 +110,13 @@ def tuning_lines(grid: Grid, results: Results) -> list[str]:
         "| --- | --- | --- | --- |",
     ]
     for choice in choices.values():
-        tried = ", ".join(f"{_values(value)}: {_merit(merit, criterion)}" for value, merit in choice.tried)
+        tried = ", ".join(f"{_values(value)}: {_merit(merit, choice.criterion)}" for value, merit in choice.tried)
         taken = NOTHING if choice.best is None else f"{_values(choice.best)}{_at_the_edge(choice)}"
         lines.append(f"| {choice.label} | {' + '.join(choice.tasks)} | {tried} | {taken} |")
+    others = [" + ".join(tasks) for (_, tasks), choice in choices.items() if choice.criterion != criterion]
+    if others:
+        told = listed(list(dict.fromkeys(others)))
+        lines += ["", f"Of {told}, where no output is right or wrong, it is dev perplexity."]
     if any(_at_the_edge(choice) for choice in choices.values()):
         lines += ["", "\\* At the edge of what was tried: a value beyond it might be better."]
     if any(len(tried) == 2 for choice in choices.values() for tried in _tried(choice).values()):

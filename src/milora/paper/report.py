@@ -67,7 +67,10 @@ def write_report(grid: Grid, results: Results, folder: Path, command: str = "", 
     used = used_records(grid, results)
     lines = ["# The paper's tables and figures, measured", ""]
     if command:
-        lines += [f"Made by `{command}`. Runs are in [`{FILE}`]({FILE}), a line each.", ""]
+        # Table 4 is measured without runs.
+        has_runs = grid.sections and (results.finished or results.failures)
+        runs = f" Runs are in [`{FILE}`]({FILE}), a line each." if has_runs else ""
+        lines += [f"Made by `{command}`.{runs}", ""]
     lines += _notes(folder)
     if grid.sections:
         lines += ["## Set-up, and how it differs from the paper's", ""]
