@@ -42,8 +42,9 @@ def why_not_compiled(model: Any, beams: int) -> str | None:
         return "transformers compiles no step of a beam search"
     tuner = getattr(model, "base_model", None)
     decides = getattr(tuner, "grouped", tuner)
-    known = isinstance(decides, GroupedServing | IAPTModel | MoeLoraModel)
-    return decides.why_not_compiled() if known else None
+    if isinstance(decides, GroupedServing | IAPTModel | MoeLoraModel):
+        return decides.why_not_compiled()
+    return None
 
 
 class Compilations:

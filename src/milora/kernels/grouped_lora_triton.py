@@ -8,7 +8,7 @@ Triton compiles a variant of a kernel for integers that are 1 or divisible by 16
 are excepted, so that nothing is compiled for a length or a number of rows while serving.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import torch
