@@ -195,8 +195,10 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
         is_lora = isinstance(module, LoraLayer)
         if is_lora or isinstance(module, AuxiliaryTrainingWrapper):
             yield path, module
-        children = [(name, child) for name, child in module.named_children() if name == "base_layer" or not is_lora]
-        waiting += [(f"{path}.{name}" if path else name, child) for name, child in reversed(children)]
+        # `named_children` and `module.name` take several times what the dictionaries do, at every module and pass.
+        for name, child in reversed(module._modules.items()):
+            if child is not None and (name == "base_layer" or not is_lora):
+                waiting.append((f"{path}.{name}" if path else name, child))
 
 
 def _state_of(layer: LoraLayer) -> tuple[Any, ...]:
@@ -204,14 +206,18 @@ def _state_of(layer: LoraLayer) -> tuple[Any, ...]:
 
     Training and loading write to where the parameters lie, which are views of the stacks, so they change nothing of it.
     """
-    weights = [linear.weight for part in (layer.lora_A, layer.lora_B) for linear in part.values()]
+    parts: Any = layer._modules
+    lora_a, lora_b = parts["lora_A"]._modules, parts["lora_B"]._modules
+    weights_a = [linear._parameters["weight"] for linear in lora_a.values()]
     return (
-        layer.base_layer,
-        dict(layer.lora_A.items()),
-        dict(layer.lora_B.items()),
-        dict(layer.lora_variant),
-        dict(layer.lora_bias),
-        [(weight.data_ptr(), weight.shape) for weight in weights],
+        parts["base_layer"],
+        lora_a.copy(),
+        lora_b.copy(),
+        layer.lora_variant.copy(),
+        layer.lora_bias.copy(),
+        [weight.data_ptr() for weight in weights_a],
+        [weight.shape for weight in weights_a],
+        [linear._parameters["weight"].data_ptr() for linear in lora_b.values()],
     )
 
 
