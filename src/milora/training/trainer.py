@@ -230,6 +230,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # Here and not around all of the training, where an OSError may be anything, such as the network's.
         with writing(Path(self.args.output_dir or "out"), KEPT):
             super()._save_checkpoint(model, trial)
 
