@@ -1,0 +1,116 @@
+"""`scripts/bench_gpu.sh`: its dry run, where it writes, and that no result stands for another."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_gpu.sh"
+NAMES = {
+    "kernel", "decode-eager", "decode-compiled", "decode-eager-batch-2", "tenants-eager-2", "tenants-compiled-2",
+    "prefill", "train", "train-checkpointing", "traffic",
+}  # fmt: skip
+
+MILORA = """#!/bin/sh
+# Stands for `milora`: a measurement prints what it was asked for, and a table the names of its files.
+echo "$*" >>"$CALLS"
+if [ "$2" = markdown ]; then shift 2; basename -a "$@"; else echo "{\\"asked\\": \\"$*\\"}"; fi
+"""
+
+
+@pytest.mark.slow
+def test_it_runs_dry(tmp_path: Path) -> None:
+    settings = {"DRY_RUN": "1", "BATCHES": "2", "MILORA": f"{sys.executable} -m milora"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), str(tmp_path)], env={**os.environ, **settings}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.stem for path in tmp_path.glob("*.json")} == NAMES
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"\n{title}: " in text for title in ("kernel", "decode", "tenants", "prefill", "train", "traffic"))
+    for name in ("decode-compiled", "tenants-compiled-2"):
+        for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]:
+            # A greedy step is one graph, which is there before the measurement begins.
+            expected = (0, 0, row["beam"] == 1, row["beam"] > 1)
+            compiled, reason = row["compiled_in_warm_up"] > 0, row["not_compiled"] is not None
+            assert (row["compiled_later"], row["graph_breaks"], compiled, reason) == expected, (name, row["method"])
+
+
+class Repository:
+    """A repository with nothing but the script in it, and a `milora` that notes what it is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.calls = root / "calls"
+        (root / "scripts").mkdir()
+        shutil.copy(SCRIPT, root / "scripts")
+        (root / "milora").write_text(MILORA)
+        (root / "milora").chmod(0o755)
+        (root / "elsewhere").mkdir()
+
+    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        self.calls.write_text("")
+        own = {"BATCHES": "2", "MILORA": str(self.root / "milora"), "CALLS": str(self.calls), "TMPDIR": str(self.root)}
+        inherited = {name: value for name, value in os.environ.items() if name != "OUT"}
+        return subprocess.run(
+            ["bash", str(self.root / "scripts" / "bench_gpu.sh"), *arguments],
+            env={**inherited, **own, **settings}, cwd=self.root / "elsewhere", capture_output=True, text=True,
+        )  # fmt: skip
+
+    def results(self) -> set[Path]:
+        """Folders with all results."""
+        return {path.parent for path in self.root.rglob("kernel.json")}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path)
+
+
+def test_where_it_writes(repository: Repository) -> None:
+    assert repository.run().returncode == 0
+    assert repository.results() == {repository.root / "docs" / "results" / "gpu"}
+    assert repository.run("own").returncode == 0
+    assert repository.run(OUT="out").returncode == 0
+    of_callers = {repository.root / "elsewhere" / name for name in ("own", "out")}
+    assert repository.results() == {repository.root / "docs" / "results" / "gpu", *of_callers}
+
+
+def test_a_dry_run_keeps_away_from_the_results(repository: Repository) -> None:
+    done = repository.run(DRY_RUN="1")
+    assert done.returncode == 0
+    (folder,) = repository.results()
+    assert folder.parent == repository.root
+    assert f"tables in {folder}/README.md" in done.stderr
+    assert not (repository.root / "docs").exists()
+
+
+def test_what_is_finished_is_not_repeated(repository: Repository) -> None:
+    assert repository.run("own").returncode == 0
+    folder = repository.root / "elsewhere" / "own"
+    files = {path: path.read_bytes() for path in folder.glob("*.json")}
+    assert {path.stem for path in files} == NAMES
+    (folder / "train.json").unlink()
+    assert repository.run("own").returncode == 0
+    asked = [line.split()[1] for line in repository.calls.read_text().splitlines()]
+    assert asked == ["train", "markdown"]
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == files
+    assert set((folder / "README.md").read_text().split()) >= {f"{name}.json" for name in NAMES}
+
+
+def test_a_result_of_other_settings_is_told_of_and_left_alone(repository: Repository) -> None:
+    assert repository.run("own", DRY_RUN="1").returncode == 0
+    folder = repository.root / "elsewhere" / "own"
+    (folder / "prefill.json").unlink()
+    files = {path: path.read_bytes() for path in folder.glob("*.json")}
+    done = repository.run("own")
+    assert done.returncode == 1
+    assert "own/kernel.json is there already, but own/kernel.log does not begin with 'milora" in done.stderr
+    assert {path: path.read_bytes() for path in folder.glob("*.json") if path.stem != "prefill"} == files
+    tables = (folder / "README.md").read_text()
+    assert "prefill.json" in tables
+    assert "train.json" not in tables
