@@ -1,6 +1,7 @@
 """MiLoRA on quantised backbones, with whichever back-ends are installed: they come with the extra of their name."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,26 @@ def test_a_quantised_backbone(quantised: Callable[[], PreTrainedModel], use_dora
     with torch.no_grad():  # bitsandbytes has other kernels, with other rounding, where a gradient may be asked for
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
     assert loaded.route(input_ids, attention_mask) == model.route(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("quantised", BACKENDS)
+def test_rows_with_adapters_of_their_own(quantised: Callable[[], PreTrainedModel]) -> None:
+    """Computed one adapter after the other: no stack serves a quantised layer."""
+    model = get_peft_model(quantised(), MiLoraConfig(r=4, top_k=2, init_lora_weights=False))
+    model.add_adapter("soft", MiLoraConfig(r=2, top_k=3, gate="softmax", init_lora_weights=False))
+    model.eval()
+    names = ["soft", "__base__", "default"]
+    input_ids, attention_mask = pad(PROMPTS, "left")
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    together = model.generate(input_ids=input_ids, attention_mask=attention_mask, adapter_names=names, **settings)
+    assert not model.base_model.grouped.stacks.modules
+    rows = {}
+    for prompt, name in zip(PROMPTS, names, strict=True):
+        with model.disable_adapter() if name == "__base__" else nullcontext():
+            if name != "__base__":
+                model.set_adapter(name)
+            rows[name] = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    assert dict(zip(names, together[:, input_ids.shape[1] :].tolist(), strict=True)) == rows
 
 
 @pytest.mark.parametrize("quantised", BACKENDS)

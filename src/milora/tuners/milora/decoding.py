@@ -146,8 +146,9 @@ class _RowStep:
     @staticmethod
     def serves(expert: _Chosen) -> bool:
         """Whether there is a kernel for the expert and for what its layer is given, with one token a row."""
-        dtype = expert.layer.get_base_layer().weight.dtype
-        is_known = dtype in KERNEL_DTYPES or not dtype.is_floating_point
+        # Quantised layers may keep no tensor of this name (HQQ); what they return is looked at when it is there.
+        weight = getattr(expert.layer.get_base_layer(), "weight", None)
+        is_known = weight is None or weight.dtype in KERNEL_DTYPES or not weight.dtype.is_floating_point
         return is_known and RowLora.serves([_piece(expert, 1)])
 
     def __call__(self, x: Tensor, result: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def dora_scale(layer: LoraLayer, adapter: str) -> Tensor:
     """
     base = layer.get_base_layer()
     parts = (
-        base.weight,
+        base.weight if hasattr(base, "weight") else base.W_q,  # HQQ's
         layer.lora_A[adapter].weight,
         layer.lora_B[adapter].weight,
         layer.lora_magnitude_vector[adapter].weight,
