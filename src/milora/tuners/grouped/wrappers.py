@@ -29,7 +29,7 @@ def forward_by_row(
     own = {adapter: rows for adapter, rows in adapter_rows.items() if rows and adapter in wrapper._adapters}
     taken = {row for rows in own.values() for row in rows}
     others = [row for row in range(x.shape[0]) if row not in taken]
-    outputs = [
+    outputs: list[Tensor] = [
         wrapper._forward_wrapped_mixed_batch(_of_rows(x, rows), adapter, *args, **kwargs)
         for adapter, rows in own.items()
     ]

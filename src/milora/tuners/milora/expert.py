@@ -45,9 +45,11 @@ class ExpertLayer:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if running.is_merged:
             return self.base_layer(x)
-        if running.adapter is None and not self._disable_adapters:
+        if self._disable_adapters:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if running.adapter is None:
             return self._by_adapter(running, x, *args, **kwargs)
-        if args or kwargs or self._disable_adapters:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         prepared = running.prepared
         if running.is_decode_step and prepared is not None:
