@@ -303,6 +303,7 @@ class TestHub:
         monkeypatch.setattr(hub, "load_dataset", load_dataset)
         message = error_of("owner/data")
         assert message.startswith("split 'train' of the dataset 'owner/data' cannot be loaded: Couldn't reach the Hub")
+        assert error_of("owner/data:easy").startswith("split 'train' of the dataset 'owner/data:easy' cannot be")
 
 
 class TestDevRows:

@@ -21,7 +21,7 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
     Raises:
         DataError: the dataset cannot be reached, read or built, or has no such split or configuration.
     """
-    with _explained(f"split {split!r} of the dataset {name!r}"):
+    with _explained(f"split {split!r} of the dataset {full_name(name, config)!r}"):
         if not _was_saved(name):
             return load_dataset(name, config, split=split)
         saved = load_from_disk(name)
@@ -38,10 +38,15 @@ def split_names(name: str, config: str | None = None) -> list[str] | None:
     Raises:
         DataError: the dataset cannot be reached, read or built, or has no such configuration.
     """
-    with _explained(f"the dataset {name!r}"):
+    with _explained(f"the dataset {full_name(name, config)!r}"):
         # A split is not loaded without the others either, so that this costs nothing where one is.
         found: Any = load_from_disk(name) if _was_saved(name) else load_dataset(name, config)
         return list(found) if isinstance(found, dict) else None
+
+
+def full_name(name: str, config: str | None) -> str:
+    """A dataset and its configuration, as a user writes them: `owner/name:configuration`."""
+    return f"{name}:{config}" if config else name
 
 
 def _was_saved(name: str) -> bool:

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, List, Value
 from milora.errors import DataError, did_you_mean
 from milora.tasks import registry
 from milora.tasks.files import FILE_SUFFIXES, read_file
-from milora.tasks.hub import load_split, split_names
+from milora.tasks.hub import full_name, load_split, split_names
 from milora.tasks.rows import Row, read_records
 from milora.tasks.task import SPLITS, check_split
 
@@ -141,7 +141,7 @@ def _hub_dataset(name: str) -> tuple[str, str | None]:
 
 def _read_dataset(name: str, config: str | None, split: str) -> list[Row]:
     dataset = load_split(name, split, config)
-    source = f"{name}{f':{config}' if config else ''} ({split})"
+    source = f"{full_name(name, config)} ({split})"
     return read_records(((f"{source}, row {number}", row) for number, row in enumerate(dataset, start=1)), source)
 
 
