@@ -50,6 +50,16 @@ def test_splits_and_sources_have_their_own(tmp_path: Path) -> None:
     assert materials.rows_missing(str(tmp_path / "nowhere.jsonl"), "dev") is not None
 
 
+def test_a_folder_for_dev_is_known_by_its_dev_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows" / "train.jsonl", ["a"])
+    folder = Path(write(tmp_path / "rows" / "dev.jsonl", ["b"])).parent
+    before = Materials().rows_fingerprint(str(folder), "dev")
+    write(folder / "train.jsonl", ["changed"])
+    assert Materials().rows_fingerprint(str(folder), "dev") == before
+    write(folder / "dev.jsonl", ["changed"])
+    assert Materials().rows_fingerprint(str(folder), "dev") != before
+
+
 def test_the_questions_of_mt_bench_have_one_too(tmp_path: Path) -> None:
     def asked(words: str) -> str | None:
         question = {"question_id": 81, "category": "writing", "turns": [words, "Shorter."]}

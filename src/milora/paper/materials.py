@@ -15,7 +15,7 @@ from milora.evaluation.run import Judging
 from milora.tasks import registry
 from milora.tasks.mt_bench import MtBench, Question
 from milora.tasks.rows import Row
-from milora.tasks.sources import read_rows
+from milora.tasks.sources import read_dev_rows, read_rows
 from milora.tasks.task import Example
 
 ROWS_OF_A_FINGERPRINT = 64
@@ -142,7 +142,7 @@ def _look_for_rows(source: str, split: Any, data_dir: str | None) -> _Found:
         elif source in registry.names():
             rows = registry.get(source, data_dir).examples(split, ROWS_OF_A_FINGERPRINT, 0)
         else:
-            rows = read_rows(source)[:ROWS_OF_A_FINGERPRINT]
+            rows = (read_dev_rows(source) if split == "dev" else read_rows(source))[:ROWS_OF_A_FINGERPRINT]
     except (MiLoraError, OSError) as error:
         return _Found(missing=_first_line(error))
     if not rows:
