@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +15,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
 from milora.kernels import OneToken, add_grouped_lora, one_token
+from milora.tuners.grouped.compiled_steps import OF_THE_PROCESS, CompiledSteps
 from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack
 from milora.tuners.grouped.wrappers import forward_by_row
 
@@ -171,43 +171,33 @@ class _Stacks(AdapterStacks):
         return GroupedModule(path, layer, self.serving)
 
 
-class GroupedServing(ABC):
+class GroupedServing(CompiledSteps):
     """Serves rows with different adapters and routes through `grouped_lora`; a subclass a tuner says which rows.
 
     Args:
         model: The backbone with PEFT's layers in it.
         capacity: How many adapters to make room for; see [`AdapterStacks`].
-
-    Attributes:
-        is_compiled: Whether any thread's decode steps are compiled. For traced code, in which no thread can be asked
-            for; elsewhere see [`GroupedServing.is_compiled_here`].
-        eagerly: The argument of `generate` that rules a compiled step out.
     """
-
-    eagerly: str
 
     def __init__(self, model: nn.Module, capacity: int = 0) -> None:
         self.model = model
         self.capacity = capacity
-        self.is_compiled = False
         self._begin()
 
     def _begin(self) -> None:
         self.stacks = _Stacks(self, self.capacity)
+        self.begin_uncompiled()
         self._lock = threading.Lock()
-        self._compiled_lock = threading.Lock()
-        self._compiling_thread: int | None = None
         self._users = 0
         self._own_forwards: dict[nn.Module, Any] = {}
 
     # A copied or pickled model starts without stacks: its adapters have storage of their own.
     def __getstate__(self) -> dict[str, Any]:
-        own = {"stacks", "_lock", "_compiled_lock", "_compiling_thread", "_users", "_own_forwards", "is_compiled"}
+        own = {"stacks", "_lock", "_users", "_own_forwards", *OF_THE_PROCESS}
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.is_compiled = False
         self._begin()
 
     def set_capacity(self, capacity: int) -> None:
@@ -237,10 +227,6 @@ class GroupedServing(ABC):
     @abstractmethod
     def adapter_rows(self, batch: Any, x: Tensor) -> Mapping[str, list[int]] | None:
         """Adapter -> its rows of a module's input `x`, `None` where one adapter serves all."""
-
-    @abstractmethod
-    def names_rows(self) -> bool:
-        """Whether, in this thread, rows have adapters of their own."""
 
     def has_fixed_rows(self, batch: Any, x: Tensor) -> bool:
         """Whether the next step's input will have the rows that a module's input `x` has."""
@@ -289,101 +275,3 @@ class GroupedServing(ABC):
         if rows is None:
             return self.own_forward(wrapper)(*args, **kwargs)
         return forward_by_row(wrapper, rows, *args, **kwargs)
-
-    def is_compiled_here(self) -> bool:
-        """Whether it is this thread whose decode steps are compiled; others may generate eagerly meanwhile."""
-        return self.is_compiled and threading.get_ident() == self._compiling_thread
-
-    def why_not_compiled(self, adapters: Collection[str] | None = None) -> str | None:
-        """What of the model keeps a generation from being compiled, if anything does.
-
-        Args:
-            adapters: Those of the generation; `None` for all that there are.
-        """
-        with self.serving():
-            path = self._in_the_way()
-            for each, module in self.stacks.modules.items():
-                stacked, of_layer = set(module.slots), set(module.layer.lora_A)
-                if path is None and (of_layer if adapters is None else of_layer & set(adapters)) - stacked:
-                    path = each
-        return None if path is None else _not_compilable(path)
-
-    def _in_the_way(self) -> str | None:
-        """The path of a module whose rows a compiled step could not tell apart."""
-        wrappers = self.stacks.wrappers if self.names_rows() else {}
-        return next(iter([*self.stacks.left_out, *wrappers]), None)
-
-    def cannot_compile(self, path: str) -> MiLoraError:
-        """What to raise where a module cannot be compiled."""
-        return MiLoraError(f"{_not_compilable(path)}. Generate with {self.eagerly}.")
-
-    @contextmanager
-    def compiled(self) -> Iterator[None]:
-        """While in force a compiled decode step may run: one generation at a time, for its rows are at one address.
-
-        Raises:
-            MiLoraError: If another thread's compiled generation is running, or a layer cannot be compiled.
-        """
-        with self.alone(), self.compiled_steps():
-            yield
-
-    @contextmanager
-    def compiled_if_possible(self, adapters: Collection[str]) -> Iterator[bool]:
-        """As [`GroupedServing.compiled`], of which nobody has asked for: what cannot be compiled is left alone.
-
-        Args:
-            adapters: Those of the generation.
-
-        Yields:
-            Whether the steps may be compiled.
-        """
-        is_alone = self._compiled_lock.acquire(blocking=False)
-        try:
-            if is_alone and self.why_not_compiled(adapters) is None:
-                with self.compiled_steps():
-                    yield True
-                return
-        finally:
-            if is_alone:
-                self._compiled_lock.release()
-        yield False
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While in force no other thread generates with compiled steps.
-
-        Raises:
-            MiLoraError: If one does.
-        """
-        if not self._compiled_lock.acquire(blocking=False):
-            raise MiLoraError(
-                "Another compiled generation is running on this model, and its decode step reads one set of routes. "
-                f"Generate one after the other, or with {self.eagerly}."
-            )
-        try:
-            yield
-        finally:
-            self._compiled_lock.release()
-
-    @contextmanager
-    def compiled_steps(self) -> Iterator[None]:
-        """As [`GroupedServing.compiled`], for a thread that is [`GroupedServing.alone`]."""
-        with self.serving():
-            path = self._in_the_way()
-            if path is not None:
-                raise self.cannot_compile(path)
-            self._compiling_thread = threading.get_ident()
-            self.is_compiled = True
-            try:
-                yield
-            finally:
-                self.is_compiled = False
-                self._compiling_thread = None
-
-
-def _not_compilable(path: str) -> str:
-    return (
-        f"{path} cannot be part of a compiled decode step: its base layer is quantised, its adapter is more than "
-        "LoRA there (DoRA, a bias), batch and tokens are flattened before it, or each row has its adapter's own "
-        "(modules_to_save, trainable tokens)"
-    )
