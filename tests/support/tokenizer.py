@@ -35,8 +35,14 @@ def character_tokenizer(*, chat: bool = False, appends_end: bool = False, pads: 
     return result
 
 
-def save_backbone(folder: Path, family: str = "llama", **settings: Any) -> Path:
-    """A folder that `from_pretrained` reads: a tiny random model and its tokenizer."""
-    ARCHITECTURES[family]().save_pretrained(folder)
+def save_backbone(folder: Path, family: str = "llama", positions: int | None = None, **settings: Any) -> Path:
+    """A folder that `from_pretrained` reads: a tiny random model and its tokenizer.
+
+    `positions` is another number of them, for models whose positions have no weights.
+    """
+    model = ARCHITECTURES[family]()
+    if positions is not None:
+        model.config.max_position_embeddings = positions
+    model.save_pretrained(folder)
     character_tokenizer(**settings).save_pretrained(folder)
     return folder
