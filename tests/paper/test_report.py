@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.grids import grid, record
 
 from milora.errors import MiLoraError
+from milora.paper.grid import Grid
 from milora.paper.report import write_report
 from milora.paper.store import Results
+
+
+def finished(of: Grid, **fields: Any) -> Results:
+    """All runs of a grid, each with the same outcome."""
+    return Results({run.digest: record(run, **fields) for run in of.runs(Results(), lambda digest: True)})
 
 
 def test_notes_of_the_folder_stand_near_the_top_and_unused_runs_beside_the_used(tmp_path: Path) -> None:
@@ -45,11 +52,8 @@ def test_lost_rows_stand_under_figure_2(tmp_path: Path) -> None:
     of = grid(sections=["figure2"], tasks=("boolq",), seeds=(0,))
     share = {"experts": ["a.q", "a.k"], "blocks": [0], "share": [[1.0, 0.0]], "prompts": 7}
     score = {"accuracy": 0.5, "rows": 10, "correct": 5, "unparsed": 0, "no_room": 3}
-    found = {
-        run.digest: record(run, tests={"boolq": score}, expert_shares={"boolq": share})
-        for run in of.runs(Results(), lambda digest: True)
-    }
-    text = write_report(of, Results(found), tmp_path).path.read_text()
+    found = finished(of, tests={"boolq": score}, expert_shares={"boolq": share})
+    text = write_report(of, found, tmp_path).path.read_text()
     assert "count as wrong, all seeds together: in boolq MiLoRA (3 of 10).\n\nNumbers:" in text
 
 
@@ -63,11 +67,8 @@ def test_mt_bench_has_the_routes_of_its_runs_and_says_what_its_grade_lacks(tmp_p
     of = grid(sections=["table3", "figure2"], only_methods=["milora"], tasks=(), seeds=(0,))
     share = {"experts": ["a.q", "a.k"], "blocks": [0], "share": [[1.0, 0.0]], "prompts": 80}
     score = {"accuracy": 0.5, "rows": 10, "correct": 5, "unparsed": 0, "no_room": 0}
-    found = {
-        run.digest: record(run, tests={"mmlu": score}, expert_shares={"mt-bench": share})
-        for run in of.runs(Results(), lambda digest: True)
-    }
-    text = write_report(of, Results(found), tmp_path).path.read_text()
+    found = finished(of, tests={"mmlu": score}, expert_shares={"mt-bench": share})
+    text = write_report(of, found, tmp_path).path.read_text()
     table, _, figure = text.partition("## Figure 2")
     assert "Not run: mt-bench: its answers are judged by a model, which --judge-url names." in table
     assert "- mt-bench: the most used expert is `a.q` with 100.0%" in figure

@@ -33,4 +33,4 @@ def route_prompts(
         for batch in (progress.track(plan, description="routing") if progress else plan)
     ]
     order = [index for batch in plan for index in batch]
-    return Route.cat(parts)[[order.index(index) for index in range(len(order))]]
+    return Route.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]

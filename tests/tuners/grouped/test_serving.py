@@ -312,10 +312,10 @@ class TestOneAdapterAfterTheOther:
         assert generate(model, adapter_names=names, num_beams=2) == alone(model, names, num_beams=2)
         assert generate(model, adapter_names=NAMES) == alone(model)
 
-    def test_a_row_that_chose_nothing_of_a_layer_is_the_backbones(self) -> None:
+    def test_rows_without_an_adapter_beside_midora_are_the_backbones(self) -> None:
         model = tenants()
         add_adapter(model, "midora", seed=3, use_dora=True)
-        names = ["midora", "__base__", *["__base__"] * 4]
+        names = ["midora", *["__base__"] * 5]
         with model.disable_adapter():
             bare = logits_of(model)
         mixed = logits_of(model, adapter_names=names)
