@@ -30,8 +30,8 @@ from milora.backbone.loading import load_backbone
 from milora.locks import locked
 from milora.methods import config_for
 from milora.records import append_record, read_records
-from milora.routing import RationalActivation
 from milora.tasks import registry
+from milora_core.routing import RationalActivation
 
 STEPS, EVERY, ENOUGH = 360, 20, 0.95
 TRAIN_ROWS, DEV_ROWS, DEV_BATCH = 960, 100, 50

@@ -30,7 +30,7 @@ def torchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["native", "torch"])
 def either_way(request: pytest.FixtureRequest) -> None:
     """Decode steps by the native kernel, and by torch's products."""
-    from milora.kernels.native import library
+    from milora_core.kernels.native import library
 
     if request.param == "torch":
         request.getfixturevalue("torchs_products")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from milora.cli.main import main
 from milora.demo import ASSISTANT, BRISK, DemoSettings, run_demo
-from milora.errors import MiLoraError
 from milora.tasks.bundled import BUNDLED_TASKS
+from milora_cli.main import main
+from milora_core.errors import MiLoraError
 
 
 @pytest.mark.slow

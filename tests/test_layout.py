@@ -1,20 +1,42 @@
-"""How modules may import each other: one way."""
+"""How modules may import each other: one way, and down the floors of CONTRIBUTING.md."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import milora
+import pytest
 
-ROOT = Path(milora.__file__).parent
+import milora_core
+
+SOURCE = Path(milora_core.__file__).parents[1]
+FLOORS = [
+    ["milora_core.errors"],
+    ["milora_core.files"],
+    ["milora.records", "milora.locks"],
+    ["milora_core.kernels"],
+    ["milora_core.routing"],
+    ["milora.backbone"],
+    ["milora.tuners"],
+    ["milora.methods"],
+    ["milora.tasks"],
+    ["milora.plots"],
+    ["milora.training", "milora.inference"],
+    ["milora.evaluation", "milora.benchmark"],
+    ["milora.paper"],
+    ["milora.demo"],
+    ["milora_cli"],
+]
+"""From the bottom up. A module imports from its own package and from floors below it."""
 
 
 def name_of(file: Path) -> str:
-    parts = ("milora", *file.relative_to(ROOT).with_suffix("").parts)
+    parts = file.relative_to(SOURCE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {name_of(file): file for file in ROOT.rglob("*.py")}
+FILES = {name_of(file): file for file in SOURCE.rglob("*.py")}
 
 
 def imported(file: Path) -> set[str]:
@@ -30,7 +52,38 @@ def imported(file: Path) -> set[str]:
     return names & set(FILES)
 
 
+def floor_of(name: str) -> int | None:
+    for height, packages in enumerate(FLOORS):
+        if any(name == package or name.startswith(f"{package}.") for package in packages):
+            return height
+    return None
+
+
 def test_no_module_imports_one_that_imports_it() -> None:
     graph = {name: imported(file) for name, file in FILES.items()}
-    assert "milora.routing" in graph["milora.tuners.milora.model"]
+    assert "milora_core.routing" in graph["milora.tuners.milora.model"]
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_imports_go_down() -> None:
+    upward = [
+        f"{name} imports {other}"
+        for name, file in FILES.items()
+        for other in imported(file)
+        if (own := floor_of(name)) is not None and (height := floor_of(other)) is not None and height > own
+    ]
+    assert not upward
+
+
+def test_every_module_has_a_floor() -> None:
+    tops = {"milora", "milora.__main__", "milora_core"}
+    assert [name for name in FILES if floor_of(name) is None and name not in tops] == []
+
+
+@pytest.mark.parametrize("module", ["milora_core.kernels", "milora_core.routing", "milora_core.files"])
+def test_the_core_loads_neither_transformers_nor_peft(module: str) -> None:
+    code = (
+        f"import sys, {module}; print([m for m in ('transformers', 'peft', 'accelerate', 'trl') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from milora import locks
-from milora.errors import MiLoraError
 from milora.locks import alone_in, holder, locked
+from milora_core.errors import MiLoraError
 
 # Forked, as a new interpreter takes seconds to import torch.
 FORK = multiprocessing.get_context("fork")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from matplotlib import image
 
-from milora.errors import MiLoraError
 from milora.plots import MOST_BLOCKS_WITH_VALUES, route_heat_map, short_blocks, short_experts
-from milora.routing import Route
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
 
 EXPERTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
 

@@ -5,8 +5,6 @@ Importing this package makes its methods known to PEFT: MiLoRA, and the baseline
 
 from importlib.metadata import version
 
-from milora.errors import MiLoraError
-from milora.routing import Route, Router
 from milora.tuners.bitfit import BitFitConfig
 from milora.tuners.ia3 import IA3ProjectedConfig
 from milora.tuners.iapt import IAPTConfig
@@ -16,6 +14,8 @@ from milora.tuners.moelora import MoeLoraConfig
 from milora.tuners.parallel_adapter import ParallelAdapterConfig
 from milora.tuners.ptuning_v2 import PTuningV2Config
 from milora.tuners.ssp import SSPConfig
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route, Router
 
 __version__ = version("milora")
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from milora.cli import main
+from milora_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,12 +12,10 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from milora.backbone.loading import load_backbone
-from milora.errors import MiLoraError
 from milora.evaluation.generation import evaluate_task
 from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding, encode_prompt, left_padded, padding_token
 from milora.plots import route_heat_map
-from milora.routing import Route
 from milora.tasks.bundled import BUNDLED_TASKS
 from milora.tasks.rows import Row
 from milora.tasks.sources import to_dataset
@@ -25,6 +23,8 @@ from milora.tasks.task import Example
 from milora.training.arguments import TrainingArguments
 from milora.training.trainer import MiLoraTrainer
 from milora.tuners.milora import MiLoraConfig
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
 
 ASSISTANT = "assistant"
 BRISK = "brisk"

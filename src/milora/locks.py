@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 try:
     import fcntl

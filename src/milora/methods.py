@@ -13,7 +13,6 @@ from torch import nn
 
 from milora.backbone.blocks import OWN_ROUTER, find_blocks
 from milora.backbone.shapes import from_config, shape_config
-from milora.errors import MiLoraError, did_you_mean
 from milora.tuners.bitfit import BitFitConfig
 from milora.tuners.ia3 import IA3ProjectedConfig
 from milora.tuners.iapt import IAPTConfig
@@ -23,6 +22,7 @@ from milora.tuners.moelora import MoeLoraConfig
 from milora.tuners.parallel_adapter import ParallelAdapterConfig
 from milora.tuners.ptuning_v2 import PTuningV2Config
 from milora.tuners.ssp import SSPConfig
+from milora_core.errors import MiLoraError, did_you_mean
 
 RANK = 32
 """Of the LoRAs in every method that has some (section 4.2 of Zhang et al. 2024)."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from milora.errors import MiLoraError
-from milora.files import whole_file
-from milora.routing import Route
+from milora_core.errors import MiLoraError
+from milora_core.files import whole_file
+from milora_core.routing import Route
 
 COLORS = "Blues"
 """One hue from near-white (nobody) to dark (everybody): safe for the colour-blind and in grey print."""

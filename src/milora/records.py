@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from milora.errors import DataError
+from milora_core.errors import DataError
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

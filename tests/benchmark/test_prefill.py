@@ -6,8 +6,8 @@ import pytest
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from milora.benchmark import PrefillSettings, prefill
-from milora.errors import MiLoraError
 from milora.tuners.milora.layer import RouterLayer
+from milora_core.errors import MiLoraError
 
 
 def test_seconds_and_the_routers_share_of_them(tiny_shape: str, clock: Any) -> None:

@@ -12,7 +12,7 @@ from milora.benchmark import TenantsSettings
 from milora.benchmark import tenants as measure
 from milora.benchmark.bandwidth import Copy
 from milora.benchmark.methods import build_method
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 def test_models_are_gone_before_the_next_are_built(tiny_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from milora.benchmark import TrainSettings, decode_methods, train_steps
 from milora.benchmark.methods import MeasuredMethod, build_backbone, build_method, check_names
 from milora.benchmark.tables import cells
 from milora.benchmark.train import Training, labelled_rows
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 CPU = torch.device("cpu")
 

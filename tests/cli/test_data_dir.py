@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from milora.cli.main import main
-from milora.cli.train import parse
 from milora.tasks.folder import VARIABLE
+from milora_cli.main import main
+from milora_cli.train import parse
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'milora[eval]'"

@@ -11,9 +11,9 @@ from support.adapted import adapted
 from support.judge import Server
 from support.tokenizer import save_backbone
 
-from milora.cli.main import main
 from milora.evaluation import run as evaluation_run
 from milora.tasks.task import Task
+from milora_cli.main import main
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`milora.cli.groups`: Typer sees a dataclass's fields as options of the command that takes it."""
+"""`milora_cli.groups`: Typer sees a dataclass's fields as options of the command that takes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from milora.cli.groups import with_groups
+from milora_cli.groups import with_groups
 
 
 @dataclass(frozen=True)

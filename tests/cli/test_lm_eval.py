@@ -8,7 +8,7 @@ import pytest
 from support.adapted import adapted
 from support.tokenizer import save_backbone
 
-from milora.cli.main import main
+from milora_cli.main import main
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'milora[eval]'")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from support.adapted import adapted
 from support.tokenizer import save_backbone
 
-from milora.cli.main import COMMANDS, main
+from milora_cli.main import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
     script = (
         "import sys, types; package = types.ModuleType('milora'); package.__path__ = [sys.argv[1]]\n"
         "sys.modules['milora'] = package\n"
-        "from milora.cli import main\n"
+        "from milora_cli import main\n"
         "status = main(['--help'])\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'{status} {heavy}' if status or heavy else 0)"

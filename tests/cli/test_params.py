@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from milora.backbone.shapes import shape_config
-from milora.cli import main
 from milora.methods import parameter_counts
+from milora_cli import main
 
 
 def test_json_is_one_object_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from milora.cli import report as report_command
-from milora.cli.main import main
+from milora_cli import report as report_command
+from milora_cli.main import main
 
 SMALL = [
     "report", "--table", "2", "--methods", "lora,milora", "--tasks", "bundled-choice,bundled-extraction", "--seeds",

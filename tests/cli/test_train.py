@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from support.full_disk import largest_file
 from support.tokenizer import save_backbone
 
-from milora.cli.main import main
-from milora.cli.train import parse
 from milora.training.checkpoints import last_checkpoint
+from milora_cli.main import main
+from milora_cli.train import parse
 
 
 @pytest.fixture(scope="module")

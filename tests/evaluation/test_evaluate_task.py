@@ -11,12 +11,12 @@ from support.architectures import ARCHITECTURES
 from support.methods import adapted as adapted_by
 from support.tokenizer import character_tokenizer
 
-from milora.errors import MiLoraError
 from milora.evaluation.generation import evaluate_task
 from milora.evaluation.predictions import read_predictions
 from milora.inference.generation import Decoding
 from milora.tasks.task import Example, Split, Task
 from milora.tuners.milora.routers import routers_of
+from milora_core.errors import MiLoraError
 
 TOKENIZER = character_tokenizer()
 

@@ -8,9 +8,9 @@ from support.architectures import ARCHITECTURES
 from support.methods import adapted as adapted_by
 from support.tokenizer import END, character_tokenizer
 
-from milora.errors import MiLoraError
 from milora.evaluation.perplexity import completion_perplexity, encode_example
 from milora.tasks.task import Example
+from milora_core.errors import MiLoraError
 
 TOKENIZER = character_tokenizer()
 ROWS = [

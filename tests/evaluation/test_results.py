@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from milora.errors import MiLoraError
 from milora.evaluation.results import failures, merged, read_results, with_mean
 from milora.tasks import registry
+from milora_core.errors import MiLoraError
 
 ABOUT = {"adapter": "a", "limit": 5, "seed": 0}
 BOTH = {

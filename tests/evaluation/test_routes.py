@@ -1,7 +1,7 @@
 import torch
 
 from milora.evaluation.routes import compact_route, expert_shares
-from milora.routing import Route
+from milora_core.routing import Route
 
 # Two blocks, of which the first has no down, and two prompts.
 GATES = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]], [[1.0, 0.0, 1.0], [0.0, 0.4, 0.6]]])

@@ -6,8 +6,8 @@ from support.architectures import ARCHITECTURES
 from support.tokenizer import END, character_tokenizer
 
 from milora.backbone.loading import load_adapter
-from milora.errors import MiLoraError
 from milora.inference.generation import Decoding, batches, encode_prompt, generate_texts, left_padded
+from milora_core.errors import MiLoraError
 
 PROMPTS = ["Hello", "What is the capital of it?", "no", "Three words here"]
 

@@ -1,9 +1,9 @@
 import pytest
 
 from milora.backbone.shapes import shape_config
-from milora.errors import MiLoraError
 from milora.methods import METHODS
 from milora.paper.budget import TOLERANCE, equal_budgets, paper_backbone
+from milora_core.errors import MiLoraError
 
 # The bundled backbone: 4 blocks, hidden size 224, 2 of 4 heads of 56 for keys and values, feed-forward size 640.
 HIDDEN, KEYS, INNER, BLOCKS = 224, 112, 640, 4

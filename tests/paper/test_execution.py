@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from milora.cli.main import main
 from milora.paper import adapter_tests, execution
 from milora.paper.store import ResultStore
+from milora_cli.main import main
 
 SETTINGS = {
     "max_steps": 10,

@@ -1,11 +1,11 @@
 import pytest
 from support.grids import TASKS, grid, record
 
-from milora.errors import MiLoraError
 from milora.paper.grid import Grid
 from milora.paper.runs import Run
 from milora.paper.store import Results
 from milora.tuners.milora.config import activations_by_block
+from milora_core.errors import MiLoraError
 
 NOTHING = Results()
 

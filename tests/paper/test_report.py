@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from support.grids import grid, record
 
-from milora.errors import MiLoraError
 from milora.paper.grid import Grid
 from milora.paper.report import write_report
 from milora.paper.store import Results
+from milora_core.errors import MiLoraError
 
 
 def finished(of: Grid, **fields: Any) -> Results:

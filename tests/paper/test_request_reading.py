@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora.errors import MiLoraError
 from milora.methods import METHODS, method
 from milora.paper.request_checks import check_trainings, kinds_of
 from milora.paper.request_reading import parse_settings, read_request, section_name
+from milora_core.errors import MiLoraError
 
 
 def write(path: Path, text: str) -> Path:

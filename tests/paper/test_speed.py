@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from milora.errors import MiLoraError
 from milora.paper import speed
 from milora.paper.speed import FILE, speed_section
+from milora_core.errors import MiLoraError
 
 
 def test_a_measurement_beside_the_paper_s(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from milora.errors import MiLoraError
 from milora.paper.store import Results, ResultStore
+from milora_core.errors import MiLoraError
 
 # Forked, as a new interpreter takes seconds to import torch.
 FORK = multiprocessing.get_context("fork")

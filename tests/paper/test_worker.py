@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from support.grids import grid, instantly, record
 
-from milora.errors import MiLoraError
 from milora.paper import worker
 from milora.paper.grid import Grid
 from milora.paper.runs import Run, UnfinishedRunError
 from milora.paper.store import ResultStore
 from milora.paper.worker import Worker
+from milora_core.errors import MiLoraError
 
 RUNS = 2 * 2 * 2 + 2 * 2
 # Forked, as a new interpreter takes seconds to import torch.

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.backbone.bundled import TINY_BACKBONE
-from milora.errors import MiLoraError
 from milora.tasks.bundled import BUNDLED_TASKS, GeneratedTask
 from milora.tasks.bundled.base import DEFAULT_ROWS, split_of
 from milora.tasks.bundled.corpus import WRITERS, documents
 from milora.tasks.bundled.world import FACTS
 from milora.tasks.task import SPLITS, Example
+from milora_core.errors import MiLoraError
 
 ROWS = 300
 OPERATORS: dict[str, Callable[[int, int], int]] = {

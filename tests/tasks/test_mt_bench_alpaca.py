@@ -11,13 +11,13 @@ import pytest
 from datasets import Dataset
 from support.data import real
 
-from milora.errors import DataError, MiLoraError
 from milora.tasks import alpaca, mt_bench, registry
 from milora.tasks.alpaca import Alpaca
 from milora.tasks.mt_bench import MtBench, Question, load_questions
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.sources import read_rows
 from milora.tasks.task import Example
+from milora_core.errors import DataError, MiLoraError
 
 BLOG = {
     "question_id": 81,

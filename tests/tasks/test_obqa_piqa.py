@@ -11,13 +11,13 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from support.data import real
 
-from milora.errors import DataError
 from milora.tasks import instruction
 from milora.tasks.label import LabelTask
 from milora.tasks.obqa import OpenBookQA
 from milora.tasks.piqa import Piqa
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import Example
+from milora_core.errors import DataError
 
 SUN = {
     "id": "7-980",

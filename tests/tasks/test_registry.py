@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.tasks import registry
 from milora.tasks.arc import ArcEasy
 from milora.tasks.bundled import BUNDLED_TASKS
+from milora_core.errors import MiLoraError, did_you_mean
 
 BENCHMARKS = ["arc-easy", "arc-challenge", "obqa", "piqa", "boolq", "aqua", "gsm8k", "mmlu", "bbh"]
 BENCHMARKS += ["mt-bench", "alpaca", "mmlu-subject"]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from milora.errors import DataError, MiLoraError
 from milora.tasks import hub, registry
 from milora.tasks.rows import Row, instruction_prompt
 from milora.tasks.sources import DEV_SPLITS, dev_split, read_dev_rows, read_rows, to_dataset
+from milora_core.errors import DataError, MiLoraError
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

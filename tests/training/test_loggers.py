@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.tokenizer import save_backbone
 
-from milora.cli.main import main
+from milora_cli.main import main
 
 EXPECTED = ("train/load_balancing_loss", "train/expert_share/mlp.up_proj", "train/dev_step_loss", "eval/perplexity")
 

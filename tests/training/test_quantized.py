@@ -10,8 +10,8 @@ from peft.utils import load_peft_weights
 from support.tokenizer import save_backbone
 from torch import nn
 
-from milora.cli.main import main
 from milora.training.quantized import PACKS, keep_trainable
+from milora_cli.main import main
 
 
 def test_what_has_no_such_attribute_is_left_alone() -> None:

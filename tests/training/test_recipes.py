@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from milora.cli.train import parse
 from milora.training import DataArguments, MethodArguments, TrainingArguments
+from milora_cli.train import parse
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMAND = "# milora train "

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from milora import MiLoraError, Route
-from milora.routing import GATES, POOLERS
 from milora.tuners.milora.layer import RouterLayer
+from milora_core.routing import GATES, POOLERS
 
 NEW = 6
 PROMPTS = random_prompts(4, (3, 9), seed=1)

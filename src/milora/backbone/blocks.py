@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg", "gate_weight"})
 """What the routers of mixture-of-experts backbones are called: linear layers that are no experts of ours."""

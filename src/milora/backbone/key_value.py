@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from milora.backbone.blocks import Block, out_features
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 INPUT_NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm", "operator_norm")
 """What architectures call the norm between a block's input and its attention."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.backbone.bundled import TINY_BACKBONE
-from milora.errors import MiLoraError, did_you_mean
+from milora_core.errors import MiLoraError, did_you_mean
 
 TINY = "tiny"
 """The name of the bundled backbone."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 WITH_PREFIX = {"sdpa": "sdpa_with_prefix", "eager": "eager_with_prefix"}
 """The implementations that can be given a prefix, and what they are called when they have been."""

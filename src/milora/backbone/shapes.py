@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from milora.backbone.bundled import TINY_BACKBONE
-from milora.errors import MiLoraError, did_you_mean
+from milora_core.errors import MiLoraError, did_you_mean
 
 
 def _llama_2(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int) -> Any:

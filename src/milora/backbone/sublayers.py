@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from milora.backbone.blocks import Block
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 SUBLAYER_NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("self_attn", "self_attention", "attention", "attn", "linear_attn"),

@@ -16,7 +16,7 @@ from milora.benchmark.rounds import Progress
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
 from milora.benchmark.traffic import backbone_traffic
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 DECODE_METHODS = (
     BASE,

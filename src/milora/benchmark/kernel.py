@@ -15,7 +15,7 @@ from milora.benchmark.rounds import Progress, compared, spread_fields
 from milora.benchmark.session import Record
 from milora.benchmark.settings import Settings, check_at_least
 from milora.benchmark.timed import timed
-from milora.kernels import add_grouped_lora, grouped_lora_reference
+from milora_core.kernels import add_grouped_lora, grouped_lora_reference
 
 OPERATOR, REFERENCE, COPY = "operator", "reference", "copy"
 COLD_BYTES = 2**28

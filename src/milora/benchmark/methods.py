@@ -16,10 +16,10 @@ from milora.backbone.blocks import OWN_ROUTER, find_blocks
 from milora.backbone.shapes import build
 from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import shared_copy
-from milora.errors import MiLoraError, did_you_mean
 from milora.inference.together import serve_together
 from milora.methods import METHODS, config_for
-from milora.routing import RouterProjection
+from milora_core.errors import MiLoraError, did_you_mean
+from milora_core.routing import RouterProjection
 
 BASE = "base"
 """The frozen backbone itself, with nothing around it."""

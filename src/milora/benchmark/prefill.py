@@ -13,7 +13,7 @@ from milora.benchmark.rounds import Progress
 from milora.benchmark.routing_time import routing_time
 from milora.benchmark.session import Build, Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 PREFILL_METHODS = (BASE, "lora", "lora-merged", "dora-cached", "moelora", "milora-k1", "milora", "midora")
 

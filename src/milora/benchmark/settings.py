@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from milora.backbone.loading import DTYPES, device_of
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 Own = TypeVar("Own", bound="Settings")
 

@@ -20,7 +20,7 @@ from milora.benchmark.result import Result
 from milora.benchmark.rounds import Progress
 from milora.benchmark.session import Prepared, Session, opened
 from milora.benchmark.settings import Settings, check_at_least
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 TENANT_METHODS = (BASE, "lora", "lora-together", "milora")
 SERVES_ROWS = ("lora", "milora", "midora")

@@ -32,8 +32,8 @@ from milora.backbone.shapes import build
 from milora.benchmark.methods import BASE, check_names, variant
 from milora.benchmark.result import GIGA, Result
 from milora.benchmark.settings import Settings, check_at_least
-from milora.errors import MiLoraError
 from milora.methods import config_for
+from milora_core.errors import MiLoraError
 
 MEGA = 1e6
 TRAFFIC_METHODS = (BASE, "lora", "dora", "dora-cached", "moelora", "milora-k1", "milora-k2", "milora", "midora")

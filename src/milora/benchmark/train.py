@@ -17,7 +17,7 @@ from milora.benchmark.result import Result
 from milora.benchmark.rounds import Progress
 from milora.benchmark.session import Build, opened
 from milora.benchmark.settings import Settings, check_at_least
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 if TYPE_CHECKING:
     from milora.training.dev_step import DevStep

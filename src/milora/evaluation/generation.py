@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from milora.backbone.positions import positions_of
-from milora.errors import MiLoraError
 from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
 from milora.evaluation.predictions import Predictions, Request
 from milora.evaluation.progress import Watch
@@ -18,6 +17,7 @@ from milora.evaluation.scores import Scores, score
 from milora.inference.generation import Decoding, encode_prompt, generate_texts
 from milora.tasks.rows import Text
 from milora.tasks.task import Split, Task
+from milora_core.errors import MiLoraError
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from milora.backbone.positions import positions_of
-from milora.errors import MiLoraError
 from milora.evaluation.progress import Watch
 from milora.inference.generation import batches, padding_token
 from milora.tasks.task import Example
+from milora_core.errors import MiLoraError
 
 NO_LABEL = -100
 """Marks tokens that no loss is taken of."""

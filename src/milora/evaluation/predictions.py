@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora.errors import DataError, MiLoraError
 from milora.evaluation.routes import compact_route
-from milora.files import writing
 from milora.records import append_record, drop_half_line, read_records
+from milora_core.errors import DataError, MiLoraError
+from milora_core.files import writing
 
 if TYPE_CHECKING:
     from milora.inference.generation import GeneratedText

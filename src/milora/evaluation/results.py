@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 if TYPE_CHECKING:
     from milora.tasks.task import Task

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milora.routing import Route
+    from milora_core.routing import Route
 
 
 def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:

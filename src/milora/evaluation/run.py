@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from milora.errors import MiLoraError
 from milora.evaluation.generation import evaluate_task
 from milora.evaluation.mt_bench import run as mt_bench
 from milora.evaluation.mt_bench.answers import read_opponent
@@ -18,6 +17,7 @@ from milora.evaluation.results import shots_of
 from milora.inference.generation import Decoding
 from milora.tasks.mt_bench import MtBench, question_folder
 from milora.tasks.task import Split, Task
+from milora_core.errors import MiLoraError
 
 BEAMS = 3
 

@@ -11,9 +11,9 @@ import torch
 from transformers import GenerationConfig
 
 from milora.backbone.positions import positions_of
-from milora.errors import MiLoraError
-from milora.routing import Route
 from milora.tasks.rows import Text
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
 
 
 @dataclass(frozen=True)

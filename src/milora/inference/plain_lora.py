@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from peft.utils import load_peft_weights
 
 from milora.backbone.blocks import find_blocks
-from milora.errors import MiLoraError
 from milora.tuners.adapter_file import check_adapter_file
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.model import MiLoraModel
+from milora_core.errors import MiLoraError
 
 PREFIX = "base_model.model."
 

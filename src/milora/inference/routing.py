@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from milora.inference.generation import batches, encode_prompt, left_padded, padding_token
-from milora.routing import Route
 from milora.tasks.rows import Text
+from milora_core.routing import Route
 
 
 def route_prompts(

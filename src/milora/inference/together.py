@@ -13,10 +13,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share, names_of_rows, rows_by_adapter
 from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
 from milora.tuners.milora.model import MiLoraModel
+from milora_core.errors import MiLoraError, did_you_mean
 
 NAMED_ROWS = "_enable_peft_forward_hooks"
 """PEFT's method that puts `adapter_names` in force for a forward pass or a generation."""

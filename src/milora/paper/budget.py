@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any
 
 from milora.backbone.shapes import shape_config
-from milora.errors import MiLoraError
 from milora.methods import METHODS, RANK, Counts, parameter_counts
+from milora_core.errors import MiLoraError
 
 TOLERANCE = 0.05
 """How far from the target a method's number of tunable parameters may lie, as a share of the target."""

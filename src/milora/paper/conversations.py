@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from milora.backbone.positions import positions_of
-from milora.errors import MiLoraError
 from milora.evaluation.mt_bench.answers import TURNS, conversation_prompt
 from milora.evaluation.routes import compact_route
 from milora.evaluation.run import EvaluationSettings, evaluate
@@ -17,6 +16,7 @@ from milora.inference.routing import route_prompts
 from milora.paper.materials import Materials
 from milora.paper.runs import Run, UnfinishedRunError
 from milora.tasks.mt_bench import MtBench, Question
+from milora_core.errors import MiLoraError
 
 
 def first_turn_routes(

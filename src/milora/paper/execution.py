@@ -20,7 +20,6 @@ from trl import SFTConfig
 
 from milora.backbone.loading import load_adapter, locate
 from milora.benchmark.environment import environment
-from milora.files import write_text
 from milora.methods import parameter_counts
 from milora.paper.adapter_tests import AdapterTests
 from milora.paper.materials import Materials
@@ -32,6 +31,7 @@ from milora.training import DataArguments, MethodArguments, TrainingArguments, t
 from milora.training.checkpoints import last_checkpoint
 from milora.training.result import versions
 from milora.training.run import load_for_training
+from milora_core.files import write_text
 
 PLACES = (
     "output_dir",

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-from milora.errors import MiLoraError
 from milora.evaluation.run import Judging
 from milora.methods import METHODS, Counts, method, parameter_counts
 from milora.paper.budget import SIZES, Budget, equal_budgets
@@ -19,6 +18,7 @@ from milora.paper.request import MILORA_BUDGET, PAPER_BUDGET, PERPLEXITY, Report
 from milora.paper.runs import Cell, Run, Settings, Variant
 from milora.paper.sections import Section, sections
 from milora.paper.store import Record, Results
+from milora_core.errors import MiLoraError
 
 VARIED = ("r", "num_experts", "top_k", "pooler", "router_activation", "gate", "load_balancing_coef")
 VARIED_OF_MILORA = (*VARIED, "normalize_router_input")

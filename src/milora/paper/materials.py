@@ -10,13 +10,13 @@ from typing import Any
 
 from milora.backbone.loading import locate
 from milora.backbone.shapes import SHAPES, shape_config
-from milora.errors import MiLoraError
 from milora.evaluation.run import Judging
 from milora.tasks import registry
 from milora.tasks.mt_bench import MtBench, Question
 from milora.tasks.rows import Row
 from milora.tasks.sources import read_dev_rows, read_rows
 from milora.tasks.task import Example
+from milora_core.errors import MiLoraError
 
 ROWS_OF_A_FINGERPRINT = 64
 PART = 1 << 20

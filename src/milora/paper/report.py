@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora.errors import MiLoraError
-from milora.files import write_text, writing
 from milora.paper import published
 from milora.paper.differences import budget_lines, differences, environment_lines, tuning_lines
 from milora.paper.figures import PAPER_LIMIT, Shares, line_figure, share_figure, shares, shares_csv
@@ -19,6 +17,8 @@ from milora.paper.store import FILE, Results
 from milora.paper.tables import section_table
 from milora.paper.usage import unused_lines, used_records
 from milora.tasks.files import read_text
+from milora_core.errors import MiLoraError
+from milora_core.files import write_text, writing
 
 NAME = "README.md"
 NOTES = "NOTES.md"

@@ -9,10 +9,10 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.methods import METHODS, method
 from milora.paper.request import CRITERIA, LIMITS, MILORA_BUDGET, PAPER_BUDGET, SECTIONS, ReportRequest
 from milora.tasks import registry
+from milora_core.errors import MiLoraError, did_you_mean
 
 KINDS: Mapping[type, str] = {
     bool: "true or false",

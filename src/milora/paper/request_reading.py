@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.paper.request import SECTIONS, Evaluation, ReportRequest
 from milora.paper.request_checks import check_request, known
+from milora_core.errors import MiLoraError, did_you_mean
 
 MAPPINGS: Mapping[str, str] = {
     "training": "{max_steps: 100}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 Settings = Mapping[str, Any]
 

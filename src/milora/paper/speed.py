@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from milora.benchmark import DecodeSettings, table4
-from milora.errors import MiLoraError
-from milora.files import write_json
 from milora.locks import locked
 from milora.methods import method
 from milora.paper import published
 from milora.paper.store import WORKING_FOLDER
+from milora_core.errors import MiLoraError
+from milora_core.files import write_json
 
 FILE = "table4.json"
 METHODS = ("dora", "moelora", "milora")

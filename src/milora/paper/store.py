@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milora.errors import MiLoraError
 from milora.locks import locked
 from milora.records import append_record, drop_half_line, read_records
+from milora_core.errors import MiLoraError
 
 FILE = "results.jsonl"
 WORKING_FOLDER = ".working"

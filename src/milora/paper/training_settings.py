@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from milora.errors import MiLoraError
 from milora.training import TrainingArguments
+from milora_core.errors import MiLoraError
 
 ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
 """What a run of a grid has otherwise than a training by itself, unless it is asked for."""

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from milora.errors import MiLoraError
-from milora.files import is_disk_full
 from milora.locks import locked
 from milora.paper.grid import Grid
 from milora.paper.materials import Materials
 from milora.paper.revision import revision
 from milora.paper.runs import Cell, Run, UnfinishedRunError
 from milora.paper.store import FAILED, Record, Results, ResultStore
+from milora_core.errors import MiLoraError
+from milora_core.files import is_disk_full
 
 Execute = Callable[[Run, Path, Materials], Record]
 Say = Callable[[str], None]

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from milora.errors import DataError, MiLoraError
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_values
 from milora.tasks.hub import load_split
 from milora.tasks.public import PublicTask, hold_out
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import Example, Split
+from milora_core.errors import DataError, MiLoraError
 
 HUB_ID = "tatsu-lab/alpaca"
 FILES = ("alpaca/train.json", "alpaca/alpaca_data.json", "alpaca_data.json")

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from milora.errors import DataError, MiLoraError
 from milora.tasks.answers import CUE
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_json
@@ -23,6 +22,7 @@ from milora.tasks.numbers import number
 from milora.tasks.public import PublicTask
 from milora.tasks.rows import json_type
 from milora.tasks.task import Example, Split
+from milora_core.errors import DataError, MiLoraError
 
 FOLDER = "bbh"
 # The authors of lukaemon/bbh have a loading script, which `datasets` runs no more; this is the same in Parquet files.

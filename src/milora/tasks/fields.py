@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from milora.errors import DataError
 from milora.tasks.rows import json_type
+from milora_core.errors import DataError
 
 _KINDS: dict[type, str] = {
     str: "a string",

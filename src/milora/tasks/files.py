@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from milora.errors import DataError
 from milora.tasks.rows import Row, read_records
+from milora_core.errors import DataError
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 ARRAY_SUFFIX = ".json"

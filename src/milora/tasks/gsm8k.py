@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from milora.errors import DataError
 from milora.tasks.numbers import find_number, number
 from milora.tasks.reasoning import ReasoningTask
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import Example
+from milora_core.errors import DataError
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 _GOLD = "####"

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from milora.errors import DataError
+from milora_core.errors import DataError
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:

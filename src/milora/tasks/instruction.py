@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from milora.errors import DataError
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_file, read_values
 from milora.tasks.hub import load_split
 from milora.tasks.public import PublicTask, hold_out
 from milora.tasks.rows import Row
 from milora.tasks.task import Example, Split
+from milora_core.errors import DataError
 
 
 class InstructionTask(PublicTask):

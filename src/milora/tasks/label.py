@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import ClassVar
 
-from milora.errors import DataError
 from milora.tasks.answers import Labels
 from milora.tasks.instruction import InstructionTask
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import Example
+from milora_core.errors import DataError
 
 
 class LabelTask(InstructionTask):

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from milora.errors import DataError, MiLoraError
 from milora.tasks.answers import find_letter
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_text
 from milora.tasks.hub import load_split
 from milora.tasks.public import PublicTask
 from milora.tasks.task import Example, Split
+from milora_core.errors import DataError, MiLoraError
 
 LETTERS = "ABCD"
 FOLDER = "mmlu"

@@ -9,13 +9,13 @@ import os
 from dataclasses import replace
 from typing import ClassVar
 
-from milora.errors import DataError
 from milora.tasks.answers import Labels
 from milora.tasks.bundled.base import split_of
 from milora.tasks.label import labelled_example
 from milora.tasks.mmlu import LETTERS, read_questions
 from milora.tasks.public import PublicTask
 from milora.tasks.task import Example, Split
+from milora_core.errors import DataError
 
 SUBJECTS = (
     "abstract algebra", "anatomy", "astronomy", "business ethics", "clinical knowledge", "college biology",

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-from milora.errors import DataError, MiLoraError
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_values
 from milora.tasks.hub import load_split
 from milora.tasks.task import Example, Split, Task
+from milora_core.errors import DataError, MiLoraError
 
 FOLDER = "mt_bench"
 QUESTION_FILE = "question.jsonl"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from milora.errors import DataError
 from milora.tasks.label import LabelTask, labelled_example
 from milora.tasks.task import Example
+from milora_core.errors import DataError
 
 
 class Piqa(LabelTask):

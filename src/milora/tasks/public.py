@@ -11,8 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
-from milora.errors import MiLoraError
 from milora.tasks.task import Example, Split, Task, check_split
+from milora_core.errors import MiLoraError
 
 T = TypeVar("T")
 

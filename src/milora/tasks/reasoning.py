@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from milora.errors import DataError
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_values
 from milora.tasks.instruction import InstructionTask
 from milora.tasks.rows import Row, instruction_prompt
 from milora.tasks.task import Example
+from milora_core.errors import DataError
 
 _FINAL_SENTENCE = re.compile(r"\s*(?:Therefore, |So, |So )?the (?:final )?answer is[^\n]*\Z", re.IGNORECASE)
 _HEADING = re.compile(r"\A(?:[^\n]{0,80}\n)?\s*(?:A|Answer|Rationale):\s*")

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Callable
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.tasks.alpaca import Alpaca
 from milora.tasks.aqua import Aqua
 from milora.tasks.arc import ArcChallenge, ArcEasy
@@ -20,6 +19,7 @@ from milora.tasks.mt_bench import MtBench
 from milora.tasks.obqa import OpenBookQA
 from milora.tasks.piqa import Piqa
 from milora.tasks.task import Task
+from milora_core.errors import MiLoraError, did_you_mean
 
 _BENCHMARKS: dict[str, Callable[..., Task]] = {
     task.name: task

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from milora.errors import DataError
+from milora_core.errors import DataError
 
 Message: TypeAlias = dict[str, str]
 """A chat message: `role` and `content`."""

@@ -10,12 +10,12 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from milora.errors import DataError, did_you_mean
 from milora.tasks import registry
 from milora.tasks.files import FILE_SUFFIXES, read_file
 from milora.tasks.hub import full_name, load_split, split_names
 from milora.tasks.rows import Row, read_records
 from milora.tasks.task import SPLITS, check_split
+from milora_core.errors import DataError, did_you_mean
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?")
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
 from milora.training.dev_step import Batch, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.tuner import tuner_of
 from milora.tuners.prompt_pass import PromptTuner
+from milora_core.errors import MiLoraError
 
 
 class BilevelActivations(DevStepCallback):

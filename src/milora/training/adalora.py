@@ -10,9 +10,9 @@ from peft import AdaLoraModel
 from torch import Tensor
 from transformers import TrainerCallback
 
-from milora.errors import MiLoraError
 from milora.training.stopping import forget_best
 from milora.training.tuner import tuner_of
+from milora_core.errors import MiLoraError
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """Where PEFT's rank allocator keeps what each element was worth, by the parameter's name."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.tasks import registry
+from milora_core.errors import MiLoraError, did_you_mean
 
 _log = logging.getLogger(__name__)
 

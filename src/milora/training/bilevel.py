@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from milora.errors import MiLoraError
 from milora.training.dev_step import Batch, processes, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.stopping import forget_best
 from milora.training.tuner import tuner_of
+from milora_core.errors import MiLoraError
 
 
 class BilevelSearch(DevStepCallback):

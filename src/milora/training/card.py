@@ -12,9 +12,9 @@ import yaml
 from peft import PeftConfig
 
 from milora.backbone.loading import TINY
-from milora.files import write_text
 from milora.training.arguments import TrainingArguments
 from milora.training.result import TrainingResult, versions
+from milora_core.files import write_text
 
 CARD_FILE = "README.md"
 ROUTES_FILE = "routes.png"

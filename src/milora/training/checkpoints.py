@@ -18,7 +18,7 @@ OPTIMIZER_STATES = ("optimizer.pt", "latest", "optimizer.bin", "optimizer_0")
 and by FSDP in one file (whole) or in a folder (each process's part)."""
 
 KEPT = "; earlier checkpoints are kept: make room, and go on with --resume_from_checkpoint last"
-"""The end of the message when a run cannot write, as of [`milora.files.writing`]."""
+"""The end of the message when a run cannot write, as of [`milora_core.files.writing`]."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -7,7 +7,6 @@ from typing import Any
 from peft import AdaLoraModel
 from transformers import TrainerCallback
 
-from milora.errors import MiLoraError
 from milora.training.adalora import AdaLoraAllocation
 from milora.training.arguments import TrainingArguments
 from milora.training.learned_adapter_search import LearnedAdapterSearch
@@ -15,6 +14,7 @@ from milora.training.ssp_search import SSPSearch
 from milora.training.stopping import EarlyStopping
 from milora.tuners.learned_adapter import LearnedAdapterModel
 from milora.tuners.ssp import SSPModel
+from milora_core.errors import MiLoraError
 
 
 def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> list[TrainerCallback]:

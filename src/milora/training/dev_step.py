@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 _log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from milora.errors import MiLoraError
 from milora.training.dev_step import Batch, DevStep
+from milora_core.errors import MiLoraError
 
 
 class DevStepCallback(TrainerCallback):  # type: ignore[misc]

@@ -7,7 +7,7 @@ import os
 from accelerate import DistributedType, PartialState
 from accelerate.utils import str_to_bool
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 def check_launch() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from milora.errors import MiLoraError
 from milora.training.bilevel import BilevelSearch
 from milora.training.dev_step import Batch
 from milora.tuners.learned_adapter import LearnedAdapterModel
+from milora_core.errors import MiLoraError
 
 
 class LearnedAdapterSearch(BilevelSearch):

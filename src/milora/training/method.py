@@ -9,9 +9,9 @@ from typing import Any
 from peft import AdaLoraConfig, PeftConfig
 from torch import nn
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.methods import METHODS, config_for
 from milora.methods import method as method_of
+from milora_core.errors import MiLoraError, did_you_mean
 
 IGNORED_FIELDS: dict[str, dict[str, str]] = {"adalora": {"r": "init_r"}}
 """Fields that PEFT's configuration inherits and does not read, with those that it reads in their place."""

@@ -10,8 +10,8 @@ from accelerate import PartialState
 from torch import nn
 from trl import ModelConfig, get_quantization_config
 
-from milora.errors import MiLoraError
 from milora.training.arguments import DataArguments
+from milora_core.errors import MiLoraError
 
 PACKS = "support_avx512bf16_for_cpu"
 """The attribute of bitsandbytes' `Linear4bit` that says whether weights are packed for inference."""

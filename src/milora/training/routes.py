@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from milora.plots import route_heat_map
-from milora.routing import Route
 from milora.tuners.milora import MiLoraModel
+from milora_core.routing import Route
 
 LARGEST_SAMPLE = 64
 """Prompts a source, from its first on."""

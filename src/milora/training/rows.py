@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from milora.errors import MiLoraError
 from milora.tasks.public import hold_out
 from milora.tasks.rows import Row, Text
 from milora.tasks.sources import dev_split, read_dev_rows, read_rows
 from milora.training.arguments import DataArguments
+from milora_core.errors import MiLoraError
 
 
 @dataclass

@@ -15,8 +15,6 @@ from transformers import set_seed
 
 from milora.backbone.loading import load_backbone, read_adapter_config
 from milora.backbone.positions import positions_of
-from milora.errors import MiLoraError
-from milora.files import write_text, writing
 from milora.tasks.sources import to_dataset
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
@@ -28,6 +26,8 @@ from milora.training.quantized import keep_trainable, loading_arguments
 from milora.training.result import RESULT_FILE, TrainingResult, versions
 from milora.training.rows import Mixture, mix, read_sources
 from milora.training.trainer import MiLoraTrainer
+from milora_core.errors import MiLoraError
+from milora_core.files import write_text, writing
 
 _log = logging.getLogger(__name__)
 

@@ -14,9 +14,6 @@ from peft import AdaLoraModel
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from milora.errors import MiLoraError
-from milora.files import writing
-from milora.routing.precision import KeepFloat32
 from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.adalora import orthogonality_penalty
 from milora.training.arguments import TrainingArguments
@@ -27,6 +24,9 @@ from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
+from milora_core.errors import MiLoraError
+from milora_core.files import writing
+from milora_core.routing.precision import KeepFloat32
 
 
 class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]

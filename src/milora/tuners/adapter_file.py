@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 class CheckedFileConfig(PeftConfig):  # type: ignore[misc]

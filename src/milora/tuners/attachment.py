@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from milora.backbone.blocks import Block, find_blocks
-from milora.errors import MiLoraError
 from milora.tuners.adapter_file import CheckedFileConfig
 from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.rollback import RevertibleTuner
 from milora.tuners.targets import listed_modules, targeted_modules
+from milora_core.errors import MiLoraError
 
 
 @dataclass

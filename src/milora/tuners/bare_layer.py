@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 class BareTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]

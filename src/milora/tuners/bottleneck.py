@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from milora.backbone.blocks import Block, find_blocks, hidden_size
 from milora.backbone.sublayers import SUBLAYER_NAMES, Sublayer, find_sublayers
-from milora.errors import MiLoraError, did_you_mean
-from milora.routing.rational import ACTIVATIONS
 from milora.tuners.attachment import Attachment, AttachmentConfig, AttachmentTuner
+from milora_core.errors import MiLoraError, did_you_mean
+from milora_core.routing.rational import ACTIVATIONS
 
 
 class Bottleneck(nn.Module):
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
 
 
 class Activation(nn.Module):
-    """One of [`milora.routing.rational.ACTIVATIONS`], in its input's type."""
+    """One of [`milora_core.routing.rational.ACTIVATIONS`], in its input's type."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -19,8 +19,8 @@ from milora.backbone.prefix_attention import (
     implementation_of,
 )
 from milora.backbone.sublayers import find_sublayers
-from milora.errors import MiLoraError
 from milora.tuners.attachment import Attachment, AttachmentConfig, AttachmentTuner
+from milora_core.errors import MiLoraError
 
 WITHOUT_KEYS = "linear_attn"
 """What hybrid models call the sub-layers that stand in for attention in some blocks and have no keys to add to."""

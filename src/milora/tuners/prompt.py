@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 IGNORED_LABEL = -100
 

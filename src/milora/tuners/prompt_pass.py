@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 
-from milora.errors import MiLoraError
-from milora.routing import RationalActivation
 from milora.tuners.prompt import attended_tokens, prompt_tokens
+from milora_core.errors import MiLoraError
+from milora_core.routing import RationalActivation
 
 OWN_PASS_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
 """Options of `generate` under which its first pass is not the prompt: candidates follow it, or only a part comes."""

@@ -7,8 +7,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
 from milora.tuners.adapter_file import check_adapter_tensors
+from milora_core.errors import MiLoraError
 
 
 class RevertibleTuner(BaseTuner):  # type: ignore[misc]

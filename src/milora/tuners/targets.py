@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 Candidates = Mapping[str, Mapping[str, nn.Module]]
 """Block -> relative path -> module: what a method could adapt, in order."""

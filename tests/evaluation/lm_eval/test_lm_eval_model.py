@@ -17,8 +17,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mi
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from milora.errors import MiLoraError
 from milora.evaluation.lm_eval.model import MiLoraLM
+from milora_core.errors import MiLoraError
 
 QUESTIONS = [
     "Which gas do plants take in?",

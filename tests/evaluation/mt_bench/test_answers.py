@@ -13,12 +13,12 @@ from support.adapted import adapted
 from support.architectures import ARCHITECTURES
 from support.tokenizer import character_tokenizer
 
-from milora.errors import DataError, MiLoraError
 from milora.evaluation.mt_bench import answers as module
 from milora.evaluation.mt_bench.answers import answer_questions, read_answers
 from milora.evaluation.mt_bench.run import run
 from milora.tasks.mt_bench import Question, load_questions
 from milora.tasks.rows import instruction_prompt
+from milora_core.errors import DataError, MiLoraError
 
 DATA = Path(os.environ.get("MILORA_DATA_DIR", Path(__file__).parents[4] / "shared" / "data"))
 QUESTIONS = [

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.judge import Server
 
-from milora.errors import DataError, MiLoraError
 from milora.evaluation.mt_bench import judging, prompts, scores
 from milora.evaluation.mt_bench.answers import Answer
 from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.tasks.mt_bench import Question
+from milora_core.errors import DataError, MiLoraError
 
 QUESTIONS = [
     Question(81, "writing", ("Write {a} poem.", "Shorten it."), ()),

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora import Route
-from milora.kernels import native
 from milora.tuners.milora import dora
 from milora.tuners.milora.decoding import PreparedExperts
+from milora_core.kernels import native
 
 NEW = 5
 PROMPTS = random_prompts(3, (4, 8), seed=4)

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from milora.errors import MiLoraError, did_you_mean
 from milora.tasks.folder import VARIABLE, data_folder
+from milora_core.errors import MiLoraError, did_you_mean
 
 MODEL = "milora"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from milora.backbone.loading import base_of, load_adapter, locate
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
 """The strings (lm-eval's cache key), the tokens of the context, those of the continuation."""

@@ -19,7 +19,7 @@ import lm_eval
 from lm_eval._cli.harness import HarnessCLI
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 def parse(flags: Sequence[str]) -> tuple[HarnessCLI, argparse.Namespace]:

@@ -11,16 +11,16 @@ from typing import Any, TypeAlias
 
 import torch
 
-from milora.errors import DataError, MiLoraError
 from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
 from milora.evaluation.generation import has_room
 from milora.evaluation.progress import Watch
 from milora.evaluation.routes import compact_route
-from milora.files import writing
 from milora.inference.generation import Decoding, generate_texts
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question
 from milora.tasks.rows import Text, instruction_prompt
+from milora_core.errors import DataError, MiLoraError
+from milora_core.files import writing
 
 TURNS = 2
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}

@@ -11,7 +11,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import BaseHTTPResponse
 from urllib3.util import Retry
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 KEY_VARIABLES = ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY")
 """Where the key is looked for, in this order; it is never taken from the command line, where other users see it."""

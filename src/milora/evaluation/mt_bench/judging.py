@@ -13,13 +13,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from milora.errors import DataError, MiLoraError
 from milora.evaluation.mt_bench.answers import KEPT, TURNS, Answer
 from milora.evaluation.mt_bench.prompts import JudgePrompt, name_of
 from milora.evaluation.progress import Watch
-from milora.files import writing
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question
+from milora_core.errors import DataError, MiLoraError
+from milora_core.files import writing
 
 UNPARSED = -1
 """The grade of a judgement that gives none, as FastChat writes it."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora.errors import DataError
+from milora_core.errors import DataError
 
 FILE_NAME = "judge_prompts.jsonl"
 """FastChat's name of a file of judge prompts."""

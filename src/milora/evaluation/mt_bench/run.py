@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora.errors import MiLoraError
 from milora.evaluation.mt_bench import judging, prompts, scores
 from milora.evaluation.mt_bench.answers import Answer, answer_questions, read_opponent
 from milora.evaluation.progress import Watch
 from milora.tasks.mt_bench import Question
+from milora_core.errors import MiLoraError
 
 
 def answers_file(folder: Path, model_id: str) -> Path:

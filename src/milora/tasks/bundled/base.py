@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-from milora.errors import MiLoraError
 from milora.tasks.task import SPLITS, Example, Split, Task
+from milora_core.errors import MiLoraError
 
 TRAIN_SHARE = 0.8
 DEFAULT_ROWS: dict[str, int] = {"train": 2000, "dev": 200, "test": 400}

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from milora.errors import MiLoraError
 from milora.tuners.grouped.stacks import AdapterStacks
+from milora_core.errors import MiLoraError
 
 OF_THE_PROCESS = ("is_compiled", "_compiled_lock", "_compiling_thread")
 """Attributes that a copy or a pickle starts without."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import CompileConfig, DynamicCache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 ALL_DEVICES = "_compile_all_devices"
 """transformers compiles on accelerators only, unless a `CompileConfig` has this set; private, and no constructor's."""

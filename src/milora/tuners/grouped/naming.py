@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 BASE_ROW = "__base__"
 """PEFT's name for a row without an adapter."""

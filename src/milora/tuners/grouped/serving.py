@@ -15,10 +15,10 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from milora.kernels import OneToken, add_grouped_lora, one_token
 from milora.tuners.grouped.compiled_steps import OF_THE_PROCESS, CompiledSteps
 from milora.tuners.grouped.stacks import AdapterStacks, ModuleStack
 from milora.tuners.grouped.wrappers import forward_by_row
+from milora_core.kernels import OneToken, add_grouped_lora, one_token
 
 
 class Share(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from milora.backbone.blocks import Block, find_blocks
-from milora.errors import MiLoraError
 from milora.tuners.attachment import AttachmentTuner
 from milora.tuners.ia3.config import IA3ProjectedConfig
 from milora.tuners.ia3.layer import IA3ProjectedLayer
+from milora_core.errors import MiLoraError
 
 QUERY_AND_KEY = frozenset(
     {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from milora.routing.rational import RationalActivation
+from milora_core.routing.rational import RationalActivation
 
 UP_SPREAD = 0.02
 """Standard deviation that the up-projection starts with."""

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from milora.backbone.blocks import find_blocks, hidden_size
 from milora.backbone.key_value import check_projection, find_input_norm
-from milora.errors import MiLoraError
 from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
 from milora.tuners.grouped.compiling import is_compiled_by_transformers
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.layer import IAPTLayer
 from milora.tuners.prefix import PrefixTuner
 from milora.tuners.prompt_pass import PromptPass, PromptPasses, PromptTuner, needs_own_pass, one_token
+from milora_core.errors import MiLoraError
 
 
 class IAPTModel(PromptTuner, PrefixTuner):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from milora.routing.rational import ACTIVATIONS
 from milora.tuners.bottleneck import Activation
 from milora.tuners.learned_adapter.operations import OPERATIONS
+from milora_core.routing.rational import ACTIVATIONS
 
 DROPPED = -1e9
 """The architecture weight of a dropped candidate: its softmax is exactly zero, and so is its gradient.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from milora.errors import MiLoraError
-from milora.routing.rational import ACTIVATIONS
 from milora.tuners.bottleneck import BottleneckConfig, check_names
 from milora.tuners.learned_adapter.operations import OPERATIONS
 from milora.tuners.registry import add_peft_type
+from milora_core.errors import MiLoraError
+from milora_core.routing.rational import ACTIVATIONS
 
 
 @dataclass
@@ -23,7 +23,7 @@ class LearnedAdapterConfig(BottleneckConfig):
     on Llama-2 7B; the MiLoRA paper reports 81.8M.
 
     Args:
-        activations: The activations to choose from, of [`milora.routing.rational.ACTIVATIONS`].
+        activations: The activations to choose from, of [`milora_core.routing.rational.ACTIVATIONS`].
         operations: The operations to choose from, of [`milora.tuners.learned_adapter.operations.OPERATIONS`].
         architecture: The `activation` and the `operation` of each adapted module, by its path in the backbone. Without
             it a search begins, which fills it in when it ends: see

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from milora.errors import MiLoraError
 from milora.tuners.bottleneck import BottleneckModel
 from milora.tuners.learned_adapter.cell import SearchCell
 from milora.tuners.learned_adapter.layer import LearnedAdapterLayer
+from milora_core.errors import MiLoraError
 
 
 class LearnedAdapterModel(BottleneckModel):

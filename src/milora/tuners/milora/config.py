@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from peft import LoraConfig
 
-from milora.errors import MiLoraError
-from milora.routing import ACTIVATIONS, GATES, POOLERS
 from milora.tuners.adapter_file import CheckedFileConfig
 from milora.tuners.registry import add_peft_type
+from milora_core.errors import MiLoraError
+from milora_core.routing import ACTIVATIONS, GATES, POOLERS
 
 WEIGHT_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """They move a part of the backbone's weight into the adapter, which a module that is not chosen would then lack."""

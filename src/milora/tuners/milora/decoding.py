@@ -24,9 +24,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 
-from milora.kernels import KERNEL_DTYPES, Piece, RowLora
 from milora.tuners.milora.dora import dora_scale
 from milora.tuners.milora.selection import Routings, Selection, selection_of
+from milora_core.kernels import KERNEL_DTYPES, Piece, RowLora
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """Takes a layer's input and the base layer's output, which it may write into, and gives the layer's output."""

@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from milora.routing import Route
 from milora.tuners.milora.decoding import PreparedExperts
 from milora.tuners.milora.routing_pass import RoutingPass
 from milora.tuners.milora.selection import Selection, selection_of
 from milora.tuners.prompt_pass import PromptPass, PromptPasses
+from milora_core.routing import Route
 
 
 class _RoutingInForce(threading.local):

@@ -11,12 +11,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn import functional
 
-from milora.errors import MiLoraError
 from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.dora import dora_scale, forget_dora_scales
 from milora.tuners.milora.gradient import expert_sum
 from milora.tuners.milora.routing_pass import RoutingPass
 from milora.tuners.milora.selection import Selection, selection_of
+from milora_core.errors import MiLoraError
 
 NO_MERGE = (
     "A MiLoRA adapter cannot be merged for good: which modules it changes depends on the prompt. For the length of a "

@@ -13,11 +13,11 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
-from milora.errors import MiLoraError
-from milora.files import whole_folder
-from milora.routing import Route
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.routers import chosen_modules
+from milora_core.errors import MiLoraError
+from milora_core.files import whole_folder
+from milora_core.routing import Route
 
 PREFIX = "base_model.model."
 """What the names of a PEFT file start with."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora.errors import MiLoraError
-from milora.routing import Route
 from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
 from milora.tuners.milora.merging import MergingTuner
 from milora.tuners.milora.named_rows import RoutedServing
 from milora.tuners.milora.routers import routers_of
 from milora.tuners.milora.routing_pass import RoutingPass
 from milora.tuners.prompt_pass import needs_own_pass, one_token
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
 
 
 class GeneratingTuner(MergingTuner):

@@ -7,8 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
-from milora.routing import (
+from milora.tuners.bare_layer import BareTunerLayer
+from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed
+from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.dispatch import Dispatcher
+from milora.tuners.milora.gradient import RouteGradient
+from milora.tuners.milora.routing_pass import RoutingPass
+from milora.tuners.milora.selection import BlockRouting, Selection, select
+from milora_core.errors import MiLoraError
+from milora_core.routing import (
     Decision,
     Route,
     RouterProjection,
@@ -17,13 +24,6 @@ from milora.routing import (
     choose,
     expert_probabilities,
 )
-from milora.tuners.bare_layer import BareTunerLayer
-from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed
-from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.dispatch import Dispatcher
-from milora.tuners.milora.gradient import RouteGradient
-from milora.tuners.milora.routing_pass import RoutingPass
-from milora.tuners.milora.selection import BlockRouting, Selection, select
 
 
 class RouterLayer(BareTunerLayer):

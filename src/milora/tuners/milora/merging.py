@@ -14,13 +14,13 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from milora.errors import MiLoraError
-from milora.routing import Route
 from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.dora import dora_scale
 from milora.tuners.milora.routers import chosen_modules, routers_of
 from milora.tuners.milora.shared_weights import SharedWeights
 from milora.tuners.prompt_pass import PromptTuner
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
 
 MERGED = "a route is merged into the backbone's weights, which serve it and no other; leave merged_route first"
 """What to say of calls that a merged route rules out."""

@@ -12,8 +12,6 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
-from milora.routing import load_balancing_loss
 from milora.tuners.grouped import BASE_ROW, rows_by_adapter
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher
@@ -31,6 +29,8 @@ from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
 from milora.tuners.prompt_pass import labels_of
 from milora.tuners.rollback import RevertibleTuner
+from milora_core.errors import MiLoraError
+from milora_core.routing import load_balancing_loss
 
 
 class MiLoraModel(GeneratingTuner, RevertibleTuner, LoraModel):  # type: ignore[misc]

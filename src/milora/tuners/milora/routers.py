@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
-from milora.routing import Route
 from milora.tuners.checkpointing import restore_checkpoint_function
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.layer import RouterLayer, follow
+from milora_core.routing import Route
 
 
 def add_routers(backbone: nn.Module, adapter: str, config: MiLoraConfig, dispatcher: Dispatcher) -> None:

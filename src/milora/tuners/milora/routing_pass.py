@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from milora.errors import MiLoraError
-from milora.routing import Route
 from milora.tuners.milora.decoding import PreparedExperts
 from milora.tuners.milora.selection import BlockRouting
 from milora.tuners.prompt_pass import PromptPass
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
 
 
 @dataclass

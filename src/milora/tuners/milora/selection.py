@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora.routing import Decision
+from milora_core.routing import Decision
 
 
 class Selection:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 class SharedWeights:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from milora.backbone.blocks import find_blocks
-from milora.errors import MiLoraError
-from milora.routing import check_top_k
 from milora.tuners.milora.config import MiLoraConfig, activations_by_block
 from milora.tuners.targets import listed_modules, targeted_modules
+from milora_core.errors import MiLoraError
+from milora_core.routing import check_top_k
 
 
 def fill_in_experts(config: MiLoraConfig, backbone: nn.Module) -> None:

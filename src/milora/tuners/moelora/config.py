@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from milora.errors import MiLoraError
 from milora.tuners.attachment import AttachmentConfig
 from milora.tuners.registry import add_peft_type
+from milora_core.errors import MiLoraError
 
 GATES = ("token", "task")
 

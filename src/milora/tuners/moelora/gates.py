@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 def top_gates(logits: Tensor, top_k: int) -> Tensor:

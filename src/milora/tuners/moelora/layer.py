@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from milora.backbone.blocks import in_features, out_features
-from milora.errors import MiLoraError
-from milora.routing import RouterProjection, load_balancing_loss
 from milora.tuners.attachment import Attachment
 from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
 from milora.tuners.low_rank import LowRank
@@ -21,6 +19,8 @@ from milora.tuners.moelora.running import ForwardPass, Running
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.prompt import supervised_tokens
 from milora.tuners.prompt_pass import arguments_of, labels_of
+from milora_core.errors import MiLoraError
+from milora_core.routing import RouterProjection, load_balancing_loss
 
 
 class MoeLoraPart(Attachment):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from milora.backbone.blocks import find_blocks, hidden_size, in_features
-from milora.errors import MiLoraError
 from milora.tuners.attachment import Attachment, AttachmentTuner
 from milora.tuners.grouped.compiling import is_compiled_by_transformers
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraPart, MoeLoraShared
 from milora.tuners.moelora.running import Running
+from milora_core.errors import MiLoraError
 
 
 class MoeLoraModel(AttachmentTuner):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
+from milora_core.errors import MiLoraError
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from milora.routing.rational import ACTIVATIONS
 from milora.tuners.bottleneck import BottleneckConfig, check_names
 from milora.tuners.registry import add_peft_type
+from milora_core.routing.rational import ACTIVATIONS
 
 
 @dataclass
@@ -16,7 +16,7 @@ class ParallelAdapterConfig(BottleneckConfig):
     With its defaults, the MiLoRA paper's setting, it has 83.89M parameters on Llama-2 7B.
 
     Args:
-        activation: The activation inside the bottleneck, one of [`milora.routing.rational.ACTIVATIONS`].
+        activation: The activation inside the bottleneck, one of [`milora_core.routing.rational.ACTIVATIONS`].
 
     Raises:
         MiLoraError: If the activation is unknown.

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora.errors import MiLoraError
 from milora.tuners.attachment import Attachment, AttachmentTuner
 from milora.tuners.ssp.config import KINDS, SSPConfig
 from milora.tuners.ssp.layer import SSPLayer
 from milora.tuners.ssp.search import most_probable, sample_gates, shifted
+from milora_core.errors import MiLoraError
 
 
 class SSPModel(AttachmentTuner):

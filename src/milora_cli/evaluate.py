@@ -1,0 +1,235 @@
+"""`milora evaluate`: accuracy on tasks, as a table, and every prediction in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from milora.evaluation.results import FILE_NAME as RESULTS_FILE
+from milora.evaluation.results import failures, merged, read_results, shots_of, with_mean
+from milora_cli import options
+from milora_cli.output import json_only, progress_bar, quiet_libraries
+from milora_core.errors import MiLoraError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from milora.tasks.task import Task
+
+BUSY = "wait until it has ended, or give another --output-dir"
+
+
+def command(
+    task: Annotated[
+        list[str],
+        typer.Option("--task", metavar="NAME[,NAME...]", help="Tasks to evaluate on; can be repeated."),
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="DIR", help="Folder or hub id of an adapter; without, the bare backbone."),
+    ] = None,
+    backbone: options.Backbone = None,
+    data_dir: options.DataDirectory = None,
+    split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
+    limit: options.Limit = None,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the order of rows, and so of what --limit takes, and of what is drawn.")
+    ] = 0,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots", min=0, help="Solved examples before each question, for mmlu (by default 5) and bbh (0)."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir",
+            metavar="DIR",
+            help=f"Predictions, a file a task, and {RESULTS_FILE}, to which tasks and figures can be added; the same "
+            "command goes on with what is there. One process at a time.",
+        ),
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option("--beams", min=1, help="Beams; 3, as in the paper, and for MT-Bench FastChat's temperatures."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="By default what each task needs.")
+    ] = None,
+    batch_size: options.BatchSize = 8,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure the gold completions' too.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Whether to generate answers, or measure perplexity alone.")
+    ] = True,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-url",
+            metavar="URL",
+            help="OpenAI-compatible API that judges mt-bench; its key is MILORA_JUDGE_API_KEY or OPENAI_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[str, typer.Option("--judge-model", help="The judge's name there.")] = "gpt-4",
+    judge_workers: Annotated[int, typer.Option("--judge-workers", min=1, help="Requests at a time.")] = 4,
+    compare_with: Annotated[
+        Path | None,
+        typer.Option("--compare-with", metavar="FILE", help="Another model's mt-bench answers, for pairwise judging."),
+    ] = None,
+    model_id: Annotated[
+        str | None, typer.Option("--model-id", help="Name in mt-bench's files; by default the adapter's folder.")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    as_json: options.AsJson = False,
+) -> None:
+    """Evaluate an adapter, or a bare backbone, on tasks.
+
+    Answers are generated with beam search and read as each task reads them; one that cannot be read is wrong.
+    """
+    with json_only(as_json) as print_result:
+        tasks = find_tasks(task, data_dir, shots)
+
+        from milora.backbone.loading import backbone_of, load_for_inference, locate
+        from milora.evaluation.fingerprint import model_fingerprint
+        from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate
+        from milora.locks import alone_in
+        from milora.tasks.task import check_split
+        from milora_core.files import write_json
+
+        settings = EvaluationSettings(
+            split=check_split("milora evaluate", split),
+            limit=limit,
+            seed=seed,
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            accuracy=generate,
+            perplexity=perplexity,
+            output_dir=output_dir,
+            judging=Judging(
+                model_id=model_id or Path(adapter or backbone or "model").resolve().name,
+                url=judge_url,
+                model=judge_model,
+                opponent=compare_with,
+                workers=judge_workers,
+            ),
+        )
+        # A mistake in the last task's data should not show after hours with the others.
+        for of_task in tasks:
+            check_rows(of_task, settings)
+        adapters = {} if adapter is None else {"default": adapter}
+        backbone = backbone_of(adapters, backbone)
+        about = {"adapter": adapter, "backbone": locate(backbone), **settings.to_dict()}
+        quiet_libraries()
+        with nullcontext() if output_dir is None else alone_in(output_dir, BUSY):
+            if output_dir is not None:
+                read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
+            model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
+            about["model"] = model_fingerprint(model)
+            earlier = {}
+            if output_dir is not None:
+                earlier = read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
+            results: dict[str, dict[str, Any]] = {}
+            for of_task in tasks:
+                results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
+                if output_dir is not None:
+                    write_json(output_dir / RESULTS_FILE, with_mean(about, merged(earlier, results)))
+        result = with_mean(about, results)
+        print_result(result)
+        if not as_json:
+            from rich.console import Console
+
+            console = Console()
+            if not console.is_terminal:
+                # A file has no width to fit, and narrow columns would cut names.
+                console.width = 160
+            console.print(table(results, result["mean"]))
+            if output_dir is not None:
+                typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
+        if lacking := failures(results):
+            for line in lacking:
+                typer.echo(f"milora: {line}", err=True)
+            raise typer.Exit(1)
+
+
+def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = None) -> list[Task]:
+    """The tasks of `--task` options, each of one name or of several between commas.
+
+    Raises:
+        MiLoraError: If there is no task of a name, or none at all, or one has no solved examples and `shots` are asked
+            for.
+    """
+    from milora.tasks import registry
+
+    separate = [name.strip() for listed in names for name in listed.split(",")]
+    found = [registry.get(name, data_dir) for name in dict.fromkeys(separate) if name]
+    if not found:
+        raise MiLoraError(f"--task names no task; there are {', '.join(registry.names())}.")
+    if shots is None:
+        return found
+    for of_task in found:
+        if shots_of(of_task) is None:
+            able = [name for name in registry.names() if shots_of(registry.get(name, data_dir)) is not None]
+            raise MiLoraError(
+                f"--shots is for {' and '.join(able)}: {of_task.name} has no solved examples, evaluate it apart."
+            )
+    return [registry.get(of_task.name, data_dir, shots=shots) for of_task in found]
+
+
+def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table:
+    """A row a task; columns that say nothing of any task are left out."""
+    from rich.table import Table
+
+    columns = {
+        "task": list(results),
+        "rows": [_number(_rows(result)) for result in results.values()],
+        "accuracy": [_share(result.get("accuracy")) for result in results.values()],
+        "score of 10": [_decimal(result.get("score")) for result in results.values()],
+        "win rate": [_share(result.get("pairwise", {}).get("win_rate")) for result in results.values()],
+        "95 % interval": [_interval(result.get("interval")) for result in results.values()],
+        "groups": [_number(len(result.get("groups", ())) or None) for result in results.values()],
+        "unparsed": [_number(result.get("unparsed")) for result in results.values()],
+        "no room": [
+            _number(result.get("no_room", 0) + result.get("perplexity_no_room", 0) or None)
+            for result in results.values()
+        ],
+        "perplexity": [_decimal(result.get("perplexity")) for result in results.values()],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    result = Table(show_footer=mean is not None and len(results) > 1)
+    for name in shown:
+        footer = "mean" if name == "task" else _share(mean) if name == "accuracy" else ""
+        result.add_column(name, footer=footer, justify="left" if name == "task" else "right", no_wrap=True)
+    for cells in zip(*shown.values(), strict=True):
+        result.add_row(*cells)
+    return result
+
+
+def _rows(result: Mapping[str, Any]) -> int | None:
+    return next((result[name] for name in ("rows", "perplexity_rows", "questions") if name in result), None)
+
+
+def _watch(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    with progress_bar() as progress:
+        yield from progress.track(items, total=count, description=what)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    return "" if value is None else f"{value[0]:.1%} - {value[1]:.1%}"
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,79 @@
+"""From the options of a command to prompts, with what each row says beside its prompt."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora.evaluation.predictions import Request
+from milora_core.errors import DataError, MiLoraError
+
+if TYPE_CHECKING:
+    from milora.tasks.rows import Row
+
+
+def read_requests(
+    prompts: Sequence[str],
+    data: str | None,
+    *,
+    split: str = "test",
+    data_dir: Path | None = None,
+    limit: int | None = None,
+) -> list[Request]:
+    """The prompts of `--prompt`, of `--data`, or a line each of standard input.
+
+    A file's rows need no completion here, and may name their `adapter`.
+
+    Raises:
+        MiLoraError: If both options are given, there is no prompt at all, or one is empty.
+        DataError: If the data cannot be read.
+    """
+    if prompts and data is not None:
+        raise MiLoraError("--prompt and --data are both given; keep one of them.")
+    if data is not None:
+        requests = _from_source(data, split, data_dir)
+    elif prompts:
+        requests = [Request(prompt) for prompt in prompts]
+    elif sys.stdin.isatty():
+        raise MiLoraError("There is nothing to read: give --prompt TEXT, --data FILE, or lines on standard input.")
+    else:
+        requests = [Request(line.rstrip("\n")) for line in sys.stdin if line.strip()]
+    if not requests:
+        raise MiLoraError("Standard input is empty: give --prompt TEXT, --data FILE, or lines on standard input.")
+    if any(isinstance(request.prompt, str) and not request.prompt.strip() for request in requests):
+        raise MiLoraError("A --prompt is empty; the routers read the prompt, so it needs at least one word.")
+    return requests[:limit]
+
+
+def _from_source(source: str, split: str, data_dir: Path | None) -> list[Request]:
+    from milora.tasks import registry
+    from milora.tasks.files import read_values
+    from milora.tasks.sources import read_rows
+
+    path = Path(source).expanduser()
+    if source in registry.names() or not path.is_file():
+        return [Request(row.prompt, row.answer) for row in read_rows(source, split, data_dir)]
+    return [
+        Request(row.prompt, row.answer, _adapter(record, where))
+        for where, record in read_values(path)
+        for row in _rows(record, where)
+    ]
+
+
+def _rows(record: object, where: str) -> list[Row]:
+    from milora.tasks.rows import read_records
+
+    if isinstance(record, Mapping) and "prompt" in record and record.get("completion") is None:
+        # To generate, no completion is needed; a stand-in gets the row through the strict reading of training rows.
+        text = [{"role": "assistant", "content": "?"}] if isinstance(record["prompt"], list) else "?"
+        record = {**record, "completion": text}
+    return read_records([(where, record)], where)
+
+
+def _adapter(record: Any, where: str) -> str | None:
+    adapter = record.get("adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise DataError(f"{where}: `adapter` must be a name; found {adapter!r}")
+    return adapter

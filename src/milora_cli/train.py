@@ -1,0 +1,150 @@
+"""`milora train`: TRL's flags and YAML, plus the data's and the method's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from milora.tasks.folder import data_folder
+from milora_core.errors import MiLoraError, did_you_mean
+
+if TYPE_CHECKING:
+    from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+
+SETTINGS: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    "add_help_option": False,
+}
+"""All flags are left for TRL's parser."""
+
+
+def command(context: typer.Context) -> None:
+    """Fine-tune an adapter of any of the paper's methods on tasks, files or hub data sets.
+
+    Takes every flag of TRL's SFTTrainer (`milora train --help-all` lists them), and a YAML file of them with --config.
+    """
+    flags = list(context.args)
+    as_json = "--json" in flags
+    flags = [flag for flag in flags if flag != "--json"]
+    if "--help" in flags or "-h" in flags or "--help-all" in flags:
+        _print_help(everything="--help-all" in flags)
+        raise typer.Exit
+    data, method, arguments = parse(flags)
+    from milora.training import train
+
+    # Trainers print to standard output; with --json only the result belongs there.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = train(data, method, arguments)
+    if arguments.process_index > 0:
+        return
+    if as_json:
+        typer.echo(json.dumps(result.to_dict()))
+        return
+    for name, counts in result.rows.items():
+        no_room = f" (of {counts['no_room']} the prompt alone)" if counts["no_room"] else ""
+        typer.echo(
+            f"{name}: {counts['train']} training rows, {counts['dev']} dev rows, "
+            f"{counts['too_long'] + counts['no_room']} left out for their length{no_room}"
+        )
+    early = ", where the dev perplexity no longer fell" if result.stopped_early else ""
+    typer.echo(f"{result.method}: {result.steps} steps in {result.seconds:.0f} s{early}")
+    if result.dev_perplexity_before is not None and result.dev_perplexity_best is not None:
+        typer.echo(f"dev perplexity {result.dev_perplexity_before:.3f} -> {result.dev_perplexity_best:.3f}")
+    typer.echo(f"adapter in {result.output}")
+
+
+def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArguments]:
+    """The arguments that flags, and the YAML file they may name, stand for.
+
+    Raises:
+        MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is not there or no YAML
+            mapping.
+    """
+    import yaml
+
+    parser = _parser()
+    flags, file = _apart_from_file(flags)
+    try:
+        parsed: Any = parser.parse_args_and_config(flags, return_remaining_strings=False)
+    except MiLoraError:
+        raise
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MiLoraError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, OSError) as error:
+        names = _names(parser)
+        for flag in flags:
+            spelled = flag.partition("=")[0]
+            name = spelled[2:].replace("-", "_")
+            if flag.startswith("--") and name not in names:
+                raise MiLoraError(f"Unknown flag {spelled}{did_you_mean(name, sorted(names))}") from error
+        raise MiLoraError(str(error).splitlines()[0]) from error
+    data, method, arguments = parsed
+    folder = data_folder(data.data_dir)
+    data.data_dir = None if folder is None else str(folder)
+    return data, method, arguments
+
+
+def _apart_from_file(flags: list[str]) -> tuple[list[str], str | None]:
+    """Flags in which `--config=FILE` is `--config FILE`, as TRL's parser wants it, and the file.
+
+    Raises:
+        MiLoraError: If there is `--config` and no file.
+    """
+    apart = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if "--config" not in apart:
+        return apart, None
+    file = next(iter(apart[apart.index("--config") + 1 :]), "")
+    if not file or file.startswith("--"):
+        raise MiLoraError("--config needs a file: --config recipe.yaml. See milora train --help.")
+    return apart, file
+
+
+def _parser() -> Any:
+    from trl import TrlParser
+
+    from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+    class Parser(TrlParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise MiLoraError(f"{message}. See milora train --help.")
+
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            # A file may use a flag's other names too.
+            names = {option.lstrip("-"): action.dest for action in self._actions for option in action.option_strings}
+            remaining: list[str] = super().set_defaults_with_config(
+                **{names.get(name, name): value for name, value in values.items()}
+            )
+            return remaining
+
+    return Parser((DataArguments, MethodArguments, TrainingArguments), prog="milora train", allow_abbrev=False)
+
+
+def _names(parser: Any) -> set[str]:
+    return {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings} | {
+        "config"
+    }
+
+
+def _print_help(*, everything: bool) -> None:
+    parser = _parser()
+    if everything:
+        parser.print_help()
+        return
+    from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+    own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
+    by_name = {action.dest: action for action in parser._actions}
+    typer.echo(
+        "Usage: milora train [--method NAME] --task NAME[,NAME...] [--backbone BACKBONE] [--output_dir DIR] ...\n"
+    )
+    typer.echo("  --config FILE  YAML with any of these; flags override it\n  --json  print the result as JSON")
+    for name in own:
+        action = by_name[name]
+        default = "" if action.default in (None, []) else f" (default: {action.default})"
+        typer.echo(f"  --{name}  {str(action.help).splitlines()[0]}{default}")
+    typer.echo("\nEvery other flag of TRL's SFTConfig works too: milora train --help-all")

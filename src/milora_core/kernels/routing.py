@@ -1,0 +1,96 @@
+"""A router's pooling and rational activation on a CPU: one call each, where torch's operators take many."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from milora_core.kernels.native import library
+from milora_core.kernels.row_lora import KERNEL_DTYPES
+
+
+def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor | None:
+    """`sum_t a_t hidden_t` over the tokens of the mask, with `a = softmax_t(weight . hidden_t)`.
+
+    What the mask leaves out is not read, so that it may be anything, and the result does not depend on where it lies.
+
+    Args:
+        hidden: (batch, tokens, hidden).
+        mask: (batch, tokens), bool, true at least once a row.
+        weight: Of `hidden` elements, float32, or `None` for equal shares: the mean.
+
+    Returns:
+        (batch, hidden), float32; `None` where there is no kernel for it: other devices, dtypes and shapes, gaps in
+        `hidden`, a gradient that is wanted, a trace, no C compiler.
+    """
+    weights = () if weight is None else (weight,)
+    kernels = _kernels(hidden, mask, *weights)
+    if (
+        kernels is None
+        or hidden.dtype not in KERNEL_DTYPES
+        or hidden.dim() != 3
+        or (mask.dtype, mask.shape) != (torch.bool, hidden.shape[:2])
+        or any(of.numel() != hidden.shape[2] for of in weights)
+        or any(of.dtype != torch.float32 for of in weights)
+        or not hidden.is_contiguous()
+    ):
+        return None
+    function = getattr(kernels, f"pool_{KERNEL_DTYPES[hidden.dtype]}")
+    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4, None
+    batch, tokens, size = hidden.shape
+    mask, weight = mask.contiguous(), None if weight is None else weight.contiguous()
+    shares = torch.empty(batch, tokens, dtype=torch.float32, device="cpu")
+    pooled = torch.empty(batch, size, dtype=torch.float32, device="cpu")
+    function(
+        hidden.data_ptr(),
+        mask.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        shares.data_ptr(),
+        pooled.data_ptr(),
+        batch,
+        tokens,
+        size,
+        torch.get_num_threads(),
+    )
+    return pooled
+
+
+def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor | None:
+    """`sum_j a_j x^j / (1 + |sum_i b_i x^i|)` for each element.
+
+    Args:
+        x: Any shape, float32.
+        numerator: `a_0..a_m`, float32.
+        denominator: `b_1..b_n`, float32.
+
+    Returns:
+        As `x`; `None` as of [`pool`].
+    """
+    tensors = (x, numerator, denominator)
+    kernels = _kernels(*tensors)
+    if kernels is None or any(tensor.dtype != torch.float32 for tensor in tensors) or not x.is_contiguous():
+        return None
+    function = kernels.rational
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes, function.restype = [pointer, pointer, count, pointer, count, pointer, count], None
+    result = torch.empty_like(x)
+    above, below = numerator.contiguous(), denominator.contiguous()
+    function(
+        *(x.data_ptr(), result.data_ptr(), x.numel()),
+        *(above.data_ptr(), above.numel(), below.data_ptr(), below.numel()),
+    )
+    return result
+
+
+def _kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The kernels, for plain tensors in this machine's memory from which no gradient is wanted."""
+    # Not `is_compiling()`, which is also true in threads that run eagerly while another one compiles.
+    if torch.compiler.is_dynamo_compiling() or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    ):
+        return None
+    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" for tensor in tensors):
+        return None
+    return library()

@@ -1,0 +1,109 @@
+"""Poolers: the hidden states of a prompt's tokens become one vector (equations 2 and 8 of the MiLoRA paper)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from milora_core.errors import MiLoraError
+from milora_core.kernels import routing as kernels
+from milora_core.routing.precision import KeepFloat32
+
+
+class Pooler(KeepFloat32):
+    """Pools (batch, tokens, hidden) to (batch, hidden) over the tokens of the prompt; padding never enters.
+
+    Called with `hidden` (batch, tokens, hidden) of any floating dtype and `mask` (batch, tokens), true where a token
+    belongs to the prompt, at least once a row. The result is float32.
+    """
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """See the class."""
+        pooled = self.pooled_at_once(hidden, mask)
+        if pooled is not None:
+            return pooled
+        # Zeroed and not only weighted by zero: what lies at padding may be NaN, and 0 * NaN is NaN. Before the cast,
+        # where it is half as much to write.
+        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).float()
+        return torch.einsum("bt,bth->bh", self.weights(hidden, mask), hidden)
+
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        """The result by a kernel that does all of it, where there is one."""
+        return None
+
+    def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Each token's share in the pooled vector: (batch, tokens), zero outside the mask."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it weights tokens.")
+
+
+class MeanPooler(Pooler):
+    """The mean over the prompt's tokens (the paper's MiLoRA-1)."""
+
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        """See [`Pooler`]."""
+        return kernels.pool(hidden, mask, None)
+
+    def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """1 / (tokens of the prompt) on the prompt."""
+        return mask.float() / mask.sum(dim=1, keepdim=True)
+
+
+class LastPooler(Pooler):
+    """The prompt's last token (the paper's MiLoRA-2)."""
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """See [`Pooler`]."""
+        last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
+        return hidden[torch.arange(len(last), device=last.device), last].float()
+
+
+class MaxPooler(Pooler):
+    """The maximum of each feature over the prompt's tokens."""
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """See [`Pooler`]."""
+        return hidden.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1).float()
+
+
+class AttentionPooler(Pooler):
+    """Self-attention pooling, the paper's default (equation 8).
+
+    `U = H w_sa`, `A = softmax over the prompt's tokens of U`, `p = A^T H`. It starts with `w_sa` = 0, as the mean: a
+    random start would let the few features of large magnitude that pretrained models have decide for one token.
+
+    Attributes:
+        weight: `w_sa` transposed, shape (1, hidden), float32.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
+
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+        """See [`Pooler`]."""
+        return kernels.pool(hidden, mask, self.weight)
+
+    def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The attention that each token of the prompt gets."""
+        scores = torch.einsum("bth,h->bt", hidden, self.weight.float()[0])
+        return scores.masked_fill(~mask, float("-inf")).softmax(dim=1)
+
+
+POOLERS: tuple[str, ...] = ("attention", "mean", "max", "last")
+
+
+def build_pooler(name: str, hidden_size: int) -> Pooler:
+    """The pooler that a configuration names, one of [`POOLERS`].
+
+    Raises:
+        MiLoraError: If the name is unknown.
+    """
+    if name == "attention":
+        return AttentionPooler(hidden_size)
+    if name == "mean":
+        return MeanPooler()
+    if name == "max":
+        return MaxPooler()
+    if name == "last":
+        return LastPooler()
+    raise MiLoraError(f"Unknown pooler {name!r}; choose one of {list(POOLERS)}.")

@@ -1,0 +1,138 @@
+"""Choosing k experts and weighting them; the load-balancing loss; the router on its own."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from milora import MiLoraError, Router
+from milora_core.routing import GATES, choose, load_balancing_loss
+
+
+@st.composite
+def probabilities_and_k(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Few different values, so that ties are the rule."""
+    experts = draw(st.integers(1, 9))
+    rows = draw(st.lists(st.lists(st.integers(1, 3), min_size=experts, max_size=experts), min_size=1, max_size=4))
+    raw = torch.tensor(rows, dtype=torch.float32)
+    return raw / raw.sum(dim=1, keepdim=True), draw(st.integers(1, experts))
+
+
+@given(case=probabilities_and_k(), gate=st.sampled_from(GATES))
+def test_exactly_k_are_chosen_and_ties_go_to_the_lowest_index(case: tuple[Tensor, int], gate: str) -> None:
+    probabilities, k = case
+    decision = choose(probabilities, k, gate)
+    for row, gates, chosen in zip(probabilities.tolist(), decision.gates, decision.chosen.tolist(), strict=True):
+        expected = sorted(range(len(row)), key=lambda index: (-row[index], index))[:k]
+        assert [index for index, is_chosen in enumerate(chosen) if is_chosen] == sorted(expected)
+        assert (gates != 0).tolist() == chosen
+
+
+@given(case=probabilities_and_k())
+def test_gates(case: tuple[Tensor, int]) -> None:
+    probabilities, k = case
+    hard, softmax, renormalized = (choose(probabilities, k, gate) for gate in ("hard", "softmax", "renormalized"))
+    mask = hard.chosen
+    assert torch.equal(hard.gates, mask.float())
+    assert torch.equal(softmax.gates, probabilities * mask)
+    torch.testing.assert_close(renormalized.gates.sum(dim=1), torch.ones(len(probabilities)))
+    torch.testing.assert_close(renormalized.gates * softmax.gates.sum(dim=1, keepdim=True), softmax.gates)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 0.3, 0.7])
+def test_a_hard_gate_is_exactly_one_with_a_gradient_too(scale: float) -> None:
+    probabilities = (torch.rand(50, 7) * scale).requires_grad_()
+    gates = choose(probabilities, 3, "hard").gates
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
+
+
+def test_the_straight_through_gradient_by_hand() -> None:
+    weights = torch.tensor([5.0, 7.0, 11.0])
+    for gate, expected in {
+        "hard": [0.0, 7.0, 11.0],
+        "softmax": [0.0, 7.0, 11.0],
+        # p_i / s with s = 0.9: d/dp_1 = 7 / s - (7 * 0.6 + 11 * 0.3) / s^2, and so on.
+        "renormalized": [0.0, 7 / 0.9 - 7.5 / 0.81, 11 / 0.9 - 7.5 / 0.81],
+    }.items():
+        p = torch.tensor([[0.1, 0.6, 0.3]], requires_grad=True)
+        (choose(p, 2, gate).gates * weights).sum().backward()
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad[0], torch.tensor(expected), msg=gate)
+
+
+def test_with_all_experts_hard_gates_are_constants() -> None:
+    p = torch.rand(3, 4, requires_grad=True)
+    gates = choose(p, 4, "hard").gates
+    assert torch.equal(gates, torch.ones(3, 4))
+    assert not gates.requires_grad
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 8])
+def test_top_k_out_of_range(top_k: int) -> None:
+    with pytest.raises(MiLoraError, match=f"between 1 and the number of experts of a block, 7; found {top_k}"):
+        choose(torch.rand(2, 7), top_k)
+
+
+def test_an_unknown_gate() -> None:
+    with pytest.raises(MiLoraError, match="Unknown gate 'soft'"):
+        choose(torch.rand(2, 7), 2, "soft")
+
+
+@given(case=probabilities_and_k())
+def test_the_balance_loss_lies_between_its_bounds(case: tuple[Tensor, int]) -> None:
+    probabilities, _ = case
+    experts = probabilities.shape[1]
+    loss = load_balancing_loss(probabilities).item()
+    # p of the winners is at least 1 / N each, so sum f p > 0; and f p summed is at most 1.
+    assert 0 < loss <= experts + 1e-5
+
+
+def test_the_balance_loss_by_hand() -> None:
+    # Arg max: 0 (a tie), 0, 1. f = (2/3, 1/3), p = (0.5, 0.5).
+    rows = torch.tensor([[0.5, 0.5], [0.8, 0.2], [0.2, 0.8]], requires_grad=True)
+    loss = load_balancing_loss(rows)
+    torch.testing.assert_close(loss, torch.tensor(1.0))
+    loss.backward()
+    # N f_i / rows: the share is a constant.
+    torch.testing.assert_close(rows.grad, torch.tensor([[4 / 9, 2 / 9]] * 3))
+    torch.testing.assert_close(load_balancing_loss(torch.tensor([[0.9, 0.1]] * 4)), torch.tensor(1.8))
+    torch.testing.assert_close(load_balancing_loss(torch.eye(5)), torch.tensor(1.0))
+    torch.testing.assert_close(load_balancing_loss(torch.eye(5)[:1].repeat(3, 1)), torch.tensor(5.0))
+
+
+def test_the_balance_loss_is_float32() -> None:
+    assert load_balancing_loss(torch.eye(3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_router_by_hand(normalize: bool) -> None:
+    router = Router(2, 3, top_k=2, pooler="mean", activation="relu", normalize=normalize)
+    router.projection.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    hidden = torch.tensor([[[9.0, 9.0], [6.0, -8.0], [0.0, 0.0]]])
+    mask = torch.tensor([[False, True, True]])
+    # The mean is (3, -4), its root mean square 5 / sqrt(2); relu keeps the first.
+    first = 3 / (5 / 2**0.5) if normalize else 3.0
+    decision = router(hidden, mask)
+    expected = torch.tensor([[first, 0.0, first / 2]]).softmax(dim=1)
+    torch.testing.assert_close(decision.probabilities, expected, rtol=1e-5, atol=1e-6)
+    assert decision.gates.tolist() == [[1.0, 0.0, 1.0]]
+
+
+def test_a_router_computes_in_float32_under_autocast_and_casts() -> None:
+    router = Router(8, 4, top_k=2)
+    hidden, mask = torch.randn(3, 5, 8).bfloat16(), torch.ones(3, 5, dtype=torch.bool)
+    plain = router(hidden.float(), mask)
+    router.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = router(hidden, mask)
+    assert cast.probabilities.dtype == torch.float32
+    assert torch.equal(cast.probabilities, plain.probabilities)
+    assert all(parameter.dtype == torch.float32 for parameter in router.parameters())
+
+
+def test_a_router_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(MiLoraError, match="top_k"):
+        Router(8, 4, top_k=5)
+    with pytest.raises(MiLoraError, match="Unknown gate"):
+        Router(8, 4, top_k=2, gate="soft")
