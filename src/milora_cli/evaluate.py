@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from milora.tasks.task import Task
 
-BUSY = "wait until it has ended, or give another --output-dir"
+BUSY = "wait until it ends, or give another --output-dir"
 
 
 def command(
@@ -97,7 +97,7 @@ def command(
         from milora.backbone.loading import backbone_of, load_for_inference, locate
         from milora.evaluation.fingerprint import model_fingerprint
         from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate
-        from milora.locks import alone_in
+        from milora.locks import writing_alone
         from milora.tasks.task import check_split
         from milora_core.files import write_json
 
@@ -126,7 +126,7 @@ def command(
         backbone = backbone_of(adapters, backbone)
         about = {"adapter": adapter, "backbone": locate(backbone), **settings.to_dict()}
         quiet_libraries()
-        with nullcontext() if output_dir is None else alone_in(output_dir, BUSY):
+        with nullcontext() if output_dir is None else writing_alone(output_dir, BUSY):
             if output_dir is not None:
                 read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
             model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from milora.benchmark import DecodeSettings, table4
-from milora.locks import locked
 from milora.methods import method
 from milora.paper import published
 from milora.paper.store import WORKING_FOLDER
@@ -43,7 +44,9 @@ def speed_section(
         return ["Not measured yet."]
     if not path.exists():
         # Two processes that measured at once would measure each other.
-        with locked(folder / WORKING_FOLDER / "table4.lock", wait=True):
+        working = folder / WORKING_FOLDER
+        working.mkdir(parents=True, exist_ok=True)
+        with FileLock(working / "table4.lock"):
             if not path.exists():
                 write_json(path, table4(settings, say).to_dict())
     return _lines(_read(path))

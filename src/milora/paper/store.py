@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milora.locks import locked
+from filelock import FileLock
+
 from milora.records import append_record, drop_half_line, read_records
 from milora_core.errors import MiLoraError
 
@@ -71,6 +72,7 @@ class ResultStore:
         """
         try:
             self.working.mkdir(parents=True, exist_ok=True)
+            (self.working / "locks").mkdir(exist_ok=True)
             (self.working / ".gitignore").write_text("*\n", encoding="utf-8")
         except OSError as error:
             raise MiLoraError(f"{self.working} cannot be written to: {error.strerror}.") from error
@@ -100,7 +102,7 @@ class ResultStore:
             MiLoraError: If it cannot be written; what was there is kept.
         """
         # Locked, because cutting off what a full disk left of a line is safe for one process at a time only.
-        with locked(self.working / "results.lock", wait=True):
+        with FileLock(self.working / "results.lock"):
             try:
                 drop_half_line(self.path)
                 append_record(self.path, record)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from milora.locks import locked
+from filelock import FileLock, Timeout
+
 from milora.paper.grid import Grid
 from milora.paper.materials import Materials
 from milora.paper.revision import revision
@@ -118,13 +119,13 @@ class Worker:
 
     def _try(self, run: Run) -> bool:
         """Makes a run unless another process has it or has made it; returns whether there is a new result."""
-        with locked(self._store.lock(run.digest)) as is_mine:
-            if not is_mine:
-                return False
-            # It may have been made since the list of runs was.
-            if self._settled(self._store.read())(run.digest):
-                return True
-            self._make(run)
+        try:
+            with FileLock(self._store.lock(run.digest), blocking=False):
+                # It may have been made since the list of runs was.
+                if not self._settled(self._store.read())(run.digest):
+                    self._make(run)
+        except Timeout:
+            return False
         return True
 
     def _make(self, run: Run) -> None:
