@@ -1,8 +1,8 @@
-"""`python -m milora`, the same as `milora`."""
+"""`python -m milora`, the same as `milora`, but slower to start: Python imports the package first, and PEFT with it."""
 
 import sys
 
-from milora_cli import main
+from milora_cli.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

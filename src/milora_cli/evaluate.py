@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from milora.evaluation.results import FILE_NAME as RESULTS_FILE
-from milora.evaluation.results import failures, merged, read_results, shots_of, with_mean
 from milora_cli import options
 from milora_cli.output import json_only, progress_bar, quiet_libraries
 from milora_core.errors import MiLoraError
@@ -50,8 +48,8 @@ def command(
         typer.Option(
             "--output-dir",
             metavar="DIR",
-            help=f"Predictions, a file a task, and {RESULTS_FILE}, to which tasks and figures can be added; the same "
-            "command goes on with what is there. One process at a time.",
+            help="Predictions, one file per task, and results.json. The same command resumes; another one adds tasks "
+            "and figures. One process at a time.",
         ),
     ] = None,
     beams: Annotated[
@@ -96,6 +94,7 @@ def command(
 
         from milora.backbone.loading import backbone_of, load_for_inference, locate
         from milora.evaluation.fingerprint import model_fingerprint
+        from milora.evaluation.results import FILE_NAME, failures, merged, read_results, with_mean
         from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate
         from milora.locks import writing_alone
         from milora.tasks.task import check_split
@@ -128,17 +127,17 @@ def command(
         quiet_libraries()
         with nullcontext() if output_dir is None else writing_alone(output_dir, BUSY):
             if output_dir is not None:
-                read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
+                read_results(output_dir / FILE_NAME, about, tasks, settings.figures)
             model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
             about["model"] = model_fingerprint(model)
             earlier = {}
             if output_dir is not None:
-                earlier = read_results(output_dir / RESULTS_FILE, about, tasks, settings.figures)
+                earlier = read_results(output_dir / FILE_NAME, about, tasks, settings.figures)
             results: dict[str, dict[str, Any]] = {}
             for of_task in tasks:
                 results[of_task.name] = evaluate(model, tokenizer, of_task, settings, _watch)
                 if output_dir is not None:
-                    write_json(output_dir / RESULTS_FILE, with_mean(about, merged(earlier, results)))
+                    write_json(output_dir / FILE_NAME, with_mean(about, merged(earlier, results)))
         result = with_mean(about, results)
         print_result(result)
         if not as_json:
@@ -150,7 +149,7 @@ def command(
                 console.width = 160
             console.print(table(results, result["mean"]))
             if output_dir is not None:
-                typer.echo(f"predictions and {RESULTS_FILE} in {output_dir}", err=True)
+                typer.echo(f"predictions and {FILE_NAME} in {output_dir}", err=True)
         if lacking := failures(results):
             for line in lacking:
                 typer.echo(f"milora: {line}", err=True)
@@ -164,6 +163,7 @@ def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = 
         MiLoraError: If there is no task of a name, or none at all, or one has no solved examples and `shots` are asked
             for.
     """
+    from milora.evaluation.results import shots_of
     from milora.tasks import registry
 
     separate = [name.strip() for listed in names for name in listed.split(",")]

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from milora.evaluation.predictions import Predictions, Request
-from milora.evaluation.scores import score
 from milora_cli import options
 from milora_cli.output import json_only, progress_bar, quiet_libraries
 from milora_cli.prompts import read_requests
 from milora_core.errors import MiLoraError
 
 if TYPE_CHECKING:
+    from milora.evaluation.predictions import Request
     from milora.inference.generation import Decoding
     from milora.tasks.task import Task
 
@@ -85,6 +84,8 @@ def command(
         from transformers import set_seed
 
         from milora.backbone.loading import load_for_inference
+        from milora.evaluation.predictions import Predictions
+        from milora.evaluation.scores import score
         from milora.inference.generation import Decoding, generate_texts
 
         sampling = temperature is not None or top_p is not None

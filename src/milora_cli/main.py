@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -27,8 +28,8 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
 }
 """The sub-commands in the order of `milora --help`: modules with a function `command`, and where it parses its own
-arguments with `SETTINGS` for `Typer.command`; or with an `app` of sub-commands of their own. They are imported with
-every start, so they may import neither torch nor transformers at their top level."""
+arguments with `SETTINGS` for `Typer.command`; or with an `app` of sub-commands of their own. They are imported at
+every start, so they import nothing of `milora`, which loads torch and PEFT, before the command runs."""
 
 USER_MISTAKES = (
     MiLoraError,
@@ -44,13 +45,28 @@ _UsageError: Any = typer.BadParameter.__base__
 
 DEBUG = "--debug"
 
-app = typer.Typer(name="milora", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    name="milora",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    # `--data_dir` works too: the libraries' own command lines spell their options with underscores.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"milora {version('milora')}")
+        raise typer.Exit
 
 
 @app.callback()
 def milora(
     debug: Annotated[
         bool, typer.Option(DEBUG, envvar="MILORA_DEBUG", help="Show a traceback for user mistakes too; goes anywhere.")
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """MiLoRA: mixture of LoRA experts, routed once per prompt."""

@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
-from milora.tasks.folder import VARIABLE, data_folder
+
+def _expanded(path: Path | None) -> Path | None:
+    # The shell leaves the `~` of an environment variable as it is.
+    return None if path is None else path.expanduser()
+
 
 Adapter = Annotated[str, typer.Option("--adapter", metavar="DIR", help="Folder or hub id of the adapter.")]
 Backbone = Annotated[
@@ -24,8 +28,8 @@ DataDirectory = Annotated[
     typer.Option(
         "--data-dir",
         metavar="DIR",
-        envvar=VARIABLE,
-        callback=data_folder,
+        envvar="MILORA_DATA_DIR",
+        callback=_expanded,
         help="Folder of the benchmarks' files, in LLM-Adapters' layout; without one they come from the hub.",
     ),
 ]

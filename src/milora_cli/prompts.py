@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora.evaluation.predictions import Request
 from milora_core.errors import DataError, MiLoraError
 
 if TYPE_CHECKING:
+    from milora.evaluation.predictions import Request
     from milora.tasks.rows import Row
 
 
@@ -32,12 +32,15 @@ def read_requests(
     """
     if prompts and data is not None:
         raise MiLoraError("--prompt and --data are both given; keep one of them.")
+    if data is None and not prompts and sys.stdin.isatty():
+        raise MiLoraError("There is nothing to read: give --prompt TEXT, --data FILE, or lines on standard input.")
+
+    from milora.evaluation.predictions import Request
+
     if data is not None:
         requests = _from_source(data, split, data_dir)
     elif prompts:
         requests = [Request(prompt) for prompt in prompts]
-    elif sys.stdin.isatty():
-        raise MiLoraError("There is nothing to read: give --prompt TEXT, --data FILE, or lines on standard input.")
     else:
         requests = [Request(line.rstrip("\n")) for line in sys.stdin if line.strip()]
     if not requests:
@@ -48,6 +51,7 @@ def read_requests(
 
 
 def _from_source(source: str, split: str, data_dir: Path | None) -> list[Request]:
+    from milora.evaluation.predictions import Request
     from milora.tasks import registry
     from milora.tasks.files import read_values
     from milora.tasks.sources import read_rows

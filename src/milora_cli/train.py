@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from milora.tasks.folder import data_folder
 from milora_core.errors import MiLoraError, did_you_mean
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
             mapping.
     """
     import yaml
+
+    from milora.tasks.folder import data_folder
 
     parser = _parser()
     flags, file = _apart_from_file(flags)

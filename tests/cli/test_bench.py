@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from milora import benchmark
-from milora_cli import main
+from milora_cli.main import main
 
 SMALL = ["--backbone", "tiny", "--layers", "1", "--device", "cpu", "--threads", "1"]
 

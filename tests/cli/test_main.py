@@ -70,22 +70,6 @@ def test_json_is_all_of_standard_output() -> None:
     assert summary["texts"][0]["prompt"] == "Hello"
 
 
-@pytest.mark.slow
-def test_the_command_line_itself_imports_nothing_heavy() -> None:
-    # `import milora` is bypassed: what it imports is decided there, and not by the command line.
-    package = Path(sys.modules["milora"].__path__[0])
-    script = (
-        "import sys, types; package = types.ModuleType('milora'); package.__path__ = [sys.argv[1]]\n"
-        "sys.modules['milora'] = package\n"
-        "from milora_cli import main\n"
-        "status = main(['--help'])\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)\n"
-        "sys.exit(f'{status} {heavy}' if status or heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(package)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0

@@ -7,7 +7,7 @@ import pytest
 
 from milora.backbone.shapes import shape_config
 from milora.methods import parameter_counts
-from milora_cli import main
+from milora_cli.main import main
 
 
 def test_json_is_one_object_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
