@@ -110,11 +110,11 @@ def test_sft_trainer_counts_the_balance_loss_once(tmp_path: Path, accumulation: 
 
 
 def test_sft_trainer_routes_on_the_prompt_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from milora.tuners import prompt_pass
+    from milora.tuners import prompt
 
     prompts = []
-    original = prompt_pass.prompt_tokens
-    monkeypatch.setattr(prompt_pass, "prompt_tokens", lambda *a, **k: prompts.append(original(*a, **k)) or prompts[-1])
+    original = prompt.prompt_tokens
+    monkeypatch.setattr(prompt, "prompt_tokens", lambda *a, **k: prompts.append(original(*a, **k)) or prompts[-1])
     tokenizer = character_tokenizer()
     arguments = SFTConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=8, bf16=False, **QUIET)
     SFTTrainer(adapted("llama"), arguments, train_dataset=text_rows(), processing_class=tokenizer).train()

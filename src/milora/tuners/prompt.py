@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from milora.tuners.trainers import check_calling_trainer
 from milora_core.errors import MiLoraError
 
 IGNORED_LABEL = -100
@@ -50,6 +51,36 @@ def attended_tokens(arguments: Mapping[str, Any]) -> Tensor:
     return attended
 
 
+def predicts_next_tokens(model: nn.Module) -> bool:
+    """Whether a model's labels are next tokens, as a causal language model's are.
+
+    The labels of sequence, token or multiple-choice classification are classes, and mark no end of a prompt.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is None or bool(can_generate())
+
+
+def prompt_of_call(model: nn.Module, attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
+    """(batch, tokens), bool: the prompts of a forward pass that nobody named with `use_prompt`.
+
+    A classifier's prompt is the whole row. A language model's is read off its labels by [`prompt_tokens`].
+
+    Args:
+        model: The backbone.
+        attended: As of [`prompt_tokens`].
+        labels: As of [`prompt_tokens`]; of a classifier, in any shape.
+        shifted: As of [`prompt_tokens`].
+
+    Raises:
+        MiLoraError: If a trainer makes the pass and withholds the labels, or packs several prompts into a row.
+    """
+    if not predicts_next_tokens(model):
+        return attended
+    if not torch.compiler.is_dynamo_compiling():
+        check_calling_trainer(has_labels=labels is not None)
+    return prompt_tokens(attended, labels, shifted=shifted)
+
+
 def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
     """(batch, tokens), bool: every attended token before the first supervised label.
 
@@ -81,7 +112,13 @@ def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = Fa
 
 
 def supervised_tokens(labels: Tensor, *, shifted: bool = False) -> Tensor:
-    """How many predictions the loss averages over, as `Trainer` counts them: labels after the first position."""
+    """How many predictions the loss averages over, as `Trainer` counts them.
+
+    Args:
+        labels: (batch, tokens), -100 where there is nothing to learn; or a classifier's, in any shape.
+        shifted: Whether every label counts: a language model's own labels are shifted by one, and the first has no
+            token that predicts it.
+    """
     return ((labels if shifted else labels[:, 1:]) != IGNORED_LABEL).sum()
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 
-from milora.tuners.prompt import attended_tokens, prompt_tokens
+from milora.tuners.prompt import attended_tokens, prompt_of_call
 from milora_core.errors import MiLoraError
 from milora_core.routing import RationalActivation
 
@@ -212,7 +212,7 @@ class PromptTuner:
         prompt = self.passes.prompt
         if prompt is None:
             labels, shifted = labels_of(arguments)
-            return prompt_tokens(attended, labels, shifted=shifted)
+            return prompt_of_call(self.model, attended, labels, shifted=shifted)
         if prompt.shape != attended.shape:
             raise MiLoraError(
                 f"use_prompt was given a mask of shape {tuple(prompt.shape)}; the batch has {tuple(attended.shape)}."

@@ -26,7 +26,7 @@ from milora.tuners.milora.shared_weights import SharedWeights
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.milora.targets import fill_in_experts
 from milora.tuners.outputs import add_to_loss
-from milora.tuners.prompt import supervised_tokens
+from milora.tuners.prompt import predicts_next_tokens, supervised_tokens
 from milora.tuners.prompt_pass import labels_of
 from milora.tuners.rollback import RevertibleTuner
 from milora_core.errors import MiLoraError
@@ -190,17 +190,18 @@ class MiLoraModel(GeneratingTuner, RevertibleTuner, LoraModel):  # type: ignore[
             if rows % len(forced) != 0:
                 raise MiLoraError(f"The route in force is for {len(forced)} prompts; the batch has {rows} rows.")
             return RoutingPass(rows, None, adapter_rows=adapter_rows, forced=forced.expand(rows // len(forced)))
+        prompt = self.prompt_of(attended, arguments)
         unlabelled = labels_of(arguments)[0] is None and self.passes.prompt is None
-        if unlabelled and self.training and torch.is_grad_enabled():
+        if unlabelled and self.training and torch.is_grad_enabled() and predicts_next_tokens(self.model):
             self.statistics.warn_without_labels()
-        return RoutingPass(rows, self.prompt_of(attended, arguments), adapter_rows=adapter_rows)
+        return RoutingPass(rows, prompt, adapter_rows=adapter_rows)
 
     def after_pass(self, prompt_pass: RoutingPass, arguments: dict[str, Any], output: Any) -> Any:
         """Adds the load-balancing loss to a labelled pass of training; see [`PromptTuner.after_pass`]."""
         labels, shifted = labels_of(arguments)
         if labels is None or prompt_pass.forced is not None:
             return None
-        tokens = supervised_tokens(labels, shifted=shifted)
+        tokens = supervised_tokens(labels, shifted=shifted or not predicts_next_tokens(self.model))
         for adapter, routings in prompt_pass.routings.items():
             losses = [load_balancing_loss(routing.decision.probabilities) for routing in routings.values()]
             balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

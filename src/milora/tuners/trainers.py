@@ -1,0 +1,86 @@
+"""Checks on the trainer that calls a model: batches whose labels it withholds, and rows it packs.
+
+A router reads the prompt, and in training the labels say where it ends. `Trainer` takes the labels out of the model's
+arguments for label smoothing and for a `compute_loss_func`, and packed rows look like any others. The model's arguments
+show neither, so these checks look for the trainer among the callers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from milora_core.errors import MiLoraError
+
+TRAINING_STEP, PREDICTION_STEP = "training_step", "prediction_step"
+"""The methods of transformers' `Trainer` from which it, and every trainer of TRL, calls its model."""
+
+WITHHELD = (
+    "{trainer} calls the model without labels{because}, so completions would be read as part of the prompt and the "
+    "load-balancing loss would be lost. Leave label_smoothing_factor, compute_loss_func and compute_metrics out, or "
+    "call the model with labels, or in `with model.use_prompt(mask):`, in a compute_loss of your own."
+)
+TRAINER_PACKS = (
+    "{trainer} packs several prompts into one row ({setting}=True). Each prompt has a route of its own, and a row has "
+    "one: pass {setting}=False."
+)
+
+
+def check_calling_trainer(*, has_labels: bool) -> None:
+    """Refuses a forward pass of a trainer that hides where the prompts of its rows end.
+
+    Args:
+        has_labels: Whether the model was given labels.
+
+    Raises:
+        MiLoraError: If a trainer withholds the labels, or packs rows. Passes that no trainer makes are never refused,
+            nor are those of a trainer's callbacks or of `generate`, which have no labels to give.
+    """
+    for frame in _trainer_frames():
+        trainer = frame.f_locals["self"]
+        is_training = frame.f_code.co_name == TRAINING_STEP
+        if has_labels:
+            _refuse_packing(trainer, is_training=is_training)
+        elif is_training or _batch_has_labels(frame, trainer):
+            raise MiLoraError(WITHHELD.format(trainer=type(trainer).__name__, because=_because(trainer)))
+
+
+def _trainer_frames() -> Iterator[FrameType]:
+    """The running steps of trainers, from the inside out."""
+    module = sys.modules.get("transformers.trainer")
+    frame: FrameType | None = sys._getframe() if module is not None else None
+    while frame is not None:
+        if frame.f_code.co_name in (TRAINING_STEP, PREDICTION_STEP) and isinstance(
+            frame.f_locals.get("self"),
+            module.Trainer,  # type: ignore[union-attr]
+        ):
+            yield frame
+        frame = frame.f_back
+
+
+def _batch_has_labels(frame: FrameType, trainer: Any) -> bool:
+    """Whether the batch of a prediction step has labels: `predict` also takes rows without any."""
+    inputs = frame.f_locals.get("inputs")
+    # `has_labels` is what `Trainer` found before it took them out.
+    return (isinstance(inputs, Mapping) and inputs.get("labels") is not None) or bool(frame.f_locals.get("has_labels"))
+
+
+def _refuse_packing(trainer: Any, *, is_training: bool) -> None:
+    arguments = trainer.args
+    if (getattr(arguments, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        return
+    setting = "packing"
+    if not is_training and getattr(arguments, "eval_packing", None) is not None:
+        setting = "eval_packing"
+    if getattr(arguments, setting, False):
+        raise MiLoraError(TRAINER_PACKS.format(trainer=type(trainer).__name__, setting=setting))
+
+
+def _because(trainer: Any) -> str:
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return " (compute_loss_func)"
+    if getattr(trainer, "label_smoother", None) is not None:
+        return " (label_smoothing_factor)"
+    return ""
