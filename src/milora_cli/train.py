@@ -70,6 +70,11 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
 
     parser = _parser()
     flags, file = _apart_from_file(flags)
+    names = _names(parser)
+    for spelled in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):
+        name = spelled[2:].replace("_", "-")
+        if name not in names:
+            raise MiLoraError(f"Unknown flag {spelled}{did_you_mean(name, sorted(names))}")
     try:
         parsed: Any = parser.parse_args_and_config(flags, return_remaining_strings=False)
     except MiLoraError:
@@ -77,12 +82,6 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MiLoraError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError, OSError) as error:
-        names = _names(parser)
-        for flag in flags:
-            spelled = flag.partition("=")[0]
-            name = spelled[2:].replace("-", "_")
-            if flag.startswith("--") and name not in names:
-                raise MiLoraError(f"Unknown flag {spelled}{did_you_mean(name, sorted(names))}") from error
         raise MiLoraError(str(error).splitlines()[0]) from error
     data, method, arguments = parsed
     folder = data_folder(data.data_dir)
@@ -112,6 +111,8 @@ def _parser() -> Any:
 
     class Parser(TrlParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
+            if "required" in message and "--backbone" in message:
+                message = "No --backbone is given: name a model folder, a hub id, or 'tiny', the bundled one"
             raise MiLoraError(f"{message}. See milora train --help.")
 
         def set_defaults_with_config(self, **values: Any) -> list[str]:
@@ -126,9 +127,8 @@ def _parser() -> Any:
 
 
 def _names(parser: Any) -> set[str]:
-    return {option.lstrip("-").replace("-", "_") for action in parser._actions for option in action.option_strings} | {
-        "config"
-    }
+    spelled = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    return {name.replace("_", "-") for name in spelled} | {"config"}
 
 
 def _print_help(*, everything: bool) -> None:
@@ -140,12 +140,10 @@ def _print_help(*, everything: bool) -> None:
 
     own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
     by_name = {action.dest: action for action in parser._actions}
-    typer.echo(
-        "Usage: milora train [--method NAME] --task NAME[,NAME...] [--backbone BACKBONE] [--output_dir DIR] ...\n"
-    )
+    typer.echo("Usage: milora train --backbone NAME --task NAME[,NAME...] [--method NAME] [--output-dir DIR] ...\n")
     typer.echo("  --config FILE  YAML with any of these; flags override it\n  --json  print the result as JSON")
     for name in own:
         action = by_name[name]
-        default = "" if action.default in (None, []) else f" (default: {action.default})"
-        typer.echo(f"  --{name}  {str(action.help).splitlines()[0]}{default}")
-    typer.echo("\nEvery other flag of TRL's SFTConfig works too: milora train --help-all")
+        default = "" if action.required or action.default in (None, []) else f" (default: {action.default})"
+        typer.echo(f"  --{name.replace('_', '-')}  {str(action.help).splitlines()[0]}{default}")
+    typer.echo("\nUnderscores work too. So does every other flag of TRL's SFTConfig: milora train --help-all")

@@ -19,7 +19,10 @@ COMMANDS = [
     ("--data-dir", ["evaluate", "--backbone", "tiny", "--task", "boolq"]),
     ("--data-dir", ["generate", "--backbone", "tiny", "--data", "boolq"]),
     ("--data-dir", ["route", "--adapter", "none", "--data", "boolq"]),
-    ("--data_dir", ["train", "--task", "boolq", "--use_cpu", "--report_to", "none", "--output_dir", "out"]),
+    (
+        "--data-dir",
+        ["train", "--backbone", "tiny", "--task", "boolq", "--use_cpu", "--report_to", "none", "--output_dir", "out"],
+    ),
     pytest.param("--data_dir", ["lm-eval", "--tasks", "gsm8k_local"], marks=needs_lm_eval),
 ]
 
@@ -48,14 +51,14 @@ def test_the_environment_names_the_folder_where_no_flag_does(
 
 
 def test_a_training_s_file_comes_between_flag_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse(["--task", "boolq", "--use_cpu"])[0].data_dir is None
+    assert parse(["--backbone", "tiny", "--task", "boolq", "--use-cpu"])[0].data_dir is None
     monkeypatch.setenv(VARIABLE, "")
-    assert parse(["--task", "boolq", "--use_cpu"])[0].data_dir is None
+    assert parse(["--backbone", "tiny", "--task", "boolq", "--use-cpu"])[0].data_dir is None
     monkeypatch.setenv(VARIABLE, "of-variable")
-    assert parse(["--task", "boolq", "--use_cpu"])[0].data_dir == "of-variable"
-    Path("file.yaml").write_text("task: boolq\ndata_dir: of-file\nuse_cpu: true\n")
+    assert parse(["--backbone", "tiny", "--task", "boolq", "--use-cpu"])[0].data_dir == "of-variable"
+    Path("file.yaml").write_text("backbone: tiny\ntask: boolq\ndata_dir: of-file\nuse_cpu: true\n")
     assert parse(["--config", "file.yaml"])[0].data_dir == "of-file"
-    assert parse(["--config", "file.yaml", "--data_dir", "of-flag"])[0].data_dir == "of-flag"
+    assert parse(["--config", "file.yaml", "--data-dir", "of-flag"])[0].data_dir == "of-flag"
 
 
 def test_a_report_s_file_comes_between_flag_and_environment(

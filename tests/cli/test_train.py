@@ -138,7 +138,7 @@ def test_rows_that_do_not_fit_are_counted_and_never_cut(
         ({"top_k": 9}, "top_k must lie between 1 and"),
         ({"max_length": 3}, "fits max_length=3"),
         ({"max_steps": "many"}, "max_steps"),
-        ({"topk": 2}, "--topk; did you mean 'top_k'"),
+        ({"topk": 2}, "--topk; did you mean 'top-k'"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"backbone": "nowhere/nothing/here"}, "nowhere/nothing/here"),
         ({"packing": True}, "packing"),
@@ -170,12 +170,13 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--r=4", "--topk", "2"], "Unknown flag --topk; did you mean 'top_k'?"),
-        (["--data-dir", "d", "--top-kk=2"], "Unknown flag --top-kk; did you mean 'top_k'?"),
-        (["--config=FILE", "--topk", "2"], "Unknown flag --topk; did you mean 'top_k'?"),
+        (["--r=4", "--topk", "2"], "Unknown flag --topk; did you mean 'top-k'?"),
+        (["--data-dir", "d", "--top-kk=2"], "Unknown flag --top-kk; did you mean 'top-k'?"),
+        (["--config=FILE", "--topk", "2"], "Unknown flag --topk; did you mean 'top-k'?"),
         (["--r", "4", "--config"], "--config needs a file"),
         (["--config", "--r", "4"], "--config needs a file"),
         (["--config="], "--config needs a file"),
+        (["--task", "bundled-choice"], "No --backbone is given: name a model folder, a hub id, or 'tiny'"),
     ],
 )
 def test_the_flag_that_is_wrong_is_blamed(
@@ -200,14 +201,16 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.Captu
 def test_flags_and_the_file_are_found_however_they_are_spelled(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("top_k: 2\nr: 2\n")
-    data, method, arguments = parse([f"--config={recipe}", "--r=4", "--data-dir", str(tmp_path), "--use_cpu=True"])
+    data, method, arguments = parse(
+        [f"--config={recipe}", "--backbone=tiny", "--r=4", "--data-dir", str(tmp_path), "--use_cpu=True"]
+    )
     assert (data.data_dir, method.top_k, method.r, arguments.use_cpu) == (str(tmp_path), 2, 4, True)
 
 
 def test_help_lists_our_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "--top_k" in shown
+    assert "--top-k" in shown
     assert "--deepspeed" not in shown
     assert main(["train", "--help-all"]) == 0
     assert "--deepspeed" in capsys.readouterr().out

@@ -78,8 +78,8 @@ def test_an_activation_for_each_half_of_the_blocks() -> None:
 
 
 def test_tasks_by_comma_and_by_space() -> None:
-    data = DataArguments(task=["bundled-choice,bundled-yesno", "arc-easy"], data=["bundled-choice"])
+    data = DataArguments("tiny", task=["bundled-choice,bundled-yesno", "arc-easy"], data=["bundled-choice"])
     assert data.sources == ["bundled-choice", "bundled-yesno", "arc-easy"]
-    assert DataArguments(task="boolq").task == ["boolq"]  # As YAML may have it.
+    assert DataArguments("tiny", task="boolq").task == ["boolq"]  # As YAML may have it.
     with pytest.raises(MiLoraError, match=r"no task 'arc-esy'.*did you mean 'arc-easy'"):
-        DataArguments(task=["arc-esy"])
+        DataArguments("tiny", task=["arc-esy"])

@@ -45,7 +45,9 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.parametrize("name", TABLE_5)
 def test_the_rows_of_table_5(name: str) -> None:
-    _, method, _ = parse(["--config", str(RECIPES / "table5" / f"{name}.yaml"), "--task", "boolq"])
+    _, method, _ = parse(
+        ["--config", str(RECIPES / "table5" / f"{name}.yaml"), "--backbone", "tiny", "--task", "boolq"]
+    )
     assert (method.method, method.overrides()) == ("milora", TABLE_5[name])
 
 
@@ -53,7 +55,7 @@ def test_the_papers_recipe_is_what_the_defaults_are() -> None:
     written = yaml.safe_load((RECIPES / "paper.yaml").read_text())
     config = MethodArguments().to_config(None, steps=1)  # type: ignore[arg-type]
     arguments = TrainingArguments("out", use_cpu=True)
-    data = DataArguments()
+    data = DataArguments("tiny")
     for name, value in written.items():
         if name not in ("output_dir", "method"):
             holder = next(part for part in (config, arguments, data) if hasattr(part, name))

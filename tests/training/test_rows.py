@@ -24,17 +24,17 @@ def test_what_does_not_fit_is_counted_by_why(tmp_path: Path) -> None:
     # In characters, with one more for the end of sequence: 10 in all.
     rows = [("a" * 6, "b" * 3), ("a" * 6, "b" * 4), ("a" * 9, "b"), ("a" * 10, "b"), ("a" * 30, "b")]
     source = file_of(tmp_path, "rows.jsonl", rows)
-    mixture = mix(read_sources(DataArguments(data=[source], dev_fraction=0.0), 0), character_tokenizer(), 10)
+    mixture = mix(read_sources(DataArguments("tiny", data=[source], dev_fraction=0.0), 0), character_tokenizer(), 10)
     assert [(row.prompt, row.completion) for row in mixture.train] == [rows[0]]
     assert mixture.counts[source].to_dict() == {"train": 1, "dev": 0, "too_long": 2, "no_room": 2}
     assert mixture.left_out == 4
     with pytest.raises(MiLoraError, match=r"max_length=5 \(5 rows are too long, of 5 the prompt alone\)"):
-        mix(read_sources(DataArguments(data=[source], dev_fraction=0.0), 0), character_tokenizer(), 5)
+        mix(read_sources(DataArguments("tiny", data=[source], dev_fraction=0.0), 0), character_tokenizer(), 5)
 
 
 def test_several_sources_each_with_their_own_dev_rows(tmp_path: Path) -> None:
     source = file_of(tmp_path, "rows.jsonl", [(f"row {index}", "x") for index in range(40)])
-    data = DataArguments(task=["bundled-choice,bundled-yesno"], data=[source], train_rows=30, dev_rows=3)
+    data = DataArguments("tiny", task=["bundled-choice,bundled-yesno"], data=[source], train_rows=30, dev_rows=3)
     first, again, other = (mix(read_sources(data, seed), character_tokenizer(), None) for seed in (0, 0, 1))
     assert {name: (count.train, count.dev) for name, count in first.counts.items()} == {
         "bundled-choice": (30, 3),
@@ -48,7 +48,7 @@ def test_several_sources_each_with_their_own_dev_rows(tmp_path: Path) -> None:
 
 def test_a_dev_set_of_its_own(tmp_path: Path) -> None:
     train, dev = (file_of(tmp_path, f"{name}.jsonl", [(name, "x")] * 20) for name in ("train", "dev"))
-    mixture = mix(read_sources(DataArguments(data=[train], dev_data=[dev]), 0), character_tokenizer(), None)
+    mixture = mix(read_sources(DataArguments("tiny", data=[train], dev_data=[dev]), 0), character_tokenizer(), None)
     assert {row.prompt for row in mixture.train} == {"train"}
     assert {row.prompt for row in mixture.dev} == {"dev"}
     assert (len(mixture.train), len(mixture.dev)) == (20, 20)
@@ -56,15 +56,15 @@ def test_a_dev_set_of_its_own(tmp_path: Path) -> None:
 
 def test_nothing_to_learn_from() -> None:
     with pytest.raises(MiLoraError, match="pass --task"):
-        read_sources(DataArguments(), 0)
+        read_sources(DataArguments("tiny"), 0)
 
 
 def test_a_folder_s_own_dev_rows(tmp_path: Path) -> None:
     file_of(tmp_path, "train.jsonl", [(f"train {index}", "x") for index in range(20)])
-    data = DataArguments(data=[str(tmp_path)])
+    data = DataArguments("tiny", data=[str(tmp_path)])
     assert len(read_sources(data, 0)[str(tmp_path)].dev) == 2
     file_of(tmp_path, "dev.jsonl", [("dev", "x")] * 3)
-    for arguments in (data, DataArguments(data=[str(tmp_path)], dev_data=[str(tmp_path)])):
+    for arguments in (data, DataArguments("tiny", data=[str(tmp_path)], dev_data=[str(tmp_path)])):
         mixture = mix(read_sources(arguments, 0), character_tokenizer(), None)
         assert len(mixture.train) == 20
         assert [row.prompt for row in mixture.dev] == ["dev"] * 3
@@ -73,12 +73,12 @@ def test_a_folder_s_own_dev_rows(tmp_path: Path) -> None:
 def test_a_folder_without_dev_rows_is_none_to_measure_on(tmp_path: Path) -> None:
     train = file_of(tmp_path, "train.jsonl", [("train", "x")] * 20)
     with pytest.raises(MiLoraError, match="has no split dev or validation to take dev rows from; its splits: train"):
-        read_sources(DataArguments(data=[train], dev_data=[str(tmp_path)]), 0)
+        read_sources(DataArguments("tiny", data=[train], dev_data=[str(tmp_path)]), 0)
 
 
 class TestHeldOut:
     def held_out(self, source: str, seed: int = 0, fraction: float = 0.1) -> tuple[list[Any], list[Any]]:
-        rows = read_sources(DataArguments(data=[source], dev_fraction=fraction), seed)[source]
+        rows = read_sources(DataArguments("tiny", data=[source], dev_fraction=fraction), seed)[source]
         return list(rows.train), list(rows.dev)
 
     @pytest.mark.parametrize("seed", range(5))

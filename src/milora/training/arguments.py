@@ -25,7 +25,6 @@ class DataArguments:
     """Which backbone learns from which rows."""
 
     backbone: str = field(
-        default="tiny",
         metadata={
             "help": "A model folder, a hub name, or 'tiny', the bundled one.",
             "aliases": ["--model_name_or_path"],
