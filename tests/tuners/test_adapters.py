@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
@@ -342,13 +342,42 @@ class TestFiles:
             "router_activation": "rational",
             "rational_orders": [6, 5],
             "gate": "hard",
+            "router_norm": "tokens",
             "load_balancing_coef": 0.01,
             "experts": EXPERTS["llama"],
             "use_dora": False,
         }
         assert {key: config[key] for key in expected} == expected
         # What is needed while the model is built is not the file's business.
-        assert not {"expert_places", "awaits_weights"} & set(config)
+        assert not {"expert_places", "awaits_weights", "normalize_router_input"} & set(config)
+
+    @pytest.mark.parametrize(
+        ("written", "router_norm"),
+        [
+            ({}, "none"),
+            ({"normalize_router_input": False}, "none"),
+            ({"normalize_router_input": True}, "pooled"),
+            ({"router_norm": "tokens"}, "tokens"),
+        ],
+        ids=str,
+    )
+    def test_files_from_before_router_norm_route_as_they_were_trained(
+        self, written: dict[str, Any], router_norm: str, tmp_path: Path
+    ) -> None:
+        model = adapted(router_norm=router_norm).model
+        model.save_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        config = json.loads(path.read_text())
+        del config["router_norm"]
+        path.write_text(json.dumps(config | written))
+        assert PeftConfig.from_pretrained(str(tmp_path)).router_norm == router_norm
+        loaded = PeftModel.from_pretrained(ARCHITECTURES["llama"](), tmp_path)
+        assert torch.equal(logits_of(loaded), logits_of(model))
+        # Saved again, it is a file of today.
+        loaded.save_pretrained(tmp_path)
+        again = json.loads(path.read_text())
+        assert again["router_norm"] == router_norm
+        assert "normalize_router_input" not in again
 
     @pytest.mark.parametrize("name", UNEVEN_EXPERTS)
     def test_uneven_blocks_are_a_mapping(self, name: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ EXPERT = "base_model.model.model.layers.0.mlp.up_proj."
         ({"top_k": 0}, "top_k must be an integer of at least 1; found 0"),
         ({"top_k": 2.0}, "top_k must be an integer"),
         ({"pooler": "median"}, "Unknown pooler 'median'; choose one of"),
+        ({"router_norm": "token"}, "Unknown router_norm 'token'; choose one of"),
         ({"router_activation": "swish"}, "Unknown router_activation 'swish'"),
         ({"router_activation": "rational-swish"}, "Unknown router_activation 'rational-swish'"),
         ({"router_activation": ["relu", "swish"]}, "Unknown router_activation 'swish'"),

@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from milora import MiLoraError, Route
 from milora.tuners.milora.layer import RouterLayer
-from milora_core.routing import GATES, POOLERS
+from milora_core.routing import GATES, POOLERS, ROUTER_NORMS
 
 NEW = 6
 PROMPTS = random_prompts(4, (3, 9), seed=1)
@@ -93,6 +93,14 @@ class TestAgainstTheReference:
     @pytest.mark.parametrize("pooler", POOLERS)
     def test_every_gate_and_pooler(self, gate: str, pooler: str) -> None:
         case = adapted(gate=gate, pooler=pooler, use_dora=pooler == "max")
+        assert_route_is_the_references(case, case.model.route(*pad(PROMPTS, "left")))
+        assert generate(case.model) == [case.reference.greedy(torch.tensor([prompt]), NEW) for prompt in PROMPTS]
+
+    @pytest.mark.usefixtures("either_way")
+    @pytest.mark.parametrize("router_norm", ROUTER_NORMS)
+    @pytest.mark.parametrize("pooler", POOLERS)
+    def test_every_norm_and_pooler(self, router_norm: str, pooler: str) -> None:
+        case = adapted(router_norm=router_norm, pooler=pooler)
         assert_route_is_the_references(case, case.model.route(*pad(PROMPTS, "left")))
         assert generate(case.model) == [case.reference.greedy(torch.tensor([prompt]), NEW) for prompt in PROMPTS]
 

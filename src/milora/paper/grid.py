@@ -21,7 +21,7 @@ from milora.paper.store import Record, Results
 from milora_core.errors import MiLoraError
 
 VARIED = ("r", "num_experts", "top_k", "pooler", "router_activation", "gate", "load_balancing_coef")
-VARIED_OF_MILORA = (*VARIED, "normalize_router_input")
+VARIED_OF_MILORA = (*VARIED, "router_norm")
 """Fields that sections vary. A run names them also where they are at their defaults: so runs are shared, and a
 default that changes makes another run."""
 
@@ -288,7 +288,7 @@ def _paper_learning_rate() -> float:
 def _defaults(name: str) -> dict[str, Any]:
     """What a method's varied fields and its size are by default."""
     varied = VARIED_OF_MILORA if name in ROUTED else VARIED if name == "moelora" else ()
-    of_class = {one.name: one.default for one in fields(method(name).config_class)}
-    values = {field: of_class[field] for field in varied if field in of_class}
+    default = method(name).config_class() if varied else None
+    values = {field: getattr(default, field) for field in varied if hasattr(default, field)}
     size = SIZES.get(name)
     return {**values, **({size.field: size.paper} if size else {})}

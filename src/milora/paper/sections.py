@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from milora.methods import METHODS, method
 from milora.paper.request import ReportRequest
 from milora.paper.runs import Cell, Settings, Variant
+from milora_core.routing import ROUTER_NORMS
 
 TABLE_1_TASKS = ("arc-easy", "arc-challenge", "boolq", "obqa", "piqa", "aqua", "gsm8k")
 TABLE_2_TASKS = ("arc-easy", "arc-challenge", "boolq", "obqa", "piqa")
@@ -257,12 +258,12 @@ def _router_choices(of: _Builder) -> Section:
     tasks = of.tasks(PAIR)
     rows = []
     for gate in GATES:
-        for normalised in (False, True):
-            label = f"gate {gate}{', normalised' if normalised else ''}"
+        for norm in ROUTER_NORMS:
+            label = f"gate {gate}, norm {norm}"
             # Gates scale the experts' output differently, so that one learning rate for all would favour some.
-            variant = of.variant("milora", label, own_tuning=True, gate=gate, normalize_router_input=normalised)
+            variant = of.variant("milora", label, own_tuning=True, gate=gate, router_norm=norm)
             rows.append(Row(label, of.single(variant, tasks)))
-    return Section(of.name, "Router choices: gates, and normalising what the router reads", tasks, tuple(rows))
+    return Section(of.name, "Router choices: gates, and what of the router's input is normalised", tasks, tuple(rows))
 
 
 BUILDERS: Mapping[str, Callable[[_Builder], Section]] = {

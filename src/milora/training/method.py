@@ -56,7 +56,9 @@ class MethodArguments:
     load_balancing_coef: float | None = field(
         default=None, metadata={"help": "Coefficient of the load-balancing loss (default 0.01)."}
     )
-    normalize_router_input: bool | None = field(default=None, metadata={"help": "Normalise the pooled vector."})
+    router_norm: str | None = field(
+        default=None, metadata={"help": "What the router normalises: tokens (default), pooled or none."}
+    )
 
     def __post_init__(self) -> None:
         self.settings = _mapping(self.settings)

@@ -7,6 +7,9 @@
  *
  *     g(x) = sum_j a_j x^j / (1 + |sum_i b_i x^i|)
  *
+ * The tokens are the hidden states, or each divided by its root mean square: x_t = s_t h_t, s_t = rsqrt(mean(h_t^2) +
+ * 1e-6). The factors s_t are multiplied into the scores and the shares, so no normalised copy is written.
+ *
  * What the mask leaves out is not read. Work is shared out by tokens and by features, so that the result depends neither
  * on the number of threads nor on where the padding is.
  */
@@ -49,6 +52,20 @@ static void softmax(float *scores, const uint8_t *mask, int64_t tokens)
         return sum;                                                                                                    \
     }                                                                                                                  \
                                                                                                                        \
+    static float scale_##X(const X *x, int64_t size)                                                                   \
+    {                                                                                                                  \
+        lanes sums = {0};                                                                                              \
+        int64_t i = 0;                                                                                                 \
+        for (; i + LANES <= size; i += LANES)                                                                          \
+            sums += lanes_of_##X(x + i) * lanes_of_##X(x + i);                                                         \
+        float sum = 0;                                                                                                 \
+        for (int lane = 0; lane < LANES; lane++)                                                                       \
+            sum += sums[lane];                                                                                         \
+        for (; i < size; i++)                                                                                          \
+            sum += read_##X(x[i]) * read_##X(x[i]);                                                                    \
+        return 1 / sqrtf(sum / (float)size + 1e-6f);                                                                   \
+    }                                                                                                                  \
+                                                                                                                       \
     static void pool_features_##X(const X *x, const uint8_t *mask, const float *shares, float *pooled, int64_t tokens, \
                                   int64_t size, int64_t count)                                                         \
     {                                                                                                                  \
@@ -68,19 +85,29 @@ static void softmax(float *scores, const uint8_t *mask, int64_t tokens)
         memcpy(pooled, sums, (size_t)count * sizeof *sums);                                                            \
     }                                                                                                                  \
                                                                                                                        \
-    /* x: (batch, tokens, size); mask, and shares as room: (batch, tokens); weight: (size) or NULL; pooled: (batch,    \
-       size). */                                                                                                       \
-    void pool_##X(const void *hidden, const uint8_t *mask, const float *weight, float *shares, float *pooled,          \
-                  int64_t batch, int64_t tokens, int64_t size, int64_t threads)                                        \
+    /* x: (batch, tokens, size); mask, and shares and scales as room: (batch, tokens); weight: (size) or NULL; scales: \
+       NULL for tokens as they are; pooled: (batch, size). */                                                          \
+    void pool_##X(const void *hidden, const uint8_t *mask, const float *weight, float *shares, float *scales,          \
+                  float *pooled, int64_t batch, int64_t tokens, int64_t size, int64_t threads)                         \
     {                                                                                                                  \
         const X *x = (const X *)hidden;                                                                                \
         const int64_t parts = (size + POOLED - 1) / POOLED;                                                            \
         _Pragma("omp parallel num_threads((int)threads)")                                                              \
         {                                                                                                              \
-            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < batch * tokens; i++) shares[i] =               \
-                mask[i] && weight ? score_##X(x + i * size, weight, size) : 0;                                         \
+            _Pragma("omp for schedule(static)") for (int64_t i = 0; i < batch * tokens; i++)                           \
+            {                                                                                                          \
+                shares[i] = mask[i] && weight ? score_##X(x + i * size, weight, size) : 0;                             \
+                if (scales) {                                                                                          \
+                    scales[i] = mask[i] ? scale_##X(x + i * size, size) : 0;                                           \
+                    shares[i] *= scales[i];                                                                            \
+                }                                                                                                      \
+            }                                                                                                          \
             _Pragma("omp for schedule(static)") for (int64_t b = 0; b < batch; b++)                                    \
+            {                                                                                                          \
                 softmax(shares + b * tokens, mask + b * tokens, tokens);                                               \
+                for (int64_t i = b * tokens; scales && i < (b + 1) * tokens; i++)                                      \
+                    shares[i] *= scales[i];                                                                            \
+            }                                                                                                          \
             _Pragma("omp for schedule(static)") for (int64_t i = 0; i < batch * parts; i++)                            \
             {                                                                                                          \
                 const int64_t b = i / parts, first = i % parts * POOLED;                                               \

@@ -11,15 +11,17 @@ from milora_core.kernels.native import library
 from milora_core.kernels.row_lora import KERNEL_DTYPES
 
 
-def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor | None:
-    """`sum_t a_t hidden_t` over the tokens of the mask, with `a = softmax_t(weight . hidden_t)`.
+def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None, *, normalize: bool = False) -> Tensor | None:
+    """`sum_t a_t x_t` over the tokens of the mask, with `a = softmax_t(weight . x_t)`.
 
-    What the mask leaves out is not read, so that it may be anything, and the result does not depend on where it lies.
+    `x` is `hidden`, or `hidden_t * rsqrt(mean(hidden_t^2) + 1e-6)` with `normalize`. Tokens outside the mask are not
+    read: they may hold anything, and the result does not depend on where they are.
 
     Args:
         hidden: (batch, tokens, hidden).
         mask: (batch, tokens), bool, true at least once a row.
         weight: Of `hidden` elements, float32, or `None` for equal shares: the mean.
+        normalize: Divide each token by its root mean square first.
 
     Returns:
         (batch, hidden), float32; `None` where there is no kernel for it: other devices, dtypes and shapes, gaps in
@@ -38,16 +40,18 @@ def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor | None:
     ):
         return None
     function = getattr(kernels, f"pool_{KERNEL_DTYPES[hidden.dtype]}")
-    function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 4, None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4, None
     batch, tokens, size = hidden.shape
     mask, weight = mask.contiguous(), None if weight is None else weight.contiguous()
     shares = torch.empty(batch, tokens, dtype=torch.float32, device="cpu")
+    scales = torch.empty(batch, tokens, dtype=torch.float32, device="cpu") if normalize else None
     pooled = torch.empty(batch, size, dtype=torch.float32, device="cpu")
     function(
         hidden.data_ptr(),
         mask.data_ptr(),
         None if weight is None else weight.data_ptr(),
         shares.data_ptr(),
+        None if scales is None else scales.data_ptr(),
         pooled.data_ptr(),
         batch,
         tokens,

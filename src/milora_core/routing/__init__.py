@@ -6,9 +6,11 @@ from milora_core.routing.rational import ACTIVATIONS, RationalActivation, build_
 from milora_core.routing.route import Route
 from milora_core.routing.router import (
     GATES,
+    ROUTER_NORMS,
     Decision,
     Router,
     RouterProjection,
+    check_router_norm,
     check_top_k,
     choose,
     expert_probabilities,
@@ -18,6 +20,7 @@ __all__ = [
     "ACTIVATIONS",
     "GATES",
     "POOLERS",
+    "ROUTER_NORMS",
     "Decision",
     "Pooler",
     "RationalActivation",
@@ -26,6 +29,7 @@ __all__ = [
     "RouterProjection",
     "build_activation",
     "build_pooler",
+    "check_router_norm",
     "check_top_k",
     "choose",
     "expert_probabilities",

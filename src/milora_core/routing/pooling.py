@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from milora_core.errors import MiLoraError
 from milora_core.kernels import routing as kernels
 from milora_core.routing.precision import KeepFloat32
 
 
+def root_mean_square_norm(x: Tensor) -> Tensor:
+    """`x * rsqrt(mean(x^2) + 1e-6)` over the last dimension; `x` is float32 of any shape."""
+    return functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
 class Pooler(KeepFloat32):
     """Pools (batch, tokens, hidden) to (batch, hidden) over the tokens of the prompt; padding never enters.
 
-    Called with `hidden` (batch, tokens, hidden) of any floating dtype and `mask` (batch, tokens), true where a token
-    belongs to the prompt, at least once a row. The result is float32.
+    Call it with `hidden` (batch, tokens, hidden) of any floating dtype and `mask` (batch, tokens), true where a token
+    belongs to the prompt, at least once a row. With `normalize`, each token is divided by its root mean square first
+    ([`root_mean_square_norm`]). The result is float32.
     """
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
         """See the class."""
-        pooled = self.pooled_at_once(hidden, mask)
+        pooled = self.pooled_at_once(hidden, mask, normalize)
         if pooled is not None:
             return pooled
-        # Zeroed and not only weighted by zero: what lies at padding may be NaN, and 0 * NaN is NaN. Before the cast,
-        # where it is half as much to write.
-        hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).float()
+        hidden = prompt_states(hidden, mask, normalize)
         return torch.einsum("bt,bth->bh", self.weights(hidden, mask), hidden)
 
-    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor | None:
         """The result by a kernel that does all of it, where there is one."""
         return None
 
@@ -39,9 +44,9 @@ class Pooler(KeepFloat32):
 class MeanPooler(Pooler):
     """The mean over the prompt's tokens (the paper's MiLoRA-1)."""
 
-    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor | None:
         """See [`Pooler`]."""
-        return kernels.pool(hidden, mask, None)
+        return kernels.pool(hidden, mask, None, normalize=normalize)
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """1 / (tokens of the prompt) on the prompt."""
@@ -51,17 +56,20 @@ class MeanPooler(Pooler):
 class LastPooler(Pooler):
     """The prompt's last token (the paper's MiLoRA-2)."""
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
         """See [`Pooler`]."""
         last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(dim=1)
-        return hidden[torch.arange(len(last), device=last.device), last].float()
+        state = hidden[torch.arange(len(last), device=last.device), last].float()
+        return root_mean_square_norm(state) if normalize else state
 
 
 class MaxPooler(Pooler):
     """The maximum of each feature over the prompt's tokens."""
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
         """See [`Pooler`]."""
+        if normalize:
+            hidden = prompt_states(hidden, mask, normalize)
         return hidden.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1).float()
 
 
@@ -79,14 +87,22 @@ class AttentionPooler(Pooler):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=torch.float32))
 
-    def pooled_at_once(self, hidden: Tensor, mask: Tensor) -> Tensor | None:
+    def pooled_at_once(self, hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor | None:
         """See [`Pooler`]."""
-        return kernels.pool(hidden, mask, self.weight)
+        return kernels.pool(hidden, mask, self.weight, normalize=normalize)
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """The attention that each token of the prompt gets."""
         scores = torch.einsum("bth,h->bt", hidden, self.weight.float()[0])
         return scores.masked_fill(~mask, float("-inf")).softmax(dim=1)
+
+
+def prompt_states(hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor:
+    """The hidden states in float32, zero outside the mask, each divided by its root mean square if wanted."""
+    # Zeroed and not only weighted by zero: padding may hold NaN, and 0 * NaN is NaN. Before the cast, where it is half
+    # as much to write.
+    hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).float()
+    return root_mean_square_norm(hidden) if normalize else hidden
 
 
 POOLERS: tuple[str, ...] = ("attention", "mean", "max", "last")

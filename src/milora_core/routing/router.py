@@ -8,11 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from milora_core.errors import MiLoraError
-from milora_core.routing.pooling import Pooler, build_pooler
+from milora_core.routing.pooling import Pooler, build_pooler, root_mean_square_norm
 from milora_core.routing.precision import KeepFloat32
 from milora_core.routing.rational import build_activation
 
 GATES: tuple[str, ...] = ("hard", "softmax", "renormalized")
+
+ROUTER_NORMS: tuple[str, ...] = ("tokens", "pooled", "none")
+"""Where the router's input is divided by its root mean square, `x * rsqrt(mean(x^2) + 1e-6)` in float32, which has no
+parameters. `tokens`: each token of the prompt, before the pooler. `pooled`: the pooled vector. `none`: nowhere, which
+is what the paper says. The first token of a pretrained model is often a hundred times as long as the others, so without
+`tokens` it alone decides, and every prompt gets nearly the same route."""
 
 
 class Decision(NamedTuple):
@@ -50,7 +56,7 @@ def expert_probabilities(
     activation: nn.Module,
     projection: nn.Module,
     *,
-    normalize: bool = False,
+    norm: str = "tokens",
 ) -> Tensor:
     """`softmax(g(pool(H)) W_r)` (equations 2 and 3), in float32 under any autocast.
 
@@ -60,15 +66,15 @@ def expert_probabilities(
         pooler: See [`milora_core.routing.pooling`].
         activation: `g`.
         projection: `W_r`.
-        normalize: Divide the pooled vector by its root mean square first (not in the paper).
+        norm: One of [`ROUTER_NORMS`].
 
     Returns:
         (batch, experts), float32.
     """
     with torch.autocast(device_type=hidden.device.type, enabled=False):
-        pooled = pooler(hidden, mask)
-        if normalize:
-            pooled = pooled * torch.rsqrt(pooled.square().mean(dim=-1, keepdim=True) + 1e-6)
+        pooled = pooler(hidden, mask, normalize=norm == "tokens")
+        if norm == "pooled":
+            pooled = root_mean_square_norm(pooled)
         logits: Tensor = projection(activation(pooled))
         return logits.softmax(dim=-1)
 
@@ -114,6 +120,12 @@ def check_top_k(top_k: int, experts: int) -> None:
         raise MiLoraError(f"top_k must lie between 1 and the number of experts of a block, {experts}; found {top_k}.")
 
 
+def check_router_norm(norm: str) -> None:
+    """Raises a [`MiLoraError`] unless `norm` is one of [`ROUTER_NORMS`]."""
+    if norm not in ROUTER_NORMS:
+        raise MiLoraError(f"Unknown router_norm {norm!r}; choose one of {list(ROUTER_NORMS)}.")
+
+
 def _unknown_gate(gate: str) -> MiLoraError:
     return MiLoraError(f"Unknown gate {gate!r}; choose one of {list(GATES)}.")
 
@@ -129,7 +141,7 @@ class Router(nn.Module):
         activation: `rational` or a fixed activation's name.
         rational_orders: Degrees of the rational.
         gate: `hard`, `softmax` or `renormalized`.
-        normalize: Normalise the pooled vector by its root mean square (not in the paper).
+        norm: What is divided by its root mean square: `tokens`, `pooled` or `none`; see [`ROUTER_NORMS`].
 
     Raises:
         MiLoraError: If one of the arguments is out of range or unknown.
@@ -145,20 +157,21 @@ class Router(nn.Module):
         activation: str = "rational",
         rational_orders: tuple[int, int] = (6, 5),
         gate: str = "hard",
-        normalize: bool = False,
+        norm: str = "tokens",
     ) -> None:
         super().__init__()
         check_top_k(top_k, experts)
         if gate not in GATES:
             raise _unknown_gate(gate)
+        check_router_norm(norm)
         self.pooler = build_pooler(pooler, hidden_size)
         self.activation = build_activation(activation, rational_orders)
         self.projection = RouterProjection(hidden_size, experts)
-        self.top_k, self.gate, self.normalize = top_k, gate, normalize
+        self.top_k, self.gate, self.norm = top_k, gate, norm
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Decision:
         """Decides for each prompt: `hidden` (batch, tokens, hidden), `mask` (batch, tokens) true on the prompt."""
         probabilities = expert_probabilities(
-            hidden, mask, self.pooler, self.activation, self.projection, normalize=self.normalize
+            hidden, mask, self.pooler, self.activation, self.projection, norm=self.norm
         )
         return choose(probabilities, self.top_k, self.gate)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from milora_core.kernels import native
 from milora_core.kernels.routing import pool, rational
-from milora_core.routing import Router, build_activation, build_pooler
+from milora_core.routing import POOLERS, ROUTER_NORMS, Router, build_activation, build_pooler
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
 
@@ -19,11 +19,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-def pooled_by_hand(hidden: Tensor, mask: Tensor, weight: Tensor | None) -> Tensor:
+def pooled_by_hand(hidden: Tensor, mask: Tensor, weight: Tensor | None, *, normalize: bool = False) -> Tensor:
     """Prompt for prompt, over its own tokens only."""
     rows = []
     for of_prompt, of_mask in zip(hidden.double(), mask, strict=True):
         tokens = [token for token, keep in zip(of_prompt, of_mask.tolist(), strict=True) if keep]
+        if normalize:
+            tokens = [token / math.sqrt(math.fsum((token**2).tolist()) / len(token) + 1e-6) for token in tokens]
         scores = [0.0 if weight is None else math.fsum((token * weight.double()).tolist()) for token in tokens]
         shares = [math.exp(score - max(scores)) for score in scores]
         rows.append(sum(share / math.fsum(shares) * token for share, token in zip(shares, tokens, strict=True)))
@@ -45,17 +47,20 @@ def prompts(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(prompts())
-def test_pooling_is_the_formula_over_each_prompts_own_tokens(case: tuple[Tensor, Tensor, Tensor | None]) -> None:
-    pooled = pool(*case)
+@given(prompts(), st.booleans())
+def test_pooling_is_the_formula_over_each_prompts_own_tokens(
+    case: tuple[Tensor, Tensor, Tensor | None], normalize: bool
+) -> None:
+    pooled = pool(*case, normalize=normalize)
     assert pooled is not None
     assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled.double(), pooled_by_hand(*case), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(pooled.double(), pooled_by_hand(*case, normalize=normalize), rtol=1e-5, atol=2e-5)
 
 
-def test_neither_padding_nor_neighbours_nor_threads_change_a_bit() -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_neither_padding_nor_neighbours_nor_threads_change_a_bit(normalize: bool) -> None:
     prompt, weight = normal(1, 6, 300, dtype=torch.bfloat16), normal(300, seed=3)
-    alone = pool(prompt, torch.ones(1, 6, dtype=torch.bool), weight)
+    alone = pool(prompt, torch.ones(1, 6, dtype=torch.bool), weight, normalize=normalize)
     assert alone is not None
     left = torch.cat([normal(1, 4, 300, dtype=torch.bfloat16), prompt], dim=1)
     right = torch.cat([prompt, normal(1, 4, 300, dtype=torch.bfloat16)], dim=1)
@@ -64,7 +69,7 @@ def test_neither_padding_nor_neighbours_nor_threads_change_a_bit() -> None:
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            both = pool(torch.cat([left, right]), keep, weight)
+            both = pool(torch.cat([left, right]), keep, weight, normalize=normalize)
             assert both is not None
             assert torch.equal(both, alone.expand(2, -1))
     finally:
@@ -90,17 +95,19 @@ def test_the_rational_is_its_formula(numerator: list[float], denominator: list[f
         assert found == pytest.approx(math.fsum(terms) / below, rel=1e-5, abs=lost + 1e-30)
 
 
-def test_a_nan_in_a_prompt_is_not_hidden() -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_nan_in_a_prompt_is_not_hidden(normalize: bool) -> None:
     hidden = normal(1, 4, 32)
     hidden[0, 1, 3] = math.nan
-    pooled = pool(hidden, torch.ones(1, 4, dtype=torch.bool), normal(32))
+    pooled = pool(hidden, torch.ones(1, 4, dtype=torch.bool), normal(32), normalize=normalize)
     assert pooled is not None
     assert pooled.isnan().all()
 
 
-@pytest.mark.parametrize("pooler", ["attention", "mean"])
-def test_routers_decide_alike_with_torchs_operators(pooler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    router = Router(96, 7, pooler=pooler)
+@pytest.mark.parametrize("norm", ROUTER_NORMS)
+@pytest.mark.parametrize("pooler", POOLERS)
+def test_routers_decide_alike_with_torchs_operators(pooler: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Router(96, 7, pooler=pooler, norm=norm)
     torch.nn.init.normal_(router.projection.weight, generator=torch.Generator().manual_seed(0))
     if pooler == "attention":
         torch.nn.init.normal_(router.pooler.weight, generator=torch.Generator().manual_seed(1))

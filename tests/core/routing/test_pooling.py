@@ -40,24 +40,26 @@ def padded(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Tensor]]:
     return hidden, mask, prompts
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", POOLERS)
 @given(batch=padded())
-def test_padding_never_enters(name: str, batch: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+def test_padding_never_enters(name: str, normalize: bool, batch: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     hidden, mask, prompts = batch
     pooler = pooler_of(name)
-    pooled = pooler(hidden, mask)
+    pooled = pooler(hidden, mask, normalize=normalize)
     for row, prompt in enumerate(prompts):
-        alone = pooler(prompt[None], torch.ones(1, len(prompt), dtype=torch.bool))[0]
+        alone = pooler(prompt[None], torch.ones(1, len(prompt), dtype=torch.bool), normalize=normalize)[0]
         torch.testing.assert_close(pooled[row], alone)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", POOLERS)
-def test_no_gradient_goes_to_padding(name: str) -> None:
+def test_no_gradient_goes_to_padding(name: str, normalize: bool) -> None:
     hidden = torch.randn(2, 4, HIDDEN)
     hidden[0, 0] = float("nan")
     hidden.requires_grad_()
     mask = torch.tensor([[False, True, True, True], [True, True, False, False]])
-    pooler_of(name)(hidden, mask).sum().backward()
+    pooler_of(name)(hidden, mask, normalize=normalize).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
     assert not hidden.grad[~mask].any()
@@ -96,6 +98,29 @@ def test_max_and_last_by_hand() -> None:
     mask = torch.tensor([[False, True, True, False]])
     assert build_pooler("max", 2)(hidden, mask).tolist() == [[-3.0, -2.0]]
     assert build_pooler("last", 2)(hidden, mask).tolist() == [[-4.0, -9.0]]
+
+
+@pytest.mark.parametrize("name", POOLERS)
+def test_tokens_divided_by_their_root_mean_square_by_hand(name: str) -> None:
+    # Root mean squares 5 / sqrt(2), 500 / sqrt(2) and 1; the second token is a hundred times as long.
+    hidden = torch.tensor([[[3.0, -4.0], [400.0, 300.0], [9.0, 9.0], [1.0, 1.0]]])
+    mask = torch.tensor([[True, True, False, True]])
+    s = 2**0.5 / 5
+    mean = [(3 * s + 4 * s + 1) / 3, (-4 * s + 3 * s + 1) / 3]
+    expected = {"attention": mean, "mean": mean, "max": [4 * s, 1.0], "last": [1.0, 1.0]}[name]
+    # The attention pooler starts as the mean.
+    pooled = build_pooler(name, 2)(hidden, mask, normalize=True)
+    torch.testing.assert_close(pooled, torch.tensor([expected]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", POOLERS)
+@given(scales=st.lists(st.floats(0.1, 1e4), min_size=5, max_size=5), seed=st.integers(0, 2**31))
+def test_the_length_of_a_token_does_not_matter_when_normalised(name: str, scales: list[float], seed: int) -> None:
+    hidden = torch.randn(1, 5, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    mask, pooler = torch.ones(1, 5, dtype=torch.bool), pooler_of(name)
+    longer = hidden * torch.tensor(scales)[None, :, None]
+    pooled = pooler(hidden, mask, normalize=True)
+    torch.testing.assert_close(pooler(longer, mask, normalize=True), pooled, rtol=1e-3, atol=1e-3)
 
 
 def test_an_unknown_name() -> None:

@@ -105,14 +105,22 @@ def test_the_balance_loss_is_float32() -> None:
     assert load_balancing_loss(torch.eye(3, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_a_router_by_hand(normalize: bool) -> None:
-    router = Router(2, 3, top_k=2, pooler="mean", activation="relu", normalize=normalize)
+@pytest.mark.parametrize(
+    ("norm", "first"),
+    [
+        # The mean of the tokens is (3, -4), and relu keeps the first feature.
+        ("none", 3.0),
+        # Its root mean square is 5 / sqrt(2).
+        ("pooled", 3 / (5 / 2**0.5)),
+        # The tokens' are 10 / sqrt(2), and 0 of the token that is zero.
+        ("tokens", 3 / (10 / 2**0.5)),
+    ],
+)
+def test_a_router_by_hand(norm: str, first: float) -> None:
+    router = Router(2, 3, top_k=2, pooler="mean", activation="relu", norm=norm)
     router.projection.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     hidden = torch.tensor([[[9.0, 9.0], [6.0, -8.0], [0.0, 0.0]]])
     mask = torch.tensor([[False, True, True]])
-    # The mean is (3, -4), its root mean square 5 / sqrt(2); relu keeps the first.
-    first = 3 / (5 / 2**0.5) if normalize else 3.0
     decision = router(hidden, mask)
     expected = torch.tensor([[first, 0.0, first / 2]]).softmax(dim=1)
     torch.testing.assert_close(decision.probabilities, expected, rtol=1e-5, atol=1e-6)
@@ -136,3 +144,22 @@ def test_a_router_refuses_what_it_cannot_do() -> None:
         Router(8, 4, top_k=5)
     with pytest.raises(MiLoraError, match="Unknown gate"):
         Router(8, 4, top_k=2, gate="soft")
+    with pytest.raises(MiLoraError, match=r"Unknown router_norm 'token'; choose one of \['tokens', 'pooled', 'none'\]"):
+        Router(8, 4, top_k=2, norm="token")
+
+
+def test_a_long_first_token_does_not_decide_alone_by_default() -> None:
+    """As in pretrained models, where every prompt starts with the same token, hundreds of times as long as others."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(16, 12, 32, generator=generator)
+    prompts[:, 0] = 300 * torch.randn(32, generator=generator)
+    mask = torch.ones(16, 12, dtype=torch.bool)
+    torch.manual_seed(0)
+    blind, reading = Router(32, 7, norm="none"), Router(32, 7)
+    blind.projection = reading.projection
+    routes = [{tuple(row) for row in router(prompts, mask).chosen.tolist()} for router in (blind, reading)]
+    assert len(routes[0]) == 1
+    assert len(routes[1]) > 4
+    # One-hot probabilities have no gradient to learn from.
+    assert blind(prompts, mask).probabilities.amax(dim=1).min() > 0.99
+    assert reading(prompts, mask).probabilities.amax(dim=1).max() < 0.5

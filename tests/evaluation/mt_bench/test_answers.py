@@ -119,7 +119,7 @@ def test_answers_of_another_seed_or_to_other_words_are_refused(tmp_path: Path) -
 
 
 def test_each_turn_has_the_route_of_its_own_prompt(tmp_path: Path) -> None:
-    case, tokenizer = adapted("llama", seed=3), character_tokenizer(chat=True)
+    case, tokenizer = adapted("llama", seed=1), character_tokenizer(chat=True)
     case.model.config.max_position_embeddings = 1024
     questions = [Question(1, "math", ("ab?", "ZZZZ%%%9999" * 3)), Question(2, "math", ("abcde?", "f?"))]
     path = tmp_path / "m.jsonl"

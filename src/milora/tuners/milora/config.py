@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from peft import LoraConfig
 
 from milora.tuners.adapter_file import CheckedFileConfig
 from milora.tuners.registry import add_peft_type
 from milora_core.errors import MiLoraError
-from milora_core.routing import ACTIVATIONS, GATES, POOLERS
+from milora_core.routing import ACTIVATIONS, GATES, POOLERS, ROUTER_NORMS, check_router_norm
 
 WEIGHT_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """They move a part of the backbone's weight into the adapter, which a module that is not chosen would then lack."""
@@ -69,7 +69,12 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         gate: Weight of a chosen expert: `hard` (1, with a straight-through gradient), `softmax` (its probability),
             `renormalized` (its share of the chosen ones' probability).
         load_balancing_coef: Coefficient of the load-balancing loss, which is added to the loss in training.
-        normalize_router_input: Divide the pooled vector by its root mean square (not in the paper).
+        router_norm: Where the router's input is divided by its root mean square, `x * rsqrt(mean(x^2) + 1e-6)`:
+            `tokens` (each token of the prompt, before the pooler), `pooled` (the pooled vector), or `none`, which is
+            what the paper says. `None` means `tokens`; in a file that was saved before this field existed, `none`.
+            Pretrained models need `tokens`: their first token is often a hundred times as long as the others and
+            would decide alone.
+        normalize_router_input: What `router_norm` was called before: `True` means `pooled`, `False` means `none`.
         blocks: Path of the list of Transformer blocks, for models where it cannot be found.
         experts: The modules' paths relative to the block, in the order of the router's rows, or a mapping from block
             to list where blocks differ. Filled in when the adapter is made.
@@ -100,17 +105,30 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     )
     gate: str = field(default="hard", metadata={"help": f"One of {', '.join(GATES)}."})
     load_balancing_coef: float = field(default=1e-2, metadata={"help": "Coefficient of the load-balancing loss."})
-    normalize_router_input: bool = field(
-        default=False, metadata={"help": "Divide the pooled vector by its root mean square."}
+    router_norm: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What the router divides by its root mean square: one of {', '.join(ROUTER_NORMS)}; None means "
+            "tokens."
+        },
     )
+    normalize_router_input: InitVar[bool | None] = None
     blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
     experts: list[str] | dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Modules relative to the block, in the order of the router's rows."}
     )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, normalize_router_input: bool | None) -> None:
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
+        if self.router_norm is None:
+            # Only a saved configuration names its own type. One without `router_norm` is from before the field, when
+            # nothing was normalised unless `normalize_router_input` said so.
+            is_saved = getattr(self, "peft_type", None) is not None
+            if normalize_router_input is None and not is_saved:
+                self.router_norm = "tokens"
+            else:
+                self.router_norm = "pooled" if normalize_router_input else "none"
         every = self.target_modules == "all-linear"
         if every:
             # PEFT takes layers_to_transform with a list only, and "all-linear" becomes one.
@@ -130,6 +148,8 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
             raise MiLoraError(f"Unknown pooler {self.pooler!r}; choose one of {list(POOLERS)}.")
         if self.gate not in GATES:
             raise MiLoraError(f"Unknown gate {self.gate!r}; choose one of {list(GATES)}.")
+        assert self.router_norm is not None
+        check_router_norm(self.router_norm)
         if self.load_balancing_coef < 0:
             raise MiLoraError(f"load_balancing_coef must not be negative; found {self.load_balancing_coef}.")
         orders = self.rational_orders

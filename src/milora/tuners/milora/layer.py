@@ -38,7 +38,7 @@ class RouterLayer(BareTunerLayer):
     """
 
     adapter_layer_names = ("projection", "pooler", "activation")
-    other_param_names = ("experts", "top_k", "gate", "normalize")
+    other_param_names = ("experts", "top_k", "gate", "norm")
     _hook: Any
 
     def __init__(self, block: str, hidden_size: int, dispatcher: Dispatcher) -> None:
@@ -52,7 +52,7 @@ class RouterLayer(BareTunerLayer):
         self.experts: dict[str, tuple[str, ...]] = {}
         self.top_k: dict[str, int] = {}
         self.gate: dict[str, str] = {}
-        self.normalize: dict[str, bool] = {}
+        self.norm: dict[str, str] = {}
 
     def update_layer(
         self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
@@ -65,7 +65,8 @@ class RouterLayer(BareTunerLayer):
         self.experts[adapter] = experts
         self.top_k[adapter] = min(config.top_k, len(experts))
         self.gate[adapter] = config.gate
-        self.normalize[adapter] = config.normalize_router_input
+        assert config.router_norm is not None
+        self.norm[adapter] = config.router_norm
         if not any(parameter.is_meta for parameter in self.projection[adapter].parameters()):
             self._move_adapter_to_device_of_base_layer(adapter, device)
 
@@ -80,7 +81,7 @@ class RouterLayer(BareTunerLayer):
             self.pooler[adapter],  # type: ignore[arg-type]
             self.activation[adapter],
             projection,
-            normalize=self.normalize[adapter],
+            norm=self.norm[adapter],
         )
         return choose(probabilities, self.top_k[adapter], self.gate[adapter])
 
