@@ -12,7 +12,7 @@ import milora_core
 
 SOURCE = Path(milora_core.__file__).parents[1]
 FLOORS = [
-    ["milora_core.errors"],
+    ["milora_core.errors", "milora_core.interruption"],
     ["milora_core.files"],
     ["milora.records", "milora.locks"],
     ["milora_core.kernels"],

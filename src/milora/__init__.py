@@ -3,7 +3,14 @@
 Importing this package makes its methods known to PEFT: MiLoRA, and the baselines of the paper that PEFT does not have.
 """
 
+import sys
 from importlib.metadata import version
+
+from milora_core.interruption import handle_signals
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "milora":
+    # `python -m milora` imports this package, which takes seconds, before its `__main__`.
+    handle_signals()
 
 from milora.tuners.bitfit import BitFitConfig
 from milora.tuners.ia3 import IA3ProjectedConfig

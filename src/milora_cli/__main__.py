@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from milora_cli.streams import prepare_streams
+from milora_core.interruption import end_on_signals, handle_signals
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs [`milora_cli.main.main`], or says which extra the command line needs.
+    """Runs [`milora_cli.main.main`] with the process's signals and streams, or says which extra the command line needs.
 
     Args:
         arguments: The arguments after `milora`; by default the process's.
@@ -15,12 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    handle_signals()
+    prepare_streams()
     try:
         from milora_cli import main as command_line
     except ModuleNotFoundError as error:
         print(f'milora: the command line needs {error.name}: pip install "milora[cli]"', file=sys.stderr)
         return 2
-    return command_line.main(arguments)
+    try:
+        return command_line.main(arguments)
+    finally:
+        end_on_signals()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from types import ModuleType
 from typing import Annotated, Any
@@ -13,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, report, route, train
+from milora_cli.streams import OUTPUT, drop_output
 from milora_core.errors import MiLoraError
+from milora_core.interruption import Interrupted
 
 COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
@@ -31,19 +34,15 @@ COMMANDS: dict[str, ModuleType] = {
 arguments with `SETTINGS` for `Typer.command`; or with an `app` of sub-commands of their own. They are imported at
 every start, so they import nothing of `milora`, which loads torch and PEFT, before the command runs."""
 
-USER_MISTAKES = (
-    MiLoraError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-)
+BROKEN_PIPE = 141
+"""The status of a program that SIGPIPE ends."""
 
 # Typer carries its own copy of click since 0.2x and used the real one before; both have this class in this place.
 _UsageError: Any = typer.BadParameter.__base__
 
 DEBUG = "--debug"
+COMPLETION = "_MILORA_COMPLETE"
+"""The variable in which a shell asks for completions."""
 
 app = typer.Typer(
     name="milora",
@@ -83,45 +82,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        arguments: What follows `milora`; those of the process by default.
+        arguments: The arguments after `milora`; by default the process's.
 
     Returns:
-        The exit status: 0 on success, 1 if a part of what was asked could not be had (what could is kept), 2 after a
-        user's mistake (one line on standard error says which), 130 when interrupted.
+        The exit status: 0 on success, 1 if a part of the work failed (the rest is kept), 2 after a user's mistake (one
+        line on standard error), 128 + signal after SIGINT, SIGTERM or SIGHUP, 141 if nobody reads standard output.
 
     Raises:
-        Exception: Whatever is not a user's mistake, so that Python prints its traceback and exits with 1; under
+        Exception: Anything that is not a user's mistake, so Python prints its traceback and exits with 1. With
             `--debug` or `MILORA_DEBUG=1` mistakes too.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in arguments or os.environ.get("MILORA_DEBUG", "0") not in ("", "0", "false")
-    # Taken out by hand, so that it can be added at the end of a command that just failed.
+    # Removed by hand, so it can be added at the end of a command that just failed.
     arguments = [argument for argument in arguments if argument != DEBUG] or ["--help"]
     try:
         with warnings.catch_warnings():
             if not debug:
-                # What libraries tell each other's developers is nothing that a user of the command can act on.
+                # Users of the command cannot act on what libraries tell developers.
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
-            status = app(args=arguments, prog_name="milora", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", 130)
+            status = _invoke(arguments)
+        sys.stdout.flush()
     except _UsageError as error:
         help_of = error.ctx.command_path if error.ctx else "milora"
         return _complain(f"{error.format_message().rstrip('.')} (see {help_of} --help)", 2)
-    except USER_MISTAKES as error:
+    except Interrupted as interrupted:
+        return _complain(str(interrupted), interrupted.status)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # how rich answers a broken pipe
+            return BROKEN_PIPE
+        raise
+    except (MiLoraError, OSError) as error:
+        if isinstance(error, OSError) and error.filename == OUTPUT:
+            drop_output()
+            if isinstance(error, BrokenPipeError):
+                return BROKEN_PIPE
         if debug:
             raise
         return _complain(_message(error), 2)
+    return status
+
+
+def _invoke(arguments: list[str]) -> int:
+    if COMPLETION in os.environ:
+        app(prog_name="milora")
+    # Not by `app(...)`, which replaces an interruption and a broken pipe by statuses of its own.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("milora", arguments) as context:
+            status = command.invoke(context)
+    except typer.Exit as ended:
+        status = ended.exit_code
     return status if isinstance(status, int) else 0
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"milora: {' '.join(message.split())}", file=sys.stderr)
+    # With a full or broken standard error there is nobody to tell, and the status still counts.
+    with suppress(OSError):
+        print(f"milora: {' '.join(message.split())}", file=sys.stderr)
     return status

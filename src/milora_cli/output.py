@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +26,11 @@ def json_only(active: bool) -> Iterator[PrintResult]:
         yield lambda result: None
         return
     stdout = sys.stdout
+    is_unicode = codecs.lookup(stdout.encoding or "utf-8").name.startswith("utf")
 
     def print_result(result: Mapping[str, Any]) -> None:
         # NaN is not JSON: better a failure here than in the program that reads it.
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False), file=stdout, flush=True)
+        print(json.dumps(result, ensure_ascii=not is_unicode, allow_nan=False), file=stdout, flush=True)
 
     with redirect_stdout(sys.stderr):
         yield print_result

@@ -1,0 +1,52 @@
+"""The standard streams of a command: open, able to print any text, and named in errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+OUTPUT = "standard output"
+
+
+class _Output(io.FileIO):
+    """Standard output whose errors say that it is standard output."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = OUTPUT
+            raise
+
+
+def prepare_streams() -> None:
+    """Makes standard input, output and error safe to use, whatever they are.
+
+    - A closed descriptor is filled, so no other file is opened in its place. Printing to a closed standard output
+      fails; messages for a closed standard error are dropped.
+    - Text that the encoding of standard output lacks is printed as a backslash escape.
+    - An `OSError` of standard output has [`OUTPUT`] as its file name.
+    """
+    # The modes make reading a closed input and writing to a closed output fail as they would have (gnulib's stdopen).
+    for descriptor, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+    if sys.stderr is None:
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", write_through=True)
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    raw = _Output(1, "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=raw.isatty()
+    )
+
+
+def drop_output() -> None:
+    """Sends what standard output could not take to nowhere, so Python does not try it again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
