@@ -67,7 +67,7 @@ class TestLetters:
             ("(A) 21 (B) 20 (C) 25 (D) 33 (E) 18", None),
             ("A) 21 B) 20 C) 25", None),
             ("A. 21\nB. 20", None),
-            ("(A) is wrong, so it is (B)", None),
+            ("(A) is wrong, so it is (B)", "B"),
             ("not (B)", None),
             ("The answer is not C", None),
             ("the answer is a dozen", None),

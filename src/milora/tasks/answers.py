@@ -1,37 +1,64 @@
 """Reading an answer in words out of a generated text: one label of a few, or the letter of a choice.
 
-Both are strict about what counts and tolerant of form. [`milora.tasks.numbers`] reads numbers.
+Both read as a fair grader does: they are tolerant of form, and an answer that is denied or ambiguous is none.
+[`milora.tasks.numbers`] reads numbers, [`milora.tasks.denials`] says what a text denies.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+from milora.tasks.denials import denied_behind, denied_together, is_denied
+from milora.tasks.plain_text import plain
 
 CUE = re.compile(
     r"\b(?:answers?|option|choice)\b[^.:=\n]{0,40}?\b(?:is|are|be|was|equals)\b\s*[:=]?"
-    r"|\banswers?\s*[:=]|####|\\(?:boxed|fbox)\b",
+    r"|\bans(?:wers?)?\s*[:=]|\banswer's(?!\w)|####|\\(?:boxed|fbox)(?![A-Za-z])"
+    r"|(?<=[.!?]\s)(?:wait|no|oops|sorry|actually|correction|i mean)\b[^.:=\n0-9]{0,20}?"
+    r"\bit(?:'s| is| must be| should be)(?!\w)",
     re.IGNORECASE,
 )
-"""Where an answer is announced: "the answer is", "the answer to this would be:", "Answer:", "####", a LaTeX box."""
-
-_DENIED = r"(?<!not )(?<!n't )(?<!n\u2019t )"
+"""Where an answer is announced: "the answer is", "the answer to this would be:", "Answer:", "####", a LaTeX box; or
+corrected: "no, it is"."""
 
 # A label may itself begin with "answer", so that this cue is narrower than the one of letters and numbers.
+_NO_LABEL = r"no (?:doubt|question|longer|one|matter|idea)\b"
 _LABEL_CUE = re.compile(r"\banswer ?(?:is\b|:)")
+_REACH = 400
+"""Characters of a sentence that are read behind a cue: a model that repeats itself ends none."""
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 
-_MARKS = r"[\s*_`\"'$:,>-]*"
-_FILLERS = "the|most|likely|correct|best|option|choice|answer|letter|therefore|thus|clearly|definitely|probably"
-_LEAD = rf"{_MARKS}(?:(?:{_FILLERS})\b{_MARKS})*"
+_MARKS = r"[\s*_`\"'$:,>=#-]*"
+_FILLERS = "the|most|likely|correct|right|best|option|choice|answer|letter|therefore|thus|indeed|still|then|[a-z]+ly"
+_LEAD = rf"{_MARKS}(?:(?:{_FILLERS})\b{_MARKS}){{0,6}}"
 _BRACKETED = r"[(\[]\s*([A-Za-z])\s*[)\]]"
-_WHOLE = r"(?![\w'\u2019])"
-_END = r"(?=\s*(?:$|[.,;:!?)\]\n*\"'`]))"
-_AFTER_CUE = re.compile(rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|([A-Z]){_WHOLE}|([a-z]){_END})")
-_AT_START = re.compile(rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|([A-Za-z]){_END})")
-_IN_BRACKETS = re.compile(rf"{_DENIED}(?<![/\w])\(([A-Z])\)(?!\s*/)")
-_JOINT = rf"{_MARKS}(?:/|\bor\b|\band\b|,|&){_MARKS}"
-_ANOTHER = re.compile(rf"{_JOINT}(?:{_BRACKETED}|([A-Z]){_WHOLE})")
+_FOLLOWED = (
+    r"(?=\s+(?:because|since|as|and|or|nor|but|not|is|are|was|which|rather|instead|if|when|for|by|with|in|due)\b)"
+)
+_END = r"(?=\s*(?:$|[.,;:!?)\]\n*\"`/&-]|'(?!\w)|\(not\b))"
+# "A" and "I" are words too.
+_CAPITAL = rf"(?:([B-HJ-Z])(?!\w|'\w)|(A)(?:{_END}|{_FOLLOWED})|(I){_END})"
+_AFTER_CUE = re.compile(rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|{_CAPITAL}|([a-z]){_END})")
+_AT_START = re.compile(rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|([A-Za-z]){_END}|([A-H])(?!\s+(?:is|are|was)\b){_FOLLOWED})")
+_NEXT_LINE = re.compile(rf"[.)\]]?[ \t]*\n\s*(?:{_BRACKETED}|([A-Z]))[.)]?[ \t]*(?:$|\n)")
+_STATED = re.compile(
+    r"(?i:\b(?:(?:it|that|this|which|one)(?:'s| is| must be| has to be| should be| would be| can only be)"
+    r"|but|so|therefore|thus|hence|choose|chose|pick|picked|select|selected|go with|going with|went with|no|think"
+    r"|believe|guess|say|option|choice|answer|letter)\b)"
+    rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|(?:([B-HJ-Z])|([AI]))(?:{_END}|{_FOLLOWED}))"
+    rf"|\b(?:is|must be)(?:{_BRACKETED}|\s+([B-HJ-Z]))(?=\s*[.!]?\s*(?:$|\n))"
+    rf"|(?:{_BRACKETED}|(?<![\w'])([A-H])(?!\w|'\w)[)\]]?)"
+    r"(?=\s+(?:is|must be|has to be|would be|seems)\s+(?:(?:the|clearly|probably|definitely)\s+)*"
+    r"(?i:correct|right|best|answer|true)\b)"
+)
+_IN_BRACKETS = re.compile(r"(?<![/\w])\(([A-Z])\)(?!\s*/)")
+_JOINT = rf"{_MARKS}(?:/|\bor\b|\band\b|\bnor\b|,|&)(?:{_MARKS}(?:\b(?:or|and|nor|perhaps|maybe|possibly)\b))?{_MARKS}"
+_ANOTHER = re.compile(rf"(?i:{_JOINT}(?:(?:option|choice|answer|letter)\s+)?)(?:{_BRACKETED}|([A-Z])(?![\w']))")
 _BESIDE = re.compile(rf"[)\]]?{_JOINT}[(\[]?")
+_THAT = re.compile(r"\s+that\b[^.!?;\n]{0,80}$")
+_ENUMERATION = re.compile(r"[)\]]?\s*(?:\bor\b|\band\b|\bnor\b|,)+\s*(?:(?:or|and|nor)\b\s*)?[(\[]?")
 
 
 class Labels:
@@ -46,27 +73,46 @@ class Labels:
         # "answer2" is also written "answer 2" or "answer-2", and a space in a label also as an underscore.
         words = (re.findall(r"[^\W\d_]+|\d+", label) for label in self._labels.values())
         forms = sorted(("[ _-]?".join(parts) for parts in words), key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<![\w/]){_DENIED}(?:{'|'.join(forms)})(?![\w/])")
+        self._pattern = re.compile(rf"(?<![\w/])(?!{_NO_LABEL})(?:{'|'.join(forms)})(?![\w/])")
 
     def find(self, text: str) -> str | None:
         """The label that a text gives, or `None`.
 
-        It is the first label after "answer is" (or "answer:"). Where nothing follows such words, it is the only label
-        in the text; several different ones are no answer, nor are two different ones side by side ("true or false")
-        after such words. Neither is a label after "not", nor one in a list such as "true/false". Case, punctuation and
-        a space in the label ("Answer 2") do not matter.
+        It is the first label in the sentence after "answer is" (or "answer:"). Where none follows such words, it is the
+        only label in the text. Several different ones are no answer, nor are two different ones side by side ("true or
+        false") after such words. Neither is a label that is denied or asked ("not true", "it can't be true", "true is
+        wrong", "true?"; see [`milora.tasks.denials`]), nor one in a list such as "true/false". Case, punctuation and a
+        space in the label ("Answer 2") do not matter.
         """
-        text = re.sub(r"\s*/\s*", "/", " ".join(text.casefold().split()))
-        cue = _LABEL_CUE.search(text)
-        match = self._pattern.search(text, cue.end()) if cue else None
-        found = {_letters(m[0]) for m in (self._side_by_side(match) if match else self._pattern.finditer(text))}
+        text = re.sub(r"[^\S\n]*/[^\S\n]*", "/", re.sub(r"[^\S\n]+", " ", plain(text).casefold()))
+        for cue in _LABEL_CUE.finditer(text):
+            begin = cue.end() + len(text[cue.end() :]) - len(text[cue.end() :].lstrip())
+            sentence = self._pattern.finditer(text, begin, _sentence_end(text, begin))
+            if first := next(self._affirmed(text, sentence), None):
+                joint = _BESIDE.match(text, first.end())
+                second = self._pattern.match(text, joint.end()) if joint else None
+                both = {_letters(first[0]), _letters(second[0]) if second else _letters(first[0])}
+                return self._labels[both.pop()] if len(both) == 1 else None
+        matches = list(self._pattern.finditer(text))
+        if any(_of_another(text, one.end(), other.start()) for one, other in pairwise(matches)):
+            return None
+        listed = {_letters(match[0]) for match in matches if text.startswith(":", match.end())}
+        found = {_letters(match[0]) for match in self._affirmed(text, matches)}
+        if len(listed) > 1:  # the choices, word for word
+            found |= listed
         return self._labels[found.pop()] if len(found) == 1 else None
 
-    def _side_by_side(self, first: re.Match[str]) -> list[re.Match[str]]:
-        """A label that was found, and the one that "or", "and", a comma or the like joins to it."""
-        joint = _BESIDE.match(first.string, first.end())
-        second = self._pattern.match(first.string, joint.end()) if joint else None
-        return [first, second] if second else [first]
+    def _affirmed(self, text: str, matches: Iterable[re.Match[str]]) -> Iterator[re.Match[str]]:
+        """Those that the text affirms; what is denied of the first of a list ("neither true nor false") is of all."""
+        matches = list(matches)
+        denied = [is_denied(text, match.start(), match.end()) for match in matches]
+        for place in range(1, len(matches)):
+            if denied[place - 1] and not denied_behind(text, matches[place - 1].end()):
+                denied[place] |= _joined(text, matches[place - 1].end(), matches[place].start())
+        for place in range(len(matches) - 1, 0, -1):
+            end, (start, last) = matches[place - 1].end(), matches[place].span()
+            denied[place - 1] |= _joined(text, end, start) and denied_together(text, end, start, last)
+        return (match for match, is_out in zip(matches, denied, strict=True) if not is_out)
 
 
 def find_letter(text: str, letters: str) -> str | None:
@@ -74,31 +120,82 @@ def find_letter(text: str, letters: str) -> str | None:
 
     Of the cues ("the answer is", "Answer:", "####", a LaTeX box) the last one counts that a letter follows: in
     brackets, with a full stop or bracket after it, in bold, after "option" or "choice". Without any, it is the letter
-    that the text consists of or begins with ("C", "(c)", "C. Paris", "C) Paris"), else the only one that stands in
-    brackets anywhere in the text. A small letter counts in brackets or where nothing but punctuation follows it, so
-    that "a" remains an article. Two letters side by side ("A or B", "A/B") are no answer, nor is the list of the
-    choices, nor a letter that is none of them, nor one after "not".
+    that the text consists of or begins with ("C", "(c)", "C. Paris", "C) Paris"), else the one that it states ("it is
+    C", "C is right"), else the only one that stands in brackets anywhere in the text. A small letter counts in brackets
+    or where nothing but punctuation follows it, so that "a" remains an article. Two letters side by side ("A or B",
+    "A/B") are no answer, nor is the list of the choices, nor a letter that is none of them, nor one that is denied or
+    asked ("not C", "it can't be C", "C is wrong", "C?"; see [`milora.tasks.denials`]).
 
     Args:
         text: The generated text.
         letters: The choices' letters in upper case, such as `ABCDE`.
     """
-    plain = _without_latex(text)
-    for cue in reversed(list(CUE.finditer(plain))):
-        if found := _AFTER_CUE.match(plain, cue.end()):
-            return _one_letter(found, plain, letters)
-    if found := _AT_START.match(plain):
-        return None if _lists_choices(plain, letters) else _one_letter(found, plain, letters)
-    bracketed = {letter.upper() for letter in _IN_BRACKETS.findall(plain)}
-    return bracketed.pop() if len(bracketed) == 1 and bracketed <= set(letters) else None
+    text = re.sub(r"[{}$]", " ", plain(text))
+    for cue in reversed(list(CUE.finditer(text))):
+        found = _AFTER_CUE.match(text, cue.end())
+        if found and not _is_denied(text, found):
+            return _one_letter([found], text, letters)
+        sentence = _affirmed(text, _STATED.finditer(text, cue.end(), _sentence_end(text, cue.end())))
+        if sentence:
+            return _one_letter(sentence, text, letters)
+    found = _AT_START.match(text)
+    if found and not _is_denied(text, found):
+        return None if _lists_choices(text, letters) else _one_letter([found], text, letters)
+    stated = _affirmed(text, _STATED.finditer(text))
+    if not stated and not _lists_choices(text, letters):
+        stated = _affirmed(text, _IN_BRACKETS.finditer(text))
+    return _one_letter(stated, text, letters) if stated else None
 
 
-def _one_letter(found: re.Match[str], text: str, letters: str) -> str | None:
-    letter = _group(found)
-    other = _ANOTHER.match(text, found.end())
-    if letter not in letters or (other and _group(other) in letters):
-        return None
-    return letter
+def _affirmed(text: str, matches: Iterable[re.Match[str]]) -> list[re.Match[str]]:
+    """Those that the text affirms, without those of a list of which the first is denied ("not (A) or (B)")."""
+    kept: list[re.Match[str]] = []
+    denied_end: int | None = None
+    for match in matches:
+        start, end = _span(match)
+        if is_denied(text, start, end) or (denied_end is not None and _joined(text, denied_end, start)):
+            denied_end = end
+            if kept and _joined(text, kept[-1].end(), start) and denied_together(text, kept[-1].end(), start, end):
+                kept.pop()  # "(A) and (B) are wrong"
+        else:
+            denied_end = None
+            kept.append(match)
+    return kept
+
+
+def _is_denied(text: str, found: re.Match[str]) -> bool:
+    """Whether a letter is denied, by itself or with the others of its list ("A, B and C are wrong")."""
+    start, end = _span(found)
+    last = _ANOTHER.match(text, end)
+    while last and (further := _ANOTHER.match(text, last.end())):
+        last = further
+    return is_denied(text, start, end) or (last is not None and denied_together(text, end, *_span(last)))
+
+
+def _of_another(text: str, end: int, start: int) -> bool:
+    """Whether a label is said of a sentence with another one: "it is false that it is not true"."""
+    return _THAT.match(text, end, start) is not None
+
+
+def _sentence_end(text: str, start: int) -> int:
+    end = _SENTENCE_END.search(text, start, start + _REACH)
+    return end.start() if end else min(start + _REACH, len(text))
+
+
+def _joined(text: str, end: int, start: int) -> bool:
+    """Whether nothing but "or", "and", a comma and brackets stands between two candidates."""
+    return _ENUMERATION.fullmatch(text, end, start) is not None
+
+
+def _one_letter(found: list[re.Match[str]], text: str, letters: str) -> str | None:
+    """The one letter that some matches give, `None` where they differ or are joined to another one."""
+    given = {_group(match) for match in found}
+    for match in found:
+        other = _ANOTHER.match(text, match.end()) or _NEXT_LINE.match(text, match.end())
+        if other and _group(other) in letters and not is_denied(text, *_span(other)):
+            given.add(_group(other))
+    letter = given.pop()
+    return letter if not given and letter in letters else None
 
 
 def _lists_choices(text: str, letters: str) -> bool:
@@ -109,9 +206,12 @@ def _group(found: re.Match[str]) -> str:
     return next(group for group in found.groups() if group).upper()
 
 
-def _without_latex(text: str) -> str:
-    """A text without the LaTeX around a letter: `\\boxed{\\text{(C)}}` becomes `\\boxed (C)`, spaces aside."""
-    return re.sub(r"[{}$]|\\(?:text|mathrm|mathbf|textbf|left|right)(?![a-z])", " ", text)
+def _span(found: re.Match[str]) -> tuple[int, int]:
+    """Where the letter of a match stands, its brackets included."""
+    place = next(number for number, group in enumerate(found.groups(), start=1) if group)
+    start, end = found.span(place)
+    bracket = re.compile(r"\s*[)\]]").match(found.string, end)
+    return start, bracket.end() if bracket else end
 
 
 def _letters(label: str) -> str:

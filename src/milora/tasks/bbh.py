@@ -14,11 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from milora.tasks.answers import CUE
+from milora.tasks.answers import CUE, find_letter
+from milora.tasks.denials import denied_before, denied_behind, is_asked
 from milora.tasks.fields import check_fields
 from milora.tasks.files import read_json
 from milora.tasks.hub import load_split
 from milora.tasks.numbers import number
+from milora.tasks.plain_text import plain
 from milora.tasks.public import PublicTask
 from milora.tasks.rows import json_type
 from milora.tasks.task import Example, Split
@@ -40,7 +42,15 @@ TASKS = (
 
 _FIELDS: dict[str, type] = {"input": str, "target": str}
 _OPTION = re.compile(r"\(\s*([a-z])\s*\)|([a-z])(?:[.):](?=\s|$)|$)")
-_VERDICT = re.compile(r"(yes|no|true|false|valid|invalid)(?=[.,;:!]|$| because\b)")
+_OPTIONS = "ABCDEFGHIJKLMNOPQR"
+_WORDS = "yes|no|true|false|valid|invalid"
+_VERDICT = re.compile(rf"({_WORDS})(?=[.,;:!]|$| because\b)")
+# "(A) or (B)" and "yes, or no" are two answers, "no, yes" as well.
+_TWO = re.compile(
+    r"[.)]?\s*(?:\b(?:or|and)\b|/|&|,)+\s*(?:(?:or|and|perhaps|maybe)\s+)*"
+    rf"(?:\([a-z]\)|(?:{_WORDS}|[a-z])\s*(?:$|[.,;]))"
+)
+_NEXT_QUESTION = re.compile(r"\n\s*Q:")
 _BOX = re.compile(r"\$*\\boxed\s*\{(?:\\text\s*\{)?([^{}\n]*)\}{1,2}\$*")
 _COUNT = re.compile(r"(-?[0-9][0-9,.]*) [a-z][a-z ]*")
 
@@ -80,14 +90,16 @@ class Bbh(PublicTask):
 
         It is what follows the last "answer is" (or another cue of [`milora.tasks.answers.CUE`]) on its line, else the
         first line. Case, space, quotation marks, bold and a full stop at the end do not matter, nor commas between
-        words. An option is its letter ("(B) robin", "B.", "b"); a yes, no, true, false, valid or invalid with more
-        after a comma, a full stop or "because" is that word; a number is its value, whatever it counts.
+        words. An option is its letter ("(B) robin", "B.", "b"), also where the line only states it ("not (A) but (B)");
+        a yes, no, true, false, valid or invalid with more after a comma, a full stop or "because" is that word; a
+        number is its value, whatever it counts. An answer that is denied, asked or one of two ("(B) is wrong", "yes?",
+        "(A) or (B)") is none. Reading stops at a next question ("Q:").
         """
-        output = _BOX.sub(r"answer is \1", output)
-        for cue in reversed(list(CUE.finditer(output))):
-            if found := _normalised(_first_line(output[cue.end() :])):
+        text = _NEXT_QUESTION.split(plain(_BOX.sub(r"answer is \1", output)))[0]
+        for cue in reversed(list(CUE.finditer(text))):
+            if found := _answer(text, cue.end()):
                 return found
-        return _normalised(_first_line(output)) or None
+        return _answer(text, 0)
 
     def _of_task(self, task: str) -> list[Example]:
         rows = _read(self.data_dir, task)
@@ -141,20 +153,37 @@ def _checked(records: Iterable[object], source: str) -> list[dict[str, str]]:
     return rows
 
 
+def _answer(text: str, start: int) -> str | None:
+    """What the first line behind a place answers, `None` where it is empty, denied or asked."""
+    line = _first_line(text[start:])
+    begin = text.find(line, start) + len(line) - len(line.lstrip(" \t*:\"'("))
+    end = begin + len(line.lstrip(" \t*:\"'(").rstrip(" \t.?!"))
+    if not line.strip() or denied_before(text, begin, end) or is_asked(text, begin, end):
+        return None
+    found = _normalised(line)
+    if re.search(r"\([A-Za-z]\)", line) and not re.fullmatch(r"\([a-z]\)", found):
+        letter = find_letter(line, _OPTIONS)
+        return f"({letter.lower()})" if letter else found
+    return found or None
+
+
 def _first_line(text: str) -> str:
     return next((line for line in text.splitlines() if line.strip(" \t*:")), "")
 
 
 def _normalised(text: str) -> str:
     """An answer in the one form that gold answers and outputs are compared in."""
-    text = (
-        " ".join(text.replace("**", " ").casefold().strip().strip("\"'\u201c\u201d`").split()).removesuffix(".").strip()
-    )
-    if option := _OPTION.match(text):
+    text = plain(text).casefold().strip().strip("\"'")
+    text = " ".join(text.split()).removesuffix(".").strip()
+    option, verdict, count = _OPTION.match(text), _VERDICT.match(text), _COUNT.fullmatch(text)
+    end = max([found.end(1) for found in (option, verdict, count) if found and found[1]], default=0)
+    end = option.end() if option else end
+    if end and (denied_behind(text, end) or _TWO.match(text, end)):
+        return " ".join(text.split())
+    if option:
         return f"({option[1] or option[2]})"
-    if verdict := _VERDICT.match(text):
+    if verdict:
         return verdict[1]
-    count = _COUNT.fullmatch(text)
     if value := number(count[1].rstrip(".,") if count else text):
         return value
     if not re.search(r"\w", text):
