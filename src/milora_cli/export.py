@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,14 +40,16 @@ def command(
         from milora.backbone.loading import load_for_inference
         from milora.inference.routing import route_prompts
         from milora.tuners.milora.export import export_route
+        from milora_cli.prompts import read_requests
         from milora_cli.route import require_routers
 
         quiet_libraries()
         frozen = _read_route(route, row) if route is not None else None
+        prompts = [] if prompt is None else [request.prompt for request in read_requests([prompt], None)]
         require_routers(adapter)
         model, tokenizer = load_for_inference(adapter, backbone, dtype=dtype, device=device)
         if frozen is None:
-            frozen = route_prompts(model, tokenizer, [prompt or ""])
+            frozen = route_prompts(model, tokenizer, prompts)
         config = export_route(model, frozen, output)
         modules = len(config.target_modules)
         print_result({"output": str(output), "modules": modules, "experts": frozen.chosen_experts()})
@@ -61,14 +63,14 @@ def _read_route(path: Path, row: int) -> Route:
     Raises:
         MiLoraError: If the file is no route, or has no such row.
     """
-    import json
-
+    from milora.tasks.files import read_json
     from milora_core.routing import Route
 
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
+        found: Any = read_json(path)
         try:
-            saved = Route.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+            saved = Route.from_dict(found)
+        except TypeError as error:
             raise MiLoraError(f"{path} is not a route in JSON: {error}.") from error
     else:
         saved = Route.load(path)

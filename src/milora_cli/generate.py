@@ -35,7 +35,8 @@ def command(
         typer.Option(
             "--data",
             metavar="SOURCE",
-            help="A task, a .jsonl or .json file, a folder or a hub dataset (owner/name or owner/name:configuration).",
+            help="A task, a .jsonl or .json file, - (JSON lines on standard input), a folder or a hub dataset "
+            "(owner/name or owner/name:configuration).",
         ),
     ] = None,
     split: options.Split = "test",

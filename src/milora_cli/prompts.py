@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,9 @@ def read_requests(
     data_dir: Path | None = None,
     limit: int | None = None,
 ) -> list[Request]:
-    """The prompts of `--prompt`, of `--data`, or a line each of standard input.
+    """The prompts of `--prompt`, of `--data`, or of standard input, one a line.
 
-    A file's rows need no completion here, and may name their `adapter`.
+    The rows of a file, a pipe or, with `--data -`, of standard input need no completion. They may name their `adapter`.
 
     Raises:
         MiLoraError: If both options are given, there is no prompt at all, or one is empty.
@@ -32,17 +33,18 @@ def read_requests(
     """
     if prompts and data is not None:
         raise MiLoraError("--prompt and --data are both given; keep one of them.")
-    if data is None and not prompts and sys.stdin.isatty():
+    if data is None and not prompts and sys.stdin is not None and sys.stdin.isatty():
         raise MiLoraError("There is nothing to read: give --prompt TEXT, --data FILE, or lines on standard input.")
 
     from milora.evaluation.predictions import Request
+    from milora.tasks.files import STANDARD_INPUT, read_text_lines
 
     if data is not None:
         requests = _from_source(data, split, data_dir)
     elif prompts:
-        requests = [Request(prompt) for prompt in prompts]
+        requests = [Request(_argument(prompt)) for prompt in prompts]
     else:
-        requests = [Request(line.rstrip("\n")) for line in sys.stdin if line.strip()]
+        requests = [Request(line) for line in read_text_lines(Path(STANDARD_INPUT))]
     if not requests:
         raise MiLoraError("Standard input is empty: give --prompt TEXT, --data FILE, or lines on standard input.")
     if any(isinstance(request.prompt, str) and not request.prompt.strip() for request in requests):
@@ -50,14 +52,31 @@ def read_requests(
     return requests[:limit]
 
 
+def _argument(text: str) -> str:
+    """An argument of the process as text: in UTF-8, whatever the locale is.
+
+    Raises:
+        MiLoraError: If it is in another encoding.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        # Python keeps bytes that the locale's encoding lacks as surrogates.
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError as error:
+            raise MiLoraError(f"--prompt {text!a} is not UTF-8: encode it in UTF-8.") from error
+
+
 def _from_source(source: str, split: str, data_dir: Path | None) -> list[Request]:
     from milora.evaluation.predictions import Request
     from milora.tasks import registry
-    from milora.tasks.files import read_values
+    from milora.tasks.files import is_stream, read_values
     from milora.tasks.sources import read_rows
 
     path = Path(source).expanduser()
-    if source in registry.names() or not path.is_file():
+    if source in registry.names() or not (path.is_file() or is_stream(path)):
         return [Request(row.prompt, row.answer) for row in read_rows(source, split, data_dir)]
     return [
         Request(row.prompt, row.answer, _adapter(record, where))

@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -198,11 +200,54 @@ def test_rows_name_their_adapter_and_need_no_completion(tmp_path: Path, capsys: 
     assert "'y'" in complaint(capsys, *shared, "--adapter", "x=a", "--adapter", "z=b")
 
 
-def test_standard_input_is_a_prompt_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
-    texts = result(capsys, "generate", "--adapter", "a", "--max-new-tokens", "2")["texts"]
-    assert [row["prompt"] for row in texts] == ["one", "two"]
-    assert "empty" in complaint(capsys, "generate", "--adapter", "a")
+@pytest.mark.parametrize("command", ["generate", "route"])
+def test_standard_input_is_a_prompt_a_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pipe(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+    def prompts(*arguments: str) -> list[str]:
+        limited = ["--max-new-tokens", "2"] if command == "generate" else []
+        found = result(capsys, command, "--adapter", "a", *limited, *arguments)
+        return [row["prompt"] for row in found["texts"]] if command == "generate" else found["prompts"]
+
+    pipe(b"one\n\ntwo\n")
+    assert prompts() == ["one", "two"]
+    pipe(b"\xef\xbb\xbfone \r\n\r\ncaf\xc3\xa9\r\n")
+    assert prompts() == ["one ", "café"]
+    pipe(b'{"prompt": "one"}\n{"prompt": "two"}\n')
+    assert prompts("--data", "-") == ["one", "two"]
+    for content, said in [
+        (b"", "Standard input is empty"),
+        (b"one\ncaf\xe9\n", "standard input, line 2: byte 0xe9 is not UTF-8"),
+        ("one".encode("utf-16"), "is not UTF-8 but UTF-16"),
+        ("one".encode("utf-16-le"), "standard input, line 1: a NUL byte"),
+    ]:
+        pipe(content)
+        assert said in complaint(capsys, command, "--adapter", "a")
+    monkeypatch.setattr("sys.stdin", None)  # closed before Python started
+    assert "Standard input is empty" in complaint(capsys, command, "--adapter", "a")
+
+
+def test_a_prompt_in_the_arguments_is_utf_8_in_every_locale(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["generate", "--adapter", "a", "--max-new-tokens", "2", "--prompt"]
+    as_in_the_c_locale = "café".encode().decode("ascii", "surrogateescape")
+    assert result(capsys, *shared, as_in_the_c_locale)["texts"][0]["prompt"] == "café"
+    for arguments in (shared, ["export", "--adapter", "a", "--output", "x", "--prompt"]):
+        assert "not UTF-8" in complaint(capsys, *arguments, b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
+def test_rows_come_through_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('{"prompt": "one", "adapter": "any"}\n',))
+    writer.start()
+    found = result(capsys, "generate", "--adapter", "a", "--max-new-tokens", "2", "--data", str(pipe))
+    writer.join()
+    assert [row["prompt"] for row in found["texts"]] == ["one"]
 
 
 def test_routes_as_table_json_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

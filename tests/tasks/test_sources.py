@@ -113,6 +113,13 @@ class TestFiles:
             ('{"prompt": "a"', "not JSON"),
             ("[" * 100_000, "not JSON that can be read"),
             ('{"prompt": ' + "9" * 5000 + "}", "not JSON that can be read"),
+            ('{"prompt": "a", "completion": "b", "answer": NaN}', "not JSON that can be read: NaN is not a number"),
+            ('{"prompt": "a", "completion": "b", "answer": -Infinity}', "-Infinity is not a number"),
+            ('{"prompt": "a", "completion": "b", "completion": "c"}', "the key 'completion' is given twice"),
+            (
+                '{"prompt": [{"role": "user", "content": "a", "content": "b"}], "completion": "c"}',
+                "the key 'content' is given twice",
+            ),
             ('["a", "b"]', "a row is a list, it must be an object"),
             ('"a"', "a row is a string"),
             ("null", "a row is null"),
@@ -169,6 +176,11 @@ class TestFiles:
         assert error_of(file).startswith(f"{file}, row 2: `output` is missing; fields found: `instruction`, `input`")
         assert error_of(write_array(file, INSTRUCTION, "a")).startswith(f"{file}, row 2: a row is a string")
 
+    def test_a_repeated_key_of_an_array_is_named(self, tmp_path: Path) -> None:
+        file = tmp_path / "rows.json"
+        file.write_text(f'[{json.dumps(INSTRUCTION)}, {{"instruction": "a", "output": "b", "output": "b"}}]')
+        assert error_of(file) == f"{file}, row 2: the key 'output' is given twice: keep one of them"
+
     def test_json_that_is_no_array(self, tmp_path: Path) -> None:
         file = tmp_path / "rows.json"
         file.write_text("[\n  {},\n", encoding="utf-8")
@@ -204,6 +216,8 @@ class TestFiles:
         assert error_of(file) == f"{file}, line 2: byte 0xe9 is not UTF-8: save the file as UTF-8"
         file.write_text(json.dumps(PAIR), encoding="utf-16")
         assert error_of(file) == f"{file} is not UTF-8 but UTF-16: save it as UTF-8"
+        file.write_text(json.dumps(PAIR), encoding="utf-16-le")
+        assert error_of(file).startswith(f"{file}, line 1: a NUL byte is not text")
 
     @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl.gz", "rows"])
     def test_unknown_format(self, tmp_path: Path, name: str) -> None:

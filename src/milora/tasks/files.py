@@ -1,9 +1,15 @@
-"""Rows from a file: JSON lines, or a JSON array as LLM-Adapters has it. The file's name decides which."""
+"""Text and rows from files and standard input: JSON lines, or a JSON array as LLM-Adapters has it.
+
+All rows and prompts that users pass come through here, so they are read alike: UTF-8, with or without a byte order
+mark, lines that end in LF or CRLF, and strict JSON.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +19,9 @@ from milora_core.errors import DataError
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 ARRAY_SUFFIX = ".json"
 FILE_SUFFIXES = (*LINE_SUFFIXES, ARRAY_SUFFIX)
+
+STANDARD_INPUT = "-"
+"""The path that stands for standard input."""
 
 
 def read_file(path: Path) -> list[Row]:
@@ -26,12 +35,14 @@ def read_file(path: Path) -> list[Row]:
 
 
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
-    """The JSON values of a file that has a value a row, whatever they are, each with the place it stands at.
+    """The JSON values of a file with one value a row, each with its place. Standard input and pipes hold JSON lines.
 
     Raises:
         DataError: as [`read_file`], but for the rows' shape.
     """
     suffix = path.suffix.lower()
+    if is_stream(path):
+        suffix = LINE_SUFFIXES[0]
     if suffix not in FILE_SUFFIXES:
         raise DataError(
             f"{path}: files that end in {suffix!r} are not read; convert it to JSON lines (.jsonl, a row a line) "
@@ -39,7 +50,7 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
         )
     text = read_text(path)
     if not text.strip():
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{_name(path)} is empty")
     return _lines(path, text) if suffix in LINE_SUFFIXES else _array(path, text)
 
 
@@ -52,41 +63,70 @@ def read_json(path: Path) -> object:
     return _parse(read_text(path), str(path))
 
 
+def read_text_lines(path: Path) -> list[str]:
+    """The lines of a text that are not blank, without their ends, LF or CRLF.
+
+    Raises:
+        DataError: as [`read_text`].
+    """
+    return [line.removesuffix("\r") for line in read_text(path).split("\n") if line.strip()]
+
+
 def read_text(path: Path) -> str:
-    """A file's text, without a byte order mark.
+    """The text of a file, or of standard input for [`STANDARD_INPUT`], without a byte order mark.
 
     Raises:
         DataError: the file cannot be opened or is not UTF-8.
     """
+    name = _name(path)
     try:
-        content = path.read_bytes()
+        content = _read_standard_input() if str(path) == STANDARD_INPUT else path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path} is not UTF-8 but UTF-16: save it as UTF-8")
+        raise DataError(f"{name} is not UTF-8 but UTF-16: save it as UTF-8")
     try:
-        return content.removeprefix(codecs.BOM_UTF8).decode()
+        text = content.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"
+            f"{name}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"
         ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{name}, line {line}: a NUL byte is not text; if the file is UTF-16, save it as UTF-8")
+    return text
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is standard input, a pipe or a device: something without a format in its name."""
+    return str(path) == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _name(path: Path) -> str:
+    return "standard input" if str(path) == STANDARD_INPUT else str(path)
+
+
+def _read_standard_input() -> bytes:
+    # Python has no object for a descriptor that was closed when it started.
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
     # `str.splitlines` would also cut at U+2028 and its like, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            where = f"{path}, line {number}"
+            where = f"{_name(path)}, line {number}"
             yield where, _parse(line, where)
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    array = _parse(text, str(path))
+    array = _decode(text, str(path))
     if not isinstance(array, list):
         raise DataError(f"{path} holds one JSON value, it must hold an array of rows (or name it .jsonl, a row a line)")
     for number, record in enumerate(array, start=1):
-        yield f"{path}, row {number}", record
+        where = f"{path}, row {number}"
+        yield where, _unambiguous(record, where)
 
 
 def _parse(text: str, where: str) -> object:
@@ -95,8 +135,18 @@ def _parse(text: str, where: str) -> object:
     Raises:
         DataError: the text is none, with the place in it and what is there.
     """
+    return _unambiguous(_decode(text, where), where)
+
+
+class _Repeated(dict[str, object]):
+    """An object of which the text gives `key` twice."""
+
+    key: str
+
+
+def _decode(text: str, where: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         many_lines = "\n" in text.strip()
         place = f"line {error.lineno}, column {error.colno}" if many_lines else f"column {error.colno}"
@@ -105,3 +155,28 @@ def _parse(text: str, where: str) -> object:
         raise DataError(f"{where}: not JSON: {error.msg} at {place}, found {found!r}{hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or a nesting as deep
         raise DataError(f"{where}: not JSON that can be read: {error}") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    repeated = _Repeated(fields)
+    repeated.key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+    return repeated
+
+
+def _refuse_constant(constant: str) -> object:
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+def _unambiguous(value: object, where: str) -> object:
+    """The value itself, if none of its objects repeats a key: readers of JSON differ in which one counts."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, _Repeated):
+            raise DataError(f"{where}: the key {part.key!r} is given twice: keep one of them")
+        if isinstance(part, dict | list):
+            parts.extend(part.values() if isinstance(part, dict) else part)
+    return value

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from milora.tasks import registry
-from milora.tasks.files import FILE_SUFFIXES, read_file
+from milora.tasks.files import FILE_SUFFIXES, is_stream, read_file
 from milora.tasks.hub import full_name, load_split, split_names
 from milora.tasks.rows import Row, read_records
 from milora.tasks.task import SPLITS, check_split
@@ -32,7 +32,8 @@ def read_rows(
 
     1. A task's name (`milora.tasks.registry.names()`): `split` is `train` (the default), `dev` or `test`; `data_dir` is
        handed to the task. A folder of the same name is `./name`.
-    2. A file: `.jsonl` (a row a line) or `.json` (an array). It is its own split: `split` is not looked at.
+    2. A file: `.jsonl` (a row a line) or `.json` (an array). It is its own split: `split` is not looked at. A pipe such
+       as `/dev/stdin`, and standard input as `-`, are read as JSON lines, once.
     3. A folder: its file `{split}.jsonl` or `{split}.json` (`train` by default), else that split of the dataset in it.
     4. A hub id, `owner/name`, or `owner/name:configuration`: the dataset's `split` (`train` by default).
 
@@ -54,7 +55,7 @@ def read_rows(
         if len(files) > 1:
             raise DataError(f"{path} has {' and '.join(file.name for file in files)}: name the one to read")
         return read_file(files[0]) if files else _read_dataset(str(path), None, split)
-    if path.exists():
+    if path.exists() or is_stream(path):
         return read_file(path)
     return _read_dataset(*_hub_dataset(name), split)
 
@@ -120,7 +121,7 @@ def _splits(name: str) -> list[str] | None:
     if path.is_dir():
         files = sorted({file.stem for file in path.iterdir() if file.suffix in FILE_SUFFIXES and file.is_file()})
         return files if {*SPLITS, *DEV_SPLITS}.intersection(files) else split_names(str(path))
-    return None if path.exists() else split_names(*_hub_dataset(name))
+    return None if path.exists() or is_stream(path) else split_names(*_hub_dataset(name))
 
 
 def _first_dev(splits: Sequence[str]) -> str | None:

@@ -334,7 +334,7 @@ class TestPrompts:
 
     def test_a_broken_file(self, tmp_path: Path) -> None:
         (tmp_path / "judge_prompts.jsonl").write_text('{"name": "x"}\n')
-        with pytest.raises(DataError, match="line 1: not a judge prompt"):
+        with pytest.raises(DataError, match="line 1: `system_prompt` is missing"):
             prompts.load(tmp_path)
 
     def test_a_place_that_nothing_fills(self) -> None:

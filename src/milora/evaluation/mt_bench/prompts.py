@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from milora.tasks.fields import check_fields
+from milora.tasks.files import read_values
 from milora_core.errors import DataError
 
 FILE_NAME = "judge_prompts.jsonl"
@@ -63,16 +64,10 @@ def load(folder: Path | None) -> dict[str, JudgePrompt]:
     path = None if folder is None else folder / FILE_NAME
     if path is None or not path.is_file():
         return prompts
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompts[row["name"]] = JudgePrompt(row["name"], row["system_prompt"], row["prompt_template"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}, line {number}: not a judge prompt (name, system_prompt, prompt_template)"
-            ) from error
+    fields = {"name": str, "system_prompt": str, "prompt_template": str}
+    for where, record in read_values(path):
+        row = check_fields(record, fields, where)
+        prompts[row["name"]] = JudgePrompt(row["name"], row["system_prompt"], row["prompt_template"])
     return prompts
 
 
