@@ -67,6 +67,6 @@ def test_mistakes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(MiLoraError, match=r"\.docx"):
         route_heat_map(route(1), tmp_path / "a.docx")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MiLoraError, match=r"pip install milora\[plot\]"):
+    with pytest.raises(MiLoraError, match=r'A picture needs matplotlib: pip install "milora\[plot\]"'):
         route_heat_map(route(1), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

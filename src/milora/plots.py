@@ -1,4 +1,4 @@
-"""Pictures of what routers decide. Needs matplotlib: `pip install milora[plot]`."""
+"""Pictures of what routers decide. Needs matplotlib: `pip install "milora[plot]"`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from milora_core.errors import MiLoraError
+from milora_core.errors import MiLoraError, importing
 from milora_core.files import whole_file
 from milora_core.routing import Route
 
@@ -119,13 +119,11 @@ def new_figure() -> Any:
     """A figure of matplotlib, with a canvas of its own.
 
     Raises:
-        MiLoraError: If matplotlib is not installed.
+        MissingExtraError: If matplotlib is not installed.
     """
-    try:
+    with importing("plot", "A picture"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MiLoraError("Pictures need matplotlib, which is not installed: pip install milora[plot].") from error
     # Without pyplot: neither the backend nor the current figure of whoever calls is touched.
     figure = Figure()
     FigureCanvasAgg(figure)

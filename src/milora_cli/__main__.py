@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from milora_cli.streams import prepare_streams
+from milora_core.errors import MissingExtraError, importing
 from milora_core.interruption import end_on_signals, handle_signals
 
 
@@ -21,9 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handle_signals()
     prepare_streams()
     try:
-        from milora_cli import main as command_line
-    except ModuleNotFoundError as error:
-        print(f'milora: the command line needs {error.name}: pip install "milora[cli]"', file=sys.stderr)
+        with importing("cli", "the command line"):
+            from milora_cli import main as command_line
+    except MissingExtraError as error:
+        print(f"milora: {error}", file=sys.stderr)
         return 2
     try:
         return command_line.main(arguments)

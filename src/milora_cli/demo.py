@@ -21,12 +21,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Fine-tune MiLoRA on the bundled backbone, measure it, draw its routes, serve two tenants in one batch."""
-    from datasets import disable_progress_bars
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
+    # First, as it names the extra if the libraries of training are missing.
     from milora.demo import DemoSettings, run_demo
+
+    from datasets import disable_progress_bars  # isort: skip
     from milora_cli.output import quiet_libraries
 
     quiet_libraries()

@@ -105,9 +105,10 @@ def _apart_from_file(flags: list[str]) -> tuple[list[str], str | None]:
 
 
 def _parser() -> Any:
-    from trl import TrlParser
-
+    # First, as it names the extra if TRL is missing.
     from milora.training import DataArguments, MethodArguments, TrainingArguments
+
+    from trl import TrlParser  # isort: skip
 
     class Parser(TrlParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:

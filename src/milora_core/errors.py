@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class MiLoraError(ValueError):
     """A user's mistake: the message, one line, names the thing, what was found, and the fix."""
+
+
+class MissingExtraError(MiLoraError, ImportError):
+    """A library that only some uses need is not installed; the message names the extra that installs it."""
 
 
 class DataError(MiLoraError):
@@ -18,3 +23,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause for the end of a message, `; did you mean 'arc-easy'?`, or nothing when no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@contextmanager
+def importing(extra: str, purpose: str) -> Iterator[None]:
+    """Names the extra to install if a library that the block imports is missing.
+
+    Args:
+        extra: As in `pip install "milora[extra]"`.
+        purpose: Who needs it; the start of the message.
+
+    Raises:
+        MissingExtraError: A module that is not part of this project cannot be found.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library.startswith("milora"):
+            raise
+        raise MissingExtraError(f'{purpose} needs {library}: pip install "milora[{extra}]"') from error

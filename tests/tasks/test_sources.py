@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from milora.tasks import hub, registry
+from milora.tasks import registry
 from milora.tasks.rows import Row, instruction_prompt
 from milora.tasks.sources import DEV_SPLITS, dev_split, read_dev_rows, read_rows, to_dataset
 from milora_core.errors import DataError, MiLoraError
@@ -292,7 +292,7 @@ class TestHub:
             asked.append((arguments, options))
             return Dataset.from_list([INSTRUCTION])
 
-        monkeypatch.setattr(hub, "load_dataset", load_dataset)
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
         rows = [Row(instruction_prompt("Add."), "4", "4")]
         assert read_rows("owner/some.data") == rows
         assert read_rows("owner/data:20220301.en", split="test") == rows
@@ -302,7 +302,7 @@ class TestHub:
         ]
 
     def test_a_bad_row_is_named_with_its_configuration(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub, "load_dataset", lambda *_, **__: Dataset.from_list([{**PAIR, "prompt": " "}]))
+        monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_list([{**PAIR, "prompt": " "}]))
         assert error_of("owner/data:easy") == "owner/data:easy (train), row 1: `prompt` is empty"
 
     @pytest.mark.parametrize("name", ["data:easy", "owner/data:", "owner/data.json:easy", "owner/part/data:easy"])
@@ -314,7 +314,7 @@ class TestHub:
         def load_dataset(*_: Any, **__: Any) -> Dataset:
             raise ConnectionError("Couldn't reach\nthe Hub")
 
-        monkeypatch.setattr(hub, "load_dataset", load_dataset)
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
         message = error_of("owner/data")
         assert message.startswith("split 'train' of the dataset 'owner/data' cannot be loaded: Couldn't reach the Hub")
         assert error_of("owner/data:easy").startswith("split 'train' of the dataset 'owner/data:easy' cannot be")
@@ -372,7 +372,7 @@ class TestDevRows:
             assert (name, config) == ("owner/data", "easy")
             return splits if split is None else splits[split]
 
-        monkeypatch.setattr(hub, "load_dataset", load_dataset)
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
         assert dev_split("owner/data:easy") == "validation"
         assert read_dev_rows("owner/data:easy") == [Row("of dev", " 4")]
         del splits["validation"]

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from milora.evaluation.generation import evaluate_task
 from milora.evaluation.mt_bench import run as mt_bench
 from milora.evaluation.mt_bench.answers import read_opponent
-from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.evaluation.perplexity import completion_perplexity
 from milora.evaluation.progress import Watch
 from milora.evaluation.results import shots_of
 from milora.inference.generation import Decoding
 from milora.tasks.mt_bench import MtBench, question_folder
 from milora.tasks.task import Split, Task
-from milora_core.errors import MiLoraError
+from milora_core.errors import MiLoraError, importing
+
+if TYPE_CHECKING:
+    from milora.evaluation.mt_bench.client import ChatEndpoint
 
 BEAMS = 3
 
@@ -120,7 +122,7 @@ def hold_conversations(
         task.questions()[: settings.limit],
         settings.output_dir / task.name,
         judging.model_id,
-        judge=None if judging.url is None else ChatEndpoint(judging.url, judging.model),
+        judge=_judge(judging),
         opponent=judging.opponent,
         prompts_folder=None if task.data_dir is None else question_folder(task.data_dir),
         workers=judging.workers,
@@ -199,8 +201,16 @@ def _check_conversations(task: MtBench, settings: EvaluationSettings) -> None:
         raise MiLoraError("MT-Bench's answers are kept to be judged: say where, with --output-dir.")
     if judging.opponent is not None and judging.url is None:
         raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
-    if judging.url is not None:
-        ChatEndpoint(judging.url, judging.model)
+    _judge(judging)
     questions = task.questions()[: settings.limit]
     if judging.opponent is not None:
         read_opponent(judging.opponent, questions)
+
+
+def _judge(judging: Judging) -> ChatEndpoint | None:
+    if judging.url is None:
+        return None
+    with importing("judge", "A judge"):
+        from milora.evaluation.mt_bench.client import ChatEndpoint
+
+    return ChatEndpoint(judging.url, judging.model)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from milora_core.errors import DataError, importing
 
-from milora_core.errors import DataError
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
@@ -22,10 +22,12 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
         DataError: the dataset cannot be reached, read or built, or has no such split or configuration.
     """
     with _explained(f"split {split!r} of the dataset {full_name(name, config)!r}"):
+        import datasets
+
         if not _was_saved(name):
-            return load_dataset(name, config, split=split)
-        saved = load_from_disk(name)
-        if not isinstance(saved, DatasetDict):
+            return datasets.load_dataset(name, config, split=split)
+        saved = datasets.load_from_disk(name)
+        if not isinstance(saved, datasets.DatasetDict):
             return saved
         if split not in saved:
             raise DataError(f"{name} has no split {split!r}; its splits: {', '.join(saved)}")
@@ -39,8 +41,10 @@ def split_names(name: str, config: str | None = None) -> list[str] | None:
         DataError: the dataset cannot be reached, read or built, or has no such configuration.
     """
     with _explained(f"the dataset {full_name(name, config)!r}"):
+        import datasets
+
         # A split is not loaded without the others either, so that this costs nothing where one is.
-        found: Any = load_from_disk(name) if _was_saved(name) else load_dataset(name, config)
+        found: Any = datasets.load_from_disk(name) if _was_saved(name) else datasets.load_dataset(name, config)
         return list(found) if isinstance(found, dict) else None
 
 
@@ -55,6 +59,9 @@ def _was_saved(name: str) -> bool:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
+    with importing("train", what):
+        from datasets.exceptions import DatasetsError
+
     try:
         yield
     except DataError:

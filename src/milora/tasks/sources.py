@@ -6,16 +6,17 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, Features, List, Value
+from typing import TYPE_CHECKING, Any
 
 from milora.tasks import registry
 from milora.tasks.files import FILE_SUFFIXES, is_stream, read_file
 from milora.tasks.hub import full_name, load_split, split_names
 from milora.tasks.rows import Row, read_records
 from milora.tasks.task import SPLITS, check_split
-from milora_core.errors import DataError, did_you_mean
+from milora_core.errors import DataError, did_you_mean, importing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?")
 
@@ -103,6 +104,9 @@ def to_dataset(rows: Sequence[Row]) -> Dataset:
     """
     if not rows:
         raise DataError("there are no rows to make a dataset of")
+    with importing("train", "A dataset"):
+        from datasets import Dataset, Features, List, Value
+
     kinds = {type(text) for row in rows for text in (row.prompt, row.completion)}
     if len(kinds) > 1:
         raise DataError("rows of strings and rows of messages cannot share a dataset: keep one kind")

@@ -1,12 +1,15 @@
 """Training adapters: TRL's `SFTTrainer` with the paper's settings."""
 
-from milora.training.activations import BilevelActivations
-from milora.training.arguments import DataArguments, TrainingArguments
-from milora.training.callbacks import RoutingLogger
-from milora.training.method import MethodArguments
-from milora.training.result import TrainingResult
-from milora.training.run import train
-from milora.training.trainer import MiLoraTrainer
+from milora_core.errors import importing
+
+with importing("train", "Training"):
+    from milora.training.activations import BilevelActivations
+    from milora.training.arguments import DataArguments, TrainingArguments
+    from milora.training.callbacks import RoutingLogger
+    from milora.training.method import MethodArguments
+    from milora.training.result import TrainingResult
+    from milora.training.run import train
+    from milora.training.trainer import MiLoraTrainer
 
 __all__ = [
     "BilevelActivations",
