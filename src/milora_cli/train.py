@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -52,8 +53,10 @@ def command(context: typer.Context) -> None:
         )
     early = ", where the dev perplexity no longer fell" if result.stopped_early else ""
     typer.echo(f"{result.method}: {result.steps} steps in {result.seconds:.0f} s{early}")
-    if result.dev_perplexity_before is not None and result.dev_perplexity_best is not None:
-        typer.echo(f"dev perplexity {result.dev_perplexity_before:.3f} -> {result.dev_perplexity_best:.3f}")
+    perplexities = [result.dev_perplexity_before, result.dev_perplexity_best]
+    measured = [f"{perplexity:.3f}" for perplexity in perplexities if perplexity is not None]
+    if measured:
+        typer.echo(f"dev perplexity {' -> '.join(measured)}")
     typer.echo(f"adapter in {result.output}")
 
 
@@ -119,12 +122,26 @@ def _parser() -> Any:
         def set_defaults_with_config(self, **values: Any) -> list[str]:
             # A file may use a flag's other names too.
             names = {option.lstrip("-"): action.dest for action in self._actions for option in action.option_strings}
-            remaining: list[str] = super().set_defaults_with_config(
-                **{names.get(name, name): value for name, value in values.items()}
-            )
+            values = {names.get(name, name): value for name, value in values.items()}
+            for name, value in values.items():
+                if value is False and self._takes_no(name):
+                    # YAML reads an unquoted no or off as a boolean.
+                    values[name] = "none" if name == "report_to" else "no"
+            remaining: list[str] = super().set_defaults_with_config(**values)
             return remaining
 
-    return Parser((DataArguments, MethodArguments, TrainingArguments), prog="milora train", allow_abbrev=False)
+        def _takes_no(self, name: str) -> bool:
+            """Whether `no` is one of a setting's choices, as of the strategies to evaluate, save and log by."""
+            return name == "report_to" or any(
+                "no" in (action.choices or ()) for action in self._actions if action.dest == name
+            )
+
+    parser = Parser((DataArguments, MethodArguments, TrainingArguments), prog="milora train", allow_abbrev=False)
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            # transformers gives it the help of the switch that it turns off, and a default that means nothing.
+            action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
+    return parser
 
 
 def _names(parser: Any) -> set[str]:
@@ -140,11 +157,14 @@ def _print_help(*, everything: bool) -> None:
     from milora.training import DataArguments, MethodArguments, TrainingArguments
 
     own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
-    by_name = {action.dest: action for action in parser._actions}
+    # A switch that is on has an action of its own that turns it off, after the one that sets it.
+    by_name = {action.dest: action for action in reversed(parser._actions)}
     typer.echo("Usage: milora train --backbone NAME --task NAME[,NAME...] [--method NAME] [--output-dir DIR] ...\n")
     typer.echo("  --config FILE  YAML with any of these; flags override it\n  --json  print the result as JSON")
     for name in own:
         action = by_name[name]
         default = "" if action.required or action.default in (None, []) else f" (default: {action.default})"
-        typer.echo(f"  --{name.replace('_', '-')}  {str(action.help).splitlines()[0]}{default}")
+        flag = name.replace("_", "-")
+        no = f", --no-{flag}" if action.default is True else ""
+        typer.echo(f"  --{flag}{no}  {str(action.help).splitlines()[0]}{default}")
     typer.echo("\nUnderscores work too. So does every other flag of TRL's SFTConfig: milora train --help-all")

@@ -10,6 +10,7 @@ import torch
 from trl import SFTConfig
 
 from milora.tasks import registry
+from milora.training.ranges import DATA, TRAINING, check_ranges
 from milora_core.errors import MiLoraError, did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         self.task = [name for part in _listed(self.task) for name in part.replace(",", " ").split()]
         self.data, self.dev_data = _listed(self.data), _listed(self.dev_data)
+        check_ranges(vars(self), DATA)
         for name in self.task:
             if name not in registry.names():
                 raise MiLoraError(
@@ -123,13 +125,21 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         metadata={"help": "Rows an optimiser step; by default 16 for fewer than 10,000 training rows, else 128."},
     )
     warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up: steps, or a share of them if below 1."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When to evaluate: steps, epoch or no.", "choices": ("no", "steps", "epoch")}
+    )
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between evaluations."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step too."})
-    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step too, unless eval_strategy is no."})
+    save_strategy: str = field(
+        default="steps",
+        metadata={
+            "help": "When to save a checkpoint: steps, epoch, best or no.",
+            "choices": ("no", "steps", "epoch", "best"),
+        },
+    )
     save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best dev perplexity."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint, where there are some to choose from."})
     metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
     early_stopping_patience: int = field(
@@ -137,21 +147,34 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        check_ranges(vars(self), TRAINING)
+        if self.max_steps == 0:  # type: ignore[has-type]
+            raise MiLoraError("max_steps must be at least 1, or -1 for num_train_epochs epochs; found 0.")
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             # TRL would turn bf16 on everywhere; CPUs without native support are slower with it.
             self.bf16 = torch.cuda.is_available()
+        self._choose_evaluations()
         super().__post_init__()
         if self.activation_training not in ACTIVATION_TRAINING:
             raise MiLoraError(
                 f"activation_training must be one of {', '.join(ACTIVATION_TRAINING)}; found "
                 f"{self.activation_training!r}."
             )
-        if self.bilevel_every < 1:
-            raise MiLoraError(f"bilevel_every must be at least 1; found {self.bilevel_every}.")
-        if self.packing or self.padding_free:
-            raise MiLoraError(
-                "packing and padding_free put several prompts into one row, and a row has one route; leave both off."
-            )
+        for name in ("packing", "eval_packing", "padding_free"):
+            if getattr(self, name):
+                raise MiLoraError(f"{name} puts several prompts into one row, and a row has one route: leave it off.")
+
+    def _choose_evaluations(self) -> None:
+        """Without evaluations there is none before the first step, and without checkpoints none of them is best."""
+        evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
+        saves = getattr(self.save_strategy, "value", self.save_strategy) != "no"
+        self.eval_on_start = self.eval_on_start and evaluates
+        self.load_best_model_at_end = self.load_best_model_at_end and evaluates and saves
+
+    def without_evaluation(self) -> None:
+        """Switches all evaluations off, for a run without dev rows."""
+        self.eval_strategy = "no"
+        self._choose_evaluations()
 
     @property
     def rows_at_once(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from milora.methods import METHODS, config_for
 from milora.methods import method as method_of
+from milora.training.ranges import METHOD, check_ranges
 from milora_core.errors import MiLoraError, did_you_mean
 
 IGNORED_FIELDS: dict[str, dict[str, str]] = {"adalora": {"r": "init_r"}}
@@ -63,6 +64,7 @@ class MethodArguments:
     def __post_init__(self) -> None:
         self.settings = _mapping(self.settings)
         names = [one.name for one in fields(method_of(self.method).config_class) if one.init]
+        check_ranges(self.overrides(), METHOD)
         for name in self.overrides():
             origin = f"--{name}" if name not in self.settings else f"The setting {name!r}"
             instead = IGNORED_FIELDS.get(self.method, {}).get(name)

@@ -79,8 +79,6 @@ def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
     """
     if not data.sources:
         raise MiLoraError("There is nothing to learn from: pass --task with a task's name, or --data with a file.")
-    if not 0 <= data.dev_fraction < 1:
-        raise MiLoraError(f"dev_fraction must be at least 0 and below 1; found {data.dev_fraction}.")
     sources: dict[str, SourceRows] = {}
     for name in data.sources:
         rows: Sequence[Row] = read_rows(name, "train", data.data_dir)

@@ -51,8 +51,7 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     arguments.set_length(positions_of(model))
     mixture = mix(sources, tokenizer, arguments.max_length)
     if not mixture.dev:
-        arguments.eval_strategy = "no"
-        arguments.load_best_model_at_end = arguments.eval_on_start = False
+        arguments.without_evaluation()
     arguments.set_accumulation(len(mixture.train))
     # Seeded again: reading and filtering may have drawn numbers, and the adapter's start should not depend on them.
     set_seed(arguments.seed)
@@ -170,7 +169,7 @@ def _result(
         seconds=round(seconds, 1),
         tunable_parameters=trainer.tunable_parameters(),
         dev_perplexity_before=next((perplexity for step, perplexity in evaluated if step == 0), None),
-        dev_perplexity_best=_best_perplexity(trainer, [perplexity for _, perplexity in evaluated]),
+        dev_perplexity_best=_best_perplexity(trainer, [perplexity for step, perplexity in evaluated if step > 0]),
         resumed_from=None if checkpoint is None else str(checkpoint),
     )
 
