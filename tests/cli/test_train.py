@@ -286,3 +286,43 @@ def test_a_killed_run_resumes_to_the_same_bits(backbone: Path, tmp_path: Path) -
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         assert tensor.equal(actual[name]), name
+
+
+def test_yaml_reads_no_as_a_boolean_and_we_do_not(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"backbone: tiny\noutput_dir: {tmp_path}\nuse_cpu: true\nreport_to: no\n"
+        "eval_strategy: no\nsave_strategy: off\nlogging-strategy: No\n",
+        encoding="utf-8",
+    )
+    arguments = parse(["--config", str(file)])[2]
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        assert getattr(arguments, name) == "no", name
+    assert arguments.report_to == []
+    assert not arguments.eval_on_start
+
+
+def test_without_evaluation_no_perplexity_is_measured_or_told(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"max_steps": 1, "eval_strategy": "no"}
+    assert main(flags(backbone, rows_file(tmp_path), tmp_path / "out", **settings)) == 0
+    assert "perplexity" not in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "training_result.json").read_text())["results"]
+    assert results["dev_perplexity_before"] is None
+    assert results["dev_perplexity_best"] is None
+
+
+def test_help_says_what_is_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["train", "--help-all"]) == 0
+    everything = " ".join(capsys.readouterr().out.split())
+    for name in ("eval_on_start", "load_best_model_at_end"):
+        flag = name.replace("_", "-")
+        line = next(line for line in lines if line.startswith(f"  --{flag}"))
+        assert line.startswith(f"  --{flag}, --no-{flag}  ")
+        assert line.endswith("(default: True)")
+        on, off = everything.split(f"--{name} [{name.upper()}], ")[1].split(f"--no_{name}, ")
+        assert on.endswith("(default: True) ")
+        assert off.startswith(f"--no-{flag} Turn --{name} off. --")

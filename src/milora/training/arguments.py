@@ -129,7 +129,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         default="steps", metadata={"help": "When to evaluate: steps, epoch or no.", "choices": ("no", "steps", "epoch")}
     )
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between evaluations."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step too, unless eval_strategy is no."})
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Evaluate before the first step too, unless eval_strategy is no."}
+    )
     save_strategy: str = field(
         default="steps",
         metadata={
@@ -139,7 +141,9 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     )
     save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint, where there are some to choose from."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "End with the best checkpoint, where there are some to choose from."}
+    )
     metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
     early_stopping_patience: int = field(
@@ -148,7 +152,7 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         check_ranges(vars(self), TRAINING)
-        if self.max_steps == 0:  # type: ignore[has-type]
+        if self.max_steps == 0:
             raise MiLoraError("max_steps must be at least 1, or -1 for num_train_epochs epochs; found 0.")
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             # TRL would turn bf16 on everywhere; CPUs without native support are slower with it.

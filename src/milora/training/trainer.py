@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from milora.training.card import ROUTES_FILE, CardFacts, write_card
 from milora.training.checkpoints import KEPT, STATE_FILE
 from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
+from milora.training.likelihood import LikelihoodSum, check_loss, plain_likelihood, row_likelihoods
 from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
+from milora.training.tuner import tuner_of
+from milora.tuners.prompt import attended_tokens, prompt_tokens
+from milora.tuners.prompt_pass import PromptTuner
 from milora_core.errors import MiLoraError
 from milora_core.files import writing
 from milora_core.routing.precision import KeepFloat32
@@ -39,13 +44,17 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     - `joint`: on train batches with everything else, in a parameter group of their own at that rate;
     - `frozen`: not at all.
 
+    The dev loss, `eval_loss`, is the mean negative log-likelihood of all supervised tokens of the dev set, whatever is
+    optimised, and `eval_perplexity` its exponential.
+
     Logs carry `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss`, `dev_steps_skipped` (so far, because a
     gradient was not finite) and `eval_perplexity`. Searches on dev batches ([`BilevelSearch`]) that come without
     batches are given those of `eval_dataset`. Checkpoints keep the state of all of these. For methods without rational
     activations it is `SFTTrainer`, with those batches and checkpoints.
 
     Raises:
-        MiLoraError: If something is to be trained on dev batches and there is no `eval_dataset`.
+        MiLoraError: If something is to be trained on dev batches and there is no `eval_dataset`, or the loss cannot be
+            combined with routes (label smoothing, `compute_loss_func`; `loss_type="dft"` with a load-balancing loss).
     """
 
     args: TrainingArguments
@@ -62,6 +71,8 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         own = [] if self._activations is None else [self._activations]
         router_values = _float32_values(model)
         super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
+        self._likelihood = LikelihoodSum()
+        check_loss(self, self.accelerator.unwrap_model(self.model))
         shares_out_parameters = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if shares_out_parameters and any(
             isinstance(callback, Undecided) and callback.is_open(self.model, 0)
@@ -140,14 +151,44 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As `SFTTrainer`'s; in training, an AdaLoRA adapter's with its orthogonality penalty, once a step."""
+        """As `SFTTrainer`'s; in training, an AdaLoRA adapter's with its orthogonality penalty, once a step.
+
+        In evaluation it is the negative log-likelihood, and its sums are kept for [`MiLoraTrainer.evaluation_loop`].
+        """
+        if not self.model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tuner = getattr(self.accelerator.unwrap_model(self.model), "base_model", None)
-        if not self.model.training or not isinstance(tuner, AdaLoraModel):
+        if not isinstance(tuner, AdaLoraModel):
             return result
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         penalty = orthogonality_penalty(tuner) / steps
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As `Trainer`'s, with the loss averaged over tokens: its mean over batches depends on how they are cut."""
+        self._likelihood = LikelihoodSum()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        mean = self._likelihood.mean()
+        if mean is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        return output
+
+    def _evaluation_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        outputs = []
+
+        def recorded(**arguments: Any) -> Any:
+            outputs.append(model(**arguments))
+            return outputs[-1]
+
+        tuner = tuner_of(self.accelerator.unwrap_model(self.model))
+        # For metrics SFTTrainer computes the logits in a second pass, without the labels that say what the prompt is.
+        says_prompt = return_outputs and isinstance(tuner, PromptTuner)
+        prompt = prompt_tokens(attended_tokens(inputs), inputs["labels"]) if says_prompt else None
+        with plain_likelihood(self), nullcontext() if prompt is None else tuner.use_prompt(prompt):
+            result = super().compute_loss(recorded, inputs, return_outputs)
+        self._likelihood.add(self.accelerator.gather_for_metrics(row_likelihoods(outputs[0])))
+        return result
 
     def tunable_parameters(self) -> int:
         """How many parameters train, by whichever optimiser."""
@@ -209,8 +250,8 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
                 logs["dev_step_loss"] = self._activations.loss.item()
             if on_dev_batches := self._on_dev_batches():
                 logs["dev_steps_skipped"] = float(sum(callback.skipped for callback in on_dev_batches))
-        if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
+        for name in [name for name in logs if name.startswith("eval_") and name.endswith("_loss")]:
+            logs[f"{name.removesuffix('_loss')}_perplexity"] = math.exp(min(logs[name], 700.0))
         super().log(logs, start_time)
 
     def _on_dev_batches(self) -> list[DevStepCallback]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from milora.tuners.trainers import check_token_weights
+
 
 def add_to_loss(output: Any, auxiliary: Tensor, tokens: Tensor, items: Tensor | int | None) -> Any:
     """The output with an auxiliary loss in it, once, weighted as its own loss is under gradient accumulation.
@@ -20,6 +22,9 @@ def add_to_loss(output: Any, auxiliary: Tensor, tokens: Tensor, items: Tensor | 
         auxiliary: A scalar, already multiplied by its coefficient.
         tokens: Supervised tokens of this batch.
         items: Supervised tokens of all batches that are accumulated, `None` where the loss is the batch's mean.
+
+    Raises:
+        MiLoraError: If the trainer weighs the losses of tokens, and so the auxiliary loss with them.
     """
     weight: Tensor | float = 1.0 if items is None else tokens / items
     if isinstance(output, tuple):
@@ -29,6 +34,7 @@ def add_to_loss(output: Any, auxiliary: Tensor, tokens: Tensor, items: Tensor | 
     # `is_top1` is what supervised fine-tuning asks for on top; reinforcement learning asks for the log-probabilities of
     # a policy, which are no loss.
     if getattr(output, "log_probs", None) is not None and getattr(output, "is_top1", None) is not None:
+        check_token_weights()
         mask = output.label_mask.to(output.log_probs.dtype)
         output["log_probs"] = output.log_probs - auxiliary.to(output.log_probs) * mask
     return output

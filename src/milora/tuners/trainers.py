@@ -26,6 +26,22 @@ TRAINER_PACKS = (
     "{trainer} packs several prompts into one row ({setting}=True). Each prompt has a route of its own, and a row has "
     "one: pass {setting}=False."
 )
+TRAINER_WEIGHS = (
+    "{trainer} with loss_type='dft' weighs each token by its probability, and the load-balancing loss with it: set "
+    "load_balancing_coef=0, or loss_type='nll'."
+)
+
+
+def check_token_weights() -> None:
+    """Refuses a trainer that weighs the losses of tokens, to each of which the load-balancing loss is added.
+
+    Raises:
+        MiLoraError: If the trainer that makes this pass does.
+    """
+    for frame in _trainer_frames():
+        trainer = frame.f_locals["self"]
+        if getattr(trainer.args, "loss_type", None) == "dft":
+            raise MiLoraError(TRAINER_WEIGHS.format(trainer=type(trainer).__name__))
 
 
 def check_calling_trainer(*, has_labels: bool) -> None:

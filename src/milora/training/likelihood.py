@@ -1,0 +1,88 @@
+"""The dev loss: the mean negative log-likelihood of all supervised tokens, whatever loss is optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora.training.tuner import tuner_of
+from milora.tuners.milora import MiLoraModel
+from milora.tuners.prompt_pass import PromptTuner
+from milora_core.errors import MiLoraError
+
+
+class LikelihoodSum:
+    """The negative log-likelihood of an evaluation, and the supervised tokens that it is of."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows.
+
+        Args:
+            rows: (rows, 2): the negative log-likelihood of each row, in nats, and its number of supervised tokens.
+        """
+        self._sums += rows.to("cpu", torch.float64).sum(dim=0)
+
+    def mean(self) -> float | None:
+        """Nats per supervised token, over all rows; `None` without a supervised token."""
+        total, tokens = self._sums.tolist()
+        return total / tokens if tokens else None
+
+
+def row_likelihoods(output: Any) -> Tensor:
+    """(rows, 2), float32, as [`LikelihoodSum.add`] takes it, of the output of a fused language-model head of TRL's."""
+    return torch.stack([-output.log_probs.float().sum(dim=1), output.label_mask.float().sum(dim=1)], dim=1)
+
+
+@contextmanager
+def plain_likelihood(trainer: Any) -> Iterator[None]:
+    """Inside this context an `SFTTrainer` computes the negative log-likelihood, and no other or further loss."""
+    arguments = trainer.args
+    loss_type, smoother, own, balances = (
+        arguments.loss_type,
+        trainer.label_smoother,
+        trainer.compute_loss_func,
+        trainer.aux_loss_enabled,
+    )
+    arguments.loss_type, trainer.aux_loss_enabled = "nll", False
+    trainer.label_smoother = trainer.compute_loss_func = None
+    try:
+        yield
+    finally:
+        arguments.loss_type, trainer.aux_loss_enabled = loss_type, balances
+        trainer.label_smoother, trainer.compute_loss_func = smoother, own
+
+
+def check_loss(trainer: Any, model: Any) -> None:
+    """Refuses losses that a method with routes cannot be trained with.
+
+    Raises:
+        MiLoraError: For a loss that `Trainer` computes from logits: it withholds the labels, which say where the prompt
+            ends. For one that weighs tokens, if there is a load-balancing loss, which would be weighed with them.
+    """
+    tuner = tuner_of(model)
+    if not isinstance(tuner, PromptTuner):
+        return
+    for name, value in (
+        ("label_smoothing_factor", trainer.args.label_smoothing_factor),
+        ("compute_loss_func", trainer.compute_loss_func),
+    ):
+        if value:
+            raise MiLoraError(
+                f"{name} makes the trainer withhold the labels from the model, which reads off them where the prompt "
+                f"ends: leave {name} out."
+            )
+    balances = isinstance(tuner, MiLoraModel) and any(
+        tuner.peft_config[name].load_balancing_coef > 0 for name in tuner.active_adapters
+    )
+    if trainer.args.loss_type == "dft" and balances:
+        raise MiLoraError(
+            "loss_type=dft weighs each token by its probability, and the load-balancing loss with it: set "
+            "load_balancing_coef=0, or loss_type=nll."
+        )
