@@ -42,7 +42,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def endpoint(server: Server, **settings: Any) -> ChatEndpoint:
-    return ChatEndpoint(server.url, "judge-1", **{"backoff": 0.0, "timeout": 5.0, "retries": 2, **settings})
+    return ChatEndpoint(server.url, "judge-1", **{"timeout": 5.0, "retries": 2, **settings})
 
 
 def judge_run(server: Server, path: Path, **values: Any) -> judging.JudgeRun:
@@ -80,7 +80,7 @@ class TestClient:
 
     def test_does_not_wait_for_hours(self, server: Server) -> None:
         server.reply = lambda body, number: (429, {"Retry-After": "3600"}, "")
-        with pytest.raises(MiLoraError, match=r"answered 429 and asks to wait 3600 seconds, more than the 120"):
+        with pytest.raises(MiLoraError, match=r"answered 429: .*It asks to wait 3600 seconds"):
             endpoint(server).complete([], temperature=0, max_tokens=1)
         assert len(server.requests) == 1
 
@@ -90,7 +90,8 @@ class TestClient:
             ((503, {}, "over  capacity"), "answered 503: over capacity", 3),
             ((400, {}, "no such\nmodel"), "answered 400: no such model", 1),
             ((401, {}, ""), r"refuses \(401\).*set MILORA_JUDGE_API_KEY", 1),
-            ((200, {}, "<html>"), "no chat completion: <html>", 1),
+            ((200, {"Content-Type": "text/html"}, "<html>"), "no chat completion: <html>", 1),
+            ((200, {}, "<html>"), "no chat completion: Expecting value", 1),
             ((200, {}, '{"choices": []}'), "no chat completion", 1),
             ((200, {}, '{"choices": [{"message": {"content": null}}]}'), "without text", 1),
         ],
@@ -110,6 +111,11 @@ class TestClient:
     def test_no_server(self) -> None:
         with pytest.raises(MiLoraError, match=r"127.0.0.1:1/v1/chat/completions does not answer"):
             ChatEndpoint("http://127.0.0.1:1/v1", "m", retries=0).complete([], temperature=0, max_tokens=1)
+
+    def test_without_the_sdk_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "openai", None)
+        with pytest.raises(MiLoraError, match=r"pip install 'milora\[judge\]'"):
+            ChatEndpoint("http://127.0.0.1:1/v1", "m")
 
     def test_no_address(self) -> None:
         with pytest.raises(MiLoraError, match=r"http:// or https://"):
@@ -237,7 +243,7 @@ class TestGrading:
     def test_another_judge_grades_anew(self, server: Server, tmp_path: Path) -> None:
         path = tmp_path / "single.jsonl"
         grade(server, path)
-        other = ChatEndpoint(server.url, "judge-2", backoff=0)
+        other = ChatEndpoint(server.url, "judge-2")
         assert len(grade(server, path, judge=other).records) == 4
         assert len(server.requests) == 8
 
