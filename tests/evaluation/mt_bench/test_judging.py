@@ -114,7 +114,7 @@ class TestClient:
 
     def test_without_the_sdk_the_extra_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "openai", None)
-        with pytest.raises(MiLoraError, match=r"pip install 'milora\[judge\]'"):
+        with pytest.raises(MiLoraError, match=r'pip install "milora\[judge\]"'):
             ChatEndpoint("http://127.0.0.1:1/v1", "m")
 
     def test_no_address(self) -> None:

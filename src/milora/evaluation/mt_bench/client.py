@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from milora_core.errors import MiLoraError
+from milora_core.errors import MiLoraError, importing
 
 if TYPE_CHECKING:
     from openai import APIError
@@ -29,7 +29,8 @@ class ChatEndpoint:
         retries: How often a request is repeated.
 
     Raises:
-        MiLoraError: If `url` is no HTTP address, or the SDK is not installed.
+        MiLoraError: If `url` is no HTTP address.
+        MissingExtraError: If the SDK is not installed.
     """
 
     def __init__(
@@ -37,10 +38,8 @@ class ChatEndpoint:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise MiLoraError(f"The judge's address must begin with http:// or https://; found {url!r}.")
-        try:
+        with importing("judge", "MT-Bench's judge"):
             import openai
-        except ModuleNotFoundError as error:
-            raise MiLoraError("A judge needs the openai package: pip install 'milora[judge]'.") from error
         self.model = model
         self._address = f"{url.rstrip('/')}/chat/completions"
         self._key = key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
