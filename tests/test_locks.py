@@ -107,5 +107,5 @@ def test_a_file_system_without_locks(
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MiLoraError, match=r"file cannot be written to: File exists"), writing_alone(tmp_path / "file"):
+    with pytest.raises(MiLoraError, match=r"file is a file: name a folder"), writing_alone(tmp_path / "file"):
         pass

@@ -1,4 +1,4 @@
-"""Keeps a second process out of a folder that one process writes to."""
+"""Keeps a second process out of a folder or a file that one process writes to."""
 
 from __future__ import annotations
 
@@ -38,17 +38,39 @@ def writing_alone(folder: Path, advice: str = "wait until it ends, or use anothe
     Raises:
         MiLoraError: Another process has the folder (the error names it), or the folder cannot be made or written to.
     """
-    path = folder / FOLDER_LOCK
+    with _reserved(folder, folder / FOLDER_LOCK, advice):
+        yield
+
+
+@contextmanager
+def writing_file_alone(path: Path, advice: str = "wait until it ends, or name another output") -> Iterator[None]:
+    """As [`writing_alone`], for a file, or a folder that is written whole: its lock is a hidden file beside it.
+
+    The lock's file is removed at the end. filelock copes: a process that waited for the removed file tries again.
+    """
+    path = Path(os.path.realpath(path))
+    lock = path.parent / f".{path.name}.lock"
+    with _reserved(path, lock, advice):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _reserved(what: Path, path: Path, advice: str) -> Iterator[None]:
     lock: BaseFileLock = FileLock(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise MiLoraError(f"{folder} is in use by {_holder(path)}: {advice}.") from error
+        raise MiLoraError(f"{what} is in use by {_holder(path)}: {advice}.") from error
+    except FileExistsError as error:
+        raise MiLoraError(f"{path.parent} is a file: name a folder.") from error
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
-            raise MiLoraError(f"{folder} cannot be written to: {error.strerror or error}.") from error
-        _log.warning("%s: the file system has no locks; do not start a second process in this folder.", folder)
+            raise MiLoraError(f"{what} cannot be written to: {error.strerror or error}.") from error
+        _log.warning("%s: the file system has no locks; do not start a second process that writes to it.", what)
     else:
         # filelock replaces its class where the file system has no flock. Its file then is the lock and stays as it is.
         if not isinstance(lock, SoftFileLock):

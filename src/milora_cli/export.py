@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from milora_cli import options
 from milora_cli.output import json_only, quiet_libraries
 from milora_core.errors import MiLoraError
+from milora_core.files import require_vacant
 
 if TYPE_CHECKING:
     from milora_core.routing import Route
@@ -33,12 +35,13 @@ def command(
     as_json: options.AsJson = False,
 ) -> None:
     """Freeze one route of a MiLoRA adapter into a plain LoRA adapter, which any engine with LoRA can serve."""
-    with json_only(as_json) as print_result:
+    with json_only(as_json) as print_result, ExitStack() as lock:
         if (prompt is None) == (route is None):
             raise MiLoraError("Give either --prompt TEXT or --route FILE: a LoRA adapter is one route, frozen.")
 
         from milora.backbone.loading import load_for_inference
         from milora.inference.routing import route_prompts
+        from milora.locks import writing_file_alone
         from milora.tuners.milora.export import export_route
         from milora_cli.prompts import read_requests
         from milora_cli.route import require_routers
@@ -47,6 +50,8 @@ def command(
         frozen = _read_route(route, row) if route is not None else None
         prompts = [] if prompt is None else [request.prompt for request in read_requests([prompt], None)]
         require_routers(adapter)
+        require_vacant(output)
+        lock.enter_context(writing_file_alone(output, "wait until it ends, or give another --output"))
         model, tokenizer = load_for_inference(adapter, backbone, dtype=dtype, device=device)
         if frozen is None:
             frozen = route_prompts(model, tokenizer, prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from milora_cli import options
-from milora_cli.output import json_only, progress_bar, quiet_libraries
+from milora_cli.output import json_only, progress_bar, quiet_libraries, reserved
 from milora_cli.prompts import read_requests
 from milora_core.errors import MiLoraError
 
@@ -76,7 +77,7 @@ def command(
 
     Prompts come from --prompt, --data, or standard input (a line each). Without --output the texts are printed.
     """
-    with json_only(as_json) as print_result:
+    with json_only(as_json) as print_result, ExitStack() as outputs:
         adapters = parse_adapters(adapter or [])
         requests = read_requests(prompt or [], data, split=split, data_dir=data_dir, limit=limit)
         names = adapter_of_each(requests, adapters)
@@ -97,6 +98,7 @@ def command(
             top_p=top_p,
         )
         quiet_libraries()
+        outputs.enter_context(reserved([output] if output else [], "texts.jsonl"))
         # Rows name their adapter where there is a choice.
         named = [
             replace(request, adapter=None if name in ("", DEFAULT_ADAPTER) else name)

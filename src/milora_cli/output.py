@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from milora_core.errors import MiLoraError
 
 PrintResult: TypeAlias = Callable[[Mapping[str, Any]], None]
 
@@ -34,6 +38,30 @@ def json_only(active: bool) -> Iterator[PrintResult]:
 
     with redirect_stdout(sys.stderr):
         yield print_result
+
+
+@contextmanager
+def reserved(outputs: Sequence[Path], example: str) -> Iterator[None]:
+    """Keeps other processes from the files of `--output` while the block runs; fails before the work, not after it.
+
+    Devices and pipes may be shared.
+
+    Args:
+        outputs: The files.
+        example: A file's name, for the error when one is a folder.
+
+    Raises:
+        MiLoraError: If one is a folder, in use by another process, or in a folder that cannot be written to.
+    """
+    from milora.locks import writing_file_alone
+
+    with ExitStack() as locks:
+        for path in {Path(os.path.realpath(path)): path for path in outputs}.values():
+            if path.is_dir():
+                raise MiLoraError(f"--output {path} is a folder: name a file in it, such as {path / example}.")
+            if path.is_file() or not path.exists():
+                locks.enter_context(writing_file_alone(path, "wait until it ends, or give another --output"))
+        yield
 
 
 def progress_bar() -> Progress:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from milora_cli import options
-from milora_cli.output import json_only, progress_bar, quiet_libraries
+from milora_cli.output import json_only, progress_bar, quiet_libraries, reserved
 from milora_cli.prompts import read_requests
 from milora_core.errors import MiLoraError
 from milora_core.files import write_text
@@ -55,7 +56,7 @@ def command(
 
     For one prompt its choice with the probabilities, for several the share of prompts that chose each expert.
     """
-    with json_only(as_json) as print_result:
+    with json_only(as_json) as print_result, ExitStack() as outputs:
         for path in output or []:
             if path.suffix.lower() not in FORMATS:
                 raise MiLoraError(f"--output {path}: end it in one of {', '.join(FORMATS)}.")
@@ -72,6 +73,7 @@ def command(
 
         quiet_libraries()
         require_routers(adapter)
+        outputs.enter_context(reserved(output or [], "route.json"))
         model, tokenizer = load_for_inference(adapter, backbone, dtype=dtype, device=device)
         with progress_bar() as progress:
             routes = {

@@ -39,12 +39,12 @@ def writing(path: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MiLoraError(f"{path} cannot be written: {error.strerror or error}{kept}") from error
+        raise MiLoraError(f"{path} cannot be written: {_reason(error)}{kept}") from error
     except Exception as error:
         number = errno.ENOSPC if is_disk_full(error) else _number_in_words(error)
         if number is None:
             raise
-        raise MiLoraError(f"{path} cannot be written: {os.strerror(number)}{kept}") from error
+        raise MiLoraError(f"{path} cannot be written: {_reason(OSError(number, os.strerror(number)))}{kept}") from error
 
 
 @contextmanager
@@ -104,6 +104,18 @@ def whole_folder(path: Path, kept: str = "") -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def require_vacant(folder: Path) -> None:
+    """Checks that [`whole_folder`] can write a folder, before the work on its contents.
+
+    Raises:
+        MiLoraError: It exists and is not an empty folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MiLoraError(f"{folder} is a file: name a folder that does not exist yet.")
+    if folder.exists() and any(folder.iterdir()):
+        raise MiLoraError(f"{folder} is not an empty folder: name a folder that does not exist yet, or empty it.")
+
+
 def write_text(path: Path, text: str, kept: str = "") -> None:
     """Writes a text in UTF-8, by way of [`whole_file`].
 
@@ -137,6 +149,11 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _reason(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{reason}, make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason
 
 
 def _number_in_words(error: BaseException) -> int | None:

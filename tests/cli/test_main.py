@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.adapted import adapted
 from support.tokenizer import save_backbone
 
+from milora.locks import writing_file_alone
 from milora_cli.main import COMMANDS, main
 
 
@@ -105,7 +106,16 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["route", "--adapter", "a", "--prompt", "x", "--output", "x.txt"], ".safetensors"),
         (["export", "--adapter", "a", "--output", "x"], "--route"),
         (["export", "--adapter", "a", "--output", "x", "--route", "none.safetensors"], "none.safetensors"),
-        (["export", "--adapter", "a", "--output", "base", "--prompt", "x"], "not an empty folder"),
+        (["export", "--adapter", "a", "--output", "base", "--prompt", "x"], "base is not an empty folder"),
+        (
+            ["export", "--adapter", "a", "--output", "base/config.json", "--prompt", "x"],
+            "config.json is a file: name a",
+        ),
+        (["generate", "--adapter", "a", "--prompt", "x", "--output", "base"], "base is a folder: name a file in it"),
+        (
+            ["route", "--adapter", "a", "--prompt", "x", "--output", "base/config.json/x.json"],
+            "is a file: name a folder",
+        ),
     ],
 )
 def test_mistakes_name_the_thing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +280,24 @@ def test_routes_as_table_json_and_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert table.count("●") == 4
     assert main(["route", "--adapter", "a", "--data", "bundled-choice", "--data", "bundled-yesno", "--limit", "2"]) == 0
     assert "bundled-yesno: share of 2 prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "outputs"), [("generate", ["texts.jsonl"]), ("route", ["x.json", "x.png"]), ("export", ["lora"])]
+)
+def test_two_processes_do_not_share_an_output(
+    command: str, outputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = ["--max-new-tokens", "2"] if command == "generate" else []
+    arguments = [command, "--adapter", "a", "--prompt", "Hello", *limited]
+    for output in outputs:
+        arguments += ["--output", str(tmp_path / output)]
+    (tmp_path / "link").symlink_to(tmp_path / outputs[-1])
+    with writing_file_alone(tmp_path / "link"):
+        assert f"{outputs[-1]} is in use by process {os.getpid()}" in complaint(capsys, *arguments)
+    (tmp_path / "link").unlink()
+    assert main(arguments) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(outputs), "no lock is left"
 
 
 def test_an_exported_route_generates_what_its_prompt_generated(

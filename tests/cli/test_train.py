@@ -231,7 +231,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_before(
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith(f"milora: {output} cannot be written: ")
-    assert said.endswith("; earlier checkpoints are kept: make room, and go on with --resume_from_checkpoint last\n")
+    assert said.endswith("; earlier checkpoints are kept: resume with --resume-from-checkpoint last\n")
     assert last_checkpoint(output) == output / "checkpoint-2"
     assert main([*resumed, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -180,7 +180,7 @@ def test_what_torch_cannot_write_is_a_full_disk(tmp_path: Path, short_of_its_end
     path, tensors = tmp_path / "optimizer.pt", {"a": torch.zeros(100_000)}
     torch.save(tensors, path)
     limit = path.stat().st_size - 1 if short_of_its_end else 1000
-    said = pytest.raises(MiLoraError, match="No space left on device; go on")
+    said = pytest.raises(MiLoraError, match="No space left on device, make room; go on")
     with largest_file(limit), said, writing(path, "; go on"):
         torch.save(tensors, path)
     with pytest.raises(RuntimeError, match="PytorchStreamReader"), writing(path):
@@ -202,6 +202,6 @@ def test_a_full_disk_behind_another_error_is_said_too(tmp_path: Path) -> None:
         except OSError as error:
             raise RuntimeError("could not save") from error
 
-    said = "a cannot be written: No space left on device; all is kept"
+    said = "a cannot be written: No space left on device, make room; all is kept"
     with pytest.raises(MiLoraError, match=said), writing(tmp_path / "a", "; all is kept"):
         write()

@@ -122,7 +122,7 @@ class Predictions:
 
     def _keep(self, index: int, row: dict[str, Any]) -> None:
         if self._path is not None:
-            kept = f"; its {len(self._rows)} rows are kept: make room, and run the same again to go on with them"
+            kept = f"; its {len(self._rows)} rows are kept, and the same command resumes after them"
             with writing(self._path, kept):
                 append_record(self._path, {**row, "run": self._run})
         self._rows[index] = row

@@ -17,7 +17,7 @@ OPTIMIZER_STATES = ("optimizer.pt", "latest", "optimizer.bin", "optimizer_0")
 """Where an optimiser's state is: in transformers' own file, by DeepSpeed in the folder that its file `latest` names,
 and by FSDP in one file (whole) or in a folder (each process's part)."""
 
-KEPT = "; earlier checkpoints are kept: make room, and go on with --resume_from_checkpoint last"
+KEPT = "; earlier checkpoints are kept: resume with --resume-from-checkpoint last"
 """The end of the message when a run cannot write, as of [`milora_core.files.writing`]."""
 
 

@@ -26,7 +26,7 @@ TURNS = 2
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """By category, as FastChat has them; greedy for the others."""
 
-KEPT = "; what is in it is kept: make room, and run the same again to go on"
+KEPT = "; its answers are kept, and the same command resumes after them"
 
 CompactRoute: TypeAlias = dict[str, list[int]]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.routers import chosen_modules
 from milora_core.errors import MiLoraError
-from milora_core.files import whole_folder
+from milora_core.files import require_vacant, whole_folder
 from milora_core.routing import Route
 
 PREFIX = "base_model.model."
@@ -113,8 +113,7 @@ def _config(config: MiLoraConfig, modules: list[str], model: Any) -> LoraConfig:
 
 
 def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise MiLoraError(f"{folder} exists and is not an empty folder: choose another place for the exported adapter.")
+    require_vacant(folder)
     with whole_folder(folder) as partial:
         save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
