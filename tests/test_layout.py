@@ -14,7 +14,7 @@ SOURCE = Path(milora_core.__file__).parents[1]
 FLOORS = [
     ["milora_core.errors", "milora_core.interruption"],
     ["milora_core.files"],
-    ["milora.records", "milora.locks"],
+    ["milora.records", "milora.locks", "milora.plugins"],
     ["milora_core.kernels"],
     ["milora_core.routing"],
     ["milora.backbone"],

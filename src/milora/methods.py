@@ -13,6 +13,7 @@ from torch import nn
 
 from milora.backbone.blocks import OWN_ROUTER, find_blocks
 from milora.backbone.shapes import from_config, shape_config
+from milora.plugins import METHOD_GROUP, plugins
 from milora.tuners.bitfit import BitFitConfig
 from milora.tuners.ia3 import IA3ProjectedConfig
 from milora.tuners.iapt import IAPTConfig
@@ -197,15 +198,27 @@ METHODS: Mapping[str, Method] = {
 """By the names that configurations and commands use, in the order of the paper's Table 1."""
 
 
+def method_names() -> list[str]:
+    """The names of all methods: the paper's, then those of other distributions (entry points `milora.methods`).
+
+    Raises:
+        MiLoraError: If another distribution's method cannot be loaded.
+    """
+    return list({**METHODS, **plugins(METHOD_GROUP)})
+
+
 def method(name: str) -> Method:
     """The method of a name.
 
     Raises:
-        MiLoraError: If there is none; the message has all names and the nearest.
+        MiLoraError: If there is none; the message has all names and the nearest. Or if another distribution's method
+            cannot be loaded.
     """
-    if name not in METHODS:
-        raise MiLoraError(f"There is no method {name!r}; there are {', '.join(METHODS)}{did_you_mean(name, METHODS)}")
-    return METHODS[name]
+    known: dict[str, Method] = {**plugins(METHOD_GROUP), **METHODS}
+    if name not in known:
+        names = method_names()
+        raise MiLoraError(f"There is no method {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}")
+    return known[name]
 
 
 def config_for(name: str, backbone: nn.Module, **overrides: Any) -> PeftConfig:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from milora.backbone.bundled import TINY_BACKBONE
+from milora.plugins import METHOD_GROUP, plugins
 from milora_core.errors import MiLoraError, did_you_mean
 
 TINY = "tiny"
@@ -162,6 +163,8 @@ def read_adapter_config(path: str | os.PathLike[str]) -> Any:
                 f"{path}: there is no such adapter; give a folder with an {CONFIG_NAME}, or a hub id, owner/name"
                 f"{_neighbours(folder)}"
             )
+    # Another distribution's method may have made the adapter; loading it makes the method known to PEFT.
+    plugins(METHOD_GROUP)
     try:
         return PeftConfig.from_pretrained(str(folder) if folder.is_dir() else path)
     except MiLoraError:

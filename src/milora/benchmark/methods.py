@@ -17,7 +17,7 @@ from milora.backbone.shapes import build
 from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import shared_copy
 from milora.inference.together import serve_together
-from milora.methods import METHODS, config_for
+from milora.methods import config_for, method_names
 from milora_core.errors import MiLoraError, did_you_mean
 from milora_core.routing import RouterProjection
 
@@ -79,12 +79,12 @@ def variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    if name in METHODS:
+    if name in method_names():
         return Variant(name, _STEPS.get(name, {}))
     routed = re.fullmatch(r"(milora|midora)-k([1-9]\d*)", name)
     if routed:
         return Variant(routed[1], {"top_k": int(routed[2])})
-    known = [*VARIANTS, *(method for method in METHODS if method not in VARIANTS)]
+    known = [*VARIANTS, *(method for method in method_names() if method not in VARIANTS)]
     raise MiLoraError(
         f"There is no method {name!r}; there are {', '.join(known)}, milora-k4 and so on{did_you_mean(name, known)}"
     )

@@ -1,4 +1,4 @@
-"""Every task by its name."""
+"""Every task by its name: ours, those of other distributions, and those registered in this process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 
+from milora.plugins import TASK_GROUP, plugins
 from milora.tasks.alpaca import Alpaca
 from milora.tasks.aqua import Aqua
 from milora.tasks.arc import ArcChallenge, ArcEasy
@@ -41,8 +42,28 @@ _BENCHMARKS: dict[str, Callable[..., Task]] = {
 
 
 def names() -> list[str]:
-    """The names of all tasks: the bundled ones, which need no data, then the public benchmarks."""
-    return [*BUNDLED_TASKS, *_BENCHMARKS]
+    """The names of all tasks: the bundled ones, which need no data, the public benchmarks, then other distributions'.
+
+    Raises:
+        MiLoraError: another distribution's task cannot be loaded.
+    """
+    return [*BUNDLED_TASKS, *_benchmarks()]
+
+
+def register(name: str, task: Callable[..., Task]) -> None:
+    """Adds a task for this process. A distribution adds its own by an entry point in the group `milora.tasks`.
+
+    Args:
+        name: The name for `--task` and [`get`].
+        task: A [`milora.tasks.task.Task`] class, or any function that returns a task. It is called with `data_dir`, a
+            folder or `None`; its other parameters are the task's settings.
+
+    Raises:
+        MiLoraError: there is a task of this name.
+    """
+    if name in names():
+        raise MiLoraError(f"there is a task {name!r} already; choose another name")
+    _BENCHMARKS[name] = task
 
 
 def get(name: str, data_dir: str | os.PathLike[str] | None = None, **settings: int) -> Task:
@@ -58,8 +79,14 @@ def get(name: str, data_dir: str | os.PathLike[str] | None = None, **settings: i
     """
     if name not in names():
         raise MiLoraError(f"there is no task {name!r}; tasks: {', '.join(names())}{did_you_mean(name, names())}")
-    known = set(inspect.signature(_BENCHMARKS[name]).parameters) - {"data_dir"} if name in _BENCHMARKS else set()
+    benchmark = _benchmarks().get(name)
+    known = set() if benchmark is None else set(inspect.signature(benchmark).parameters) - {"data_dir"}
     if unknown := sorted(settings.keys() - known):
         has = f"; its settings: {', '.join(sorted(known))}" if known else ", and no other"
         raise MiLoraError(f"the task {name} has no setting {unknown[0]!r}{has}")
-    return BUNDLED_TASKS[name] if name in BUNDLED_TASKS else _BENCHMARKS[name](data_dir, **settings)
+    return BUNDLED_TASKS[name] if benchmark is None else benchmark(data_dir, **settings)
+
+
+def _benchmarks() -> dict[str, Callable[..., Task]]:
+    # Ours come first, and win over another distribution's of the same name.
+    return _BENCHMARKS | {name: task for name, task in plugins(TASK_GROUP).items() if name not in _BENCHMARKS}

@@ -9,7 +9,7 @@ from typing import Any
 from peft import AdaLoraConfig, PeftConfig
 from torch import nn
 
-from milora.methods import METHODS, config_for
+from milora.methods import config_for, method_names
 from milora.methods import method as method_of
 from milora.training.ranges import METHOD, check_ranges
 from milora_core.errors import MiLoraError, did_you_mean
@@ -30,7 +30,7 @@ class MethodArguments:
             be trained by [`milora.training.train`].
     """
 
-    method: str = field(default="milora", metadata={"help": f"One of {', '.join(METHODS)}."})
+    method: str = field(default="milora", metadata={"help": f"One of {', '.join(method_names())}."})
     settings: dict[str, Any] | str | None = field(
         default=None,
         metadata={
