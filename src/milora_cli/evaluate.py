@@ -147,7 +147,7 @@ def command(
             if not console.is_terminal:
                 # A file has no width to fit, and narrow columns would cut names.
                 console.width = 160
-            console.print(table(results, result["mean"]))
+            console.print(table(results, result["mean"], result["llm_adapters_mean"]))
             if output_dir is not None:
                 typer.echo(f"predictions and {FILE_NAME} in {output_dir}", err=True)
         if lacking := failures(results):
@@ -181,17 +181,22 @@ def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = 
     return [registry.get(of_task.name, data_dir, shots=shots) for of_task in found]
 
 
-def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table:
+def table(
+    results: Mapping[str, Mapping[str, Any]], mean: float | None, llm_adapters_mean: float | None = None
+) -> Table:
     """A row a task; columns that say nothing of any task are left out."""
     from rich.table import Table
 
+    by_their_rule = [_share((result.get("llm_adapters") or {}).get("accuracy")) for result in results.values()]
+    strict, theirs = "accuracy, strict" if any(by_their_rule) else "accuracy", "accuracy, LLM-Adapters' rule"
     columns = {
         "task": list(results),
         "rows": [_number(_rows(result)) for result in results.values()],
-        "accuracy": [_share(result.get("accuracy")) for result in results.values()],
+        strict: [_share(result.get("accuracy")) for result in results.values()],
         "score of 10": [_decimal(result.get("score")) for result in results.values()],
         "win rate": [_share(result.get("pairwise", {}).get("win_rate")) for result in results.values()],
         "95 % interval": [_interval(result.get("interval")) for result in results.values()],
+        theirs: by_their_rule,
         "groups": [_number(len(result.get("groups", ())) or None) for result in results.values()],
         "unparsed": [_number(result.get("unparsed")) for result in results.values()],
         "no room": [
@@ -203,7 +208,7 @@ def table(results: Mapping[str, Mapping[str, Any]], mean: float | None) -> Table
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     result = Table(show_footer=mean is not None and len(results) > 1)
     for name in shown:
-        footer = "mean" if name == "task" else _share(mean) if name == "accuracy" else ""
+        footer = {"task": "mean", strict: _share(mean), theirs: _share(llm_adapters_mean)}.get(name, "")
         result.add_column(name, footer=footer, justify="left" if name == "task" else "right", no_wrap=True)
     for cells in zip(*shown.values(), strict=True):
         result.add_row(*cells)

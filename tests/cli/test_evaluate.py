@@ -4,7 +4,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.adapted import adapted
@@ -12,6 +14,8 @@ from support.judge import Server
 from support.tokenizer import save_backbone
 
 from milora.evaluation import run as evaluation_run
+from milora.evaluation.predictions import Predictions
+from milora.inference.generation import GeneratedText
 from milora.tasks.task import Task
 from milora_cli.main import main
 
@@ -155,6 +159,35 @@ def test_a_bare_backbone_and_perplexity_alone(capsys: pytest.CaptureFixture[str]
 def test_mistakes_name_the_thing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = complaint(capsys, *arguments)
     assert any(part in found for part in said.split("|"))
+
+
+def test_accuracy_by_the_rule_of_llm_adapters_stands_beside_the_strict_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "boolq").mkdir()
+    rows = [{"instruction": f"q{n}", "input": "", "output": "o", "answer": "true"} for n in range(2)]
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
+    # The generated texts are given, so that both rules have something to differ in.
+    monkeypatch.setattr(Predictions, "add", says("It cannot be true.", Predictions.add))
+    arguments = ["--backbone", "tiny", "--task", "boolq,bundled-choice", "--limit", "2", "--data-dir", str(tmp_path)]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--max-new-tokens", "1"]
+    printed = result(capsys, *arguments)
+    assert printed == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert printed["tasks"]["boolq"]["accuracy"] == 0
+    assert printed["tasks"]["boolq"]["llm_adapters"]["accuracy"] == 1
+    assert printed["tasks"]["bundled-choice"]["llm_adapters"] is None
+    assert (printed["mean"], printed["llm_adapters_mean"]) == (0, 1)
+    assert main(["evaluate", *arguments]) == 0
+    table = capsys.readouterr().out
+    assert "accuracy, strict" in table
+    assert "accuracy, LLM-Adapters' rule" in table
+
+
+def says(output: str, add: Any) -> Any:
+    def changed(predictions: Predictions, index: int, text: GeneratedText) -> None:
+        add(predictions, index, replace(text, text=output))
+
+    return changed
 
 
 def test_a_task_can_be_measured_in_a_way_of_its_own(

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milora.evaluation.scores import score, wilson_interval
+from milora.evaluation.scores import score, score_as_llm_adapters, wilson_interval
 
 
 # As in the tables of Brown, Cai and DasGupta (2001) and Newcombe (1998, method 3: 81/263, 15/148, 0/20, 1/29).
@@ -45,3 +45,17 @@ def test_rows_are_counted() -> None:
         "unparsed": 0,
         "no_room": 0,
     }
+
+
+def test_the_same_rows_by_the_rule_of_llm_adapters() -> None:
+    rows = [
+        {"output": "It cannot be true.", "answer": "true", "parsed": None, "correct": False},
+        {"output": "TRUE", "answer": "true", "parsed": "true", "correct": True},
+        {"output": "", "answer": "true", "parsed": None, "correct": False, "no_room": True},
+        {"output": "the correct answer is true", "answer": "true", "parsed": "true", "correct": True},
+    ]
+    theirs = score_as_llm_adapters("boolq", rows)
+    assert theirs is not None
+    assert (theirs.rows, theirs.correct, theirs.accuracy) == (4, 2, 0.5)
+    assert score(rows).whole.correct == 2
+    assert score_as_llm_adapters("mmlu", rows) is None

@@ -13,7 +13,7 @@ from milora.backbone.positions import positions_of
 from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
 from milora.evaluation.predictions import Predictions, Request
 from milora.evaluation.progress import Watch
-from milora.evaluation.scores import Scores, score
+from milora.evaluation.scores import Score, Scores, score, score_as_llm_adapters
 from milora.inference.generation import Decoding, encode_prompt, generate_texts
 from milora.tasks.rows import Text
 from milora.tasks.task import Split, Task
@@ -28,6 +28,8 @@ class Evaluation:
         task: The task's name.
         split: Which of its rows.
         scores: Of all rows, and of each of the task's parts, where it has parts (MMLU's subjects).
+        llm_adapters: The same outputs by the rule of LLM-Adapters' scripts, see [`milora.tasks.llm_adapters`]; `None`
+            for tasks that it does not have.
         average: Whether the accuracy is the mean over `rows` or over `groups`, as the benchmark has it.
         generated: How many rows were generated now; the others were in the file.
         seconds: How long that took.
@@ -37,6 +39,7 @@ class Evaluation:
     task: str
     split: str
     scores: Scores
+    llm_adapters: Score | None = None
     average: str = "rows"
     generated: int = 0
     seconds: float = 0.0
@@ -69,7 +72,10 @@ class Evaluation:
         return self.scores.whole.no_room
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. `interval` is that of `micro_accuracy`, the share of right rows."""
+        """For JSON. `interval` is that of `micro_accuracy`, the share of right rows.
+
+        `accuracy` is strict; `llm_adapters` has the `accuracy` and its `interval` by LLM-Adapters' rule.
+        """
         whole = self.scores.whole.to_dict()
         groups = {name: of_group.to_dict() for name, of_group in self.scores.groups.items()}
         return {
@@ -79,6 +85,7 @@ class Evaluation:
             "micro_accuracy": whole["accuracy"],
             "macro_accuracy": self.scores.macro_accuracy,
             "groups": groups,
+            "llm_adapters": None if self.llm_adapters is None else self.llm_adapters.accuracy_to_dict(),
             "generated": self.generated,
             "seconds": round(self.seconds, 3),
             "predictions": None if self.predictions is None else str(self.predictions),
@@ -142,10 +149,12 @@ def evaluate_task(
     texts: Iterable[Any] = generate_texts(model, tokenizer, prompts, decoding, batch_size=batch_size)
     for text in progress(texts, task.name, len(fitting)) if progress else texts:
         predictions.add(fitting[text.index], text)
+    records = predictions.records()
     return Evaluation(
         task=task.name,
         split=split,
-        scores=score(predictions.records()),
+        scores=score(records),
+        llm_adapters=score_as_llm_adapters(task.name, records),
         average=task.average,
         generated=len(missing),
         seconds=time.perf_counter() - started,

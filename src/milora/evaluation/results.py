@@ -83,8 +83,17 @@ def merged(earlier: Mapping[str, Mapping[str, Any]], measured: Mapping[str, Mapp
 
 
 def with_mean(about: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The object that is printed and kept: `about`, `tasks`, and the `mean` of their accuracies."""
-    return {**about, "tasks": dict(tasks), "mean": mean_accuracy(tasks)}
+    """The object that is printed and kept: `about`, `tasks`, and the means of their accuracies.
+
+    `mean` is of the strict accuracies, `llm_adapters_mean` of those by LLM-Adapters' rule, where a task has one.
+    """
+    by_their_rule = {name: result["llm_adapters"] for name, result in tasks.items() if result.get("llm_adapters")}
+    return {
+        **about,
+        "tasks": dict(tasks),
+        "mean": mean_accuracy(tasks),
+        "llm_adapters_mean": mean_accuracy(by_their_rule),
+    }
 
 
 def mean_accuracy(results: Mapping[str, Mapping[str, Any]]) -> float | None:

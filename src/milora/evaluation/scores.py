@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
+from milora.tasks import llm_adapters
+
 CONFIDENCE = 0.95
 
 
@@ -39,14 +41,15 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
+        return {"rows": self.rows, **self.accuracy_to_dict(), "unparsed": self.unparsed, "no_room": self.no_room}
+
+    def accuracy_to_dict(self) -> dict[str, Any]:
+        """`correct`, `accuracy` and its `interval`, for JSON."""
         interval = self.interval
         return {
-            "rows": self.rows,
             "correct": self.correct,
             "accuracy": self.accuracy,
             "interval": None if interval is None else [round(bound, 6) for bound in interval],
-            "unparsed": self.unparsed,
-            "no_room": self.no_room,
         }
 
 
@@ -70,6 +73,17 @@ def score(rows: Sequence[dict[str, Any]]) -> Scores:
     names = sorted({row["group"] for row in judged if row.get("group") is not None})
     groups = {name: _count([row for row in judged if row.get("group") == name]) for name in names}
     return Scores(_count(judged), groups)
+
+
+def score_as_llm_adapters(task: str, rows: Sequence[dict[str, Any]]) -> Score | None:
+    """The same rows counted by the rule of LLM-Adapters' scripts; `None` where it has no such task.
+
+    See [`milora.tasks.llm_adapters`].
+    """
+    if task not in llm_adapters.TASKS:
+        return None
+    judged = [row for row in rows if "correct" in row]
+    return _count([row | {"correct": llm_adapters.is_correct(task, row["output"], row["answer"])} for row in judged])
 
 
 def wilson_interval(correct: int, rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
