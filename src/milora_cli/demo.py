@@ -29,7 +29,7 @@ def command(
     from milora.demo import DemoSettings, run_demo
 
     from datasets import disable_progress_bars  # isort: skip
-    from milora_cli.output import quiet_libraries
+    from milora_cli.output import print_table, quiet_libraries
 
     quiet_libraries()
     # Of preparing a few thousand rows; the trainer's own bar stays.
@@ -52,8 +52,8 @@ def command(
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for task, accuracy in result.tasks.items():
         table.add_row(task, f"{accuracy['before']:.1%}", f"{accuracy['after']:.1%}")
+    print_table(table)
     console = Console()
-    console.print(table)
     console.print("\nOne batch, one prompt, two tenants and the bare backbone:\n")
     console.print(result.tenants["prompt"], markup=False, highlight=False, style="dim")
     for name, answer in result.tenants["answers"].items():

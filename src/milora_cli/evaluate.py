@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from milora_cli import options
-from milora_cli.output import json_only, progress_bar, quiet_libraries
+from milora_cli.output import json_only, print_table, progress_bar, quiet_libraries
 from milora_core.errors import MiLoraError
 
 if TYPE_CHECKING:
@@ -141,13 +141,7 @@ def command(
         result = with_mean(about, results)
         print_result(result)
         if not as_json:
-            from rich.console import Console
-
-            console = Console()
-            if not console.is_terminal:
-                # A file has no width to fit, and narrow columns would cut names.
-                console.width = 160
-            console.print(table(results, result["mean"], result["llm_adapters_mean"]))
+            print_table(table(results, result["mean"], result["llm_adapters_mean"]))
             if output_dir is not None:
                 typer.echo(f"predictions and {FILE_NAME} in {output_dir}", err=True)
         if lacking := failures(results):

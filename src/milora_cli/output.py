@@ -13,8 +13,12 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from milora_core.errors import MiLoraError
+
+WIDEST = 1000
+"""Columns of characters, more than any table has."""
 
 PrintResult: TypeAlias = Callable[[Mapping[str, Any]], None]
 
@@ -62,6 +66,14 @@ def reserved(outputs: Sequence[Path], example: str) -> Iterator[None]:
             if path.is_file() or not path.exists():
                 locks.enter_context(writing_file_alone(path, "wait until it ends, or give another --output"))
         yield
+
+
+def print_table(table: Table) -> None:
+    """Prints a table on standard output without cutting a word: in a narrow terminal it is wider than the window."""
+    console = Console()
+    wanted = Console(width=WIDEST).measure(table)
+    console.width = max(console.width, wanted.minimum) if console.is_terminal else wanted.maximum
+    console.print(table)
 
 
 def progress_bar() -> Progress:

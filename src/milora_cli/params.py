@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from milora_cli import options
-from milora_cli.output import json_only, progress_bar, quiet_libraries
+from milora_cli.output import json_only, print_table, progress_bar, quiet_libraries
 from milora_core.errors import MiLoraError
 
 MILLION = 1_000_000
@@ -58,12 +58,11 @@ def command(
 
 
 def _print_table(backbone: str, rows: list[dict[str, Any]], titles: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     with_paper = any(row["paper_tunable"] is not None for row in rows)
     table = Table(title=f"Parameters on {backbone}, in millions", title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for column in ["tunable", *(["paper", "differs"] if with_paper else []), "activated (mean)", "activated (most)"]:
         table.add_column(column, justify="right")
     for row in rows:
@@ -71,4 +70,4 @@ def _print_table(backbone: str, rows: list[dict[str, Any]], titles: dict[str, st
         beside = [f"{paper / MILLION:.1f}", f"{row['tunable'] / paper - 1:+.1%}"] if paper is not None else []
         activated = [f"{row[key] / MILLION:.2f}" for key in ("activated_mean", "activated_max")]
         table.add_row(titles[row["method"]], f"{row['tunable'] / MILLION:.2f}", *beside, *activated)
-    Console().print(table)
+    print_table(table)

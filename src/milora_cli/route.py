@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from milora_cli import options
-from milora_cli.output import json_only, progress_bar, quiet_libraries, reserved
+from milora_cli.output import json_only, print_table, progress_bar, quiet_libraries, reserved
 from milora_cli.prompts import read_requests
 from milora_core.errors import MiLoraError
 from milora_core.files import write_text
@@ -89,11 +89,8 @@ def command(
             _write(path, routes, whole, result)
         print_result(result)
         if not as_json:
-            from rich.console import Console
-
-            console = Console()
             for label, route in routes.items():
-                console.print(table(route, label))
+                print_table(table(route, label))
 
 
 def require_routers(adapter: str) -> None:
@@ -120,7 +117,7 @@ def table(route: Route, title: str) -> Table:
     result = Table(title="chosen experts and their probability" if one else f"{title}: share of {len(route)} prompts")
     result.add_column("block", justify="right", no_wrap=True)
     for name in short_experts(route.experts):
-        result.add_column(name, justify="right")
+        result.add_column(name, justify="right", no_wrap=True)
     numbers = (route.probabilities[:, 0] if one else route.share()).tolist()
     at_work = route.chosen.any(dim=1).tolist()
     for block, of_block, chosen in zip(short_blocks(route.blocks), numbers, at_work, strict=True):

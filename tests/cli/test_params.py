@@ -31,6 +31,17 @@ def test_the_table_has_the_papers_figure_beside(
     assert all(figure in out for figure in ("79.95", "80.0", "-0.1%"))
 
 
+def test_a_narrow_terminal_cuts_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    for columns in ("40", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["params", "--methods", "learned-adapter,p-tuning-v2"]) == 0
+        out = capfd.readouterr().out
+        assert "…" not in out
+        assert all(text in out for text in ("Learned-Adapter", "P-tuning v2", "activated", "differs"))
+
+
 def test_another_backbone_has_none(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

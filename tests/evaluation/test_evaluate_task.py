@@ -224,5 +224,5 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(case: Adapted, tmp_path: 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_device_that_is_full_is_said(case: Adapted) -> None:
-    with pytest.raises(MiLoraError, match="/dev/full cannot be written: No space left on device, make room; its 0 rows"):
+    with pytest.raises(MiLoraError, match="/dev/full cannot be written: No space left on device, make room; its 0"):
         evaluate_task(case.model, TOKENIZER, FirstCharacter([Example("a", "b", "b")]), output="/dev/full")
