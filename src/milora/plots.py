@@ -115,8 +115,11 @@ def _count(route: Route) -> str:
     return "1 prompt" if len(route) == 1 else f"{len(route)} prompts"
 
 
-def new_figure() -> Any:
+def new_figure(layout: str | None = None) -> Any:
     """A figure of matplotlib, with a canvas of its own.
+
+    Args:
+        layout: Of matplotlib's layout engines.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -125,7 +128,7 @@ def new_figure() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     # Without pyplot: neither the backend nor the current figure of whoever calls is touched.
-    figure = Figure()
+    figure = Figure(layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

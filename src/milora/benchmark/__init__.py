@@ -4,7 +4,6 @@ from milora.benchmark.decode import DecodeSettings, decode, decode_methods
 from milora.benchmark.kernel import KernelSettings, kernel
 from milora.benchmark.prefill import PrefillSettings, prefill
 from milora.benchmark.result import Result
-from milora.benchmark.table4 import table4
 from milora.benchmark.tenants import TenantsSettings, tenants
 from milora.benchmark.traffic import TrafficSettings, traffic
 from milora.benchmark.train import TrainSettings, train_steps
@@ -21,7 +20,6 @@ __all__ = [
     "decode_methods",
     "kernel",
     "prefill",
-    "table4",
     "tenants",
     "traffic",
     "train_steps",

@@ -145,6 +145,7 @@ class GenerationCase:
             run=run,
             timed=lambda name: later.during(name, lambda: run(name)),
             warm_up=warm_up,
+            value=lambda timing: timing.tokens_per_second,
         )
         read, _ = backbone_traffic(session.backbone, batch * self.beams, length)
         for name, prepared in self.methods.items():

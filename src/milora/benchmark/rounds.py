@@ -8,6 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+BASE = "base"
+DISTURBED = 0.15
+"""A round is disturbed if the bare backbone's speed in it is further than this share from the median."""
+
 Sample = TypeVar("Sample")
 Progress = Callable[[str], None]
 
@@ -41,8 +45,12 @@ def in_turn(
     measure: Callable[[str], Sample],
     progress: Progress,
     describe: Callable[[Sample], str] = str,
+    value: Callable[[Sample], float] | None = None,
 ) -> Rounds[Sample]:
     """Measures A B C, A B C, ..., so that whatever else the machine does meets all methods alike.
+
+    Where the bare backbone is among the methods, rounds that it shows to be disturbed (see [`disturbed`]) are measured
+    again, at most as many as were asked for. Rounds that are disturbed even then are left out.
 
     Args:
         case: What is measured, for the progress.
@@ -51,22 +59,53 @@ def in_turn(
         measure: Measures one method once.
         progress: Is told of every measurement.
         describe: What to tell of it.
+        value: The number of a sample by which the backbone's rounds are compared; without it no round is repeated.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in methods}
+    found: list[dict[str, Sample]] = []
     order: list[Turn] = []
-    for number in range(rounds):
+
+    def one_round(number: int) -> dict[str, Sample]:
+        samples = {}
         for name in methods:
-            # A collection that came in the middle of a measurement would be one method's bad luck.
+            # A collection in the middle of a measurement would count against one method.
             gc.collect()
             gc.disable()
             try:
-                sample = measure(name)
+                samples[name] = measure(name)
             finally:
                 gc.enable()
-            samples[name].append(sample)
             order.append(Turn(case, number, name))
-            progress(f"{case}, round {number + 1}/{rounds}, {name}: {describe(sample)}")
-    return Rounds(samples, order)
+            progress(f"{case}, round {number + 1}, {name}: {describe(samples[name])}")
+        return samples
+
+    def bad_rounds() -> list[int]:
+        if value is None or BASE not in methods:
+            return []
+        return disturbed([value(samples[BASE]) for samples in found])
+
+    found = [one_round(number) for number in range(rounds)]
+    for number in range(rounds, 2 * rounds):
+        bad = bad_rounds()
+        if not bad:
+            break
+        progress(f"{case}, round {bad[0] + 1} was disturbed: measuring it again")
+        found[bad[0]] = one_round(number)
+    left_out = bad_rounds()
+    kept = [samples for index, samples in enumerate(found) if index not in left_out]
+    return Rounds({name: [samples[name] for samples in kept] for name in methods}, order)
+
+
+def disturbed(values: Sequence[float]) -> list[int]:
+    """The rounds in which the bare backbone is further than [`DISTURBED`] from its median, worst first.
+
+    The median is that of an existing round, so at least one round is never disturbed.
+
+    Args:
+        values: The bare backbone's, one a round.
+    """
+    median = statistics.median_low(values)
+    off = {index: abs(value / median - 1) for index, value in enumerate(values)}
+    return sorted((index for index, share in off.items() if share > DISTURBED), key=lambda index: -off[index])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

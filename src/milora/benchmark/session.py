@@ -77,10 +77,15 @@ class Record:
         self.environment = environment(self.device)
 
     def in_turn(
-        self, case: str, names: Sequence[str], measure: Callable[[str], Sample], describe: Callable[[Sample], str] = str
+        self,
+        case: str,
+        names: Sequence[str],
+        measure: Callable[[str], Sample],
+        describe: Callable[[Sample], str] = str,
+        value: Callable[[Sample], float] | None = None,
     ) -> Mapping[str, list[Sample]]:
         """Samples by name; see [`milora.benchmark.rounds.in_turn`]."""
-        measured = in_turn(case, names, self.settings.rounds, measure, self.progress, describe)
+        measured = in_turn(case, names, self.settings.rounds, measure, self.progress, describe, value)
         self.order += measured.order
         return measured.samples
 
@@ -147,6 +152,7 @@ class Session(Record):
         timed: Callable[[str], Sample],
         warm_up: Callable[[str], Any] | None = None,
         describe: Callable[[Sample], str] = str,
+        value: Callable[[Sample], float] | None = None,
     ) -> Measured[Sample]:
         """Warms up and measures memory, method by method, then whatever `timed` returns in turn.
 
@@ -157,6 +163,7 @@ class Session(Record):
             timed: Runs it once in its turn.
             warm_up: Runs it unmeasured; by default `run`, as often as the settings have it.
             describe: What to tell of a sample.
+            value: The number of a sample that shows whether the bare backbone was disturbed; such rounds are repeated.
         """
         memory: dict[str, float] = {}
         for name, prepared in methods.items():
@@ -167,7 +174,7 @@ class Session(Record):
             else:
                 warm_up(name)
             memory[name] = self.peak_memory(prepared, partial(run, name))
-        return Measured(self.in_turn(case, list(methods), timed, describe), memory)
+        return Measured(self.in_turn(case, list(methods), timed, describe, value), memory)
 
     def peak_memory(self, prepared: Prepared, run: Callable[[], Any]) -> float:
         """MiB: the backbone's, what the method keeps, and the most that `run` has on top of both."""

@@ -1,0 +1,157 @@
+"""`python -m reproduction`: makes the runs that tables and figures lack, then writes the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from milora_core.errors import MiLoraError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise MiLoraError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0; 1 if runs failed or Table 4 could not be made; 2 after a user's mistake, which is one line on standard error;
+        130 when interrupted.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return _run(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command continues", 130)
+    except (MiLoraError, OSError) as error:
+        return _complain(str(error), 2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m reproduction", description=__doc__)
+    parser.add_argument("--table", action="append", default=[], metavar="N", help="1 to 5 or 7, or a comparison's name")
+    parser.add_argument("--figure", action="append", default=[], metavar="N", help="2 to 5")
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="YAML; see reproduction/README.md")
+    parser.add_argument("--backbone", metavar="NAME", help="'tiny', a folder or a hub id")
+    parser.add_argument("--data-dir", metavar="DIR", help="the benchmarks' files; by default MILORA_DATA_DIR or the hub")
+    set_help = "a setting by its dotted name, such as training.max_steps=100 or seeds=0,1; can be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=set_help)
+    parser.add_argument("--output", type=Path, default=Path("out/report"), metavar="DIR", help="results and report")
+    parser.add_argument("--shard", metavar="I/N", help="make only this share of the runs")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs; touch no data, backbone or network")
+    parser.add_argument("--no-run", action="store_true", help="write the report of the runs that have finished")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from reproduction.grid import Grid
+    from reproduction.plan import make_plan, summary
+    from reproduction.settings import parse_overrides, read_request
+    from reproduction.store import Store
+
+    overrides = parse_overrides(options.set)
+    sections = [*options.table, *(f"figure{number}" for number in options.figure)]
+    given = {"sections": sections or None, "backbone": options.backbone, "data_dir": options.data_dir}
+    request = read_request(options.settings, {**overrides, **{k: v for k, v in given.items() if v is not None}})
+    if request.data_dir is None and os.environ.get("MILORA_DATA_DIR"):
+        request = request.model_copy(update={"data_dir": os.environ["MILORA_DATA_DIR"]})
+    works = not (options.dry_run or options.no_run)
+    store = Store(options.output)
+    records = store.read()
+    # Records of format 1 do not say which sizes the budget came to.
+    needs_config = works or any(record.get("format", 1) == 1 for record in records)
+    grid = Grid(request, records, partial(_config, network=works) if needs_config else lambda backbone: None)
+    cells = _share(grid, options.shard)
+    plan = make_plan(grid, records, cells)
+    if options.dry_run:
+        if options.json:
+            print(json.dumps(plan, ensure_ascii=False))
+        else:
+            for one in (*plan["runs"], *plan["later"]):
+                print(f"{one.get('state', 'after tuning'):13}  {one['label']}")
+            print(summary(plan))
+        return 0
+    _say(summary(plan))
+    failed, missing = _work(grid, store, cells) if works else (0, {})
+    from reproduction.report import write_report
+    from reproduction.table4 import table4
+
+    grid.see(store.read())
+    speed = partial(table4, say=_say, measure=works) if "table4" in request.chosen_sections() else None
+    report = write_report(grid, store.folder, speed)
+    result = {"report": str(report.path), "files": list(report.files), "failed": failed, "missing": missing,
+              "errors": list(report.errors)}  # fmt: skip
+    print(json.dumps(result, ensure_ascii=False) if options.json else f"report in {report.path}")
+    for message in report.errors:
+        _say(message)
+    if failed:
+        _say(f"{failed} runs failed; the report says why, and the same command tries them again.")
+    return 1 if failed or report.errors else 0
+
+
+def _work(grid: Any, store: Any, cells: Any) -> tuple[int, dict[str, str]]:
+    """Makes the runs; how many failed, and which inputs are missing."""
+    import torch
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    from reproduction.inputs import Inputs
+    from reproduction.run import check_training
+    from reproduction.worker import Worker
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    if grid.request.threads is not None:
+        torch.set_num_threads(grid.request.threads)
+    check_training(grid)
+    inputs = Inputs(grid.request)
+    progress = Worker(grid, store, inputs, cells, say=_say).work()
+    for name, reason in inputs.missing.items():
+        _say(f"cannot be run: {name}: {reason}")
+    return progress.failed, inputs.missing
+
+
+def _config(backbone: str, *, network: bool) -> Any:
+    from reproduction.inputs import backbone_config
+
+    if network:
+        return backbone_config(backbone, network=True)
+    try:
+        return backbone_config(backbone, network=False)
+    except MiLoraError:
+        return None
+
+
+def _share(grid: Any, text: str | None) -> Any:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise MiLoraError(f"--shard takes I/N with I from 1 to N, such as 1/2; found {text!r}.")
+    return grid.shard(int(found[1]), int(found[2]))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _complain(message: str, status: int) -> int:
+    _say(f"reproduction: {' '.join(message.split())}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

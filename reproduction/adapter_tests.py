@@ -1,0 +1,160 @@
+"""The tests of a run's adapter: accuracy by task, MT-Bench, dev rows, and what its routers chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from milora.backbone.positions import positions_of
+from milora.evaluation.generation import Evaluation, evaluate_task
+from milora.evaluation.mt_bench.answers import TURNS, conversation_prompt
+from milora.evaluation.perplexity import completion_perplexity
+from milora.evaluation.predictions import read_predictions
+from milora.evaluation.routes import compact_route, expert_shares
+from milora.evaluation.run import EvaluationSettings, Judging, evaluate
+from milora.inference.generation import Decoding, encode_prompt
+from milora.inference.routing import route_prompts
+from milora.tasks import registry
+from milora.tasks.mt_bench import MtBench
+from milora.tasks.task import Split
+from milora_core.errors import MiLoraError
+from reproduction.grid import MT_BENCH, ROUTED, Run
+from reproduction.inputs import Inputs
+
+Scores = dict[str, dict[str, Any]]
+
+
+class UnfinishedRunError(MiLoraError):
+    """A run cannot be finished for now, although nothing is wrong with it. The next call continues it."""
+
+
+class AdapterTests:
+    """The tests of a run.
+
+    Args:
+        run: Which.
+        model: The backbone with the run's adapter.
+        tokenizer: The model's.
+        folder: For predictions, answers and judgements; those in it are not made again.
+        inputs: Where rows come from, and the judge.
+    """
+
+    def __init__(self, run: Run, model: Any, tokenizer: Any, folder: Path, inputs: Inputs) -> None:
+        self._run = run
+        self._model = model
+        self._tokenizer = tokenizer
+        self._folder = folder
+        self._data_dir = inputs.request.data_dir
+        self._judging = Judging(url=inputs.request.judge_url, model=inputs.request.judge_model)
+
+    def test(self) -> tuple[Scores, Scores]:
+        """Scores by task, and of methods with routers the experts' shares by task.
+
+        Raises:
+            UnfinishedRunError: If the judge cannot be reached.
+            MiLoraError: If a task cannot be tested.
+        """
+        scores: Scores = {}
+        shares: Scores = {}
+        for name in self._run.tests:
+            if name == MT_BENCH:
+                routed = self._first_turn_routes() if self._run.method in ROUTED else []
+                if self._judging.url is not None:
+                    scores[name] = self._graded_conversations()
+            else:
+                path = self._folder / f"{name}.test.jsonl"
+                scores[name] = self._accuracy(name, "test", self._run.evaluation["test_rows"], path)
+                routed = [row for row in read_predictions(path) if row.get("route")]
+            if routed:
+                shares[name] = share_record(routed)
+        return scores, shares
+
+    def dev(self) -> Scores:
+        """Accuracy on the first dev rows of each task; perplexity if a task has no right answers."""
+        limit = self._run.evaluation["dev_rows"]
+        if not limit:
+            return {}
+        has_answers = all("test" in registry.get(task).splits for task in self._run.tasks)
+        if has_answers:
+            paths = {name: self._folder / f"{name}.dev.jsonl" for name in self._run.tasks}
+            return {name: self._accuracy(name, "dev", limit, path) for name, path in paths.items()}
+        return {name: self._perplexity(name, limit) for name in self._run.tasks}
+
+    def _accuracy(self, name: str, split: Split, limit: int | None, path: Path) -> dict[str, Any]:
+        task = registry.get(name, self._data_dir)
+        found: Evaluation = evaluate_task(
+            self._model,
+            self._tokenizer,
+            task,
+            split=split,
+            limit=limit,
+            decoding=Decoding(max_new_tokens=task.max_new_tokens, beams=self._run.evaluation["beams"]),
+            batch_size=self._run.evaluation["batch_size"],
+            output=path,
+        )
+        return {key: getattr(found, key) for key in ("accuracy", "rows", "correct", "unparsed", "no_room")}
+
+    def _perplexity(self, name: str, limit: int) -> dict[str, Any]:
+        examples = registry.get(name, self._data_dir).examples("dev", limit, 0)
+        batch = self._run.evaluation["batch_size"]
+        found = completion_perplexity(self._model, self._tokenizer, examples, batch_size=batch)
+        return {"perplexity": found.perplexity, "rows": found.rows, "no_room": found.no_room}
+
+    def _first_turn_routes(self) -> list[dict[str, Any]]:
+        """The route of each question's first turn, without an answer. Questions longer than the positions are left out."""
+        positions = positions_of(self._model)
+        turns = [question.turns[:1] for question in MtBench(self._data_dir).questions()]
+        prompts = [conversation_prompt(self._tokenizer, turn, ()) for turn in turns]
+        fitting = [one for one in prompts if positions is None or len(encode_prompt(self._tokenizer, one)) <= positions]
+        if not fitting:
+            return []
+        routes = route_prompts(self._model, self._tokenizer, fitting, self._run.evaluation["batch_size"])
+        return [{"route": compact_route(routes, row)} for row in range(len(fitting))]
+
+    def _graded_conversations(self) -> dict[str, Any]:
+        """Holds MT-Bench's conversations and has them graded, as `milora evaluate --task mt-bench` does.
+
+        Returns:
+            `score` (the mean grade, of 10), `rows` (turns), `no_room` (turns without room for an answer), `ungraded`
+            (judgements without a grade), `judge`, `prompts`, `turns` and `categories` (means).
+        """
+        settings = EvaluationSettings(
+            seed=self._run.seed,
+            batch_size=self._run.evaluation["batch_size"],
+            output_dir=self._folder,
+            judging=replace(self._judging, url=None),
+        )
+        task = MtBench(self._data_dir)
+        evaluate(self._model, self._tokenizer, task, settings)
+        try:
+            # The answers exist: an error from here on is the judge's.
+            found = evaluate(self._model, self._tokenizer, task, replace(settings, judging=self._judging))
+        except MiLoraError as error:
+            raise UnfinishedRunError(str(error)) from error
+        if found["failed"]:
+            raise UnfinishedRunError(f"{found['failed']} judgements could not be had: {found['reason']}")
+        return {
+            "score": found["score"],
+            "rows": TURNS * found["questions"],
+            "no_room": found["no_room"],
+            "unparsed": 0,
+            "ungraded": found["unparsed"],
+            **{name: found[name] for name in ("judge", "prompts", "turns", "categories")},
+        }
+
+
+def share_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The share of prompts that chose each expert in each block.
+
+    Args:
+        rows: Predictions, all with a route.
+
+    Returns:
+        `experts`, `blocks` (their numbers), `share` (blocks x experts), and `prompts`, their number.
+    """
+    shares = expert_shares(rows)
+    blocks = sorted(next(iter(shares.values())))
+    share = [[round(of_expert[block], 4) for of_expert in shares.values()] for block in blocks]
+    return {"experts": list(shares), "blocks": blocks, "share": share, "prompts": len(rows)}

@@ -1,0 +1,305 @@
+"""From the cells of tables to runs: what is tuned first, which records answer a cell, and what is left to run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from milora.methods import method
+from milora.tasks import registry
+from reproduction.budgets import size_at
+from reproduction.experiments import Cell, Section, Variant, sections
+from reproduction.settings import Request, Settings
+from reproduction.store import FAILED, FINISHED, FORMAT, Record, backbone_name, canonical, key_of
+
+MT_BENCH = "mt-bench"
+ROUTED = ("milora", "midora")
+"""Methods with one router a block."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its tests.
+
+    Attributes:
+        label: For people.
+        backbone: As the user named it.
+        method: One of [`milora.methods.METHODS`].
+        settings: Fields of the method's configuration, its size included.
+        budget: What the size was computed for; `None` where the row or the paper sets it.
+        size: The fields of `settings` that the budget set.
+        tasks: Trained on.
+        tests: Tested on.
+        seed: Of the adapter's start and the order of the rows.
+        training: Fields of `TrainingArguments`.
+        data: Fields of `DataArguments`.
+        evaluation: See [`reproduction.settings.Evaluation`], and the judge's name.
+    """
+
+    label: str
+    backbone: str
+    method: str
+    settings: Settings
+    budget: str | int | None
+    size: Settings
+    tasks: tuple[str, ...]
+    tests: tuple[str, ...]
+    seed: int
+    training: Settings
+    data: Settings
+    evaluation: Settings
+
+    @property
+    def says(self) -> Record:
+        """What the run's record says of it, and what reports find it by."""
+        return {
+            "format": FORMAT,
+            # Without the folder that it lies in.
+            "backbone": backbone_name(self.backbone) if Path(self.backbone).is_dir() else self.backbone,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "budget": self.budget,
+            "size": dict(self.size),
+            "tasks": list(self.tasks),
+            "seed": self.seed,
+            "training": dict(self.training),
+            "data": dict(self.data),
+            "evaluation": dict(self.evaluation),
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for runs that are the same by what they say."""
+        return key_of(self.says)
+
+    def digest(self, fingerprints: Mapping[str, Any]) -> str:
+        """The name of the run's working folder and lock."""
+        text = canonical([self.key, list(self.tests), fingerprints])
+        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The values that were tried for a method's tuned fields on some tasks, and the best on dev.
+
+    Attributes:
+        label: Of the method, or of the row that is tuned by itself.
+        tasks: Trained on.
+        criterion: `perplexity` or `accuracy`.
+        tried: The values of each try, with the result on dev (less is better); `None` without a record.
+        best: The values taken; `None` while tries are missing, or where all have failed.
+    """
+
+    label: str
+    tasks: tuple[str, ...]
+    criterion: str
+    tried: tuple[tuple[Settings, float | None], ...]
+    best: Settings | None
+
+
+class Grid:
+    """The cells of a request, and the records that answer them.
+
+    Args:
+        request: What is asked for.
+        records: What has been done, see [`Grid.see`].
+        config: Gives the transformers configuration of a backbone, or `None` where it cannot be had.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        records: Iterable[Record] = (),
+        config: Callable[[str], Any] = lambda backbone: None,
+    ) -> None:
+        self.request = request
+        self.sections: list[Section] = sections(request)
+        self._config = config
+        self._sizes: dict[str, Settings | None] = {}
+        self.see(records)
+
+    def see(self, records: Iterable[Record], waits: Callable[[str], bool] = lambda key: False) -> None:
+        """Takes notice of what has been done.
+
+        Args:
+            records: All of them, oldest first.
+            waits: Whether a run without a record may still come, by its key. A choice waits for such tries.
+        """
+        self._waits = waits
+        self._finished: dict[str, list[Record]] = {}
+        self.failed: dict[str, list[Record]] = {}
+        recorded: dict[tuple[str, str], Record] = {}
+        for record in records:
+            by_status = {FINISHED: self._finished, FAILED: self.failed}[record["status"]]
+            by_status.setdefault(key_of(record), []).append(record)
+            if record.get("budget") == self.request.budget:
+                recorded[record["method"], backbone_name(record["backbone"])] = record
+        own = backbone_name(self.request.backbone)
+        self._recorded = {name: record["size"] for (name, on), record in recorded.items() if on == own}
+
+    # ---------------------------------------------------------------- what a cell asks for
+
+    def size(self, name: str) -> Settings | None:
+        """The fields that set a method's size at the request's budget; `None` where the backbone is not at hand.
+
+        Records say the sizes that they were made with, so a report needs no backbone.
+        """
+        if name in self._recorded:
+            return dict(self._recorded[name])
+        if name not in self._sizes:
+            config = None if self.request.budget == "paper" else self._config(self.request.backbone)
+            known = config is not None or self.request.budget == "paper"
+            self._sizes[name] = size_at(name, config, self.request.budget) if known else None
+        return self._sizes[name]
+
+    def tuned(self, variant: Variant) -> dict[str, tuple[Any, ...]]:
+        """The fields that are tuned for a variant, and the values to try. A method or a row may fix one."""
+        own = {**self.request.method_training(variant.method), **variant.training}
+        values = {name: own.get(name, tried) for name, tried in self.request.tune.items()}
+        return {name: tuple(tried) for name, tried in values.items() if isinstance(tried, list | tuple)}
+
+    def asked(self, cell: Cell, values: Settings) -> Run:
+        """The run that a cell asks for, with its tuned values."""
+        request, variant = self.request, cell.variant
+        tuned = self.tuned(variant)
+        training = {**request.training, **request.method_training(variant.method), **variant.training}
+        own = {} if variant.backbone else request.method_settings(variant.method)
+        size = (self.size(variant.method) or {}) if variant.sized else {}
+        evaluation = request.evaluation.model_dump()
+        if cell.test == MT_BENCH and request.judge_url is not None:
+            evaluation["judge"] = request.judge_model
+        return Run(
+            label=", ".join([str(cell), *(f"{name} {value}" for name, value in values.items())]),
+            backbone=cell.backbone,
+            method=variant.method,
+            settings={**size, **own, **variant.settings},
+            budget=request.budget if variant.sized else None,
+            size=size,
+            tasks=cell.tasks,
+            tests=(cell.test,),
+            seed=cell.seed,
+            training={**{name: value for name, value in training.items() if name not in tuned}, **values},
+            data=dict(request.data),
+            evaluation=evaluation,
+        )
+
+    # ------------------------------------------------------------------------------ tuning
+
+    def tries(self, cell: Cell) -> list[tuple[Settings, Run]]:
+        """The runs that tune a cell's method on its tasks, with the first seed; none where nothing is tuned."""
+        tuned = self.tuned(cell.variant)
+        if not tuned:
+            return []
+        variant = cell.variant
+        if not variant.tuned:
+            title = method(variant.method).title
+            variant = Variant(title, variant.method, sized=not variant.backbone, backbone=variant.backbone)
+        first = Cell(variant, cell.backbone, cell.tasks, cell.test, self.request.seeds[0])
+        combinations = [dict(zip(tuned, values, strict=True)) for values in itertools.product(*tuned.values())]
+        return [(values, self.asked(first, values)) for values in combinations]
+
+    def choice(self, cell: Cell) -> Choice:
+        """The tuned values of a cell: the best of its tries, once none of them is to come."""
+        tries = self.tries(cell)
+        has_answers = all("test" in registry.get(task).splits for task in cell.tasks)
+        criterion = self.request.tune_by if has_answers else "perplexity"
+        tried = tuple((values, self._merit(self._last(run))) for values, run in tries)
+        known = [(merit, values) for values, merit in tried if merit is not None]
+        is_waiting = any(merit is None and self._waits(run.key) for (_, merit), (_, run) in zip(tried, tries, strict=True))
+        best = None if is_waiting or not known else min(known, key=lambda pair: pair[0])[1]
+        label = cell.variant.tuned or method(cell.variant.method).title
+        return Choice(label, cell.tasks, criterion, tried, best)
+
+    def run(self, cell: Cell) -> Run | None:
+        """The run of a cell; `None` while its values are still being tuned."""
+        if not self.tuned(cell.variant):
+            return self.asked(cell, {})
+        best = self.choice(cell).best
+        return None if best is None else self.asked(cell, best)
+
+    # ----------------------------------------------------------------------------- records
+
+    def record(self, cell: Cell) -> Record | None:
+        """The newest record that answers a cell."""
+        run = self.run(cell)
+        return None if run is None else self._last(run)
+
+    def answers(self, run: Run) -> list[Record]:
+        """The records of a run that have all of its tests, oldest first."""
+        return [one for one in self._finished.get(run.key, ()) if all(self._has(one, test) for test in run.tests)]
+
+    def runs(self, cells: Iterable[Cell] | None = None) -> list[Run]:
+        """The runs that can be named so far, each once with all its tests: tries first."""
+        found: dict[str, list[Run]] = {}
+        cells = list(self.cells() if cells is None else cells)
+        for cell in cells:
+            for _, run in self.tries(cell):
+                found.setdefault(run.key, []).append(run)
+        for cell in cells:
+            named = self.run(cell)
+            if named is not None:
+                found.setdefault(named.key, []).append(named)
+        return [_joined(same) for same in found.values()]
+
+    def waiting(self, cells: Iterable[Cell] | None = None) -> list[Cell]:
+        """Cells whose run cannot be named before their tries are done, one for each run."""
+        found: dict[str, Cell] = {}
+        for cell in self.cells() if cells is None else cells:
+            if self.run(cell) is None and any(self._waits(run.key) for _, run in self.tries(cell)):
+                possible = [self.asked(cell, values).key for values, _ in self.tries(cell)]
+                if not set(possible) <= {run.key for _, run in self.tries(cell)}:
+                    found.setdefault(possible[0], cell)
+        return list(found.values())
+
+    def cells(self) -> list[Cell]:
+        """The cells of all sections."""
+        return [cell for section in self.sections for cell in section.cells()]
+
+    def shard(self, index: int, count: int) -> list[Cell]:
+        """The cells of one of `count` shares of the grid. Cells that wait for the same tries are in the same share."""
+        groups = list(dict.fromkeys(_group(cell) for cell in self.cells()))
+        return [cell for cell in self.cells() if groups.index(_group(cell)) % count == index - 1]
+
+    def _last(self, run: Run) -> Record | None:
+        found = self.answers(run)
+        return found[-1] if found else None
+
+    def _has(self, record: Record, test: str) -> bool:
+        if test != MT_BENCH:
+            return test in record["tests"]
+        if self.request.judge_url is not None:
+            return bool(record["tests"].get(test, {}).get("judge") == self.request.judge_model)
+        return test in record["tests"] or test in record["expert_shares"]
+
+    def _merit(self, record: Record | None) -> float | None:
+        if record is None:
+            return None
+        if self.request.tune_by == "perplexity":
+            return _finite(record.get("dev_perplexity"))
+        dev = record["dev"].values()
+        if not all("accuracy" in of_task for of_task in dev):
+            return _finite(statistics.fmean(of_task["perplexity"] for of_task in dev))
+        return -statistics.fmean(of_task["accuracy"] for of_task in dev)
+
+
+def _joined(same: Sequence[Run]) -> Run:
+    """Runs that are the same but for their tests, as one with all tests; with the judge where one of them has it."""
+    tests = tuple(dict.fromkeys(test for run in same for test in run.tests))
+    judged = next((run for run in same if "judge" in run.evaluation), same[0])
+    return replace(same[0], tests=tests, evaluation=judged.evaluation)
+
+
+def _group(cell: Cell) -> tuple[str, ...]:
+    return (cell.backbone, cell.variant.method, cell.variant.tuned, *cell.tasks)
+
+
+def _finite(perplexity: float | None) -> float:
+    """Infinite for a run that diverged."""
+    return float(perplexity) if perplexity is not None and math.isfinite(perplexity) else math.inf

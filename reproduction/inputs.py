@@ -1,0 +1,155 @@
+"""The inputs of runs: the backbone's files, the tasks' rows, a judge. Looked at only when something is to be run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from milora.backbone.loading import locate
+from milora.backbone.shapes import SHAPES, shape_config
+from milora.tasks import registry
+from milora.tasks.mt_bench import HUB_ID as MT_BENCH_HUB_ID
+from milora.tasks.mt_bench import MtBench
+from milora.tasks.sources import read_dev_rows, read_rows
+from milora_core.errors import MiLoraError
+from reproduction.grid import MT_BENCH, ROUTED, Run
+from reproduction.settings import Request
+
+PART = 1 << 20
+
+
+class Inputs:
+    """What runs need, each looked at once.
+
+    Args:
+        request: Says where the data are and who judges.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.missing: dict[str, str] = {}
+        """Why inputs are missing, by the input's name. Filled as runs are looked at."""
+        self._fingerprint = cache(self._rows_fingerprint)
+        self._backbone = cache(_backbone_fingerprint)
+
+    def possible(self, run: Run) -> Run | None:
+        """A run with the tests that can be made; `None` where something that it needs is missing."""
+        tests = tuple(test for test in run.tests if self._is_tested(run, test))
+        needed = [self._try(run.backbone, lambda: self._backbone(run.backbone))]
+        needed += [self._try(f"{task} (train)", lambda task=task: self._fingerprint(task, "train")) for task in run.tasks]  # type: ignore[misc]
+        return replace(run, tests=tests) if tests and all(needed) else None
+
+    def fingerprints(self, run: Run) -> dict[str, Any]:
+        """Of everything that a run reads: equal for equal contents, wherever they lie."""
+        given = self.request.data.get("dev_data") or run.tasks
+        sources = [given] if isinstance(given, str) else list(given)
+        dev = dict.fromkeys([*sources, *(run.tasks if self.request.evaluation.dev_rows else ())])
+        return {
+            "backbone": self._backbone(run.backbone),
+            "train": {task: self._fingerprint(task, "train") for task in run.tasks},
+            "dev": {source: self._fingerprint(source, "dev") for source in dev},
+            "test": {task: self._fingerprint(task, "test") for task in run.tests},
+        }
+
+    def revisions(self, run: Run) -> dict[str, str]:
+        """The commits on the hub of what came from there, by repository."""
+        found = {run.backbone: hub_revision(run.backbone, "model")} if not _is_local(run.backbone) else {}
+        for name in (*run.tasks, *run.tests) if self.request.data_dir is None else ():
+            task = registry.get(name)
+            repository = getattr(task, "hub_id", MT_BENCH_HUB_ID if name == MT_BENCH else None)
+            if repository is not None:
+                found[repository] = hub_revision(repository, "dataset")
+        return {name: revision for name, revision in found.items() if revision is not None}
+
+    def _is_tested(self, run: Run, test: str) -> bool:
+        # Without a judge, MT-Bench still has the routes of its first turns.
+        if test == MT_BENCH and self.request.judge_url is None and run.method not in ROUTED:
+            self.missing[MT_BENCH] = "a judge grades its answers; name one as judge_url"
+            return False
+        return self._try(f"{test} (test)", lambda: self._fingerprint(test, "test"))
+
+    def _try(self, name: str, look: Callable[[], object]) -> bool:
+        try:
+            look()
+        except (MiLoraError, OSError) as error:
+            self.missing[name] = str(error).strip().splitlines()[0]
+            return False
+        return True
+
+    def _rows_fingerprint(self, source: str, split: Any) -> str:
+        rows: Iterable[Any]
+        if source == MT_BENCH:
+            rows = ((q.id, q.category, q.turns, q.references) for q in MtBench(self.request.data_dir).questions())
+        elif source in registry.names():
+            examples = registry.get(source, self.request.data_dir).examples(split)
+            rows = ((row.prompt, row.completion, row.answer) for row in examples)
+        else:
+            found = read_dev_rows(source) if split == "dev" else read_rows(source)
+            rows = ((row.prompt, row.completion, row.answer) for row in found)
+        digest, count = hashlib.blake2b(digest_size=8), 0
+        for count, row in enumerate(rows, start=1):  # noqa: B007
+            digest.update(f"{row!r}\n".encode())
+        if not count:
+            raise MiLoraError(f"{source} has no rows in its split {split}")
+        return digest.hexdigest()
+
+
+def backbone_config(backbone: str, *, network: bool) -> Any:
+    """The transformers configuration of a backbone.
+
+    Args:
+        backbone: `tiny`, a shape's name, a folder or a hub id.
+        network: Whether the hub may be asked. If not, only a cached configuration is found.
+
+    Raises:
+        MiLoraError: If there is none.
+    """
+    if _is_local(backbone) or backbone in SHAPES:
+        return shape_config(locate(backbone) if _is_local(backbone) else backbone)
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(locate(backbone), local_files_only=not network)
+    except (OSError, ValueError) as error:
+        raise MiLoraError(f"The backbone {backbone} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def hub_revision(repository: str, kind: str) -> str | None:
+    """The commit of a hub repository that was read last, from the hub's cache; `None` where nothing is cached."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind) / "snapshots"
+    found = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime)
+    return found[-1].name if found else None
+
+
+def _backbone_fingerprint(backbone: str) -> str:
+    """Of a folder its files' sizes and ends, wherever it lies; of a hub id its commit."""
+    if not _is_local(backbone):
+        if backbone in SHAPES:
+            raise MiLoraError(f"{backbone} is a shape without weights; name a folder or a hub id as backbone")
+        config = backbone_config(backbone, network=True)
+        return str(getattr(config, "_commit_hash", None) or backbone)
+    digest = hashlib.blake2b(digest_size=8)
+    folder = Path(locate(backbone))
+    if not (folder / "config.json").is_file():
+        raise MiLoraError(f"{backbone} has no config.json")
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(PART))
+            file.seek(max(path.stat().st_size - PART, 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _is_local(backbone: str) -> bool:
+    try:
+        return Path(locate(backbone)).is_dir()
+    except MiLoraError:
+        return False

@@ -1,0 +1,77 @@
+"""Figures as printed in the paper (Zhang et al. 2024, arXiv 2410.18035), to set measured ones beside.
+
+They stand in `published.json` as they do in the paper: tables by the paper's names of rows and columns. Here they are
+by our names of methods and tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLES: Mapping[str, str] = {
+    "table1": "table1_single_task_llama2_7b",
+    "table2": "table2_multi_task_llama2_7b",
+    "table3": "table3_instruction_tuning_llama2_7b",
+    "table5": "table5_ablation_llama2_7b",
+}
+"""The tables whose rows have a number in each column, by where they stand in the file."""
+
+_FILE = Path(__file__).with_name("published.json")
+_TASKS = {"mt_bench_gpt4": "mt-bench"}
+
+
+@cache
+def everything() -> dict[str, Any]:
+    """The file as it is."""
+    content: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return content
+
+
+def columns(table: str) -> list[str]:
+    """The columns of one of [`TABLES`], tasks by our names (`arc-easy`), others as in the file (`tunable_m`)."""
+    return [_column(name) for name in everything()[TABLES[table]]["columns"]]
+
+
+def row(table: str, label: str) -> dict[str, float]:
+    """A row of one of [`TABLES`] by column; empty where the paper has no such row.
+
+    Args:
+        table: One of [`TABLES`].
+        label: The row's name in the paper, such as `MiLoRA`, `MiLoRA MT` or `MiLoRA-3 (GeLU)`.
+    """
+    values = everything()[TABLES[table]].get(label)
+    return {} if values is None else dict(zip(columns(table), values, strict=True))
+
+
+def tasks(table: str) -> list[str]:
+    """The tasks among the columns of one of [`TABLES`]."""
+    return [name for name in columns(table) if not name.endswith("_m") and name != "avg"]
+
+
+def table7() -> dict[str, list[dict[str, float]]]:
+    """Table 7: by backbone, the two rows, of which the text says that the second, higher one is MiLoRA's."""
+    content = everything()["table7_backbones"]
+    names = [_column(name) for name in content["columns"]]
+    return {
+        backbone: [dict(zip(names, values, strict=True)) for values in pair]
+        for backbone, pair in content.items()
+        if backbone not in ("columns", "note")
+    }
+
+
+def table4() -> dict[str, list[tuple[int, float, int]]]:
+    """Table 4: by method's title, (beams, tokens a second, peak memory in MiB)."""
+    content = everything()["table4_efficiency_llama2_7b_a40"]
+    return {
+        name: [(int(beam), float(speed), int(memory)) for beam, speed, memory in values]
+        for name, values in content.items()
+        if name != "columns"
+    }
+
+
+def _column(name: str) -> str:
+    return _TASKS.get(name, name if name.endswith("_m") else name.replace("_", "-"))

@@ -1,0 +1,183 @@
+"""One run: trains an adapter, tests it, and returns its record. An interrupted run resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from milora.backbone.loading import load_adapter
+from milora.benchmark.environment import environment
+from milora.methods import METHODS, parameter_counts
+from milora.training import DataArguments, MethodArguments, TrainingArguments, train
+from milora.training.checkpoints import last_checkpoint
+from milora.training.result import versions
+from milora.training.run import load_for_training
+from milora_core.errors import MiLoraError
+from milora_core.files import write_text
+from reproduction.grid import Grid, Run
+from reproduction.inputs import Inputs, backbone_config
+from reproduction.revision import revision
+from reproduction.store import FINISHED, Record, canonical, full_settings
+from reproduction.adapter_tests import AdapterTests
+
+ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
+"""Settings that a run of many has, unless others are asked for."""
+
+PLACES = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "run_name",
+    "logging_dir",
+    "hub_model_id",
+    "hub_token",
+    "deepspeed",
+    "fsdp_config",
+)
+"""Fields of `TrainingArguments` that say where something is."""
+
+TRAINED_FILE = "trained.json"
+"""In a run's folder once its adapter is complete: the training's part of the record."""
+
+
+def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
+    """Trains and tests.
+
+    Args:
+        run: What to do.
+        folder: For checkpoints, adapter and predictions. An interrupted run resumes from its last checkpoint, or,
+            where the adapter is complete, with the tests that are left.
+        inputs: Where the rows come from, and the judge.
+
+    Returns:
+        The record without its `run` and `fingerprints`.
+
+    Raises:
+        UnfinishedRunError: If the judge cannot be reached. The folder keeps what the next call needs.
+        Exception: Whatever training or generation raises.
+    """
+    started = time.monotonic()
+    data = DataArguments(backbone=run.backbone, task=list(run.tasks), data_dir=inputs.request.data_dir, **run.data)
+    trained = _train(run, data, folder)
+    trained_at = time.monotonic()
+    # The same backbone as in training: its revision, its dtype.
+    model, tokenizer = load_for_training(data, training_arguments(run.training, folder, run.seed))
+    model = load_adapter(model, folder)
+    tests = AdapterTests(run, model, tokenizer, folder / "predictions", inputs)
+    scores, shares = tests.test()
+    dev = tests.dev()
+    device = str(model.device)
+    del model, tests
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    finished = time.monotonic()
+    config = backbone_config(run.backbone, network=True)
+    counts = parameter_counts(run.method, config, **{k: v for k, v in run.settings.items() if v is not None})
+    parameters = {name: getattr(counts, name) for name in ("tunable", "activated_mean", "activated_max")}
+    seconds = {"total": finished - started, "training": trained_at - started, "evaluation": finished - trained_at}
+    return {
+        "status": FINISHED,
+        "label": run.label,
+        **run.says,
+        # Defaults change; what the run had stays.
+        "settings": {**_own_settings(run), **run.settings},
+        **trained,
+        "parameters": {**parameters, "trained": trained["parameters"]},
+        "tests": scores,
+        "dev": dev,
+        "expert_shares": shares,
+        "hub_revisions": inputs.revisions(run),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "revision": revision(),
+        "environment": {
+            name: value
+            for name, value in environment(device).items()
+            if name not in ("seconds", "load_average", "date")
+        },
+    }
+
+
+def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, resume: bool = False) -> Any:
+    """The arguments of a run's training.
+
+    Raises:
+        MiLoraError: If the values are refused.
+    """
+    own = {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "last" if resume else None}
+    try:
+        return TrainingArguments(**{**ALWAYS, **settings, **own})
+    except (ValueError, TypeError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise MiLoraError(f"The settings of training are refused: {lines[0]}") from error
+
+
+def check_training(grid: Grid) -> None:
+    """Makes the training arguments of all runs once, so a refused value shows before the first run.
+
+    Raises:
+        MiLoraError: If training refuses some values.
+    """
+    asked = [grid.asked(cell, {}) for cell in grid.cells()] + [run for cell in grid.cells() for _, run in grid.tries(cell)]
+    for training in {canonical(run.training): run.training for run in asked}.values():
+        training_arguments(training, Path("out"), 0)
+
+
+def _train(run: Run, data: DataArguments, folder: Path) -> Record:
+    """Trains, unless the folder has a complete adapter; the training's part of the record."""
+    path = folder / TRAINED_FILE
+    if path.is_file():
+        trained: Record = json.loads(path.read_text(encoding="utf-8"))
+        return {**trained, "resumed_from_step": trained["steps"]}
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    arguments = training_arguments(run.training, folder, run.seed, resume=checkpoint is not None)
+    method = MethodArguments(method=run.method, settings={k: v for k, v in run.settings.items() if v is not None})
+    # The trainer prints a line at every log.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        result = train(data, method, arguments)
+    trained = {
+        "full_training": _full_training(arguments),
+        "dev_perplexity": result.dev_perplexity_best,
+        "steps": result.steps,
+        "resumed_from_step": None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
+        "epochs": result.epochs,
+        "rows": {"train": result.train_rows, "dev": result.dev_rows, "left_out": result.skipped_rows},
+        "parameters": result.tunable_parameters,
+    }
+    write_text(path, json.dumps(trained) + "\n")
+    return trained
+
+
+def _own_settings(run: Run) -> Record:
+    """The fields that milora's configurations add to PEFT's, with the values that the run has."""
+    classes = [one for one in METHODS[run.method].config_class.__mro__ if one.__module__.startswith("milora")]
+    own = {name for one in classes for name in one.__dict__.get("__annotations__", {})}
+    return {name: value for name, value in full_settings(run.method, run.settings).items() if name in own}
+
+
+def _full_training(arguments: TrainingArguments) -> Record:
+    """All settings of the training but those at TRL's own defaults, which its version tells."""
+    own = TrainingArguments.__annotations__
+    defaults = {one.name: one.default for one in fields(SFTConfig) if one.default is not MISSING}
+    return {
+        name: value
+        for name, value in arguments.to_dict().items()
+        if name not in PLACES
+        and (name in own or value != defaults.get(name, MISSING))
+        and (value is None or isinstance(value, bool | int | float | str))
+    }

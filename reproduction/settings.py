@@ -1,0 +1,259 @@
+"""The settings of a reproduction: pydantic models, read from a YAML file and from `--set`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import NonNegativeInt as Natural
+from pydantic import PositiveInt as Positive
+
+from milora_core.errors import MiLoraError, did_you_mean
+
+SECTIONS = ("table1", "table2", "table3", "table4", "table5", "table7", "figure2", "figure3", "figure4", "figure5")
+Settings = dict[str, Any]
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _named(kind: str, name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}")
+    return name
+
+
+def _task(name: str) -> str:
+    from milora.tasks import registry
+
+    return _named("task", name, registry.names())
+
+
+def _method(name: str) -> str:
+    from milora.methods import METHODS
+
+    return _named("method", name, list(METHODS))
+
+
+def _section(name: Any) -> str:
+    """`table1` for `1`, `table1`, `table-1` or `Table 1`."""
+    short = str(name).lower().replace(" ", "").replace("-", "")
+    return f"table{short}" if short.isdigit() else short if short in SECTIONS else str(name)
+
+
+TaskName = Annotated[str, AfterValidator(_task)]
+MethodName = Annotated[str, AfterValidator(_method)]
+Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_as_list)]
+Seeds = Annotated[tuple[Natural, ...], BeforeValidator(_as_list), Field(min_length=1)]
+Tried = Annotated[tuple[Any, ...], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """A model without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Evaluation(Strict):
+    """How adapters are tested: `test_rows` of each test split (all), `dev_rows` of each dev split (none)."""
+
+    test_rows: Positive | None = None
+    dev_rows: Natural = 0
+    beams: Positive = 3
+    batch_size: Positive = 8
+
+
+class Limit(Strict):
+    """What one section has otherwise: its tasks, its seeds, the points of its axis."""
+
+    tasks: Tasks = ()
+    seeds: Annotated[tuple[Natural, ...], BeforeValidator(_as_list)] = ()
+    values: Annotated[tuple[float, ...], BeforeValidator(_as_list)] = ()
+
+
+class ComparisonRow(BaseModel):
+    """A method, and any field of its configuration or of `TrainingArguments` to set otherwise."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    method: MethodName
+
+    @property
+    def overrides(self) -> Settings:
+        """The fields that are set."""
+        return dict(self.model_extra or {})
+
+
+class Comparison(Strict):
+    """A table of one's own: rows by label, columns by task.
+
+    Attributes:
+        rows: By label, a method and what it has otherwise.
+        title: The table's heading; by default its name.
+        tasks: By default those of the request.
+        together: Train one adapter for all tasks instead of one for each.
+        tune_each_row: Tune every row by itself. By default a row takes the values tuned for its method.
+    """
+
+    rows: dict[str, ComparisonRow] = Field(min_length=1)
+    title: str = ""
+    tasks: Tasks = ()
+    together: bool = False
+    tune_each_row: bool = False
+
+
+class Request(Strict):
+    """What to reproduce, on what, and how. `reproduction/README.md` describes each field."""
+
+    sections: Annotated[tuple[Annotated[str, BeforeValidator(_section)], ...], BeforeValidator(_as_list)] = ()
+    backbone: str = "tiny"
+    other_backbones: dict[str, str] = {}
+    tasks: Tasks = ()
+    seeds: Seeds = (0, 1, 2, 3, 4)
+    only_methods: Annotated[tuple[MethodName, ...], BeforeValidator(_as_list)] = ()
+    data_dir: str | None = None
+    budget: Literal["milora", "paper"] | Positive = "milora"
+    training: Settings = {}
+    data: Settings = {}
+    evaluation: Evaluation = Evaluation()
+    methods: dict[MethodName, Settings] = {}
+    tune: dict[str, Tried] = {}
+    tune_by: Literal["perplexity", "accuracy"] = "perplexity"
+    limits: dict[str, Limit] = {}
+    comparisons: dict[str, Comparison] = {}
+    threads: Positive | None = None
+    judge_url: str | None = None
+    judge_model: str = "gpt-4"
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Request:
+        names = (*SECTIONS, *self.comparisons)
+        for name in (*self.sections, *self.limits):
+            _named("section", name, names)
+        if taken := set(SECTIONS) & set(self.comparisons):
+            raise ValueError(f"comparisons: {min(taken)} is a section of the paper; give the table another name")
+        if self.tune and self.tune_by == "accuracy" and not self.evaluation.dev_rows:
+            raise ValueError("tune_by: accuracy needs evaluation: {dev_rows: N}, the dev rows to measure it on")
+        self._check_names()
+        return self
+
+    def _check_names(self) -> None:
+        """Refuses fields that neither training nor the method's configuration has."""
+        for name in (*self.training, *self.tune):
+            _named("field of training", name, sorted(training_defaults()))
+        rows = [(row.method, row.overrides) for one in self.comparisons.values() for row in one.rows.values()]
+        for method, overrides in (*self.methods.items(), *rows):
+            for name, value in overrides.items():
+                if name in config_fields(method):
+                    continue
+                _named(f"field of {method} or of training", name, sorted(training_defaults()))
+                if isinstance(value, list | tuple) and name not in self.tune:
+                    raise ValueError(f"{method}: {name} is a list of values to try; add it to tune as well")
+
+    def chosen_sections(self) -> tuple[str, ...]:
+        """The sections that are asked for; without any, all."""
+        return tuple(dict.fromkeys(self.sections)) or (*SECTIONS, *self.comparisons)
+
+    def method_settings(self, method: str) -> Settings:
+        """The fields of a method's configuration that `methods` sets."""
+        return {k: v for k, v in self.methods.get(method, {}).items() if k in config_fields(method)}
+
+    def method_training(self, method: str) -> Settings:
+        """The fields of training that `methods` sets, lists of values to try included."""
+        return {k: v for k, v in self.methods.get(method, {}).items() if k not in config_fields(method)}
+
+    def to_yaml(self) -> str:
+        """The settings that are not at their defaults, without where things are."""
+        own = self.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir", "judge_url", "threads"})
+        return yaml.safe_dump(own, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+@cache
+def config_fields(method: str) -> frozenset[str]:
+    """The fields of a method's configuration."""
+    from milora.methods import METHODS
+
+    return frozenset(one.name for one in fields(METHODS[method].config_class) if one.init)
+
+
+@cache
+def training_defaults() -> Settings:
+    """By field of `TrainingArguments` that a reproduction may set, its default."""
+    from milora.training import TrainingArguments
+
+    own = ("output_dir", "seed", "resume_from_checkpoint")
+    return {one.name: one.default for one in fields(TrainingArguments) if one.name not in own}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_request(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Request:
+    """The request of a YAML file and of overrides by dotted name, such as `training.max_steps`.
+
+    Raises:
+        MiLoraError: If the file is no YAML mapping, or a name or a value is wrong; with the first mistake.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise MiLoraError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise MiLoraError(f"{path} must hold a mapping, such as 'tasks: [boolq]'; found {values!r}.")
+    for name, value in (overrides or {}).items():
+        *parents, last = name.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise MiLoraError(f"--set {name}: {parent} is no mapping.")
+        inner[last] = value
+    try:
+        return Request(**values)
+    except ValidationError as error:
+        raise MiLoraError(_first_mistake(error)) from error
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """`["training.max_steps=3", "seeds=0,1"]` as a mapping; values are YAML, commas make a list.
+
+    Raises:
+        MiLoraError: If a text has no name or no value.
+    """
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise MiLoraError(f"--set takes NAME=VALUE, such as training.max_steps=100; found {text!r}.")
+        listed = "," in value and value[0] not in "[{\"'"
+        try:
+            found[name.strip()] = yaml.load(f"[{value}]" if listed else value, _Loader)
+        except yaml.YAMLError as error:
+            raise MiLoraError(f"--set {name}: {value!r} is no YAML value.") from error
+    return found
+
+
+def _first_mistake(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = [*Request.model_fields, *Evaluation.model_fields, *Limit.model_fields, *Comparison.model_fields]
+        return f"{where}: there is no such setting{did_you_mean(str(first['loc'][-1]), known)}"
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}; found {first['input']!r}"

@@ -1,0 +1,126 @@
+"""The numbers of tables: medians over seeds, averages over tasks, shares of experts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from reproduction.experiments import Row, Section
+from reproduction.grid import Grid
+from reproduction.store import Record
+
+PERCENT = 100.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values, one a seed, and how many seeds were asked for."""
+
+    values: tuple[float, ...]
+    asked: int
+
+    @property
+    def median(self) -> float:
+        """The middle value, or the mean of the two in the middle."""
+        return statistics.median(self.values)
+
+    def __str__(self) -> str:
+        """`78.2 (77.0 to 79.1)`: the median, the least and the greatest; the number of seeds where some are missing."""
+        spread = f"{min(self.values):.1f} to {max(self.values):.1f}" if len(self.values) > 1 else ""
+        partial = f"{len(self.values)} of {self.asked} seeds" if len(self.values) < self.asked else ""
+        inside = "; ".join(part for part in (spread, partial) if part)
+        return f"{self.median:.1f} ({inside})" if inside else f"{self.median:.1f}"
+
+
+class Measurements:
+    """The results of a grid by row and column.
+
+    Args:
+        grid: The grid, with its records.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._found: dict[tuple[int, str], list[Record | None]] = {}
+
+    def by_seed(self, row: Row, column: str) -> list[Record | None]:
+        """For each seed the record behind a number, `None` where there is none."""
+        key = (id(row), column)
+        if key not in self._found:
+            self._found[key] = [self.grid.record(cell) for cell in row.cells[column]]
+        return self._found[key]
+
+    def records(self, row: Row, column: str) -> list[Record]:
+        """The records behind a number."""
+        return [record for record in self.by_seed(row, column) if record is not None]
+
+    def accuracy(self, row: Row, column: str) -> Summary | None:
+        """In percent, of MT-Bench the judge's mean grade, of 10; `None` without any."""
+        values = [_score(record, column) for record in self.by_seed(row, column)]
+        known = tuple(value for value in values if value is not None)
+        return Summary(known, len(values)) if known else None
+
+    def average(self, row: Row, columns: Sequence[str]) -> Summary | None:
+        """The mean over columns for each seed that has all of them."""
+        by_column = [[_score(record, column) for record in self.by_seed(row, column)] for column in columns]
+        means = tuple(
+            sum(values) / len(values)  # type: ignore[arg-type]
+            for values in zip(*by_column, strict=True)
+            if None not in values
+        )
+        return Summary(means, len(by_column[0])) if means else None
+
+
+def _score(record: Record | None, column: str) -> float | None:
+    test = None if record is None else record["tests"].get(column)
+    if test is None:
+        return None
+    if "score" in test:
+        return None if test["score"] is None else float(test["score"])
+    return PERCENT * float(test["accuracy"])
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the routers chose for the prompts of a task, in the mean over seeds.
+
+    Attributes:
+        experts: Their paths in a block.
+        blocks: Their numbers.
+        by_block: (blocks, experts): the share of prompts that chose the expert in the block.
+        overall: By expert, the share of all choices in all blocks: the mean over seeds, the least, the greatest.
+        seeds: How many.
+    """
+
+    experts: tuple[str, ...]
+    blocks: tuple[int, ...]
+    by_block: tuple[tuple[float, ...], ...]
+    overall: tuple[tuple[float, float, float], ...]
+    seeds: int
+
+
+def shares(section: Section, measured: Measurements) -> dict[str, Shares]:
+    """Figure 2's numbers by task, of the tasks that have been measured."""
+    found = {}
+    for column in section.columns:
+        of_task = [record["expert_shares"].get(column) for record in measured.records(section.rows[0], column)]
+        if any(of_task):
+            found[column] = _mean_shares([one for one in of_task if one])
+    return found
+
+
+def _mean_shares(records: Sequence[Mapping[str, Any]]) -> Shares:
+    experts, blocks = tuple(records[0]["experts"]), tuple(records[0]["blocks"])
+    by_block = tuple(
+        tuple(mean(record["share"][row][column] for record in records) for column in range(len(experts)))
+        for row in range(len(blocks))
+    )
+    totals = []
+    for record in records:
+        sums = [sum(row[column] for row in record["share"]) for column in range(len(experts))]
+        totals.append([value / (sum(sums) or 1.0) for value in sums])
+    overall = tuple((mean(values), min(values), max(values)) for values in zip(*totals, strict=True))
+    return Shares(experts, blocks, by_block, overall, len(records))

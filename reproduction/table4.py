@@ -1,0 +1,95 @@
+"""Table 4: speed and memory of decoding, measured by `milora.benchmark` and kept beside the other results."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from milora.benchmark import DecodeSettings, decode
+from milora.benchmark.rounds import disturbed
+from milora.methods import method
+from milora_core.errors import MiLoraError
+from milora_core.files import write_json
+from reproduction import published
+from reproduction.store import WORKING_FOLDER
+
+FILE = "table4.json"
+METHODS = ("base", "dora-cached", "moelora", "milora")
+"""DoRA with PEFT's cache: without it DoRA computes the norms of all weights for every token."""
+
+TITLES = {"base": "the backbone alone", "dora-cached": "DoRA (cached)"}
+PAPER = {"dora-cached": "dora"}
+
+
+def table4(folder: Path, say: Callable[[str], None] = lambda _: None, *, measure: bool = True) -> list[dict[str, Any]]:
+    """The rows of Table 4, which is measured if `table4.json` is not in the folder.
+
+    A file that was made before disturbed rounds were measured again may have some: their numbers are left out.
+
+    Args:
+        folder: The report's.
+        say: Is told what is measured.
+        measure: Whether to measure at all.
+
+    Raises:
+        MiLoraError: If there is no file and nothing is measured, or the file cannot be read.
+    """
+    path = folder / FILE
+    if not path.exists():
+        if not measure:
+            raise MiLoraError("not measured yet")
+        working = folder / WORKING_FOLDER
+        working.mkdir(parents=True, exist_ok=True)
+        # Two processes that measure at once would disturb each other.
+        with FileLock(working / "table4.lock"):
+            if not path.exists():
+                write_json(path, decode(DecodeSettings(methods=METHODS, beams=(1, 3)), say).to_dict())
+    try:
+        measured = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MiLoraError(f"{path} is no measurement of milora bench decode; remove it to measure again.") from error
+    return [
+        _row(row, [other for other in measured if other["beam"] == row["beam"]])
+        for row in measured
+        if row["method"] in METHODS
+    ]
+
+
+def _row(row: Mapping[str, Any], same_beam: list[dict[str, Any]]) -> dict[str, Any]:
+    rounds = {other["method"]: other["rounds"] for other in same_beam}
+    left_out = disturbed(rounds["base"])
+    kept = [index for index in range(len(row["rounds"])) if index not in left_out]
+    speeds = [row["rounds"][index] for index in kept]
+    ratios = [rounds["milora"][index] / row["rounds"][index] for index in kept]
+    name, beam = row["method"], row["beam"]
+    printed = {
+        (title, width): (speed, memory)
+        for title, values in published.table4().items()
+        for width, speed, memory in values
+    }
+    paper_name = PAPER.get(name, name)
+    paper = printed.get((method(paper_name).title, beam)) if paper_name != "base" else None
+    ours = printed[method("milora").title, beam]
+    is_milora = name == "milora"
+    return {
+        "": TITLES.get(name) or method(name).title,
+        "beam": beam,
+        "new tokens": row["new_tokens"],
+        "rounds": len(kept),
+        "tokens a second": _spread(speeds, 1),
+        "paper": "-" if paper is None else f"{paper[0]:g}",
+        "MiLoRA's / its": "-" if is_milora else _spread(ratios, 2),
+        "paper's ratio": "-" if is_milora or paper is None else f"{ours[0] / paper[0]:.2f}",
+        "peak memory, MiB": f"{row['peak_memory_mib']:.0f}",
+        "paper's, MiB": "-" if paper is None else f"{paper[1]}",
+    }
+
+
+def _spread(values: list[float], digits: int) -> str:
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -1,0 +1,175 @@
+"""Works through a grid: takes one free run after the other, until all have finished or failed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from milora_core.errors import MiLoraError
+from milora_core.files import is_disk_full
+from reproduction.adapter_tests import UnfinishedRunError
+from reproduction.experiments import Cell
+from reproduction.grid import Grid, Run
+from reproduction.inputs import Inputs
+from reproduction.revision import revision
+from reproduction.run import execute
+from reproduction.store import FAILED, Record, Store, key_of, try_lock
+
+Execute = Callable[[Run, Path, Inputs], Record]
+Say = Callable[[str], None]
+
+WAIT = 2.0
+"""Seconds until runs that other processes hold are looked at again."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Runs with a result, runs that failed in this call, and runs with neither."""
+
+    finished: int
+    failed: int
+    left: int
+
+
+class Worker:
+    """A process's part in a grid.
+
+    Args:
+        grid: The runs.
+        store: Where results are.
+        inputs: What runs read.
+        cells: The process's share of the grid; by default all.
+        execute: Makes a run.
+        say: Is told in a line what is done.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        store: Store,
+        inputs: Inputs,
+        cells: list[Cell] | None = None,
+        execute: Execute = execute,
+        say: Say = lambda _: None,
+    ) -> None:
+        self._grid = grid
+        self._store = store
+        self._inputs = inputs
+        self._cells = cells
+        self._execute = execute
+        self._say = say
+        # A run that failed before is tried again; one that fails now is not, whichever process it failed in.
+        self._failures_before = self._failures(store.read())
+        self._impossible: set[str] = set()
+        self._progress = Progress(0, 0, 0)
+
+    def work(self) -> Progress:
+        """Makes every run without a result, and waits for those that other processes are making.
+
+        A run that fails is recorded with its message and does not stop the others.
+
+        Raises:
+            MiLoraError: If a result cannot be written, as on a full disk; finished runs are kept.
+        """
+        self._store.prepare()
+        is_told = False
+        while True:
+            made = False
+            for run in self._look():
+                made = self._try(run) or made
+            left = self._look()
+            if not left:
+                return self._progress
+            if not made:
+                if not is_told:
+                    self._say(f"Waiting for {len(left)} runs that other processes are making.")
+                is_told = True
+                time.sleep(WAIT)
+
+    def _look(self) -> list[Run]:
+        """Reads the results; the runs that are to be made."""
+        records = self._store.read()
+        failed = self._failures(records) - self._failures_before
+        # Runs whose inputs are missing will not come either.
+        self._grid.see(records, lambda key: key not in failed and key not in self._impossible)
+        possible = [(run, self._inputs.possible(run)) for run in self._grid.runs(self._cells)]
+        impossible = {run.key for run, found in possible if found is None and not self._grid.answers(run)}
+        if impossible - self._impossible:
+            self._impossible |= impossible
+            return self._look()
+        runs = [found or run for run, found in possible]
+        done = [run for run in runs if self._is_done(run)]
+        not_made = [run for run in runs if not self._is_done(run)]
+        open_runs = [run for run in not_made if run.key not in failed and run.key not in self._impossible]
+        self._progress = Progress(len(done), sum(run.key in failed for run in not_made), len(open_runs))
+        return open_runs
+
+    def _is_done(self, run: Run) -> bool:
+        """Whether a record answers a run, and was made of the same rows and backbone as are here."""
+        answers = self._grid.answers(run)
+        if not answers or self._inputs.possible(run) is None:
+            return bool(answers)
+        here = self._inputs.fingerprints(run)
+        # The fingerprints of format 1 are of other rows.
+        return any(one.get("format", 1) == 1 or _agree(one["fingerprints"], here) for one in answers)
+
+    @staticmethod
+    def _failures(records: list[Record]) -> Counter[str]:
+        return Counter(key_of(record) for record in records if record["status"] == FAILED)
+
+    def _try(self, run: Run) -> bool:
+        """Makes a run unless another process has it or has made it; returns whether there is a new result."""
+        digest = run.digest(self._inputs.fingerprints(run))
+        lock = self._store.lock(digest)
+        if not try_lock(lock):
+            return False
+        try:
+            # Another process may have made it since the list of runs was read.
+            if any(one.key == run.key for one in self._look()):
+                self._make(run, digest)
+        finally:
+            lock.release()
+        return True
+
+    def _make(self, run: Run, digest: str) -> None:
+        folder = self._store.run_folder(digest)
+        named = {"run": digest, "fingerprints": self._inputs.fingerprints(run)}
+        try:
+            record = self._execute(run, folder, self._inputs)
+        except Exception as error:
+            if not isinstance(error, UnfinishedRunError):
+                # Its checkpoints would fail again, and keep a full disk full.
+                shutil.rmtree(folder, ignore_errors=True)
+            if is_disk_full(error):
+                raise MiLoraError(
+                    f"The disk of {self._store.folder} is full: {run.label} was not finished. Finished runs are kept; "
+                    "make room and give the same command again."
+                ) from error
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            failure = {"status": FAILED, "label": run.label, "error": message, "finished_at": now}
+            self._store.append({**named, **run.says, **failure, "revision": revision()})
+            self._say(f"{run.label}: failed, {message}")
+            return
+        self._store.append({**named, **record})
+        # Until the record is written, the folder is all that there is of the run.
+        shutil.rmtree(folder, ignore_errors=True)
+        told = ", ".join(f"{name} {_score(score)}" for name, score in record["tests"].items())
+        self._say(f"{run.label}: {told or 'routes'} in {record['seconds']['total']:.0f} s")
+
+
+def _agree(recorded: Record, here: Record) -> bool:
+    """Whether a run's inputs are those of a record, which may have been tested on more."""
+    splits = ("train", "dev", "test")
+    return recorded["backbone"] == here["backbone"] and all(
+        here[split].items() <= recorded[split].items() for split in splits
+    )
+
+
+def _score(of_test: Record) -> str:
+    return f"{of_test['accuracy']:.1%}" if "accuracy" in of_test else f"{of_test['score'] or 0:.2f} of 10"

@@ -1,0 +1,25 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
+    """A table in GitHub's Markdown, without a newline at its end.
+
+    Args:
+        header: The columns' names.
+        rows: Cells; each is written as `str` writes it, with `|` escaped and newlines as spaces.
+        left: How many of the first columns are aligned to the left; the others are numbers, aligned to the right.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    align = ["left" if index < left else "right" for index in range(len(header))]
+    return tabulate(cells, [_cell(name) for name in header], tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,1 +1,0 @@
-"""What the paper reports, and what reproduces it."""
