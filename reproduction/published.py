@@ -73,5 +73,12 @@ def table4() -> dict[str, list[tuple[int, float, int]]]:
     }
 
 
+def dataset(task: str) -> dict[str, int | None]:
+    """Table 6: the rows of a task to train on, of dev and to test on; `None` where it has none of its own."""
+    content = everything()["table6_datasets"]
+    rows: dict[str, list[int | None]] = {_column(name): counts for name, counts in content.items() if name != "columns"}
+    return dict(zip(content["columns"], rows[task], strict=True)) if task in rows else {}
+
+
 def _column(name: str) -> str:
     return _TASKS.get(name, name if name.endswith("_m") else name.replace("_", "-"))

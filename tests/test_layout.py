@@ -11,10 +11,11 @@ import pytest
 import milora_core
 
 SOURCE = Path(milora_core.__file__).parents[1]
+REPRODUCTION = Path(__file__).parents[1] / "reproduction"
 FLOORS = [
     ["milora_core.errors", "milora_core.interruption"],
     ["milora_core.files"],
-    ["milora.records", "milora.locks", "milora.plugins"],
+    ["milora.markdown", "milora.records", "milora.locks", "milora.plugins"],
     ["milora_core.kernels"],
     ["milora_core.routing"],
     ["milora.backbone"],
@@ -24,19 +25,20 @@ FLOORS = [
     ["milora.plots"],
     ["milora.training", "milora.inference"],
     ["milora.evaluation", "milora.benchmark"],
-    ["milora.paper"],
     ["milora.demo"],
     ["milora_cli"],
+    ["reproduction"],
 ]
 """From the bottom up. A module imports from its own package and from floors below it."""
 
 
 def name_of(file: Path) -> str:
-    parts = file.relative_to(SOURCE).with_suffix("").parts
+    root = SOURCE if file.is_relative_to(SOURCE) else REPRODUCTION.parent
+    parts = file.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {name_of(file): file for file in SOURCE.rglob("*.py")}
+FILES = {name_of(file): file for folder in (SOURCE, REPRODUCTION) for file in folder.rglob("*.py")}
 
 
 def imported(file: Path) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, report, route, train
+from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, route, train
 from milora_cli.streams import OUTPUT, drop_output
 from milora_core.errors import MiLoraError
 from milora_core.interruption import Interrupted
@@ -26,7 +26,6 @@ COMMANDS: dict[str, ModuleType] = {
     "lm-eval": lm_eval,
     "params": params,
     "bench": bench,
-    "report": report,
     "route": route,
     "export": export,
 }

@@ -28,8 +28,7 @@ def command(
     """Count each method's parameters at the paper's settings, on a backbone without weights (seconds, no memory)."""
     with json_only(as_json) as print_result:
         from milora.backbone.shapes import shape_config
-        from milora.methods import METHODS, method, parameter_counts
-        from milora.paper import published
+        from milora.methods import METHODS, PAPER_BACKBONE, method, parameter_counts
 
         quiet_libraries()
         config = shape_config(backbone)
@@ -48,7 +47,7 @@ def command(
                         "tunable": counts.tunable,
                         "activated_mean": counts.activated_mean,
                         "activated_max": counts.activated_max,
-                        "paper_tunable": published.TUNABLE[name] if backbone == published.BACKBONE else None,
+                        "paper_tunable": method(name).paper_tunable if backbone == PAPER_BACKBONE else None,
                     }
                 )
                 progress.advance(task)

@@ -34,7 +34,7 @@ def test_a_process_prints_one_json_object_and_tells_its_progress_elsewhere(tmp_p
     assert "round 2/2, milora" in done.stderr
     (tmp_path / "result.json").write_text(done.stdout)
     table = _run("markdown", str(tmp_path / "result.json")).stdout
-    assert table.count("\n| milora |") == 2
+    assert table.count("\n| milora") == 2
 
 
 def test_bytes_are_those_of_the_shape(capfd: pytest.CaptureFixture[str]) -> None:

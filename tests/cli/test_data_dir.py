@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -59,21 +58,3 @@ def test_a_training_s_file_comes_between_flag_and_environment(monkeypatch: pytes
     Path("file.yaml").write_text("backbone: tiny\ntask: boolq\ndata_dir: of-file\nuse_cpu: true\n")
     assert parse(["--config", "file.yaml"])[0].data_dir == "of-file"
     assert parse(["--config", "file.yaml", "--data-dir", "of-flag"])[0].data_dir == "of-flag"
-
-
-def test_a_report_s_file_comes_between_flag_and_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def missing(*flags: str) -> str:
-        report = ["report", "--table", "2", "--tasks", "boolq", "--methods", "lora", "--budget", "paper"]
-        assert main([*report, "--dry-run", "--json", *flags]) == 0
-        (line,) = json.loads(capsys.readouterr().out)["missing"]
-        return str(line)
-
-    monkeypatch.setenv(VARIABLE, "of-variable")
-    Path("file.yaml").write_text("data_dir: of-file\n")
-    assert "of-variable/" in missing()
-    assert "of-file/" in missing("--settings", "file.yaml")
-    assert "of-flag/" in missing("--settings", "file.yaml", "--data-dir", "of-flag")
-    Path("file.yaml").write_text("threads: 1\n")
-    assert "of-variable/" in missing("--settings", "file.yaml")

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.data import real
 
-from milora.paper import published
+from reproduction import published
 from milora.tasks import instruction
 from milora.tasks.arc import Arc, ArcChallenge, ArcEasy
 from milora.tasks.boolq import BoolQ

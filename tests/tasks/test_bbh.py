@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.data import real
 
-from milora.paper import published
+from reproduction import published
 from milora.tasks import bbh
 from milora.tasks.bbh import TASKS, Bbh
 from milora_core.errors import DataError, MiLoraError

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from support.data import real
 
-from milora.paper import published
+from reproduction import published
 from milora.tasks import instruction
 from milora.tasks.aqua import Aqua
 from milora.tasks.gsm8k import Gsm8k

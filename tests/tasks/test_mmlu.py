@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from support.data import real
 
-from milora.paper import published
+from reproduction import published
 from milora.tasks import mmlu
 from milora.tasks.mmlu import Mmlu
 from milora.tasks.mmlu_subject import MmluSubject

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import os
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def facts(**values: Any) -> CardFacts:
     return CardFacts(**{**defaults, **values})
 
 
+def one_spaced(text: str) -> str:
+    """Tables without the spaces that align them."""
+    return re.sub(" +", " ", text)
+
+
 def test_the_hub_can_read_it() -> None:
     card = ModelCard(model_card(facts(data=["boolq", "someone/rows", "someone/rows:easy", "someone/more:2022.en"])))
     data = card.data.to_dict()
@@ -71,11 +77,11 @@ def test_the_hub_can_read_it() -> None:
         "](routes.png)",
         'from_pretrained("meta-llama/Llama-3.2-1B"), "someone/mine")',
     ):
-        assert text in card.text, text
+        assert text in one_spaced(card.text), text
 
 
 def test_a_folder_is_no_base_model(tmp_path: Path) -> None:
-    text = model_card(facts(base_model=str(tmp_path), has_routes=False))
+    text = model_card(facts(base_model=str(tmp_path), has_routes=False)
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert str(tmp_path) not in text
     assert "routes.png" not in text
@@ -83,13 +89,13 @@ def test_a_folder_is_no_base_model(tmp_path: Path) -> None:
 
 def test_what_does_not_train_or_was_taken_at_once() -> None:
     arguments = TrainingArguments("out", use_cpu=True, per_device_train_batch_size=3, gradient_accumulation_steps=4)
-    text = model_card(facts(trains_activations=False, arguments=arguments))
+    text = model_card(facts(trains_activations=False, arguments=arguments)
     assert "| activations |" not in text
     assert "| rows a step | 12 |" in text
 
 
 def test_while_it_runs() -> None:
-    text = model_card(facts(result=None, history=[{"step": 7, "eval_perplexity": 3.5}]))
+    text = model_card(facts(result=None, history=[{"step": 7, "eval_perplexity": 3.5}])
     assert "dev perplexity 3.5 at step 7" in text
 
 
@@ -172,7 +178,7 @@ def test_a_run_is_pushed_with_its_card(tmp_path: Path) -> None:
     )
     card = ModelCard(handler.files["README.md"].decode())
     assert card.data.to_dict()["library_name"] == "peft"
-    assert "| dev perplexity |" in card.text
+    assert "| dev perplexity |" in one_spaced(card.text)
     assert '"someone/adapter")' in card.text
     pytest.importorskip("matplotlib")
     assert handler.files["routes.png"].startswith(b"\x89PNG")

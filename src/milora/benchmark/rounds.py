@@ -64,7 +64,7 @@ def in_turn(
     found: list[dict[str, Sample]] = []
     order: list[Turn] = []
 
-    def one_round(number: int) -> dict[str, Sample]:
+    def one_round(number: int, place: int) -> dict[str, Sample]:
         samples = {}
         for name in methods:
             # A collection in the middle of a measurement would count against one method.
@@ -75,7 +75,7 @@ def in_turn(
             finally:
                 gc.enable()
             order.append(Turn(case, number, name))
-            progress(f"{case}, round {number + 1}, {name}: {describe(samples[name])}")
+            progress(f"{case}, round {place + 1}/{rounds}, {name}: {describe(samples[name])}")
         return samples
 
     def bad_rounds() -> list[int]:
@@ -83,13 +83,13 @@ def in_turn(
             return []
         return disturbed([value(samples[BASE]) for samples in found])
 
-    found = [one_round(number) for number in range(rounds)]
+    found = [one_round(number, number) for number in range(rounds)]
     for number in range(rounds, 2 * rounds):
         bad = bad_rounds()
         if not bad:
             break
         progress(f"{case}, round {bad[0] + 1} was disturbed: measuring it again")
-        found[bad[0]] = one_round(number)
+        found[bad[0]] = one_round(number, bad[0])
     left_out = bad_rounds()
     kept = [samples for index, samples in enumerate(found) if index not in left_out]
     return Rounds({name: [samples[name] for samples in kept] for name in methods}, order)

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from milora.markdown import markdown_table
+
 WIDEST = 1000
 NOTHING = "-"
 Cell = Callable[[Mapping[str, Any]], str]
@@ -154,6 +156,4 @@ def print_table(result: Mapping[str, Any]) -> None:
 def markdown(result: Mapping[str, Any]) -> str:
     """A result's table in Markdown, its title above."""
     header, rows = cells(result)
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([title(result), table, *notes(result)]) + "\n"
+    return "\n\n".join([title(result), markdown_table(header, rows), *notes(result)]) + "\n"

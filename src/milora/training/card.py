@@ -12,6 +12,7 @@ import yaml
 from peft import PeftConfig
 
 from milora.backbone.loading import TINY
+from milora.markdown import markdown_table
 from milora.training.arguments import TrainingArguments
 from milora.training.result import TrainingResult, versions
 from milora_core.files import write_text
@@ -168,10 +169,11 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
 def _data(facts: CardFacts) -> str:
     if facts.result is None:
         return ", ".join(facts.data) or "Rows that the trainer was given."
-    lines = ["| source | training rows | dev rows | left out for their length |", "|---|---|---|---|"]
-    for name, counts in facts.result.rows.items():
-        lines.append(f"| {name} | {counts['train']} | {counts['dev']} | {counts['too_long'] + counts['no_room']} |")
-    return "\n".join(lines)
+    rows = [
+        (name, counts["train"], counts["dev"], counts["too_long"] + counts["no_room"])
+        for name, counts in facts.result.rows.items()
+    ]
+    return markdown_table(("source", "training rows", "dev rows", "left out for their length"), rows)
 
 
 def _training(facts: CardFacts) -> dict[str, Any]:
@@ -211,12 +213,7 @@ def _results(facts: CardFacts) -> str:
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
-    lines = [
-        f"| {head[0]} | {head[1]} |",
-        "|---|---|",
-        *(f"| {name} | {_text(value)} |" for name, value in rows.items()),
-    ]
-    return "\n".join(lines)
+    return markdown_table(head, [(name, _text(value)) for name, value in rows.items()], left=2)
 
 
 def _text(value: Any) -> str:
@@ -224,4 +221,4 @@ def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     if len(text) > LONGEST_VALUE:
         text = f"{text[:LONGEST_VALUE]} ..."
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text
