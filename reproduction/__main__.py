@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,11 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--figure", action="append", default=[], metavar="N", help="2 to 5")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="YAML; see reproduction/README.md")
     parser.add_argument("--backbone", metavar="NAME", help="'tiny', a folder or a hub id")
-    parser.add_argument("--data-dir", metavar="DIR", help="the benchmarks' files; by default MILORA_DATA_DIR or the hub")
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="the benchmarks' files; by default MILORA_DATA_DIR or the hub"
+    )
     set_help = "a setting by its dotted name, such as training.max_steps=100 or seeds=0,1; can be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=set_help)
     parser.add_argument("--output", type=Path, default=Path("out/report"), metavar="DIR", help="results and report")
-    parser.add_argument("--shard", metavar="I/N", help="make only this share of the runs")
     parser.add_argument("--dry-run", action="store_true", help="list the runs; touch no data, backbone or network")
     parser.add_argument("--no-run", action="store_true", help="write the report of the runs that have finished")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -73,8 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     # Records of format 1 do not say which sizes the budget came to.
     needs_config = works or any(record.get("format", 1) == 1 for record in records)
     grid = Grid(request, records, partial(_config, network=works) if needs_config else lambda backbone: None)
-    cells = _share(grid, options.shard)
-    plan = make_plan(grid, records, cells)
+    plan = make_plan(grid, records)
     if options.dry_run:
         if options.json:
             print(json.dumps(plan, ensure_ascii=False))
@@ -84,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
             print(summary(plan))
         return 0
     _say(summary(plan))
-    failed, missing = _work(grid, store, cells) if works else (0, {})
+    failed, missing = _work(grid, store) if works else (0, {})
     from reproduction.report import write_report
     from reproduction.table4 import table4
 
@@ -101,7 +100,7 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed or report.errors else 0
 
 
-def _work(grid: Any, store: Any, cells: Any) -> tuple[int, dict[str, str]]:
+def _work(grid: Any, store: Any) -> tuple[int, dict[str, str]]:
     """Makes the runs; how many failed, and which inputs are missing."""
     import torch
     from datasets import disable_progress_bars
@@ -118,7 +117,7 @@ def _work(grid: Any, store: Any, cells: Any) -> tuple[int, dict[str, str]]:
         torch.set_num_threads(grid.request.threads)
     check_training(grid)
     inputs = Inputs(grid.request)
-    progress = Worker(grid, store, inputs, cells, say=_say).work()
+    progress = Worker(grid, store, inputs, say=_say).work()
     for name, reason in inputs.missing.items():
         _say(f"cannot be run: {name}: {reason}")
     return progress.failed, inputs.missing
@@ -133,15 +132,6 @@ def _config(backbone: str, *, network: bool) -> Any:
         return backbone_config(backbone, network=False)
     except MiLoraError:
         return None
-
-
-def _share(grid: Any, text: str | None) -> Any:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise MiLoraError(f"--shard takes I/N with I from 1 to N, such as 1/2; found {text!r}.")
-    return grid.shard(int(found[1]), int(found[2]))
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The tests of a run's adapter: accuracy by task, MT-Bench, dev rows, and what its routers chose."""
+"""The tests of a run's adapter: accuracy by task, MT-Bench, and what its routers chose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from milora.backbone.positions import positions_of
 from milora.evaluation.generation import Evaluation, evaluate_task
 from milora.evaluation.mt_bench.answers import TURNS, conversation_prompt
-from milora.evaluation.perplexity import completion_perplexity
 from milora.evaluation.predictions import read_predictions
 from milora.evaluation.routes import compact_route, expert_shares
 from milora.evaluation.run import EvaluationSettings, Judging, evaluate
@@ -18,7 +17,6 @@ from milora.inference.generation import Decoding, encode_prompt
 from milora.inference.routing import route_prompts
 from milora.tasks import registry
 from milora.tasks.mt_bench import MtBench
-from milora.tasks.task import Split
 from milora_core.errors import MiLoraError
 from reproduction.grid import MT_BENCH, ROUTED, Run
 from reproduction.inputs import Inputs
@@ -65,45 +63,28 @@ class AdapterTests:
                     scores[name] = self._graded_conversations()
             else:
                 path = self._folder / f"{name}.test.jsonl"
-                scores[name] = self._accuracy(name, "test", self._run.evaluation["test_rows"], path)
+                scores[name] = self._accuracy(name, path)
                 routed = [row for row in read_predictions(path) if row.get("route")]
             if routed:
                 shares[name] = share_record(routed)
         return scores, shares
 
-    def dev(self) -> Scores:
-        """Accuracy on the first dev rows of each task; perplexity if a task has no right answers."""
-        limit = self._run.evaluation["dev_rows"]
-        if not limit:
-            return {}
-        has_answers = all("test" in registry.get(task).splits for task in self._run.tasks)
-        if has_answers:
-            paths = {name: self._folder / f"{name}.dev.jsonl" for name in self._run.tasks}
-            return {name: self._accuracy(name, "dev", limit, path) for name, path in paths.items()}
-        return {name: self._perplexity(name, limit) for name in self._run.tasks}
-
-    def _accuracy(self, name: str, split: Split, limit: int | None, path: Path) -> dict[str, Any]:
+    def _accuracy(self, name: str, path: Path) -> dict[str, Any]:
         task = registry.get(name, self._data_dir)
         found: Evaluation = evaluate_task(
             self._model,
             self._tokenizer,
             task,
-            split=split,
-            limit=limit,
+            split="test",
+            limit=self._run.evaluation["test_rows"],
             decoding=Decoding(max_new_tokens=task.max_new_tokens, beams=self._run.evaluation["beams"]),
             batch_size=self._run.evaluation["batch_size"],
             output=path,
         )
         return {key: getattr(found, key) for key in ("accuracy", "rows", "correct", "unparsed", "no_room")}
 
-    def _perplexity(self, name: str, limit: int) -> dict[str, Any]:
-        examples = registry.get(name, self._data_dir).examples("dev", limit, 0)
-        batch = self._run.evaluation["batch_size"]
-        found = completion_perplexity(self._model, self._tokenizer, examples, batch_size=batch)
-        return {"perplexity": found.perplexity, "rows": found.rows, "no_room": found.no_room}
-
     def _first_turn_routes(self) -> list[dict[str, Any]]:
-        """The route of each question's first turn, without an answer. Questions longer than the positions are left out."""
+        """The route of each question's first turn, without an answer, of the questions that the positions hold."""
         positions = positions_of(self._model)
         turns = [question.turns[:1] for question in MtBench(self._data_dir).questions()]
         prompts = [conversation_prompt(self._tokenizer, turn, ()) for turn in turns]

@@ -189,7 +189,9 @@ def _table2(of: _Builder) -> Section:
 
 
 def _table3(of: _Builder) -> Section:
-    rows = [of.single(_plain(name), INSTRUCTION_TESTS, method(name).title) for name in of.methods(("moelora", "milora"))]
+    rows = [
+        of.single(_plain(name), INSTRUCTION_TESTS, method(name).title) for name in of.methods(("moelora", "milora"))
+    ]
     title = "Table 3: instruction tuning on Alpaca (mt-bench: the judge's mean grade, of 10)"
     return Section(of.name, title, INSTRUCTION_TESTS, tuple(rows))
 
@@ -234,15 +236,15 @@ def _figure5(of: _Builder) -> Section:
     return _axis(of, "Figure 5: the rank r", "r", "r", RANKS, ("milora", "moelora"))
 
 
-def _axis(
-    of: _Builder, title: str, symbol: str, name: str, values: Sequence[float], methods: Sequence[str]
-) -> Section:
+def _axis(of: _Builder, title: str, symbol: str, name: str, values: Sequence[float], methods: Sequence[str]) -> Section:
     tasks, rows = of.tasks(PAIR), []
     for value in of.values(values):
         exact = float(value) if name == "load_balancing_coef" else int(value)
         for which in of.methods(methods):
             settings = {**(MOELORA_ON_AXIS if which == "moelora" else {}), name: exact}
-            variant = Variant(f"{method(which).title}, {symbol} = {value:g}", which, settings, sized="r" not in settings)
+            variant = Variant(
+                f"{method(which).title}, {symbol} = {value:g}", which, settings, sized="r" not in settings
+            )
             rows.append(of.single(variant, tasks, x=float(value)))
     return Section(of.name, title, tasks, tuple(rows))
 

@@ -45,7 +45,9 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> None:
     for axes, column in zip(panels, section.columns, strict=True):
         drawn: list[Summary] = []
         for name in dict.fromkeys(row.variant.method for row in section.rows):
-            found = {row.x: measured.accuracy(row, column) for row in section.rows if row.variant.method == name}
+            found = {
+                row.x: measured.summary(row, section, column) for row in section.rows if row.variant.method == name
+            }
             points = {x: summary for x, summary in found.items() if x is not None and summary is not None}
             if points:
                 _draw_line(axes, name, values, points)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from milora.methods import method
-from milora.tasks import registry
 from reproduction.budgets import size_at
 from reproduction.experiments import Cell, Section, Variant, sections
 from reproduction.settings import Request, Settings
@@ -92,14 +90,12 @@ class Choice:
     Attributes:
         label: Of the method, or of the row that is tuned by itself.
         tasks: Trained on.
-        criterion: `perplexity` or `accuracy`.
-        tried: The values of each try, with the result on dev (less is better); `None` without a record.
+        tried: The values of each try, with the perplexity on dev; `None` without a record.
         best: The values taken; `None` while tries are missing, or where all have failed.
     """
 
     label: str
     tasks: tuple[str, ...]
-    criterion: str
     tried: tuple[tuple[Settings, float | None], ...]
     best: Settings | None
 
@@ -208,14 +204,12 @@ class Grid:
     def choice(self, cell: Cell) -> Choice:
         """The tuned values of a cell: the best of its tries, once none of them is to come."""
         tries = self.tries(cell)
-        has_answers = all("test" in registry.get(task).splits for task in cell.tasks)
-        criterion = self.request.tune_by if has_answers else "perplexity"
-        tried = tuple((values, self._merit(self._last(run))) for values, run in tries)
-        known = [(merit, values) for values, merit in tried if merit is not None]
-        is_waiting = any(merit is None and self._waits(run.key) for (_, merit), (_, run) in zip(tried, tries, strict=True))
+        tried = tuple((values, _perplexity(self._last(run))) for values, run in tries)
+        known = [(perplexity, values) for values, perplexity in tried if perplexity is not None]
+        is_waiting = any(self._last(run) is None and self._waits(run.key) for _, run in tries)
         best = None if is_waiting or not known else min(known, key=lambda pair: pair[0])[1]
         label = cell.variant.tuned or method(cell.variant.method).title
-        return Choice(label, cell.tasks, criterion, tried, best)
+        return Choice(label, cell.tasks, tried, best)
 
     def run(self, cell: Cell) -> Run | None:
         """The run of a cell; `None` while its values are still being tuned."""
@@ -235,23 +229,22 @@ class Grid:
         """The records of a run that have all of its tests, oldest first."""
         return [one for one in self._finished.get(run.key, ()) if all(self._has(one, test) for test in run.tests)]
 
-    def runs(self, cells: Iterable[Cell] | None = None) -> list[Run]:
+    def runs(self) -> list[Run]:
         """The runs that can be named so far, each once with all its tests: tries first."""
         found: dict[str, list[Run]] = {}
-        cells = list(self.cells() if cells is None else cells)
-        for cell in cells:
+        for cell in self.cells():
             for _, run in self.tries(cell):
                 found.setdefault(run.key, []).append(run)
-        for cell in cells:
+        for cell in self.cells():
             named = self.run(cell)
             if named is not None:
                 found.setdefault(named.key, []).append(named)
         return [_joined(same) for same in found.values()]
 
-    def waiting(self, cells: Iterable[Cell] | None = None) -> list[Cell]:
+    def waiting(self) -> list[Cell]:
         """Cells whose run cannot be named before their tries are done, one for each run."""
         found: dict[str, Cell] = {}
-        for cell in self.cells() if cells is None else cells:
+        for cell in self.cells():
             if self.run(cell) is None and any(self._waits(run.key) for _, run in self.tries(cell)):
                 possible = [self.asked(cell, values).key for values, _ in self.tries(cell)]
                 if not set(possible) <= {run.key for _, run in self.tries(cell)}:
@@ -261,11 +254,6 @@ class Grid:
     def cells(self) -> list[Cell]:
         """The cells of all sections."""
         return [cell for section in self.sections for cell in section.cells()]
-
-    def shard(self, index: int, count: int) -> list[Cell]:
-        """The cells of one of `count` shares of the grid. Cells that wait for the same tries are in the same share."""
-        groups = list(dict.fromkeys(_group(cell) for cell in self.cells()))
-        return [cell for cell in self.cells() if groups.index(_group(cell)) % count == index - 1]
 
     def _last(self, run: Run) -> Record | None:
         found = self.answers(run)
@@ -278,16 +266,6 @@ class Grid:
             return bool(record["tests"].get(test, {}).get("judge") == self.request.judge_model)
         return test in record["tests"] or test in record["expert_shares"]
 
-    def _merit(self, record: Record | None) -> float | None:
-        if record is None:
-            return None
-        if self.request.tune_by == "perplexity":
-            return _finite(record.get("dev_perplexity"))
-        dev = record["dev"].values()
-        if not all("accuracy" in of_task for of_task in dev):
-            return _finite(statistics.fmean(of_task["perplexity"] for of_task in dev))
-        return -statistics.fmean(of_task["accuracy"] for of_task in dev)
-
 
 def _joined(same: Sequence[Run]) -> Run:
     """Runs that are the same but for their tests, as one with all tests; with the judge where one of them has it."""
@@ -296,10 +274,9 @@ def _joined(same: Sequence[Run]) -> Run:
     return replace(same[0], tests=tests, evaluation=judged.evaluation)
 
 
-def _group(cell: Cell) -> tuple[str, ...]:
-    return (cell.backbone, cell.variant.method, cell.variant.tuned, *cell.tasks)
-
-
-def _finite(perplexity: float | None) -> float:
-    """Infinite for a run that diverged."""
-    return float(perplexity) if perplexity is not None and math.isfinite(perplexity) else math.inf
+def _perplexity(record: Record | None) -> float | None:
+    """On dev; infinite for a run that diverged, `None` without a record."""
+    if record is None:
+        return None
+    found = record["dev_perplexity"]
+    return float(found) if found is not None and math.isfinite(found) else math.inf

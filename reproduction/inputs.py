@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,18 @@ class Inputs:
     def possible(self, run: Run) -> Run | None:
         """A run with the tests that can be made; `None` where something that it needs is missing."""
         tests = tuple(test for test in run.tests if self._is_tested(run, test))
-        needed = [self._try(run.backbone, lambda: self._backbone(run.backbone))]
-        needed += [self._try(f"{task} (train)", lambda task=task: self._fingerprint(task, "train")) for task in run.tasks]  # type: ignore[misc]
-        return replace(run, tests=tests) if tests and all(needed) else None
+        backbone = self._try(run.backbone, lambda: self._backbone(run.backbone))
+        trained = [self._try(f"{task} (train)", partial(self._fingerprint, task, "train")) for task in run.tasks]
+        return replace(run, tests=tests) if tests and backbone and all(trained) else None
 
     def fingerprints(self, run: Run) -> dict[str, Any]:
         """Of everything that a run reads: equal for equal contents, wherever they lie."""
         given = self.request.data.get("dev_data") or run.tasks
         sources = [given] if isinstance(given, str) else list(given)
-        dev = dict.fromkeys([*sources, *(run.tasks if self.request.evaluation.dev_rows else ())])
         return {
             "backbone": self._backbone(run.backbone),
             "train": {task: self._fingerprint(task, "train") for task in run.tasks},
-            "dev": {source: self._fingerprint(source, "dev") for source in dev},
+            "dev": {source: self._fingerprint(source, "dev") for source in sources},
             "test": {task: self._fingerprint(task, "test") for task in run.tests},
         }
 

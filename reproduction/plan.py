@@ -6,20 +6,18 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from reproduction.experiments import Cell
 from reproduction.grid import Grid
 from reproduction.store import Record
 
 HOUR, MINUTE = 3600, 60
 
 
-def make_plan(grid: Grid, records: Sequence[Record], cells: list[Cell] | None = None) -> dict[str, Any]:
-    """The runs of some cells with their state, and an estimate from the seconds of finished runs.
+def make_plan(grid: Grid, records: Sequence[Record]) -> dict[str, Any]:
+    """The runs of a grid with their state, and an estimate from the seconds of finished runs.
 
     Args:
         grid: The grid.
         records: What has been done.
-        cells: Of the grid; by default all.
 
     Returns:
         `runs` (each with `label`, `state` and `seconds`), `later` (runs whose settings depend on tries), and `seconds`
@@ -29,12 +27,12 @@ def make_plan(grid: Grid, records: Sequence[Record], cells: list[Cell] | None = 
     # The seconds of a resumed run are those of its last part.
     timed = [one for one in records if one["status"] == "finished" and one.get("resumed_from_step") is None]
     runs = []
-    for run in grid.runs(cells):
+    for run in grid.runs():
         state = "finished" if grid.answers(run) else "failed before" if run.key in grid.failed else "open"
         runs.append({"label": run.label, "state": state, "seconds": _estimate(run.method, len(run.tasks), timed)})
     later = [
         {"label": str(cell), "seconds": _estimate(cell.variant.method, len(cell.tasks), timed)}
-        for cell in grid.waiting(cells)
+        for cell in grid.waiting()
     ]
     left = [one["seconds"] for one in (*runs, *later) if one.get("state") != "finished"]
     return {"runs": runs, "later": later, "seconds": sum(left) if timed else None}

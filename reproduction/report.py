@@ -18,23 +18,21 @@ from milora_core.files import write_text, writing
 from reproduction import published
 from reproduction.experiments import Row, Section
 from reproduction.figures import line_figure, share_figure
-from reproduction.grid import Choice, Grid
+from reproduction.grid import Grid
 from reproduction.statistics import Measurements, shares
-from reproduction.store import Record
+from reproduction.store import Record, full_settings
 
 NAME = "report.md"
 JSON_NAME = "report.json"
 AVERAGE = "average"
-MILLION = 1e6
 NOTHING = "-"
 CAPTION = "Accuracy in percent: the median over seeds (the least to the greatest)."
+LOST = "Rows without an answer, without room for one, and too long to train on, all seeds together:"
 AXES = ("figure3", "figure4", "figure5")
+WITH_PARAMETERS = ("table1", "table2")
 
 Table = list[dict[str, Any]]
 """Rows by column."""
-
-Speed = Callable[[Path], Table]
-"""Writes Table 4's measurement to a folder and returns its rows."""
 
 
 @dataclass(frozen=True)
@@ -46,146 +44,147 @@ class Report:
     errors: tuple[str, ...] = ()
 
 
-def write_report(grid: Grid, folder: Path, speed: Speed | None = None) -> Report:
+def write_report(grid: Grid, folder: Path, speed: Callable[[Path], Table] | None = None) -> Report:
     """Writes the report of the runs that have finished, each file whole or not at all.
 
     Args:
         grid: What is reported, with its records.
         folder: Where to write.
-        speed: Makes Table 4. A [`MiLoraError`] that it raises leaves the rest of the report.
+        speed: Measures Table 4 into a folder and returns its rows. A [`MiLoraError`] leaves the rest of the report.
 
     Raises:
         MiLoraError: If a file cannot be written, or matplotlib is missing.
     """
-    writer = _Writer(folder)
     measured = Measurements(grid)
-    used = _used(measured)
+    files: list[str] = []
+    used = list({record["run"]: record for run in grid.runs() for record in grid.answers(run)[-1:]}.values())
     parts = ["# Tables and figures", f"```yaml\n{grid.request.to_yaml()}```"]
-    data: dict[str, Any] = {"settings": grid.request.model_dump(mode="json", exclude={"data_dir", "judge_url"})}
-    for name, title, rows in (
-        ("made_with", "Made with", _made_with(used)),
-        ("data", "Data", _data(used)),
-        ("budgets", "Tunable parameters", _budgets(grid, used)),
-        ("tuning", "Tuned on dev", _tuning(grid)),
-    ):
-        data[name] = rows
-        if rows:
-            parts += [f"## {title}", _markdown(rows)]
-    data["sections"] = {}
+    tables = {
+        "Made with": (_made_with(used), 3),
+        "Data": (_data(used), 3),
+        "Tunable parameters": (_budgets(grid, used), 2),
+        "Tuned on dev": (_tuning(grid), 3),
+    }
+    for title, (rows, left) in tables.items():
+        parts += [f"## {title}", _markdown(rows, left)] if rows else []
+    data: dict[str, Any] = {title: rows for title, (rows, _) in tables.items()}
     for section in grid.sections:
-        numbers = _numbers(section, measured)
-        data["sections"][section.name] = numbers
-        parts += [f"## {section.title}", *_section(section, measured, numbers, writer)]
+        data[section.name] = _numbers(section, measured)
+        _write(folder, f"{section.name}.csv", _csv(data[section.name]), files)
+        parts += [f"## {section.title}", *_section(section, measured, data[section.name], folder, files)]
     errors = []
     if speed is not None:
-        parts.append("## Table 4: tokens a second and peak memory of decoding")
         try:
             data["table4"] = speed(folder)
-            parts += [_markdown(data["table4"]), "Every method in the same rounds; ratios are medians over rounds."]
+            parts += ["## Table 4: tokens a second and peak memory of decoding", _markdown(data["table4"], 1)]
         except MiLoraError as error:
             # The other sections took hours and do not depend on it.
             errors.append(f"Table 4: {error}")
-    data["failed"] = _failures(grid)
-    if data["failed"]:
-        parts += ["## Failed runs", _markdown(data["failed"], left=2)]
-    writer.text(NAME, "\n\n".join(parts) + "\n")
-    writer.text(JSON_NAME, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
-    return Report(folder / NAME, tuple(writer.files), tuple(errors))
+    data["Failed runs"] = _failures(grid)
+    parts += ["## Failed runs", _markdown(data["Failed runs"], 2)] if data["Failed runs"] else []
+    _write(folder, NAME, "\n\n".join(parts) + "\n", files)
+    _write(folder, JSON_NAME, json.dumps(data, ensure_ascii=False, indent=1) + "\n", files)
+    return Report(folder / NAME, tuple(files), tuple(errors))
 
 
 # ------------------------------------------------------------------------------ sections
 
 
-def _section(section: Section, measured: Measurements, numbers: Table, writer: _Writer) -> list[str]:
-    parts, csv_file = [], f"{section.name}.csv"
-    picture = f"{section.name}.png"
+def _section(section: Section, measured: Measurements, numbers: Table, folder: Path, files: list[str]) -> list[str]:
+    """A section's Markdown: its picture, its table, and how many rows were lost."""
+    parts = []
+    path = folder / f"{section.name}.png"
+    by_task = shares(section, measured) if section.name == "figure2" else {}
+    if by_task or (section.name in AXES and any(one["seeds"] for one in numbers)):
+        with writing(path):
+            if by_task:
+                share_figure(by_task, section.title, path)
+            else:
+                line_figure(section, measured, path)
+        files.append(path.name)
+        parts.append(f"![{section.title}]({path.name})")
     if section.name == "figure2":
-        by_task = shares(section, measured)
-        if by_task:
-            writer.picture(picture, lambda path: share_figure(by_task, section.title, path))
-            parts.append(f"![{section.title}]({picture})")
-        writer.table(csv_file, numbers)
-        return [*parts, _markdown(_overall(numbers)), f"Numbers: [{csv_file}]({csv_file})"]
-    if section.name in AXES and any(one["median"] != "" for one in numbers):
-        writer.picture(picture, lambda path: line_figure(section, measured, path))
-        parts.append(f"![{section.title}]({picture})")
-    writer.table(csv_file, numbers)
-    parts += [_markdown(_accuracies(section, measured)), CAPTION]
+        overall: dict[str, dict[str, str]] = {}
+        for one in numbers:
+            if one["block"] == "all":
+                overall.setdefault(one["task"], {"": one["task"]})[one["expert"]] = f"{float(one['share']):.1%}"
+        return [*parts, _markdown(list(overall.values()), 1)] if overall else parts
+    names = ("row", "column", "test_rows", "unparsed", "no_room", "left_out")
     lost = [
-        {name: one[name] for name in ("row", "column", "test_rows", "unparsed", "no_room", "left_out")}
-        for one in numbers
-        if one["unparsed"] or one["no_room"] or one["left_out"]
+        {name: one[name] for name in names} for one in numbers if one["unparsed"] or one["no_room"] or one["left_out"]
     ]
-    if lost:
-        parts += ["Rows without an answer (`unparsed`), without room for one (`no_room`), too long to train on "
-                  "(`left_out`), all seeds together:", _markdown(lost, left=2)]  # fmt: skip
-    return [*parts, f"Numbers: [{csv_file}]({csv_file})"]
+    return [
+        *parts,
+        _markdown(_readable(section, measured, numbers), 1),
+        CAPTION,
+        *([LOST, _markdown(lost, 2)] if lost else []),
+    ]
 
 
-def _accuracies(section: Section, measured: Measurements) -> Table:
-    """The section as people read it, beside the paper's numbers."""
-    columns, with_average = section.columns, _has_average(section)
-    has_paper = {
-        column: any(_paper(section, row, column) is not None for row in section.rows)
-        for column in (*columns, AVERAGE)
-    }
-    table = []
+def _readable(section: Section, measured: Measurements, numbers: Table) -> Table:
+    """The numbers as people read them: a row for each of the section's, beside the paper's numbers."""
+    with_paper = {one["column"] for one in numbers if one["paper"] != ""}
+    rows: dict[str, dict[str, Any]] = {}
     for row in section.rows:
-        cells: dict[str, Any] = {"": row.label}
-        if section.name in ("table1", "table2"):
-            found = measured.records(row, columns[0])
+        rows[row.label] = {"": row.label}
+        if section.name in WITH_PARAMETERS:
+            records = measured.records(row, section.columns[0])
             for name, key in (("tunable, M", "tunable"), ("activated, M", "activated_mean")):
-                cells[name] = f"{found[0]['parameters'][key] / MILLION:.2f}" if found else NOTHING
-        for column in (*columns, *([AVERAGE] if with_average else [])):
-            summary = measured.average(row, columns) if column == AVERAGE else measured.accuracy(row, column)
-            cells[column] = NOTHING if summary is None else str(summary)
-            if has_paper[column]:
-                printed = _paper(section, row, column)
-                cells[_paper_heading(section, column)] = NOTHING if printed is None else f"{printed:g}"
-        table.append(cells)
-    return table
+                rows[row.label][name] = f"{records[0]['parameters'][key] / 1e6:.2f}" if records else NOTHING
+    by_label = {row.label: row for row in section.rows}
+    for one in numbers:
+        column, cells = one["column"], rows[one["row"]]
+        summary = measured.summary(by_label[one["row"]], section, column)
+        cells[column] = NOTHING if summary is None else str(summary)
+        if column in with_paper:
+            cells[_paper_heading(section, column)] = NOTHING if one["paper"] == "" else f"{one['paper']:g}"
+    return list(rows.values())
 
 
 def _numbers(section: Section, measured: Measurements) -> Table:
     """A row for each number, for programs."""
     if section.name == "figure2":
         return _share_numbers(section, measured)
-    found = []
-    for row in section.rows:
-        for column in (*section.columns, *([AVERAGE] if _has_average(section) else [])):
-            is_mean = column == AVERAGE
-            summary = measured.average(row, section.columns) if is_mean else measured.accuracy(row, column)
-            records = [] if is_mean else measured.records(row, column)
-            tests = [record["tests"][column] for record in records if column in record["tests"]]
-            rates = sorted({record["full_training"]["learning_rate"] for record in records})
-            first = records[0]["parameters"] if records else {}
-            found.append(
-                {
-                    "section": section.name,
-                    "row": row.label,
-                    "method": row.variant.method,
-                    "x": "" if row.x is None else row.x,
-                    "column": column,
-                    "median": _rounded(summary and summary.median),
-                    "min": _rounded(summary and min(summary.values)),
-                    "max": _rounded(summary and max(summary.values)),
-                    "seeds": len(summary.values) if summary else 0,
-                    "values": " ".join(f"{value:.3f}" for value in summary.values) if summary else "",
-                    "paper": _rounded(_paper(section, row, column)),
-                    **{key: first.get(key, "") for key in ("tunable", "activated_mean", "activated_max")},
-                    "test_rows": sum(test["rows"] for test in tests),
-                    "unparsed": sum(test["unparsed"] for test in tests),
-                    "no_room": sum(test["no_room"] for test in tests),
-                    "left_out": sum(record["rows"]["left_out"] for record in records),
-                    "learning_rate": " ".join(f"{rate:g}" for rate in rates),
-                }
-            )
-    return found
+    has_average = len(section.columns) > 1 and section.name not in ("table3", "table7", *AXES)
+    return [
+        _number(section, row, column, measured)
+        for row in section.rows
+        for column in (*section.columns, *([AVERAGE] if has_average else []))
+    ]
+
+
+def _number(section: Section, row: Row, column: str, measured: Measurements) -> dict[str, Any]:
+    summary = measured.summary(row, section, column)
+    values = summary.values if summary else ()
+    records = [] if column == AVERAGE else measured.records(row, column)
+    tests = [record["tests"][column] for record in records if column in record["tests"]]
+    rates = sorted({record["full_training"]["learning_rate"] for record in records})
+    parameters = records[0]["parameters"] if records else {}
+    paper = _paper(section, row, column)
+    return {
+        "section": section.name,
+        "row": row.label,
+        "method": row.variant.method,
+        "x": "" if row.x is None else row.x,
+        "column": column,
+        "median": round(summary.median, 3) if summary else "",
+        "min": round(min(values), 3) if values else "",
+        "max": round(max(values), 3) if values else "",
+        "seeds": len(values),
+        "values": " ".join(f"{value:.3f}" for value in values),
+        "paper": "" if paper is None else round(paper, 3),
+        **{key: parameters.get(key, "") for key in ("tunable", "activated_mean", "activated_max")},
+        "test_rows": sum(test["rows"] for test in tests),
+        "unparsed": sum(test["unparsed"] for test in tests),
+        "no_room": sum(test["no_room"] for test in tests),
+        "left_out": sum(record["rows"]["left_out"] for record in records),
+        "learning_rate": " ".join(f"{rate:g}" for rate in rates),
+    }
 
 
 def _share_numbers(section: Section, measured: Measurements) -> Table:
     """Figure 2's numbers by task, block and expert; those of block `all` are shares of all choices."""
-    found = []
+    found: list[tuple[Any, ...]] = []
     for task, of_task in shares(section, measured).items():
         for expert, (share, low, high) in zip(of_task.experts, of_task.overall, strict=True):
             found.append((task, "all", expert, f"{share:.4f}", f"{low:.4f}", f"{high:.4f}", of_task.seeds))
@@ -196,26 +195,6 @@ def _share_numbers(section: Section, measured: Measurements) -> Table:
     return [dict(zip(names, one, strict=True)) for one in found]
 
 
-def _overall(numbers: Table) -> Table:
-    """Figure 2 as people read it: tasks by experts, shares of all choices."""
-    by_task: dict[str, dict[str, Any]] = {}
-    for one in numbers:
-        if one["block"] == "all":
-            by_task.setdefault(one["task"], {"": one["task"]})[one["expert"]] = f"{float(one['share']):.1%}"
-    return list(by_task.values()) or [{"": NOTHING}]
-
-
-def _has_average(section: Section) -> bool:
-    return len(section.columns) > 1 and section.name not in ("table3", "table7", *AXES)
-
-
-def _paper_heading(section: Section, column: str) -> str:
-    """The heading of the paper's numbers. Its average is over the tasks that it has."""
-    tasks = len(published.tasks(section.name)) if column == AVERAGE else 0
-    is_other = column == AVERAGE and set(section.columns) != set(published.tasks(section.name))
-    return f"{column}, paper ({tasks} tasks)" if is_other else f"{column}, paper"
-
-
 def _paper(section: Section, row: Row, column: str) -> float | None:
     """The paper's number; `None` where it has none."""
     if section.name == "table7":
@@ -224,110 +203,83 @@ def _paper(section: Section, row: Row, column: str) -> float | None:
         return None if pair is None else pair[row.variant.method == "milora"].get(column)
     if section.name not in published.TABLES:
         return None
-    printed = published.row(section.name, row.paper)
-    return printed.get("avg" if column == AVERAGE else column)
+    return published.row(section.name, row.paper).get("avg" if column == AVERAGE else column)
 
 
-def _rounded(value: float | None) -> Any:
-    return "" if value is None else round(value, 3)
+def _paper_heading(section: Section, column: str) -> str:
+    """The heading of the paper's numbers; its average may be over other tasks."""
+    tasks = published.tasks(section.name) if column == AVERAGE else []
+    return f"{column}, paper ({len(tasks)} tasks)" if column == AVERAGE else f"{column}, paper"
 
 
 # -------------------------------------------------------------------------------- set-up
 
 
-def _used(measured: Measurements) -> list[Record]:
-    """The records behind the report's numbers and choices, each once."""
-    grid = measured.grid
-    runs = [grid.answers(run)[-1:] for run in grid.runs()]
-    return list({record["run"]: record for found in runs for record in found}.values())
-
-
 def _made_with(records: Sequence[Record]) -> Table:
     """By revision, machine and versions: how many runs, and their hours."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    runs: Counter[tuple[str, ...]] = Counter()
+    seconds: Counter[tuple[str, ...]] = Counter()
     for record in records:
         environment = record["environment"]
-        machine = (environment.get("gpu") or {}).get("name") or environment.get("processor") or "unknown"
+        machine = (environment.get("gpu") or {}).get("name") or environment.get("processor")
         libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         key = (str(record["revision"]), f"{machine}, {environment.get('threads')} threads", libraries)
-        groups.setdefault(key, []).append(record)
+        runs[key] += 1
+        seconds[key] += record["seconds"]["total"]
+    names = ("revision", "machine", "versions")
     return [
-        {
-            "revision": key[0],
-            "machine": key[1],
-            "versions": key[2],
-            "runs": len(of_group),
-            "hours": f"{sum(float(record['seconds']['total']) for record in of_group) / 3600:.1f}",
-        }
-        for key, of_group in groups.items()
+        {**dict(zip(names, key, strict=True)), "runs": count, "hours": f"{seconds[key] / 3600:.1f}"}
+        for key, count in runs.items()
     ]
 
 
 def _data(records: Sequence[Record]) -> Table:
-    """By task, split and fingerprint: how many rows and runs. Two fingerprints of one split mean two data sets."""
-    counts: Counter[tuple[str, str, str, str]] = Counter()
-    for record in records:
-        rows, single = record["rows"], len(record["tasks"]) == 1
-        for split in ("train", "dev", "test"):
-            for task, fingerprint in record["fingerprints"].get(split, {}).items():
-                of_test = record["tests"].get(task, {}).get("rows", "") if split == "test" else ""
-                count = of_test if split == "test" else rows[split] if single else ""
-                counts[task, split, fingerprint, str(count)] += 1
-    table: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for (task, split, fingerprint, count), runs in counts.items():
-        row = table.setdefault(
-            (task, split, fingerprint), {"task": task, "split": split, "fingerprint": fingerprint, "rows": "", "runs": 0}
-        )
-        row["rows"] = row["rows"] or count
-        row["runs"] += runs
-    return list(table.values())
+    """By task, split and fingerprint: how many runs. Two fingerprints of one split are two data sets."""
+    counts = Counter(
+        (task, split, fingerprint)
+        for record in records
+        for split in ("train", "dev", "test")
+        for task, fingerprint in record["fingerprints"].get(split, {}).items()
+    )
+    names = ("task", "split", "fingerprint")
+    return [{**dict(zip(names, key, strict=True)), "runs": runs} for key, runs in counts.items()]
 
 
 def _budgets(grid: Grid, records: Sequence[Record]) -> Table:
-    """Each method's size and its parameters, of the methods whose size the budget sets."""
+    """Each method's size at the budget, and its parameters."""
     table = []
     for name in METHODS:
-        variants = [row.variant for section in grid.sections for row in section.rows if row.variant.method == name]
-        if not any(variant.sized and not variant.settings for variant in variants):
-            continue
         size = grid.size(name) or {}
         wanted = {**size, **grid.request.method_settings(name)}
-        found = [one for one in records if one["method"] == name and wanted.items() <= one["settings"].items()]
-        counts = found[0]["parameters"] if found else {}
-        table.append(
-            {
-                "": method(name).title,
-                "size": ", ".join(f"`{field}={value}`" for field, value in size.items()) or NOTHING,
-                **{
-                    heading: f"{counts[key]:,}" if counts else NOTHING
-                    for heading, key in (
-                        ("tunable", "tunable"),
-                        ("activated, mean", "activated_mean"),
-                        ("activated, most", "activated_max"),
-                    )
-                },
-            }
-        )
+        found = [one for one in records if one["method"] == name and _has(one, wanted)]
+        if found:
+            counts = found[0]["parameters"]
+            text = ", ".join(f"`{field}={value}`" for field, value in size.items()) or NOTHING
+            shown = {"tunable": "tunable", "activated, mean": "activated_mean", "activated, most": "activated_max"}
+            numbers = {heading: f"{counts[key]:,}" for heading, key in shown.items()}
+            table.append({"": method(name).title, "size": text, **numbers})
     return table
 
 
+def _has(record: Record, wanted: Mapping[str, Any]) -> bool:
+    settings = full_settings(record["method"], record["settings"])
+    return all(settings[name] == value for name, value in wanted.items())
+
+
 def _tuning(grid: Grid) -> Table:
-    """What was tried on dev and taken; empty where nothing was tuned."""
-    choices: dict[tuple[str, tuple[str, ...]], Choice] = {}
-    for cell in grid.cells():
-        if grid.tuned(cell.variant):
-            choice = grid.choice(cell)
-            choices.setdefault((choice.label, choice.tasks), choice)
+    """What was tried on dev and taken."""
+    choices = [grid.choice(cell) for cell in grid.cells() if grid.tuned(cell.variant)]
     return [
         {
             "": choice.label,
             "trained on": " + ".join(choice.tasks),
-            f"tried ({', '.join(grid.request.tune)}): dev": ", ".join(
-                f"{_values(values)}: {_merit(merit, choice.criterion)}" for values, merit in choice.tried
+            "tried: dev perplexity": ", ".join(
+                f"{_values(values)}: {NOTHING if found is None else format(found, '.3f')}"
+                for values, found in choice.tried
             ),
             "taken": NOTHING if choice.best is None else _values(choice.best),
         }
-        for choice in choices.values()
+        for choice in {(choice.label, choice.tasks): choice for choice in choices}.values()
     ]
 
 
@@ -335,42 +287,26 @@ def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values.values())
 
 
-def _merit(merit: float | None, criterion: str) -> str:
-    return NOTHING if merit is None else f"{-merit:.1%}" if criterion == "accuracy" else f"{merit:.3f}"
-
-
 def _failures(grid: Grid) -> Table:
-    runs = {run.key: run for run in grid.runs() if not grid.answers(run)}
-    return [{"run": run.label, "error": grid.failed[key][-1]["error"]} for key, run in runs.items() if key in grid.failed]
+    runs = [run for run in grid.runs() if run.key in grid.failed and not grid.answers(run)]
+    return [{"run": run.label, "error": grid.failed[run.key][-1]["error"]} for run in runs]
 
 
 # ------------------------------------------------------------------------------- writing
 
 
-def _markdown(rows: Table, left: int = 1) -> str:
+def _markdown(rows: Table, left: int) -> str:
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows], left=left)
 
 
-class _Writer:
-    """Writes files whole, and remembers their names."""
+def _csv(rows: Table) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.files: list[str] = []
 
-    def text(self, name: str, text: str) -> None:
-        write_text(self._folder / name, text)
-        self.files.append(name)
-
-    def table(self, name: str, rows: Table) -> None:
-        text = io.StringIO()
-        if rows:
-            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        self.text(name, text.getvalue())
-
-    def picture(self, name: str, draw: Callable[[Path], None]) -> None:
-        with writing(self._folder / name):
-            draw(self._folder / name)
-        self.files.append(name)
+def _write(folder: Path, name: str, text: str, files: list[str]) -> None:
+    write_text(folder / name, text)
+    files.append(name)

@@ -7,10 +7,12 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,10 @@ from milora.training.result import versions
 from milora.training.run import load_for_training
 from milora_core.errors import MiLoraError
 from milora_core.files import write_text
+from reproduction.adapter_tests import AdapterTests
 from reproduction.grid import Grid, Run
 from reproduction.inputs import Inputs, backbone_config
-from reproduction.revision import revision
 from reproduction.store import FINISHED, Record, canonical, full_settings
-from reproduction.adapter_tests import AdapterTests
 
 ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
 """Settings that a run of many has, unless others are asked for."""
@@ -76,7 +77,6 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
     model = load_adapter(model, folder)
     tests = AdapterTests(run, model, tokenizer, folder / "predictions", inputs)
     scores, shares = tests.test()
-    dev = tests.dev()
     device = str(model.device)
     del model, tests
     gc.collect()
@@ -91,12 +91,10 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
         "status": FINISHED,
         "label": run.label,
         **run.says,
-        # Defaults change; what the run had stays.
-        "settings": {**_own_settings(run), **run.settings},
+        "settings": _settings(run),
         **trained,
         "parameters": {**parameters, "trained": trained["parameters"]},
         "tests": scores,
-        "dev": dev,
         "expert_shares": shares,
         "hub_revisions": inputs.revisions(run),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -109,6 +107,16 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
             if name not in ("seconds", "load_average", "date")
         },
     }
+
+
+@cache
+def revision() -> str | None:
+    """The git revision of the code, `-dirty` where files differ from it; `None` outside git. Asked once a process."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, resume: bool = False) -> Any:
@@ -131,7 +139,9 @@ def check_training(grid: Grid) -> None:
     Raises:
         MiLoraError: If training refuses some values.
     """
-    asked = [grid.asked(cell, {}) for cell in grid.cells()] + [run for cell in grid.cells() for _, run in grid.tries(cell)]
+    asked = [grid.asked(cell, {}) for cell in grid.cells()] + [
+        run for cell in grid.cells() for _, run in grid.tries(cell)
+    ]
     for training in {canonical(run.training): run.training for run in asked}.values():
         training_arguments(training, Path("out"), 0)
 
@@ -163,11 +173,10 @@ def _train(run: Run, data: DataArguments, folder: Path) -> Record:
     return trained
 
 
-def _own_settings(run: Run) -> Record:
-    """The fields that milora's configurations add to PEFT's, with the values that the run has."""
-    classes = [one for one in METHODS[run.method].config_class.__mro__ if one.__module__.startswith("milora")]
-    own = {name for one in classes for name in one.__dict__.get("__annotations__", {})}
-    return {name: value for name, value in full_settings(run.method, run.settings).items() if name in own}
+def _settings(run: Run) -> Record:
+    """All fields of milora's own configurations: defaults change, and records keep what they were made with."""
+    own = METHODS[run.method].config_class.__module__.startswith("milora")
+    return {**(full_settings(run.method, run.settings) if own else {}), **run.settings}
 
 
 def _full_training(arguments: TrainingArguments) -> Record:

@@ -62,10 +62,9 @@ class Strict(BaseModel):
 
 
 class Evaluation(Strict):
-    """How adapters are tested: `test_rows` of each test split (all), `dev_rows` of each dev split (none)."""
+    """How adapters are tested: on the first `test_rows` of each test split (all), with a beam search."""
 
     test_rows: Positive | None = None
-    dev_rows: Natural = 0
     beams: Positive = 3
     batch_size: Positive = 8
 
@@ -124,7 +123,6 @@ class Request(Strict):
     evaluation: Evaluation = Evaluation()
     methods: dict[MethodName, Settings] = {}
     tune: dict[str, Tried] = {}
-    tune_by: Literal["perplexity", "accuracy"] = "perplexity"
     limits: dict[str, Limit] = {}
     comparisons: dict[str, Comparison] = {}
     threads: Positive | None = None
@@ -138,8 +136,6 @@ class Request(Strict):
             _named("section", name, names)
         if taken := set(SECTIONS) & set(self.comparisons):
             raise ValueError(f"comparisons: {min(taken)} is a section of the paper; give the table another name")
-        if self.tune and self.tune_by == "accuracy" and not self.evaluation.dev_rows:
-            raise ValueError("tune_by: accuracy needs evaluation: {dev_rows: N}, the dev rows to measure it on")
         self._check_names()
         return self
 

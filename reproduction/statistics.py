@@ -57,21 +57,21 @@ class Measurements:
         """The records behind a number."""
         return [record for record in self.by_seed(row, column) if record is not None]
 
-    def accuracy(self, row: Row, column: str) -> Summary | None:
-        """In percent, of MT-Bench the judge's mean grade, of 10; `None` without any."""
-        values = [_score(record, column) for record in self.by_seed(row, column)]
-        known = tuple(value for value in values if value is not None)
-        return Summary(known, len(values)) if known else None
+    def summary(self, row: Row, section: Section, column: str) -> Summary | None:
+        """Of a column in percent (of MT-Bench the judge's mean grade, of 10), or of the average over columns.
 
-    def average(self, row: Row, columns: Sequence[str]) -> Summary | None:
-        """The mean over columns for each seed that has all of them."""
-        by_column = [[_score(record, column) for record in self.by_seed(row, column)] for column in columns]
-        means = tuple(
-            sum(values) / len(values)  # type: ignore[arg-type]
-            for values in zip(*by_column, strict=True)
-            if None not in values
-        )
-        return Summary(means, len(by_column[0])) if means else None
+        The average is over the seeds that have all columns. `None` without any value.
+        """
+        columns = section.columns if column == "average" else (column,)
+        by_column = [[_score(record, name) for record in self.by_seed(row, name)] for name in columns]
+        means = [_mean(values) for values in zip(*by_column, strict=True)]
+        known = tuple(value for value in means if value is not None)
+        return Summary(known, len(means)) if known else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _score(record: Record | None, column: str) -> float | None:

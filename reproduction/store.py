@@ -124,7 +124,16 @@ def key_of(run: Mapping[str, Any]) -> str:
     settings = full_settings(run["method"], run["settings"])
     training = {name: value for name, value in training.items() if training_defaults().get(name, ...) != value}
     return canonical(
-        [backbone_name(run["backbone"]), run["method"], settings, list(run["tasks"]), run["seed"], training, data, evaluation]
+        [
+            backbone_name(run["backbone"]),
+            run["method"],
+            settings,
+            list(run["tasks"]),
+            run["seed"],
+            training,
+            data,
+            evaluation,
+        ]
     )
 
 

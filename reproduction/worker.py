@@ -13,11 +13,9 @@ from pathlib import Path
 from milora_core.errors import MiLoraError
 from milora_core.files import is_disk_full
 from reproduction.adapter_tests import UnfinishedRunError
-from reproduction.experiments import Cell
 from reproduction.grid import Grid, Run
 from reproduction.inputs import Inputs
-from reproduction.revision import revision
-from reproduction.run import execute
+from reproduction.run import execute, revision
 from reproduction.store import FAILED, Record, Store, key_of, try_lock
 
 Execute = Callable[[Run, Path, Inputs], Record]
@@ -43,7 +41,6 @@ class Worker:
         grid: The runs.
         store: Where results are.
         inputs: What runs read.
-        cells: The process's share of the grid; by default all.
         execute: Makes a run.
         say: Is told in a line what is done.
     """
@@ -53,14 +50,12 @@ class Worker:
         grid: Grid,
         store: Store,
         inputs: Inputs,
-        cells: list[Cell] | None = None,
         execute: Execute = execute,
         say: Say = lambda _: None,
     ) -> None:
         self._grid = grid
         self._store = store
         self._inputs = inputs
-        self._cells = cells
         self._execute = execute
         self._say = say
         # A run that failed before is tried again; one that fails now is not, whichever process it failed in.
@@ -97,7 +92,7 @@ class Worker:
         failed = self._failures(records) - self._failures_before
         # Runs whose inputs are missing will not come either.
         self._grid.see(records, lambda key: key not in failed and key not in self._impossible)
-        possible = [(run, self._inputs.possible(run)) for run in self._grid.runs(self._cells)]
+        possible = [(run, self._inputs.possible(run)) for run in self._grid.runs()]
         impossible = {run.key for run, found in possible if found is None and not self._grid.answers(run)}
         if impossible - self._impossible:
             self._impossible |= impossible

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -115,11 +115,11 @@ def _count(route: Route) -> str:
     return "1 prompt" if len(route) == 1 else f"{len(route)} prompts"
 
 
-def new_figure(layout: str | None = None) -> Any:
+def new_figure(layout: Literal["constrained"] | None = None) -> Any:
     """A figure of matplotlib, with a canvas of its own.
 
     Args:
-        layout: Of matplotlib's layout engines.
+        layout: The layout engine; none by default.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.

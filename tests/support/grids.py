@@ -1,4 +1,4 @@
-"""A grid without materials or training: every task is at hand, and a run is whatever a test says it is."""
+"""Grids without data or training: every input is at hand, and a run is whatever a test says it is."""
 
 from __future__ import annotations
 
@@ -7,57 +7,49 @@ from pathlib import Path
 from typing import Any
 
 from milora.backbone.shapes import shape_config
-from milora.paper.grid import Grid
-from milora.paper.materials import Materials
-from milora.paper.request_reading import read_request
-from milora.paper.runs import Run
-from milora.paper.store import FINISHED, Record
+from reproduction.grid import Grid, Run
+from reproduction.inputs import Inputs
+from reproduction.settings import read_request
+from reproduction.store import FINISHED, Record
 
 TASKS = ("bundled-choice", "bundled-extraction")
+FINGERPRINTS = {"backbone": "b", "train": {}, "dev": {}, "test": {}}
 
 
-class EverythingAtHand(Materials):
-    """Materials that are not looked at."""
+class EverythingAtHand(Inputs):
+    """Inputs that are not looked at, but for tasks that a test takes away."""
 
-    def __init__(self, missing: Mapping[str, str] | None = None) -> None:
-        super().__init__()
-        self._missing = missing or {}
+    def __init__(self, request: Any, missing: Mapping[str, str] | None = None) -> None:
+        super().__init__(request)
+        self.missing = dict(missing or {})
 
-    def config(self, backbone: str) -> Any:
-        return shape_config("tiny")
+    def possible(self, run: Run) -> Run | None:
+        return None if set(run.tasks) & set(self.missing) else run
 
-    def backbone_missing(self, backbone: str) -> str | None:
-        return self._missing.get(backbone)
-
-    def backbone_fingerprint(self, backbone: str) -> str:
-        return backbone
-
-    def rows_missing(self, task: str, split: str) -> str | None:
-        return self._missing.get(task)
-
-    def rows_fingerprint(self, task: str, split: str) -> str:
-        return f"{task}/{split}"
+    def fingerprints(self, run: Run) -> dict[str, Any]:
+        return FINGERPRINTS
 
 
-def grid(missing: Mapping[str, str] | None = None, **flags: Any) -> Grid:
+def grid(records: Any = (), **settings: Any) -> Grid:
     """A grid of the paper's settings; two tasks and two seeds unless a test says otherwise."""
-    values = {"tasks": TASKS, "seeds": (0, 1), "budget": "paper", **flags}
-    return Grid(read_request(None, values), EverythingAtHand(missing))
+    values = {"tasks": TASKS, "seeds": (0, 1), "budget": "paper", **settings}
+    return Grid(read_request(None, values), records, lambda backbone: shape_config("tiny"))
 
 
-def record(run: Run, accuracy: float = 0.5, **values: Any) -> Record:
+def record(run: Run, accuracy: float = 0.5, /, **values: Any) -> Record:
     """What a run that has finished leaves behind."""
     tests = {
         test: {"accuracy": accuracy, "rows": 10, "correct": round(10 * accuracy), "unparsed": 0, "no_room": 0}
         for test in run.tests
     }
     return {
-        "run": run.digest,
+        "run": run.digest(FINGERPRINTS),
+        "fingerprints": FINGERPRINTS,
         "status": FINISHED,
         "label": run.label,
-        **run.identity,
+        **run.says,
+        "full_training": {"learning_rate": 1e-4, **run.training},
         "tests": tests,
-        "dev": {},
         "expert_shares": {},
         "dev_perplexity": 2.0,
         "steps": 1,
@@ -71,6 +63,6 @@ def record(run: Run, accuracy: float = 0.5, **values: Any) -> Record:
     }
 
 
-def instantly(run: Run, folder: Path, materials: Materials) -> Record:
+def instantly(run: Run, folder: Path, inputs: Inputs) -> Record:
     """An `execute` that takes no time."""
     return record(run)

@@ -13,7 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from support.data import real
 
-from reproduction import published
 from milora.tasks import instruction
 from milora.tasks.arc import Arc, ArcChallenge, ArcEasy
 from milora.tasks.boolq import BoolQ
@@ -22,6 +21,7 @@ from milora.tasks.public import hold_out
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import SPLITS, Example
 from milora_core.errors import DataError, MiLoraError
+from reproduction import published
 
 TASKS = [ArcEasy, ArcChallenge, BoolQ]
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.data import real
 
-from reproduction import published
 from milora.tasks import bbh
 from milora.tasks.bbh import TASKS, Bbh
 from milora_core.errors import DataError, MiLoraError
+from reproduction import published
 
 
 def write(data_dir: Path, rows: int = 4) -> None:

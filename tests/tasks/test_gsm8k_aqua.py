@@ -11,7 +11,6 @@ import pytest
 from datasets import Dataset
 from support.data import real
 
-from reproduction import published
 from milora.tasks import instruction
 from milora.tasks.aqua import Aqua
 from milora.tasks.gsm8k import Gsm8k
@@ -19,6 +18,7 @@ from milora.tasks.reasoning import ReasoningTask
 from milora.tasks.rows import instruction_prompt
 from milora.tasks.task import Example
 from milora_core.errors import DataError
+from reproduction import published
 
 CLIPS = {
     "question": "Natalia sold clips to 48 of her friends in April, and then half as many in May. How many in all?",

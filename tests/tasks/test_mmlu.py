@@ -9,11 +9,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 from support.data import real
 
-from reproduction import published
 from milora.tasks import mmlu
 from milora.tasks.mmlu import Mmlu
 from milora.tasks.mmlu_subject import MmluSubject
 from milora_core.errors import DataError, MiLoraError
+from reproduction import published
 
 HEADER = "question,choice0,choice1,choice2,choice3,answer\n"
 DEV = HEADER + 'What is 1 + 1?,1,2,3,4,1\n"One, two,\nthree?",4,5,6,7,0\n'

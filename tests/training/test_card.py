@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -81,7 +81,7 @@ def test_the_hub_can_read_it() -> None:
 
 
 def test_a_folder_is_no_base_model(tmp_path: Path) -> None:
-    text = model_card(facts(base_model=str(tmp_path), has_routes=False)
+    text = model_card(facts(base_model=str(tmp_path), has_routes=False))
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert str(tmp_path) not in text
     assert "routes.png" not in text
@@ -89,13 +89,13 @@ def test_a_folder_is_no_base_model(tmp_path: Path) -> None:
 
 def test_what_does_not_train_or_was_taken_at_once() -> None:
     arguments = TrainingArguments("out", use_cpu=True, per_device_train_batch_size=3, gradient_accumulation_steps=4)
-    text = model_card(facts(trains_activations=False, arguments=arguments)
+    text = one_spaced(model_card(facts(trains_activations=False, arguments=arguments)))
     assert "| activations |" not in text
     assert "| rows a step | 12 |" in text
 
 
 def test_while_it_runs() -> None:
-    text = model_card(facts(result=None, history=[{"step": 7, "eval_perplexity": 3.5}])
+    text = model_card(facts(result=None, history=[{"step": 7, "eval_perplexity": 3.5}]))
     assert "dev perplexity 3.5 at step 7" in text
 
 

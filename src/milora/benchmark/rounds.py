@@ -59,7 +59,7 @@ def in_turn(
         measure: Measures one method once.
         progress: Is told of every measurement.
         describe: What to tell of it.
-        value: The number of a sample by which the backbone's rounds are compared; without it no round is repeated.
+        value: The speed of a sample, by which the backbone's rounds are compared; without it no round is repeated.
     """
     found: list[dict[str, Sample]] = []
     order: list[Turn] = []
@@ -98,12 +98,13 @@ def in_turn(
 def disturbed(values: Sequence[float]) -> list[int]:
     """The rounds in which the bare backbone is further than [`DISTURBED`] from its median, worst first.
 
-    The median is that of an existing round, so at least one round is never disturbed.
+    Of two rounds in the middle the faster one is the median: disturbances slow a machine down. So at least one round
+    is never disturbed.
 
     Args:
-        values: The bare backbone's, one a round.
+        values: The bare backbone's speeds, one a round.
     """
-    median = statistics.median_low(values)
+    median = statistics.median_high(values)
     off = {index: abs(value / median - 1) for index, value in enumerate(values)}
     return sorted((index for index, share in off.items() if share > DISTURBED), key=lambda index: -off[index])
 

@@ -163,7 +163,7 @@ class Session(Record):
             timed: Runs it once in its turn.
             warm_up: Runs it unmeasured; by default `run`, as often as the settings have it.
             describe: What to tell of a sample.
-            value: The number of a sample that shows whether the bare backbone was disturbed; such rounds are repeated.
+            value: The speed of a sample; rounds in which it shows the bare backbone disturbed are measured again.
         """
         memory: dict[str, float] = {}
         for name, prepared in methods.items():
