@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint types setup pretrain smollm2 clean
+.PHONY: demo report test test-fast lint types setup pretrain smollm2 clean
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
+
+report: $(INSTALLED)  ## Make the tables of docs/results in out/report (hours; a second process shares the work)
+	$(BIN)/python -m reproduction --settings reproduction/bundled.yaml --output out/report
 
 test: $(INSTALLED) lint types  ## Lint, types and all tests
 	$(BIN)/python -m pytest -q -n 2
