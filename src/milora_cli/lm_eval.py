@@ -1,82 +1,124 @@
-"""`milora lm-eval`: lm-eval's command line with our model class and the local tasks."""
+"""`milora lm-eval`: lm-eval's tasks on our models, and its MMLU, BBH and GSM8K on local files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from milora_cli import options
 from milora_core.errors import MiLoraError
 
-SETTINGS: dict[str, Any] = {
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    "add_help_option": False,
-}
-"""All flags are left for lm-eval's parser."""
 
-DATA_DIR_FLAG = "--data_dir"
-OUTPUT_FLAGS = ("--output_path", "-o")
-
-HELP = """\
-milora lm-eval is lm-eval with our models (--model milora, the default here), whose prompts are routed on the context
-alone, and with lm-eval's MMLU, BBH and GSM8K tasks on local files, by their names with _local behind them.
-
-  --data_dir DIR  the folder with mmlu, bbh and gsm8k (default: MILORA_DATA_DIR)
-  --json          print what --output_path would save, and nothing else
-
-lm-eval's own flags:
-"""
-
-
-def command(context: typer.Context) -> None:
+def command(
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME[,NAME...]", help="lm-eval's tasks, groups and tags; can be repeated."),
+    ] = None,
+    model_args: Annotated[
+        list[str] | None,
+        typer.Option("--model-args", metavar="KEY=VALUE[,...]", help="Such as peft=ADAPTER,dtype=bfloat16."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help="lm-eval's model class.")] = "milora",
+    data_dir: options.DataDirectory = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="Folder of further tasks (YAML).")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question; by default the task's.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option("--limit", help="Rows of each task, or with a value below 1 their share.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option("--batch-size", help="A number, auto, or auto:N.")] = "1",
+    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", min=1, help="Of auto.")] = None,
+    device: options.Device = None,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option("--gen-kwargs", metavar="KEY=VALUE[,...]", help="Of generation, such as max_gen_toks=64."),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Prompts are conversations in the tokenizer's template.")
+    ] = False,
+    fewshot_as_multiturn: Annotated[
+        bool,
+        typer.Option(
+            "--fewshot-as-multiturn/--fewshot-as-one-turn", help="With a chat template, an example is a turn."
+        ),
+    ] = True,
+    system_instruction: Annotated[
+        str | None, typer.Option("--system-instruction", help="Comes before every prompt.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of every generator; by default lm-eval's seeds.")] = None,
+    use_cache: Annotated[
+        str | None, typer.Option("--use-cache", metavar="PATH", help="Keeps the model's responses in a database.")
+    ] = None,
+    output_path: Annotated[
+        Path | None, typer.Option("--output-path", metavar="DIR", help="Saves the results, as lm-eval does.")
+    ] = None,
+    log_samples: Annotated[bool, typer.Option("--log-samples", help="Saves every request there too.")] = False,
+    write_out: Annotated[bool, typer.Option("--write-out", help="Shows the first prompts.")] = False,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Allows tasks that run code a model wrote.")
+    ] = False,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the tasks' names, and do nothing.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
     """Evaluate on lm-eval's tasks; prompts are routed on the context alone.
 
-    Takes every flag of lm-eval (`milora lm-eval --help` lists them) and --data_dir.
+    Tasks with `_local` behind their names (`mmlu_local`, `bbh_local`, `gsm8k_local`) read the files in --data-dir.
     """
-    flags = list(context.args)
-    if not flags or flags in (["--help"], ["-h"]):
-        typer.echo(HELP)
-        _print_help_of_lm_eval()
-        raise typer.Exit
-    as_json = "--json" in flags
-    flags = [flag for flag in flags if flag != "--json"]
-    data_dir = _take(flags, DATA_DIR_FLAG)
-    from milora.evaluation.lm_eval import run
+    from milora.evaluation.lm_eval import run, task_names
 
-    if not as_json:
-        run(flags, data_dir)
+    if list_tasks:
+        names = task_names(data_dir)
+        typer.echo(json.dumps(names) if as_json else "\n".join(names))
         return
-    if any(flag.partition("=")[0] in OUTPUT_FLAGS for flag in flags):
-        raise MiLoraError("--json prints what --output_path would save: pass one of them.")
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(sys.stderr):
-            run([*flags, "--output_path", folder], data_dir)
-        (results,) = Path(folder).rglob("results_*.json")
-        typer.echo(json.dumps(json.loads(results.read_text())))
+    names = [name.strip() for given in tasks or [] for name in given.split(",") if name.strip()]
+    if not names:
+        raise MiLoraError("Which tasks are meant? Pass --tasks NAME[,NAME...]; --list-tasks prints their names.")
+    if limit is not None and not limit > 0:
+        raise MiLoraError(f"--limit must be more than 0; found {limit}.")
+    seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    # lm-eval prints on standard output what is no result.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = run(
+            names,
+            ",".join(model_args or []),
+            model=model,
+            data_dir=data_dir,
+            include_path=include_path,
+            output_path=output_path,
+            log_samples=log_samples,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            device=device,
+            gen_kwargs=gen_kwargs,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template and fewshot_as_multiturn,
+            system_instruction=system_instruction,
+            use_cache=use_cache,
+            write_out=write_out,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            **({} if seed is None else seeds),
+        )
+    if as_json:
+        from lm_eval.utils import handle_non_serializable
+
+        typer.echo(json.dumps(results, default=handle_non_serializable))
+    else:
+        _print_tables(results)
 
 
-def _print_help_of_lm_eval() -> None:
-    from milora.evaluation.lm_eval import run
+def _print_tables(results: dict[str, Any]) -> None:
+    from lm_eval.utils import make_table
 
-    # Its parser ends the process after its help.
-    with contextlib.suppress(SystemExit):
-        run(["run", "--help"], None)
-
-
-def _take(flags: list[str], name: str) -> str | None:
-    """Takes a flag and its value out of the others."""
-    for index, flag in enumerate(flags):
-        given, equals, value = flag.partition("=")
-        if given.replace("-", "_") != name.replace("-", "_"):
-            continue
-        if not equals and index + 1 == len(flags):
-            raise MiLoraError(f"{name} needs a folder.")
-        taken = value if equals else flags[index + 1]
-        del flags[index : index + (1 if equals else 2)]
-        return taken
-    return None
+    typer.echo(make_table(results))
+    if "groups" in results:
+        typer.echo(make_table(results, "groups"))

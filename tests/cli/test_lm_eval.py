@@ -16,14 +16,17 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mi
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "mmlu_local"], "mmlu_local reads a folder: name it with --data_dir or MILORA_DATA_DIR"),
+        (["--tasks", "mmlu_local"], "mmlu_local reads a folder: name it with --data-dir or MILORA_DATA_DIR"),
         (["--tasks", "x,bbh_local", "--data_dir", "."], "bbh_local needs bbh/boolean_expressions.json"),
-        (["--tasks", "bbh_local", "--data-dir=."], "bbh_local needs bbh/boolean_expressions.json"),
-        (["--tasks", "x", "--data_dir"], "--data_dir needs a folder"),
+        (["--tasks", "x", "--tasks", "bbh_local", "--data-dir=."], "bbh_local needs bbh/boolean_expressions.json"),
+        (["--tasks", "x", "--data_dir"], "--data-dir"),
         (["--tasks", "x", "--limit", "many"], "--limit"),
-        (["--tasks", "x", "--nonsense", "1"], "--nonsense"),
-        (["--config", "list.yaml", "--limit", "1"], "list.yaml must hold a YAML mapping"),
-        (["--config", "tasks.yaml", "--limit", "1"], "gsm8k_local reads a folder"),
+        (["--tasks", "x", "--limit", "0"], "--limit must be more than 0; found 0"),
+        (["--tasks", "x", "--log_samples"], "pass --output-path too"),
+        (["--tasks", "x", "--output-path", "list.yaml/a"], "list.yaml"),
+        (["--nonsense", "1"], "--nonsense"),
+        ([], "Pass --tasks"),
+        (["--tasks", ","], "Pass --tasks"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -36,7 +39,6 @@ def test_a_mistake_is_one_line(
     monkeypatch.delenv("MILORA_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     Path("list.yaml").write_text("[1]")
-    Path("tasks.yaml").write_text("tasks: [gsm8k_local]")
     assert main(["lm-eval", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -47,9 +49,20 @@ def test_a_mistake_is_one_line(
 def test_without_lm_eval_the_extra_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(["lm-eval", "--tasks", "x", "--limit", "1"]) == 2
-    assert "pip install 'milora[eval]'" in capsys.readouterr().err
+    assert 'pip install "milora[eval]"' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_names_of_tasks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.original.jsonl").write_text("")
+    assert main(["lm-eval", "--list-tasks", "--data-dir", str(tmp_path)]) == 0
+    names = capsys.readouterr().out.split("\n")
+    assert {"mmlu", "mmlu_anatomy", "gsm8k_local"} <= set(names)
+    assert "mmlu_local" not in names
 
 
 @pytest.mark.slow
@@ -77,7 +90,7 @@ doc_to_target: answer
 """
     )
     flags = "--model_args peft=adapter,max_length=64 --tasks gsm8k_local,metal --num_fewshot 0 --batch_size 2"
-    flags += " --gen_kwargs max_gen_toks=4 --include_path own --data_dir data --output_path results"
+    flags += " --gen_kwargs max_gen_toks=4 --include_path own --data_dir data --output_path results --log_samples"
     done = subprocess.run(
         [sys.executable, "-m", "milora", "lm-eval", *flags.split()],
         cwd=tmp_path,
@@ -93,6 +106,8 @@ doc_to_target: answer
     results = json.loads(file.read_text())
     assert results["config"]["model"] == "milora"
     assert set(results["results"]) == {"gsm8k_local", "metal"}
+    (samples,) = (tmp_path / "results").rglob("samples_metal_*.jsonl")
+    assert json.loads(samples.read_text())["doc"]["question"] == "Is iron a metal?"
     assert results["configs"]["gsm8k_local"]["dataset_kwargs"]["files"]["test"].endswith("gsm8k/test.original.jsonl")
 
 

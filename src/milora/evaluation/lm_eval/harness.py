@@ -1,98 +1,139 @@
-"""`milora lm-eval`: lm-eval's command line, with our model class and the local tasks known to it."""
+"""lm-eval's tasks on our models, through `lm_eval.simple_evaluate`, with the local tasks known to it."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from milora.tasks.folder import VARIABLE, data_folder
-from milora_core.errors import MiLoraError, did_you_mean
+from milora_core.errors import MiLoraError, did_you_mean, importing
+from milora_core.files import writing
 
 MODEL = "milora"
 
-_NOT_FOUND = "Tasks not found: "
 _HINT = "Custom kwargs can be passed to `--metadata`"
 
 
-def run(flags: Sequence[str], data_dir: str | os.PathLike[str] | None = None) -> None:
-    """Runs lm-eval's command line, which prints its tables on standard output.
-
-    `--model` is `milora` where neither the flags nor a file after `--config` say otherwise.
+def run(
+    tasks: Sequence[str],
+    model_args: str = "",
+    *,
+    model: str = MODEL,
+    data_dir: str | os.PathLike[str] | None = None,
+    include_path: str | os.PathLike[str] | None = None,
+    output_path: str | os.PathLike[str] | None = None,
+    log_samples: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Evaluates a model on lm-eval's tasks.
 
     Args:
-        flags: lm-eval's own.
+        tasks: Names of tasks, groups and tags, or patterns such as `mmlu_*_local`.
+        model_args: Arguments of the model class, such as `peft=out/adapter,dtype=bfloat16`.
+        model: `milora`, or another of lm-eval's model classes.
         data_dir: The folder that the local tasks (`mmlu_local`, `bbh_local`, ...) read; by default that of
             [`milora.tasks.folder.data_folder`].
+        include_path: A folder of further tasks.
+        output_path: A folder (or a `.json` file) for the results, as lm-eval writes them.
+        log_samples: Whether every request is saved there too.
+        **settings: Of `lm_eval.simple_evaluate`: `num_fewshot`, `batch_size`, `limit`, `gen_kwargs`, ...
+
+    Returns:
+        The results as `lm_eval.simple_evaluate` gives them, without the samples.
 
     Raises:
-        MiLoraError: If lm-eval is missing or refuses the flags, there is no such task, the files of a local task are
-            not there, or the model cannot be loaded.
+        MissingExtraError: If lm-eval is not installed.
+        MiLoraError: If there is no such task, the files of a local task are not there, the model cannot be loaded, or
+            lm-eval refuses a setting.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MiLoraError("lm-eval is not installed: pip install 'milora[eval]'.")
-    from milora.evaluation.lm_eval.local import write_local_tasks
-    from milora.evaluation.lm_eval.upstream import parse
+    if log_samples and output_path is None:
+        raise MiLoraError("Samples need a place to be saved: pass --output-path too.")
+    # Long before its results are lost, as lm-eval only logs that they could not be saved.
+    if output_path is not None:
+        folder = Path(output_path).parent if Path(output_path).suffix == ".json" else Path(output_path)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with importing("eval", "lm-eval's tasks"):
+        from lm_eval import simple_evaluate
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import simple_parse_args_string
 
-    command_line, arguments = parse(flags)
-    config = _config(arguments)
-    missing: Mapping[str, Path | None] = {}
-    data_dir = data_folder(data_dir)
-    with tempfile.TemporaryDirectory(prefix="milora-lm-eval-") as folder, _without_hints():
-        if "include_path" in arguments:
-            missing = write_local_tasks(Path(folder), data_dir)
-            _check_local_tasks(_tasks(arguments.tasks if "tasks" in arguments else None, config), missing, data_dir)
-            theirs = arguments.include_path or config.get("include_path") or []
-            arguments.include_path = [folder, *([theirs] if isinstance(theirs, str) else theirs)]
-        if "model" in arguments:
-            # Registers the class; only where it may be wanted, since it takes seconds.
-            import milora.evaluation.lm_eval.model  # noqa: F401
+    with tempfile.TemporaryDirectory(prefix="milora-lm-eval-") as local, _without_hints():
+        missing = local_tasks(Path(local), tasks, data_folder(data_dir))
+        of_model = simple_parse_args_string(model_args)
+        manager = TaskManager(
+            include_path=[local, *([] if include_path is None else [str(include_path)])], metadata=dict(of_model)
+        )
+        found = _matching(manager, tasks, missing)
+        # Registers the class, which takes seconds.
+        import milora.evaluation.lm_eval.model  # noqa: F401
 
-            arguments.model = arguments.model or config.get("model") or MODEL
+        tracker = None if output_path is None else EvaluationTracker(output_path=str(output_path))
         try:
-            command_line.execute(arguments)
+            results = simple_evaluate(
+                model=model,
+                model_args=of_model,
+                tasks=found,
+                task_manager=manager,
+                evaluation_tracker=tracker,
+                log_samples=log_samples,
+                metadata=dict(of_model),
+                **settings,
+            )
         except ValueError as error:
-            if not str(error).startswith(_NOT_FOUND):
-                raise
-            name = str(error).removeprefix(_NOT_FOUND)
-            raise MiLoraError(
-                f"lm-eval has no task {name}{did_you_mean(name, missing)}. See milora lm-eval ls tasks."
-            ) from error
+            raise MiLoraError(f"lm-eval refuses this: {' '.join(str(error).split())}") from error
+        samples = results.pop("samples", {})
+        if tracker is not None:
+            tracker.save_results_aggregated(results=results, samples=samples or None)
+            for name, of_task in samples.items():
+                tracker.save_results_samples(task_name=name, samples=of_task)
+    return dict(results)
 
 
-def _config(arguments: Namespace) -> Mapping[str, Any]:
-    """What stands in the file after `--config`."""
-    if getattr(arguments, "config", None) is None:
-        return {}
-    try:
-        config = yaml.safe_load(Path(arguments.config).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MiLoraError(f"{arguments.config} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, Mapping):
-        raise MiLoraError(f"{arguments.config} must hold a YAML mapping of lm-eval's arguments.")
-    return config
+def local_tasks(folder: Path, wanted: Sequence[str], data_dir: Path | None) -> Mapping[str, Path | None]:
+    """Writes the local tasks for lm-eval; see [`milora.evaluation.lm_eval.local.write_local_tasks`].
 
+    Raises:
+        MiLoraError: If one that is wanted has no files.
+    """
+    from milora.evaluation.lm_eval.local import write_local_tasks
 
-def _tasks(flags: Any, config: Mapping[str, Any]) -> list[str]:
-    tasks = flags or config.get("tasks") or []
-    tasks = [tasks] if isinstance(tasks, str) else tasks
-    return [name.strip() for task in tasks if isinstance(task, str) for name in task.split(",")]
-
-
-def _check_local_tasks(tasks: Sequence[str], missing: Mapping[str, Path | None], data_dir: Path | None) -> None:
-    for task in tasks:
+    missing = write_local_tasks(folder, data_dir)
+    for task in wanted:
         if task in missing and data_dir is None:
-            raise MiLoraError(f"{task} reads a folder: name it with --data_dir or {VARIABLE}.")
+            raise MiLoraError(f"{task} reads a folder: name it with --data-dir or {VARIABLE}.")
         if missing.get(task) is not None:
-            raise MiLoraError(f"{task} needs {missing[task]}, which is not there: check --data_dir or {VARIABLE}.")
+            raise MiLoraError(f"{task} needs {missing[task]}, which is not there: check --data-dir or {VARIABLE}.")
+    return missing
+
+
+def task_names(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
+    """The names of all of lm-eval's tasks, groups and tags, and of the local ones whose files are there."""
+    with importing("eval", "lm-eval's tasks"):
+        from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory(prefix="milora-lm-eval-") as local:
+        local_tasks(Path(local), [], data_folder(data_dir))
+        return list(TaskManager(include_path=local).all_tasks)
+
+
+def _matching(manager: Any, tasks: Sequence[str], known: Mapping[str, Path | None]) -> list[str]:
+    found: dict[str, None] = {}
+    for task in tasks:
+        matches = manager.match_tasks([task])
+        if not matches:
+            raise MiLoraError(
+                f"lm-eval has no task {task}{did_you_mean(task, known)}. See milora lm-eval --list-tasks."
+            )
+        found |= dict.fromkeys(matches)
+    return list(found)
 
 
 @contextmanager

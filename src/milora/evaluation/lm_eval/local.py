@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from milora.evaluation.lm_eval import rows
-from milora.evaluation.lm_eval.upstream import task_files
+from milora.evaluation.lm_eval.task_files import task_files
 
 SUFFIX = "_local"
 
