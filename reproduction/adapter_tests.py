@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from milora.backbone.positions import positions_of
-from milora.evaluation.generation import Evaluation, evaluate_task
-from milora.evaluation.mt_bench.answers import TURNS, conversation_prompt
+from milora.evaluation.accuracy import Evaluation, evaluate_task
+from milora.evaluation.compact_routes import compact_route, expert_shares
+from milora.evaluation.measurement import EvaluationSettings, Judging, evaluate
+from milora.evaluation.mt_bench.model_answers import TURNS, conversation_prompt
 from milora.evaluation.predictions import read_predictions
-from milora.evaluation.routes import compact_route, expert_shares
-from milora.evaluation.run import EvaluationSettings, Judging, evaluate
 from milora.inference.generation import Decoding, encode_prompt
 from milora.inference.routing import route_prompts
 from milora.tasks import registry

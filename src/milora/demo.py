@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import set_seed
 
 from milora.backbone.loading import load_backbone
-from milora.evaluation.generation import evaluate_task
+from milora.evaluation.accuracy import evaluate_task
 from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding, encode_prompt, left_padded, padding_token
 from milora.plots import route_heat_map

@@ -94,8 +94,8 @@ def command(
 
         from milora.backbone.loading import backbone_of, load_for_inference, locate
         from milora.evaluation.fingerprint import model_fingerprint
+        from milora.evaluation.measurement import EvaluationSettings, Judging, check_rows, evaluate
         from milora.evaluation.results import FILE_NAME, failures, merged, read_results, with_mean
-        from milora.evaluation.run import EvaluationSettings, Judging, check_rows, evaluate
         from milora.locks import writing_alone
         from milora.tasks.task import check_split
         from milora_core.files import write_json

@@ -13,7 +13,7 @@ from support.adapted import adapted
 from support.judge import Server
 from support.tokenizer import save_backbone
 
-from milora.evaluation import run as evaluation_run
+from milora.evaluation import measurement
 from milora.evaluation.predictions import Predictions
 from milora.inference.generation import GeneratedText
 from milora.tasks.task import Task
@@ -196,7 +196,7 @@ def test_a_task_can_be_measured_in_a_way_of_its_own(
     def judged(_model: object, _tokenizer: object, task: Task, settings: object, _progress: object) -> dict:
         return {"score": 7.5, "task": task.name}
 
-    monkeypatch.setitem(evaluation_run.EVALUATORS, "bundled-yesno", judged)
+    monkeypatch.setitem(measurement.EVALUATORS, "bundled-yesno", judged)
     printed = result(capsys, "--backbone", "base", "--task", "bundled-yesno,bundled-choice", "--limit", "1")
     assert printed["tasks"]["bundled-yesno"] == {"score": 7.5, "task": "bundled-yesno"}
     assert printed["mean"] == printed["tasks"]["bundled-choice"]["accuracy"]

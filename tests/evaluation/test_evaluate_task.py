@@ -11,7 +11,7 @@ from support.architectures import ARCHITECTURES
 from support.methods import adapted as adapted_by
 from support.tokenizer import character_tokenizer
 
-from milora.evaluation.generation import evaluate_task
+from milora.evaluation.accuracy import evaluate_task
 from milora.evaluation.predictions import read_predictions
 from milora.inference.generation import Decoding
 from milora.tasks.task import Example, Split, Task

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora.evaluation.routes import compact_route
+from milora.evaluation.compact_routes import compact_route
 from milora.records import append_record, drop_half_line, read_records
 from milora_core.errors import DataError, MiLoraError
 from milora_core.files import writing

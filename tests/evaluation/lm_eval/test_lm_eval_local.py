@@ -15,9 +15,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mi
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from milora.evaluation.lm_eval.hub_rows import read_bbh, read_gsm8k, read_mmlu
 from milora.evaluation.lm_eval.local import write_local_tasks
 from milora.evaluation.lm_eval.model import MiLoraLM
-from milora.evaluation.lm_eval.rows import read_bbh, read_gsm8k, read_mmlu
 from milora.tasks.mmlu import CSV_HEADER
 from milora_core.errors import DataError
 

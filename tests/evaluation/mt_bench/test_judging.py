@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.judge import Server
 
-from milora.evaluation.mt_bench import judging, prompts, scores
-from milora.evaluation.mt_bench.answers import Answer
+from milora.evaluation.mt_bench import grades, judge_prompts, judging
 from milora.evaluation.mt_bench.client import ChatEndpoint
+from milora.evaluation.mt_bench.model_answers import Answer
 from milora.tasks.mt_bench import Question
 from milora_core.errors import DataError, MiLoraError
 
@@ -46,7 +46,7 @@ def endpoint(server: Server, **settings: Any) -> ChatEndpoint:
 
 
 def judge_run(server: Server, path: Path, **values: Any) -> judging.JudgeRun:
-    return judging.JudgeRun(**{"judge": endpoint(server), "prompts": prompts.OWN, "path": path, **values})
+    return judging.JudgeRun(**{"judge": endpoint(server), "prompts": judge_prompts.OWN, "path": path, **values})
 
 
 def grade(server: Server, path: Path, **values: Any) -> judging.Outcome:
@@ -129,13 +129,13 @@ import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-from milora.evaluation.mt_bench import judging, prompts
-from milora.evaluation.mt_bench.answers import Answer
+from milora.evaluation.mt_bench import judge_prompts, judging
+from milora.evaluation.mt_bench.model_answers import Answer
 from milora.evaluation.mt_bench.client import ChatEndpoint
 from milora.tasks.mt_bench import Question
 try:
     judging.grade(
-        judging.JudgeRun(ChatEndpoint(sys.argv[1], "j"), prompts.OWN, Path(sys.argv[2]), workers=2),
+        judging.JudgeRun(ChatEndpoint(sys.argv[1], "j"), judge_prompts.OWN, Path(sys.argv[2]), workers=2),
         [Question(1, "writing", ("a", "b"), ())], [Answer(1, "m", ("c", "d"))],
     )
 except KeyboardInterrupt:
@@ -201,7 +201,7 @@ class TestGrading:
     def test_a_judge_that_talks_nonsense(self, server: Server, tmp_path: Path) -> None:
         server.reply = lambda body, number: "I like it." if number == 1 else "[[4]]"
         outcome = grade(server, tmp_path / "s.jsonl", workers=1)
-        summary = scores.grades(outcome.records, QUESTIONS)
+        summary = grades.grades(outcome.records, QUESTIONS)
         assert summary["unparsed"] == 1
         assert summary["judgements"] == 4
         assert summary["score"] == 4
@@ -235,7 +235,7 @@ class TestGrading:
         changed = [Answer(81, "ours", ("Roses.", "Tulip.")), OURS[1]]
         outcome = judging.grade(judge_run(server, path), QUESTIONS, changed)
         assert [record["score"] for record in outcome.records] == [7, 2, 7, 7]
-        reworded = {**prompts.OWN, "single-v1": prompts.JudgePrompt("single-v1", "", "{question} {answer}")}
+        reworded = {**judge_prompts.OWN, "single-v1": judge_prompts.JudgePrompt("single-v1", "", "{question} {answer}")}
         outcome = judging.grade(judge_run(server, path, prompts=reworded), QUESTIONS, changed)
         assert [record["score"] for record in outcome.records] == [2, 2, 7, 7]
         assert len(server.requests) == 4 + 1 + 1
@@ -269,7 +269,7 @@ class TestComparing:
         server.reply = lambda body, number: reply
         outcome = judging.compare(judge_run(server, tmp_path / "pair.jsonl"), QUESTIONS, OURS, THEIRS)
         assert {(r["g1_winner"], r["g2_winner"]) for r in outcome.records} == {winners}
-        assert scores.wins(outcome.records) == summary
+        assert grades.wins(outcome.records) == summary
         assert len(server.requests) == 8
 
     def test_the_better_one_wins_from_both_places(self, server: Server, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ class TestComparing:
         server.reply = prefers_ours
         run = judge_run(server, tmp_path / "pair.jsonl")
         outcome = judging.compare(run, QUESTIONS, OURS, THEIRS)
-        assert scores.wins(outcome.records)["wins"] == 4
+        assert grades.wins(outcome.records)["wins"] == 4
         judging.compare(run, QUESTIONS, OURS, THEIRS)
         assert len(server.requests) == 8
 
@@ -316,7 +316,7 @@ def test_no_judgement_breaks_the_parsers(text: str) -> None:
 def test_means_by_hand() -> None:
     rows = [(81, 1, 8), (81, 2, 4), (101, 1, -1), (101, 2, 6)]
     records = [{"question_id": question, "turn": turn, "score": score} for question, turn, score in rows]
-    assert scores.grades(records, QUESTIONS) == {
+    assert grades.grades(records, QUESTIONS) == {
         "score": 6,
         "turns": {"1": 8, "2": 5},
         "categories": {"writing": 6, "reasoning": 6},
@@ -334,18 +334,18 @@ class TestPrompts:
             "type": "single",
         }
         (tmp_path / "judge_prompts.jsonl").write_text(json.dumps(row) + "\n")
-        loaded = prompts.load(tmp_path)
+        loaded = judge_prompts.load(tmp_path)
         assert loaded["single-v1"].fill({"question": "q", "answer": "{a}"})[1]["content"] == "Q q A {a}"
-        assert loaded["pair-v2"] == prompts.OWN["pair-v2"]
+        assert loaded["pair-v2"] == judge_prompts.OWN["pair-v2"]
 
     def test_a_broken_file(self, tmp_path: Path) -> None:
         (tmp_path / "judge_prompts.jsonl").write_text('{"name": "x"}\n')
         with pytest.raises(DataError, match="line 1: `system_prompt` is missing"):
-            prompts.load(tmp_path)
+            judge_prompts.load(tmp_path)
 
     def test_a_place_that_nothing_fills(self) -> None:
         with pytest.raises(DataError, match=r"'x' has a place 'mood'"):
-            prompts.JudgePrompt("x", "", "{mood}").fill({"question": ""})
+            judge_prompts.JudgePrompt("x", "", "{mood}").fill({"question": ""})
 
 
 def test_a_reference_to_the_first_turn_only(server: Server, tmp_path: Path) -> None:

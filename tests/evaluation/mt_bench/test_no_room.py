@@ -10,10 +10,10 @@ import pytest
 from support.adapted import adapted
 from support.tokenizer import character_tokenizer
 
-from milora.evaluation.mt_bench import answers as module
-from milora.evaluation.mt_bench import judging, prompts
-from milora.evaluation.mt_bench.answers import Answer, answer_questions, read_answers
-from milora.evaluation.mt_bench.run import run
+from milora.evaluation.mt_bench import judge_prompts, judging
+from milora.evaluation.mt_bench import model_answers as module
+from milora.evaluation.mt_bench.benchmark import run
+from milora.evaluation.mt_bench.model_answers import Answer, answer_questions, read_answers
 from milora.tasks.mt_bench import Question
 from milora.tasks.rows import instruction_prompt
 
@@ -100,7 +100,7 @@ def test_the_whole_counts_them_as_fastchats_reader_does(tmp_path: Path) -> None:
 
 def test_pairs(tmp_path: Path) -> None:
     judge = Judge()
-    pairs = judging.JudgeRun(judge, prompts.OWN, tmp_path / "pair.jsonl")
+    pairs = judging.JudgeRun(judge, judge_prompts.OWN, tmp_path / "pair.jsonl")
     ours = [Answer(1, "ours", ("x", ""), no_room=(2,)), Answer(3, "ours", ("", ""), no_room=(1, 2))]
     theirs = [Answer(1, "theirs", ("y", "y")), Answer(3, "theirs", ("z", ""), no_room=(2,))]
     outcome = judging.compare(pairs, [FITS, FIRST_TOO_LONG], ours, theirs)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from milora.evaluation.lm_eval import rows
+from milora.evaluation.lm_eval import hub_rows
 from milora.evaluation.lm_eval.task_files import task_files
 
 SUFFIX = "_local"
@@ -27,7 +27,7 @@ class Source:
     """Where the rows of one of the hub's datasets lie in a folder.
 
     Attributes:
-        reader: Reads a file; a function of `milora.evaluation.lm_eval.rows`.
+        reader: Reads a file; a function of `milora.evaluation.lm_eval.hub_rows`.
         files: A split's file, below the folder, `{name}` being the dataset's configuration.
     """
 
@@ -36,10 +36,10 @@ class Source:
 
 
 SOURCES = {
-    "cais/mmlu": Source(rows.read_mmlu, {"dev": "mmlu/dev/{name}_dev.csv", "test": "mmlu/test/{name}_test.csv"}),
-    "SaylorTwift/bbh": Source(rows.read_bbh, {"test": "bbh/{name}.json"}),
+    "cais/mmlu": Source(hub_rows.read_mmlu, {"dev": "mmlu/dev/{name}_dev.csv", "test": "mmlu/test/{name}_test.csv"}),
+    "SaylorTwift/bbh": Source(hub_rows.read_bbh, {"test": "bbh/{name}.json"}),
     "openai/gsm8k": Source(
-        rows.read_gsm8k, {"train": "gsm8k/train.original.jsonl", "test": "gsm8k/test.original.jsonl"}
+        hub_rows.read_gsm8k, {"train": "gsm8k/train.original.jsonl", "test": "gsm8k/test.original.jsonl"}
     ),
 }
 """By the name of the dataset that lm-eval's tasks load from the hub."""
@@ -49,7 +49,7 @@ def local_dataset(*, reader: str, files: Mapping[str, str], **_: Any) -> Any:
     """The rows of a local task by split; what a task's `custom_dataset` calls.
 
     Args:
-        reader: Name of a function in `milora.evaluation.lm_eval.rows`.
+        reader: Name of a function in `milora.evaluation.lm_eval.hub_rows`.
         files: A split's file.
         **_: What lm-eval passes of its own: `--metadata`, `--model_args`.
 
@@ -58,7 +58,7 @@ def local_dataset(*, reader: str, files: Mapping[str, str], **_: Any) -> Any:
     """
     from datasets import Dataset, DatasetDict
 
-    read = getattr(rows, reader)
+    read = getattr(hub_rows, reader)
     return DatasetDict({split: Dataset.from_list(read(Path(file))) for split, file in files.items()})
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from milora.evaluation.mt_bench.answers import KEPT, TURNS, Answer
-from milora.evaluation.mt_bench.prompts import JudgePrompt, name_of
+from milora.evaluation.mt_bench.judge_prompts import JudgePrompt, name_of
+from milora.evaluation.mt_bench.model_answers import KEPT, TURNS, Answer
 from milora.evaluation.progress import Watch
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question
@@ -61,7 +61,7 @@ class JudgeRun:
 
     Attributes:
         judge: Who judges.
-        prompts: What it is asked, by name; see [`milora.evaluation.mt_bench.prompts.load`].
+        prompts: What it is asked, by name; see [`milora.evaluation.mt_bench.judge_prompts.load`].
         path: JSON lines as FastChat's `gpt-4_single.jsonl` or `gpt-4_pair.jsonl`, to which judgements are appended as
             they come: what it holds of the same answers, judge and prompts is not asked again.
         workers: How many requests are made at a time.

@@ -1,6 +1,6 @@
 import torch
 
-from milora.evaluation.routes import compact_route, expert_shares
+from milora.evaluation.compact_routes import compact_route, expert_shares
 from milora_core.routing import Route
 
 # Two blocks, of which the first has no down, and two prompts.

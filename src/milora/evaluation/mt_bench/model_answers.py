@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from milora.evaluation.accuracy import has_room
+from milora.evaluation.compact_routes import compact_route
 from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
-from milora.evaluation.generation import has_room
 from milora.evaluation.progress import Watch
-from milora.evaluation.routes import compact_route
 from milora.inference.generation import Decoding, generate_texts
 from milora.records import append_record, drop_half_line, read_records
 from milora.tasks.mt_bench import Question

@@ -13,9 +13,9 @@ from support.adapted import adapted
 from support.architectures import ARCHITECTURES
 from support.tokenizer import character_tokenizer
 
-from milora.evaluation.mt_bench import answers as module
-from milora.evaluation.mt_bench.answers import answer_questions, read_answers
-from milora.evaluation.mt_bench.run import run
+from milora.evaluation.mt_bench import model_answers as module
+from milora.evaluation.mt_bench.benchmark import run
+from milora.evaluation.mt_bench.model_answers import answer_questions, read_answers
 from milora.tasks.mt_bench import Question, load_questions
 from milora.tasks.rows import instruction_prompt
 from milora_core.errors import DataError, MiLoraError

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from milora.evaluation.generation import evaluate_task
-from milora.evaluation.mt_bench import run as mt_bench
-from milora.evaluation.mt_bench.answers import read_opponent
+from milora.evaluation.accuracy import evaluate_task
+from milora.evaluation.mt_bench import benchmark as mt_bench
+from milora.evaluation.mt_bench.model_answers import read_opponent
 from milora.evaluation.perplexity import completion_perplexity
 from milora.evaluation.progress import Watch
 from milora.evaluation.results import shots_of
@@ -107,7 +107,7 @@ Evaluator: TypeAlias = Callable[[Any, Any, Task, EvaluationSettings, Watch | Non
 def hold_conversations(
     model: Any, tokenizer: Any, task: Task, settings: EvaluationSettings, progress: Watch | None = None
 ) -> dict[str, Any]:
-    """The [`Evaluator`] of MT-Bench; see [`milora.evaluation.mt_bench.run.run`].
+    """The [`Evaluator`] of MT-Bench; see [`milora.evaluation.mt_bench.benchmark.run`].
 
     Raises:
         MiLoraError: If there is no folder for the answers, or nobody to compare them with another model's.

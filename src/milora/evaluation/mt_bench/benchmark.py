@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora.evaluation.mt_bench import judging, prompts, scores
-from milora.evaluation.mt_bench.answers import Answer, answer_questions, read_opponent
+from milora.evaluation.mt_bench import grades, judge_prompts, judging
+from milora.evaluation.mt_bench.model_answers import Answer, answer_questions, read_opponent
 from milora.evaluation.progress import Watch
 from milora.tasks.mt_bench import Question
 from milora_core.errors import MiLoraError
@@ -52,12 +52,12 @@ def run(
         workers: Requests to the judge at a time.
         progress: Shows progress.
         **generation: `max_new_tokens`, `beams`, `seed` and `batch_size` of
-            [`milora.evaluation.mt_bench.answers.answer_questions`].
+            [`milora.evaluation.mt_bench.model_answers.answer_questions`].
 
     Returns:
         `model`, `questions` (how many), `answers` (the file), `answers_digest` (of their texts), `no_room` (how many
         turns had no room for an answer); with a judge `judge`, `prompts` ("fastchat" or "own"), `failed`, `reason`, and
-        what [`milora.evaluation.mt_bench.scores.grades`] gives; with an opponent too `pairwise`, likewise.
+        what [`milora.evaluation.mt_bench.grades.grades`] gives; with an opponent too `pairwise`, likewise.
 
     Raises:
         MiLoraError: If there is an opponent and no judge, or a grade could be had for none of the answers.
@@ -77,7 +77,7 @@ def run(
     }
     if judge is None:
         return result
-    wording = prompts.load(prompts_folder)
+    wording = judge_prompts.load(prompts_folder)
     judgements = folder / "model_judgment" / _file_name(judge.model)
     single = judging.JudgeRun(
         judge, wording, judgements.with_name(f"{judgements.name}_single.jsonl"), workers, progress
@@ -85,13 +85,13 @@ def run(
     graded = judging.grade(single, questions, answers)
     if graded.failed and not graded.records:
         raise MiLoraError(f"No judgement could be had. {graded.reason} The answers are kept.")
-    own = all(wording[name] == prompt for name, prompt in prompts.OWN.items())
+    own = all(wording[name] == prompt for name, prompt in judge_prompts.OWN.items())
     judged_by = {"judge": judge.model, "prompts": "own" if own else "fastchat"}
     result |= {
         **judged_by,
         "failed": graded.failed,
         "reason": graded.reason,
-        **scores.grades(graded.records, questions),
+        **grades.grades(graded.records, questions),
     }
     if others is not None:
         pair = replace(single, path=judgements.with_name(f"{judgements.name}_pair.jsonl"))
@@ -101,7 +101,7 @@ def run(
             **judged_by,
             "failed": compared.failed,
             "reason": compared.reason,
-            **scores.wins(compared.records),
+            **grades.wins(compared.records),
         }
     return result
 
