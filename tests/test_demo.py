@@ -9,6 +9,7 @@ import pytest
 
 from milora.demo import ASSISTANT, BRISK, DemoSettings, run_demo
 from milora.tasks.bundled import BUNDLED_TASKS
+from milora.locks import writing_alone
 from milora_cli.main import main
 from milora_core.errors import MiLoraError
 
@@ -34,3 +35,9 @@ def test_a_file_in_the_place_of_the_output_is_refused(tmp_path: Path, capsys: py
         run_demo(tmp_path / "file", DemoSettings())
     assert main(["demo", "--output", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with writing_alone(tmp_path):
+        assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert f"milora: {tmp_path} is in use by process" in capsys.readouterr().err

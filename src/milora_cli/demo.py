@@ -27,6 +27,7 @@ def command(
 
     # First, as it names the extra if the libraries of training are missing.
     from milora.demo import DemoSettings, run_demo
+    from milora.locks import writing_alone
 
     from datasets import disable_progress_bars  # isort: skip
     from milora_cli.output import print_table, quiet_libraries
@@ -41,7 +42,8 @@ def command(
         return track(items, description=what, total=count, console=progress, transient=True)
 
     # Trainers print to standard output; only the result belongs there.
-    with contextlib.redirect_stdout(sys.stderr):
+    alone = writing_alone(output, "wait until it ends, or give another --output")
+    with contextlib.redirect_stdout(sys.stderr), alone:
         settings = DemoSettings(steps=steps, test_rows=test_rows, seed=seed)
         result = run_demo(output, settings, progress.print, watch)
     if as_json:
