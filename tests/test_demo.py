@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from milora.demo import ASSISTANT, BRISK, DemoSettings, run_demo
-from milora.tasks.bundled import BUNDLED_TASKS
 from milora.locks import writing_alone
+from milora.tasks.bundled import BUNDLED_TASKS
 from milora_cli.main import main
 from milora_core.errors import MiLoraError
 
