@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, route, train
-from milora_cli.streams import OUTPUT, drop_output
+from milora_cli.streams import OUTPUT, close_progress_bars, drop_output
 from milora_core.errors import MiLoraError
 from milora_core.interruption import Interrupted
 
@@ -147,5 +147,6 @@ def _message(error: Exception) -> str:
 def _complain(message: str, status: int) -> int:
     # With a full or broken standard error there is nobody to tell, and the status still counts.
     with suppress(OSError):
+        close_progress_bars()
         print(f"milora: {' '.join(message.split())}", file=sys.stderr)
     return status

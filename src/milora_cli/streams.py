@@ -47,6 +47,14 @@ def prepare_streams() -> None:
     )
 
 
+def close_progress_bars() -> None:
+    """Ends the libraries' bars on standard error, so a message after them has its own line and stays the last one."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
+        bar.leave = True
+        bar.close()
+
+
 def drop_output() -> None:
     """Sends what standard output could not take to nowhere, so Python does not try it again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

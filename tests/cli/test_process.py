@@ -56,6 +56,17 @@ def test_a_standard_output_that_takes_nothing_is_one_line_and_status_2(redirecti
     assert done.stderr.decode() == f"milora: standard output: {said}\n"
 
 
+def test_a_mistake_has_the_last_line_also_after_progress_bars() -> None:
+    body = """from tqdm import tqdm
+    from milora_core.errors import MiLoraError
+    outer, inner = tqdm(total=2), tqdm(total=2, leave=False)
+    outer.update()
+    raise MiLoraError('wrong')"""
+    done = in_shell(body, "")
+    assert done.returncode == 2
+    assert done.stderr.decode().endswith("\nmilora: wrong\n")
+
+
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_a_reader_that_leaves_ends_the_command_in_silence(size: int) -> None:
     reader = "| { read -N 1; exec <&-; sleep 1; }; exit ${PIPESTATUS[0]}"
