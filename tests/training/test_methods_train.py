@@ -65,6 +65,7 @@ def run(method: str, backbone: Path, folder: Path, output: str, **values: Any) -
         "logging_steps": 1,
         "activation_learning_rate": 1e-3,
         "gradient_checkpointing": False,
+        "bf16": False,
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
@@ -197,3 +198,19 @@ def test_adalora_is_trained_with_its_penalty(backbone: Path, tmp_path: Path) -> 
         if "lora_A" in name or "lora_B" in name
     ]
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * torch.stack(norms).mean().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains_as_float32_does(method: str, backbone: Path, tmp_path: Path) -> None:
+    # What a processor that multiplies bfloat16 gets by default.
+    more = {"max_steps": 4, "search_share": 0.8, "eval_strategy": "no", "save_strategy": "no"}
+
+    histories = [
+        json.loads((Path(result.output) / "trainer_state.json").read_text())["log_history"]
+        for result in (run(method, backbone, tmp_path, f"bf16={on}", bf16=on, **more) for on in (True, False))
+    ]
+
+    rounded, exact = ([entry["loss"] for entry in history if "loss" in entry] for history in histories)
+    assert len(exact) == 4
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from transformers.utils import is_torch_xla_available
 from trl import SFTConfig
 
 from milora.tasks import registry
@@ -19,6 +21,13 @@ SMALL_TRAIN_SET = 10_000
 """Below this many rows the paper trains with batches of 16, from it on with 128."""
 
 ACTIVATION_TRAINING = ("bilevel", "joint", "frozen")
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices natively: AVX-512 BF16 or AMX, and on ARM BF16."""
+    # Not in torch before 2.10, where float32 is the safe choice.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass
@@ -105,6 +114,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     num_train_epochs: float = field(default=10.0, metadata={"help": "Most epochs; early stopping may end it before."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows a step on a device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of adapters and routers."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run each block a second time in the backward pass instead of keeping its activations. By default "
+            "milora train does so on GPUs, and on a CPU where the activations do not fit the memory."
+        },
+    )
     activation_learning_rate: float = field(
         default=1e-6, metadata={"help": "Learning rate of the rational activations (Theta)."}
     )
@@ -156,7 +172,16 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             raise MiLoraError("max_steps must be at least 1, or -1 for num_train_epochs epochs; found 0.")
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
             # TRL would turn bf16 on everywhere; CPUs without native support are slower with it.
-            self.bf16 = torch.cuda.is_available()
+            has_accelerator = torch.accelerator.is_available() or is_torch_xla_available()
+            # transformers takes bf16 on a CPU only where the CPU is asked for.
+            self.use_cpu = self.use_cpu or not has_accelerator  # type: ignore[has-type]
+            self.bf16 = multiplies_bf16() if self.use_cpu else torch.cuda.is_available()
+        # transformers calls it by either name.
+        asked = (self.gradient_checkpointing, getattr(self, "activation_checkpointing", None))
+        self.chooses_checkpointing = asked == (None, None)
+        """Whether the caller leaves gradient checkpointing to us: on, until it is known that the memory suffices."""
+        if self.chooses_checkpointing:
+            self.gradient_checkpointing = True
         self._choose_evaluations()
         super().__post_init__()
         if self.activation_training not in ACTIVATION_TRAINING:
@@ -179,6 +204,12 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         """Switches all evaluations off, for a run without dev rows."""
         self.eval_strategy = "no"
         self._choose_evaluations()
+
+    def skip_checkpointing(self) -> None:
+        """Switches gradient checkpointing off, under both of its names."""
+        self.gradient_checkpointing = False
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = False
 
     @property
     def rows_at_once(self) -> int:

@@ -43,11 +43,13 @@ class Mixture:
         train: Rows to train on.
         dev: Rows for dev perplexity, and for what is trained on dev batches.
         counts: By source.
+        longest: Tokens of the longest row, prompt and completion.
     """
 
     train: list[Row] = field(default_factory=list)
     dev: list[Row] = field(default_factory=list)
     counts: dict[str, SourceCounts] = field(default_factory=dict)
+    longest: int = 0
 
     @property
     def left_out(self) -> int:
@@ -109,11 +111,12 @@ def mix(sources: Mapping[str, SourceRows], tokenizer: Any, max_length: int | Non
     mixture = Mixture()
     for name, source in sources.items():
         counts = mixture.counts[name] = SourceCounts()
-        train = _fitting(source.train, tokenizer, max_length, counts)
-        dev = _fitting(source.dev, tokenizer, max_length, counts)
+        train, longest_train = _fitting(source.train, tokenizer, max_length, counts)
+        dev, longest_dev = _fitting(source.dev, tokenizer, max_length, counts)
         counts.train, counts.dev = len(train), len(dev)
         mixture.train += train
         mixture.dev += dev
+        mixture.longest = max(mixture.longest, longest_train, longest_dev)
     if not mixture.train:
         no_room = sum(count.no_room for count in mixture.counts.values())
         raise MiLoraError(
@@ -145,19 +148,25 @@ def _turns(prompt: Text) -> tuple[tuple[str, str], ...]:
     return tuple((message["role"], message["content"]) for message in prompt)
 
 
-def _fitting(rows: Sequence[Row], tokenizer: Any, max_length: int | None, counts: SourceCounts) -> list[Row]:
-    """The rows whose prompt and completion, with the end of sequence, fit; the others are counted."""
-    if max_length is None:
-        return list(rows)
+def _fitting(
+    rows: Sequence[Row], tokenizer: Any, max_length: int | None, counts: SourceCounts
+) -> tuple[list[Row], int]:
+    """The rows whose prompt and completion, with the end of sequence, fit, and the tokens of the longest.
+
+    The others are counted.
+    """
     fitting = []
+    longest = 0
     for row in rows:
-        if _length(row, tokenizer) <= max_length:
+        length = _length(row, tokenizer)
+        if max_length is None or length <= max_length:
             fitting.append(row)
+            longest = max(longest, length)
         elif _prompt_length(row, tokenizer) >= max_length:
             counts.no_room += 1
         else:
             counts.too_long += 1
-    return fitting
+    return fitting, longest
 
 
 def _length(row: Row, tokenizer: Any) -> int:

@@ -16,6 +16,7 @@ from transformers import set_seed
 from milora.backbone.loading import load_backbone, read_adapter_config
 from milora.backbone.positions import positions_of
 from milora.tasks.sources import to_dataset
+from milora.training.activation_memory import activations_fit
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
 from milora.training.checkpoints import KEPT, last_checkpoint
@@ -57,6 +58,7 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     set_seed(arguments.seed)
     model.config.use_cache = False
     model = _adapted(model, method, arguments, len(mixture.train), checkpoint)
+    _choose_checkpointing(model, arguments, mixture.longest)
     trainer = MiLoraTrainer(
         model,
         args=arguments,
@@ -93,7 +95,8 @@ def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tupl
     Raises:
         MiLoraError: If it cannot be loaded.
     """
-    # Adapters train in float32 wherever it is not much slower; a bf16 backbone on a CPU is slower than a float32 one.
+    # On a CPU autocast rounds what is multiplied and nothing else, as fast as with a bf16 backbone: hidden states, in
+    # which real models have single values of thousands, stay float32.
     on_cpu = data.dtype == "auto" and (arguments.use_cpu or not torch.cuda.is_available())
     # With several processes the trainer says which device is whose.
     stays = arguments.use_cpu or arguments.world_size > 1
@@ -127,6 +130,14 @@ def _adapted(
         raise
     except ValueError as error:
         raise MiLoraError(f"The settings of {method.method} are refused: {str(error).splitlines()[0]}") from error
+
+
+def _choose_checkpointing(model: Any, arguments: TrainingArguments, longest: int) -> None:
+    """Leaves gradient checkpointing out on a CPU whose memory suffices, unless the caller has decided on it."""
+    if not arguments.chooses_checkpointing or arguments.device.type != "cpu" or arguments.world_size > 1:
+        return
+    if activations_fit(model, arguments.per_device_train_batch_size, longest, bf16=bool(arguments.bf16)):
+        arguments.skip_checkpointing()
 
 
 def _check_same_method(asked: Any, found: Any, method: MethodArguments, checkpoint: Path) -> None:

@@ -26,6 +26,7 @@ from milora.training.dev_step_callback import DevStepCallback
 from milora.training.likelihood import LikelihoodSum, check_loss, plain_likelihood, row_likelihoods
 from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
+from milora.training.supervised_positions import score_supervised_positions_only
 from milora.training.tuner import tuner_of
 from milora.tuners.prompt import attended_tokens, prompt_tokens
 from milora.tuners.prompt_pass import PromptTuner
@@ -70,6 +71,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             self._activations = BilevelActivations(None, args.bilevel_every, args.activation_learning_rate)
         own = [] if self._activations is None else [self._activations]
         router_values = _float32_values(model)
+        score_supervised_positions_only()
         super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
         self._likelihood = LikelihoodSum()
         check_loss(self, self.accelerator.unwrap_model(self.model))
