@@ -1,0 +1,274 @@
+"""One training run on a real language model, and everything that is measured of it.
+
+The loop is plain: AdamW, linear decay after a warm-up, the method's own losses, answers scored by their likelihood. The
+routers' rational activations stay as they start: a step moves a coefficient by the learning rate at most, and at the
+paper's 1e-6 the steps of such a run change no decision.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
+
+from milora.backbone.loading import load_backbone
+from milora.methods import config_for
+from milora.tasks.sources import read_rows
+from milora.training.supervised_positions import score_supervised_positions_only
+from milora.tuners.milora import MiLoraModel
+from milora.tuners.milora.layer import RouterLayer
+from milora.tuners.milora.routers import routers_of
+from reproduction.smollm2.routing import Centred, Recorder, route_statistics
+
+CHOICES = {
+    "arc-easy": ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    "arc-challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    "boolq": ("true", "false"),
+}
+"""What a task's answers are; a completion ends in one of them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as tokens.
+
+    Attributes:
+        ids: Prompt and completion with the end of sequence.
+        prompt: Number of the prompt's tokens.
+        decisive: Place of the first token in which the task's answers differ.
+        candidates: The token that each answer has there.
+        answer: Which of them is right.
+    """
+
+    task: str
+    ids: list[int]
+    prompt: int
+    decisive: int
+    candidates: list[int]
+    answer: int
+
+
+def examples_of(task: str, split: str, tokenizer: Any, data: str, rows: int | None, most_tokens: int) -> list[Example]:
+    """The first rows of a task that have at most so many tokens."""
+    found: list[Example] = []
+    for row in read_rows(task, split, data):
+        prompt, completion = str(row.prompt), str(row.completion)
+        ids = tokenizer(prompt + completion)["input_ids"]
+        first = tokenizer(prompt)["input_ids"]
+        if len(ids) + 1 > most_tokens or ids[: len(first)] != first:
+            continue
+        stem = completion.removesuffix(str(row.answer))
+        endings = [tokenizer(prompt + stem + choice)["input_ids"] for choice in CHOICES[task]]
+        decisive = next(i for i in range(len(ids)) if len({ending[i] for ending in endings}) > 1)
+        candidates = [ending[decisive] for ending in endings]
+        answer = CHOICES[task].index(str(row.answer))
+        found.append(Example(task, [*ids, tokenizer.eos_token_id], len(first), decisive, candidates, answer))
+        if rows is not None and len(found) == rows:
+            break
+    return found
+
+
+def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+    """(batch, tokens): padded on the right; labels where the completion is."""
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.full((len(examples), longest), pad)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for place, example in enumerate(examples):
+        tokens = torch.tensor(example.ids)
+        ids[place, : len(tokens)] = tokens
+        mask[place, : len(tokens)] = 1
+        labels[place, example.prompt : len(tokens)] = tokens[example.prompt :]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained and measured.
+
+    Args:
+        method: One of [`milora.methods.METHODS`].
+        settings: Of its configuration, beside the paper's.
+        seed: Of the adapter's start and of the batches.
+        tasks: Each batch has as many rows of each.
+        steps: Optimizer steps.
+        batch: Rows a step.
+        learning_rate: Peak, after a warm-up of 6 %.
+        router_rate: What the routers' learning rate is multiplied by.
+        router_scale: What the routers' starting weights `W_r` are multiplied by.
+        centre: Whether routers read the pooled vector's difference from its running mean, at unit size.
+        train_rows: Of each task.
+        dev_rows: Of each task.
+        test_rows: Of each task; `None` for all.
+        most_tokens: Longer rows are left out.
+    """
+
+    method: str = "milora"
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    tasks: tuple[str, ...] = ("arc-easy", "boolq")
+    steps: int = 40
+    batch: int = 8
+    learning_rate: float = 1e-3
+    router_rate: float = 1.0
+    router_scale: float = 1.0
+    centre: bool = False
+    train_rows: int = 2000
+    dev_rows: int = 50
+    test_rows: int | None = 0
+    most_tokens: int = 112
+
+
+def run(trial: Trial, backbone: str, data: str) -> dict[str, Any]:
+    """Trains and measures; the record of a run, without its settings."""
+    started = time.monotonic()
+    torch.manual_seed(trial.seed)
+    model, tokenizer = load_backbone(backbone, dtype="float32", device="cpu")
+    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
+    score_supervised_positions_only()
+    rows = {
+        split: {task: examples_of(task, split, tokenizer, data, count, trial.most_tokens) for task in trial.tasks}
+        for split, count in (("train", trial.train_rows), ("dev", trial.dev_rows), ("test", trial.test_rows))
+        if count != 0
+    }
+    # Seeded again: what is read must not move the adapter's start.
+    torch.manual_seed(trial.seed)
+    model = get_peft_model(model, config_for(trial.method, model, **trial.settings))
+    routers = prepare_routers(model, trial)
+    pad = tokenizer.pad_token_id
+    record: dict[str, Any] = {"tunable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    record["before"] = measure(model, rows["dev"], pad) if routers is not None else None
+    seconds, losses, gradients = train(model, trial, rows["train"], pad)
+    record["train_loss"] = losses
+    record["seconds_a_step"] = seconds
+    record["router_gradients"] = gradients
+    record["dev"] = measure(model, rows["dev"], pad)
+    if "test" in rows:
+        record["test"] = measure(model, rows["test"], pad)
+    record["seconds"] = time.monotonic() - started
+    return record
+
+
+def prepare_routers(model: Any, trial: Trial) -> list[RouterLayer] | None:
+    """A MiLoRA model's routers as the trial wants them at the start; `None` for a method without."""
+    if not isinstance(model.base_model, MiLoraModel):
+        return None
+    routers = list(routers_of(model).values())
+    for router in routers:
+        with torch.no_grad():
+            router_weight(router).mul_(trial.router_scale)
+        if trial.centre:
+            router.activation["default"] = nn.Sequential(Centred(), router.activation["default"])
+    return routers
+
+
+def router_weight(router: RouterLayer) -> nn.Parameter:
+    """`W_r` of equation 3."""
+    weight: nn.Parameter = router.projection["default"].weight  # type: ignore[assignment]
+    return weight
+
+
+def train(
+    model: Any, trial: Trial, rows: dict[str, list[Example]], pad: int
+) -> tuple[list[float], list[float], list[dict[str, float]]]:
+    """Seconds, the loss without auxiliary losses, and the gradient of W_r by block, of each step."""
+    of_routers = [p for name, p in model.named_parameters() if "milora_router" in name and p.requires_grad]
+    own = {id(parameter) for parameter in of_routers}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    # Theta stays as it starts.
+    for name, parameter in model.named_parameters():
+        if "milora_router.activation" in name:
+            parameter.requires_grad_(False)
+    of_routers = [parameter for parameter in of_routers if parameter.requires_grad]
+    groups = [{"params": others, "lr": trial.learning_rate}]
+    if of_routers:
+        groups.append({"params": of_routers, "lr": trial.learning_rate * trial.router_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    warmup = max(round(0.06 * trial.steps), 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (trial.steps - step) / (trial.steps - warmup))
+    )
+    seconds, losses, gradients = [], [], []
+    model.train()
+    for batch in batches(rows, trial):
+        started = time.monotonic()
+        inputs = collate(batch, pad)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(**inputs, fused_lm_head=True)
+        count = output.label_mask.sum()
+        loss = -output.log_probs.sum() / count
+        loss.backward()
+        weights = [router_weight(router) for router in routers_of(model).values()]
+        watched = [index for index in range(len(weights)) if index % 5 == 0 or index == len(weights) - 1]
+        norms = {
+            str(index): gradient.norm().item() for index in watched if (gradient := weights[index].grad) is not None
+        }
+        gradients.append(norms)
+        nn.utils.clip_grad_norm_([*others, *of_routers], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.monotonic() - started)
+    return seconds, losses, gradients
+
+
+def batches(rows: dict[str, list[Example]], trial: Trial) -> Iterator[list[Example]]:
+    """As many rows of each task, drawn without replacement until a task's rows are used up; by the seed alone."""
+    order = random.Random(trial.seed)
+    waiting: dict[str, list[Example]] = {task: [] for task in rows}
+    for _ in range(trial.steps):
+        batch = []
+        for task, examples in rows.items():
+            if len(waiting[task]) < trial.batch // len(rows):
+                waiting[task] = order.sample(examples, len(examples))
+            batch += [waiting[task].pop() for _ in range(trial.batch // len(rows))]
+        yield batch
+
+
+@torch.no_grad()
+def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 10) -> dict[str, Any]:
+    """Perplexity of the completions, which answers were right (a string of 0 and 1 in the rows' order), and routes."""
+    model.eval()
+    backbone = model.get_base_model()
+    hidden: list[Tensor] = []
+    handle = backbone.base_model.register_forward_hook(lambda module, args, out: hidden.append(out.last_hidden_state))
+    head = backbone.get_output_embeddings().weight
+    result: dict[str, Any] = {"tasks": {}}
+    total, tokens = 0.0, 0
+    with Recorder(model) as recorder:
+        for task, examples in rows.items():
+            right: list[bool] = [False] * len(examples)
+            task_total, task_tokens = 0.0, 0
+            # Rows of like length together, so that little is padding.
+            order = sorted(range(len(examples)), key=lambda place: len(examples[place].ids))
+            for start in range(0, len(order), batch):
+                places = order[start : start + batch]
+                part = [examples[place] for place in places]
+                hidden.clear()
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    output = model(**collate(part, pad), fused_lm_head=True)
+                task_total -= output.log_probs.sum().item()
+                task_tokens += int(output.label_mask.sum())
+                for row, (place, example) in enumerate(zip(places, part, strict=True)):
+                    scores = hidden[0][row, example.decisive - 1].float() @ head[example.candidates].float().T
+                    right[place] = int(scores.argmax()) == example.answer
+            recorder.end_task()
+            result["tasks"][task] = {
+                "rows": len(examples),
+                "accuracy": sum(right) / len(right),
+                "right": "".join("01"[value] for value in right),
+                "loss": task_total / task_tokens,
+            }
+            total, tokens = total + task_total, tokens + task_tokens
+    handle.remove()
+    result["loss"] = total / tokens
+    result["accuracy"] = sum(of["accuracy"] for of in result["tasks"].values()) / len(rows)
+    result["routes"] = route_statistics(recorder) if recorder.probabilities else None
+    return result
