@@ -31,6 +31,7 @@ def command(
 
     from datasets import disable_progress_bars  # isort: skip
     from milora_cli.output import print_table, quiet_libraries
+    from milora_core.files import writing
 
     quiet_libraries()
     # Of preparing a few thousand rows; the trainer's own bar stays.
@@ -43,7 +44,7 @@ def command(
 
     # Trainers print to standard output; only the result belongs there.
     alone = writing_alone(output, "wait until it ends, or give another --output")
-    with contextlib.redirect_stdout(sys.stderr), alone:
+    with contextlib.redirect_stdout(sys.stderr), alone, writing(output):
         settings = DemoSettings(steps=steps, test_rows=test_rows, seed=seed)
         result = run_demo(output, settings, progress.print, watch)
     if as_json:

@@ -16,6 +16,7 @@ import typer
 from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, route, train
 from milora_cli.streams import OUTPUT, close_progress_bars, drop_output
 from milora_core.errors import MiLoraError
+from milora_core.files import is_disk_full
 from milora_core.interruption import Interrupted
 
 COMMANDS: dict[str, ModuleType] = {
@@ -122,6 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(_message(error), 2)
+    except Exception as error:
+        if debug or not is_disk_full(error):
+            raise
+        return _complain(f"No space left on a disk, make room: {error}", 2)
     return status
 
 

@@ -56,6 +56,13 @@ def test_a_standard_output_that_takes_nothing_is_one_line_and_status_2(redirecti
     assert done.stderr.decode() == f"milora: standard output: {said}\n"
 
 
+def test_a_full_disk_in_a_library_s_words_is_one_line() -> None:
+    done = in_shell("raise ValueError('I/O error: No space left on device (os error 28)')", "")
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+    assert done.stderr.startswith(b"milora: No space left on a disk, make room: I/O error")
+    assert b"Traceback" in in_shell("raise ValueError('other')", "").stderr
+
+
 def test_a_mistake_has_the_last_line_also_after_progress_bars() -> None:
     body = """from tqdm import tqdm
     from milora_core.errors import MiLoraError
