@@ -113,7 +113,9 @@ class Measurement:
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="torch's threads; its own choice by default.")
     ] = None
-    seed: Annotated[int, typer.Option("--seed", help="Of the weights and the prompts.")] = 0
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of the weights and the prompts.")
+    ] = 0
     as_json: options.AsJson = False
 
     def settings(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from milora_cli import options
+
 
 def command(
     output: Annotated[Path, typer.Option("--output", help="Folder for the adapters and the picture.")] = Path(
@@ -17,7 +19,9 @@ def command(
     ),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 450,
     test_rows: Annotated[int, typer.Option("--test-rows", min=1, help="Test rows of each task.")] = 40,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of data and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Seed of data and training.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Fine-tune MiLoRA on the bundled backbone, measure it, draw its routes, serve two tenants in one batch."""

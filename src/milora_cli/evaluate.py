@@ -35,7 +35,13 @@ def command(
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "test",
     limit: options.Limit = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the order of rows, and so of what --limit takes, and of what is drawn.")
+        int,
+        typer.Option(
+            "--seed",
+            min=0,
+            max=options.LARGEST_SEED,
+            help="Of the order of rows, and so of what --limit takes, and of what is drawn.",
+        ),
     ] = 0,
     shots: Annotated[
         int | None,

@@ -75,8 +75,8 @@ def _read_route(path: Path, row: int) -> Route:
         found: Any = read_json(path)
         try:
             saved = Route.from_dict(found)
-        except TypeError as error:
-            raise MiLoraError(f"{path} is not a route in JSON: {error}.") from error
+        except (TypeError, MiLoraError) as error:
+            raise MiLoraError(f"{path} is not a route in JSON: {str(error).rstrip('.')}.") from error
     else:
         saved = Route.load(path)
     if row >= len(saved):

@@ -63,7 +63,9 @@ def command(
         float | None,
         typer.Option("--top-p", help="Sample from the tokens that make up this probability."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random numbers, when sampling.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of the random numbers, when sampling.")
+    ] = 0,
     batch_size: options.BatchSize = 8,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

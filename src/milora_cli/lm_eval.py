@@ -53,7 +53,10 @@ def command(
     system_instruction: Annotated[
         str | None, typer.Option("--system-instruction", help="Comes before every prompt.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of every generator; by default lm-eval's seeds.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of every generator; by default lm-eval's seeds."),
+    ] = None,
     use_cache: Annotated[
         str | None, typer.Option("--use-cache", metavar="PATH", help="Keeps the model's responses in a database.")
     ] = None,

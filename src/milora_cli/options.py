@@ -22,6 +22,9 @@ Prompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", metavar="TEXT", help="A prompt; can be repeated."),
 ]
+LARGEST_SEED = 2**32 - 1
+"""What NumPy takes."""
+
 Split = Annotated[str, typer.Option("--split", help="Split of a task, folder or hub dataset.")]
 DataDirectory = Annotated[
     Path | None,

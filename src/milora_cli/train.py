@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -67,8 +68,7 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
         MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is not there or no YAML
             mapping.
     """
-    import yaml
-
+    from milora.tasks.files import read_yaml
     from milora.tasks.folder import data_folder
 
     parser = _parser()
@@ -78,12 +78,12 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
         name = spelled[2:].replace("_", "-")
         if name not in names:
             raise MiLoraError(f"Unknown flag {spelled}{did_you_mean(name, sorted(names))}")
+    if file is not None:
+        read_yaml(Path(file))  # TRL's parser lets a repeated key win, and names no file in its errors
     try:
         parsed: Any = parser.parse_args_and_config(flags, return_remaining_strings=False)
     except MiLoraError:
         raise
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MiLoraError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError, OSError) as error:
         raise MiLoraError(str(error).splitlines()[0]) from error
     data, method, arguments = parsed

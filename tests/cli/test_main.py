@@ -95,6 +95,11 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["generate", "--adapter", "a", "--data", "none.jsonl"], "none.jsonl"),
         (["generate", "--adapter", "a", "--data", "base/model.safetensors"], "convert it to JSON lines"),
         (["generate", "--adapter", "a", "--data", "x", "--prompt", "x"], "both"),
+        (["generate", "--adapter", "a", "--prompt", "x", "--seed", "-1"], "--seed"),
+        (
+            ["export", "--adapter", "a", "--output", "x", "--route", "a/adapter_config.json"],
+            "config.json is not a route",
+        ),
         (["generate", "--adapter", "a", "--prompt", " "], "empty"),
         (["generate", "--adapter", "a", "--prompt", "x", "--max-new-tokens", "500"], "128 positions"),
         (["generate", "--adapter", "a", "--prompt", "x", "--dtype", "float99"], "float99"),

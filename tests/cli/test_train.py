@@ -189,13 +189,22 @@ def test_the_flag_that_is_wrong_is_blamed(
     assert line.startswith(f"milora: {complaint}")
 
 
-@pytest.mark.parametrize("content", [b"r: [1, 2\ntop_k: 3\n", b"\xff\xfe\xfa: 1\n"], ids=["unclosed", "not UTF-8"])
-def test_a_file_that_is_no_yaml_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"r: [1, 2\ntop_k: 3\n", ", line 2: not YAML that can be read: expected ',' or ']'"),
+        (b"r: 1\n\xe9: 1\n", ", line 2: byte 0xe9 is not UTF-8"),
+        (b"r: 2\ntop_k: 3\nr: 4\n", ", line 3: not YAML that can be read: the key 'r' is given twice"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, complaint: str
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(content)
     assert main(["train", "--config", str(recipe)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"milora: {recipe} is no YAML: ")
+    assert line.startswith(f"milora: {recipe}{complaint}")
 
 
 def test_flags_and_the_file_are_found_however_they_are_spelled(tmp_path: Path) -> None:

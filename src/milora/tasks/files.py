@@ -10,8 +10,11 @@ import codecs
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from milora.tasks.rows import Row, read_records
 from milora_core.errors import DataError
@@ -61,6 +64,33 @@ def read_json(path: Path) -> object:
         DataError: the file cannot be opened, is not UTF-8 or is not JSON.
     """
     return _parse(read_text(path), str(path))
+
+
+def read_yaml(path: Path) -> object:
+    """The YAML document of a file.
+
+    Raises:
+        DataError: the file cannot be opened, is not UTF-8, is not YAML or repeats a key.
+    """
+    text = read_text(path)
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise DataError(f"{path}{line}: not YAML that can be read: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                problem = f"the key {key.value!r} is given twice: keep one of them"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def read_text_lines(path: Path) -> list[str]:

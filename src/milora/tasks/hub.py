@@ -67,7 +67,8 @@ def _explained(what: str) -> Iterator[None]:
     except DataError:
         raise
     except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split())
+        # What building a dataset raises says nothing itself.
+        reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
             f"{what} cannot be loaded: {reason} "
             "(check its name, split and configuration, and that the hub can be reached; a folder works without it)"
