@@ -55,7 +55,7 @@ def command(
         model, tokenizer = load_for_inference(adapter, backbone, dtype=dtype, device=device)
         if frozen is None:
             frozen = route_prompts(model, tokenizer, prompts)
-        config = export_route(model, frozen, output)
+        config = export_route(model, frozen, output, tokenizer=tokenizer)
         modules = len(config.target_modules)
         print_result({"output": str(output), "modules": modules, "experts": frozen.chosen_experts()})
         if not as_json:

@@ -14,7 +14,9 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from milora.backbone.adapter_tokenizer import adapter_tokenizer, add_end, only_tokenizer
 from milora.backbone.bundled import TINY_BACKBONE
+from milora.backbone.vocabulary import fit_embeddings, padding_within
 from milora.plugins import METHOD_GROUP, plugins
 from milora_core.errors import MiLoraError, did_you_mean
 
@@ -38,6 +40,7 @@ def load_backbone(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    revision: str | None = None,
     **model_arguments: Any,
 ) -> tuple[Any, Any]:
     """A causal language model in eval mode, and its tokenizer: left padding, with a padding token where possible.
@@ -46,6 +49,7 @@ def load_backbone(
         name_or_path: `tiny` (the bundled backbone), a folder, or a hub id.
         dtype: `auto` keeps the dtype in which the model was saved.
         device: The GPU where there is one by default.
+        revision: Branch, tag or commit, of model and tokenizer, on the hub; a folder has none.
         **model_arguments: For `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -58,20 +62,18 @@ def load_backbone(
     torch_dtype = _dtype(dtype)
     target = device_of(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except _UNREADABLE as error:
         raise MiLoraError(
             f"The tokenizer of {name_or_path} cannot be loaded: {_reason(error)}.{_hub_hint(source)}"
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **model_arguments)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, revision=revision, **model_arguments)
     except _UNREADABLE as error:
         raise MiLoraError(
             f"The backbone {name_or_path} cannot be loaded: {_reason(error)}.{_hub_hint(source)}"
         ) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    _prepare(tokenizer, model)
     if "quantization_config" not in model_arguments:
         # A quantised model is where it was made, and cannot be moved.
         model = model.to(target)
@@ -90,10 +92,16 @@ def load_adapter(model: Any, path: str | os.PathLike[str], name: str = "default"
         The `PeftModel`, in eval mode.
 
     Raises:
-        MiLoraError: If there is no adapter, it cannot be read, or it is for another backbone.
+        MiLoraError: If there is no adapter, it cannot be read, it is for another backbone, or the name is in use.
     """
     path = os.fspath(path)
     read_adapter_config(path)
+    if name in getattr(model, "peft_config", {}):
+        # PEFT would put the new weights into the old adapter, under its settings.
+        raise MiLoraError(
+            f"The model has an adapter {name!r} already: give {path} another name, or call "
+            f"model.delete_adapter({name!r}) first."
+        )
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(path, adapter_name=name)
@@ -113,7 +121,10 @@ def load_for_inference(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> tuple[Any, Any]:
-    """A backbone with adapters, and its tokenizer, to generate with.
+    """A backbone with adapters, and the tokenizer to generate with.
+
+    What belongs to an adapter is used: the revision of its backbone, the tokenizer saved with it (chat template, added
+    tokens, end of sequence), and embeddings that were resized.
 
     Args:
         adapters: An adapter's folder or hub id, or several by name, the first of which is active; an empty mapping
@@ -123,11 +134,19 @@ def load_for_inference(
         device: As for [`load_backbone`].
 
     Raises:
-        MiLoraError: If a part cannot be loaded, or the adapters name different backbones or none.
+        MiLoraError: If a part cannot be loaded, the adapters name different backbones or none, or they have different
+            tokenizers.
     """
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
     # Every adapter is looked at before: a backbone can take minutes to load.
-    model, tokenizer = load_backbone(backbone_of(named, backbone), dtype=dtype, device=device)
+    base = backbone_of(named, backbone)
+    revision = revision_of(named, base)
+    own = {name: adapter_tokenizer(path) for name, path in named.items()}
+    model, tokenizer = load_backbone(base, dtype=dtype, device=device, revision=revision)
+    if named:
+        tokenizer = only_tokenizer({name: each or tokenizer for name, each in own.items()})
+        fit_embeddings(model, named)
+        _prepare(tokenizer, model)
     for name, path in named.items():
         model = load_adapter(model, path, name)
     return model, tokenizer
@@ -141,6 +160,27 @@ def backbone_of(adapters: Mapping[str, str | os.PathLike[str]], backbone: str | 
     """
     bases = {os.fspath(path): base_of(path) for path in adapters.values()}
     return _only_base(bases) if backbone is None else os.fspath(backbone)
+
+
+def revision_of(adapters: Mapping[str, str | os.PathLike[str]], backbone: str) -> str | None:
+    """The revision of a backbone that adapters were trained on; `None` for the hub's default one, and for a folder.
+
+    Args:
+        adapters: Folders or hub ids by name.
+        backbone: The backbone that they are put on; of another than an adapter's own nothing is known.
+
+    Raises:
+        MiLoraError: If the adapters were trained on different revisions.
+    """
+    if Path(locate(backbone)).is_dir():
+        return None
+    found = {name: read_adapter_config(path).revision for name, path in adapters.items() if base_of(path) == backbone}
+    if len(set(found.values())) > 1:
+        revisions = ", ".join(f"{name}: {revision or 'the default'}" for name, revision in found.items())
+        raise MiLoraError(
+            f"The adapters are for different revisions of {backbone} ({revisions}): load them separately."
+        )
+    return next(iter(found.values()), None)
 
 
 def read_adapter_config(path: str | os.PathLike[str]) -> Any:
@@ -224,6 +264,13 @@ def locate(name: str) -> str:
             f"{_neighbours(path)}"
         )
     return name
+
+
+def _prepare(tokenizer: Any, model: Any) -> None:
+    """Makes a tokenizer pad on the left, with a token that the model knows, and its end of sequence the model's."""
+    padding_within(model, tokenizer)
+    tokenizer.padding_side = "left"
+    add_end(model, tokenizer)
 
 
 def _could_be_hub_id(name: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milora.backbone.positions import positions_of
+from milora.backbone.vocabulary import check_tokens
 from milora.evaluation.progress import Watch
 from milora.inference.generation import batches, padding_token
 from milora.tasks.task import Example
@@ -62,9 +63,11 @@ def completion_perplexity(
         progress: Shows progress.
 
     Raises:
-        MiLoraError: If there is no row that fits the model, or the GPU's memory does not suffice.
+        MiLoraError: If there is no row that fits the model, one has a token that it has no embedding for, or the
+            GPU's memory does not suffice.
     """
     encoded = [encode_example(tokenizer, example) for example in examples]
+    check_tokens(model, tokenizer, [tokens for tokens, _ in encoded])
     positions = positions_of(model)
     fitting = [pair for pair in encoded if positions is None or len(pair[0]) <= positions]
     if not fitting:

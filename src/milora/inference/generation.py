@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from milora.backbone.positions import positions_of
+from milora.backbone.vocabulary import check_tokens
 from milora.tasks.rows import Text
 from milora_core.errors import MiLoraError
 from milora_core.routing import Route
@@ -98,11 +100,13 @@ def generate_texts(
         batch is generated when its first text is asked for.
 
     Raises:
-        MiLoraError: Before anything is generated, if a prompt has no tokens or does not fit the model with the tokens
-            to come, or an adapter is not there; while it generates, if the GPU's memory does not suffice.
+        MiLoraError: Before anything is generated, if a prompt has no tokens, has one that the model has no embedding
+            for, or does not fit the model with the tokens to come, or an adapter is not there; while it generates, if
+            the GPU's memory does not suffice.
     """
     decoding = decoding or Decoding()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_tokens(model, tokenizer, encoded)
     _check_lengths(model, prompts, encoded, decoding.max_new_tokens)
     names = list(adapters) if adapters is not None else [None] * len(encoded)
     unknown = sorted({name for name in names if name is not None and name not in getattr(model, "peft_config", {})})
@@ -118,7 +122,8 @@ def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
     tokenizer sets behind every text is no part of the prompt.
 
     Raises:
-        MiLoraError: If the prompt has no tokens, or is a chat and the tokenizer has no chat template.
+        MiLoraError: If the prompt has no tokens, or is a chat and the tokenizer has no chat template, or one that does
+            not take it.
     """
     if isinstance(prompt, str):
         tokens = list(tokenizer(prompt)["input_ids"])
@@ -129,7 +134,11 @@ def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
     elif not getattr(tokenizer, "chat_template", None):
         raise MiLoraError("The prompt is a list of messages, and the tokenizer has no chat template: give it as text.")
     else:
-        tokens = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        try:
+            rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise MiLoraError(f"The chat template does not take the prompt {str(prompt)[:60]}: {error}.") from error
+        tokens = list(rendered["input_ids"])
     if not tokens:
         raise MiLoraError(f"The prompt {prompt!r} has no tokens; there is nothing to continue.")
     return tokens

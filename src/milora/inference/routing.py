@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from milora.backbone.vocabulary import check_tokens
 from milora.inference.generation import batches, encode_prompt, left_padded, padding_token
 from milora.tasks.rows import Text
 from milora_core.routing import Route
@@ -23,9 +24,10 @@ def route_prompts(
         progress: A `rich` progress bar.
 
     Raises:
-        MiLoraError: If a prompt has no tokens.
+        MiLoraError: If a prompt has no tokens, or one that the model has no embedding for.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_tokens(model, tokenizer, encoded)
     plan = batches(encoded, batch_size)
     padding = padding_token(tokenizer)
     parts = [

@@ -148,12 +148,13 @@ def _use(facts: CardFacts) -> str:
 milora generate --adapter {facts.repository or facts.name} --prompt "..."
 ```"""
     adapter = facts.repository or facts.name
+    revision = f', revision="{facts.config.revision}"' if facts.config.revision else ""
     return f"""```python
 import milora  # makes its methods known to PEFT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{adapter}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"{revision}), "{adapter}")
 tokenizer = AutoTokenizer.from_pretrained("{adapter}")
 inputs = tokenizer("...", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))

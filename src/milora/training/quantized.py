@@ -26,8 +26,6 @@ def loading_arguments(data: DataArguments) -> dict[str, Any]:
         MiLoraError: If both widths are asked for, or bitsandbytes is not installed.
     """
     arguments: dict[str, Any] = {}
-    if data.model_revision != "main":
-        arguments["revision"] = data.model_revision
     if data.attn_implementation is not None:
         arguments["attn_implementation"] = data.attn_implementation
     if not (data.load_in_4bit or data.load_in_8bit):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
+
 from milora.tasks.public import hold_out
 from milora.tasks.rows import Row, Text
 from milora.tasks.sources import dev_split, read_dev_rows, read_rows
@@ -182,4 +184,7 @@ def _prompt_length(row: Row, tokenizer: Any) -> int:
 
 
 def _chat_length(messages: Sequence[Any], tokenizer: Any, **options: Any) -> int:
-    return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+    try:
+        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+    except TemplateError as error:
+        raise MiLoraError(f"The chat template does not take the row {str(messages)[:60]}: {error}.") from error

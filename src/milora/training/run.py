@@ -13,7 +13,8 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
-from milora.backbone.loading import load_backbone, read_adapter_config
+from milora.backbone.adapter_tokenizer import adapter_tokenizer, difference
+from milora.backbone.loading import TINY, load_backbone, locate, read_adapter_config
 from milora.backbone.positions import positions_of
 from milora.tasks.sources import to_dataset
 from milora.training.activation_memory import activations_fit
@@ -26,11 +27,14 @@ from milora.training.method import MethodArguments
 from milora.training.quantized import keep_trainable, loading_arguments
 from milora.training.result import RESULT_FILE, TrainingResult, versions
 from milora.training.rows import Mixture, mix, read_sources
+from milora.training.template import give_end, give_template
 from milora.training.trainer import MiLoraTrainer
 from milora_core.errors import MiLoraError
 from milora_core.files import write_text, writing
 
 _log = logging.getLogger(__name__)
+
+DEFAULT_REVISION = "main"
 
 RESOLVED_FIELDS = ("target_modules", "exclude_modules", "router_activation", "budget", "total_step")
 
@@ -57,7 +61,11 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     # Seeded again: reading and filtering may have drawn numbers, and the adapter's start should not depend on them.
     set_seed(arguments.seed)
     model.config.use_cache = False
-    model = _adapted(model, method, arguments, len(mixture.train), checkpoint)
+    steps = arguments.optimizer_steps(len(mixture.train))
+    revision = None if data.model_revision == DEFAULT_REVISION else _commit(model) or data.model_revision
+    if checkpoint is not None:
+        _check_same_prompts(checkpoint, tokenizer, revision)
+    model = _adapted(model, method, steps, revision, checkpoint)
     _choose_checkpointing(model, arguments, mixture.longest)
     trainer = MiLoraTrainer(
         model,
@@ -92,8 +100,10 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
 def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tuple[Any, Any]:
     """The backbone that `data` describes, in the dtype that adapters train on here, and its tokenizer.
 
+    The tokenizer has the chat template and the end of sequence that `arguments` name, and is saved with the adapter.
+
     Raises:
-        MiLoraError: If it cannot be loaded.
+        MiLoraError: If it cannot be loaded, the revision is of a folder, or the tokenizer lacks what is asked for.
     """
     # On a CPU autocast rounds what is multiplied and nothing else, as fast as with a bf16 backbone: hidden states, in
     # which real models have single values of thousands, stay float32.
@@ -101,31 +111,61 @@ def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tupl
     # With several processes the trainer says which device is whose.
     stays = arguments.use_cpu or arguments.world_size > 1
     quantized = data.load_in_4bit or data.load_in_8bit
+    folder = Path(locate(data.backbone))
+    if folder.is_dir() and data.model_revision != DEFAULT_REVISION:
+        raise MiLoraError(
+            f"--model_revision {data.model_revision} is for backbones on the hub, and {data.backbone} is a folder."
+        )
     model, tokenizer = load_backbone(
-        data.backbone,
+        # The adapter names its backbone, and may be loaded from another working directory.
+        str(folder.absolute()) if folder.is_dir() and data.backbone != TINY else data.backbone,
         dtype="float32" if on_cpu and not quantized else data.dtype,
         device="cpu" if stays else None,
+        revision=None if data.model_revision == DEFAULT_REVISION else data.model_revision,
         **loading_arguments(data),
     )
     keep_trainable(model)
+    if arguments.chat_template_path is not None:
+        give_template(tokenizer, arguments.chat_template_path)
+    if arguments.eos_token is not None:
+        give_end(tokenizer, arguments.eos_token)
     return model, tokenizer
 
 
-def _adapted(
-    backbone: Any, method: MethodArguments, arguments: TrainingArguments, rows: int, checkpoint: Path | None
-) -> Any:
+def _commit(model: Any) -> str | None:
+    """The commit that a hub's backbone was loaded from: a branch may move, and its adapter must not move with it."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def _check_same_prompts(checkpoint: Path, tokenizer: Any, revision: str | None) -> None:
+    """Refuses to resume with another backbone's revision, chat template or end of sequence than a run began with."""
+    found = read_adapter_config(checkpoint).revision
+    if found != revision:
+        raise MiLoraError(
+            f"{checkpoint} was trained on revision {found or DEFAULT_REVISION} of its backbone, and "
+            f"{revision or DEFAULT_REVISION} is asked for: pass --model_revision {found or DEFAULT_REVISION}."
+        )
+    other = adapter_tokenizer(checkpoint)
+    if other is not None and (different := difference(tokenizer, other)):
+        raise MiLoraError(
+            f"{checkpoint} was trained with another tokenizer ({different}): resume with the --chat_template_path and "
+            "--eos_token that it was written with."
+        )
+
+
+def _adapted(backbone: Any, method: MethodArguments, steps: int, revision: str | None, checkpoint: Path | None) -> Any:
     """The backbone with a new adapter, or with that of the checkpoint that a run goes on from.
 
     What a search has found, or has left, is in the checkpoint's configuration and not in the one that it began with.
     """
-    config = method.to_config(backbone, arguments.optimizer_steps(rows))
+    config = method.to_config(backbone, steps)
     if checkpoint is not None:
         _check_same_method(config, read_adapter_config(checkpoint), method, checkpoint)
         if not isinstance(config, AdaLoraConfig):
             return PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)
     # A checkpoint of AdaLoRA is pruned, and training goes on with all ranks.
     try:
-        return get_peft_model(backbone, config)
+        return get_peft_model(backbone, config, revision=revision)
     except MiLoraError:
         raise
     except ValueError as error:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.deepspeed import DummyOptim
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from peft import AdaLoraModel
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from milora.backbone.vocabulary import check_tokens
 from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.adalora import orthogonality_penalty
 from milora.training.arguments import TrainingArguments
@@ -27,6 +28,7 @@ from milora.training.likelihood import LikelihoodSum, check_loss, plain_likeliho
 from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
 from milora.training.supervised_positions import score_supervised_positions_only
+from milora.training.template import give_template
 from milora.training.tuner import tuner_of
 from milora.tuners.prompt import attended_tokens, prompt_tokens
 from milora.tuners.prompt_pass import PromptTuner
@@ -72,7 +74,9 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         own = [] if self._activations is None else [self._activations]
         router_values = _float32_values(model)
         score_supervised_positions_only()
-        super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
+        with _template_given(args, settings.get("processing_class")):
+            super().__init__(model, args, *more, callbacks=[*(callbacks or ()), *own], **settings)
+        self._check_vocabulary()
         self._likelihood = LikelihoodSum()
         check_loss(self, self.accelerator.unwrap_model(self.model))
         shares_out_parameters = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -108,6 +112,13 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
                 callback.model_arguments = {"fused_lm_head": True}
                 if self.accelerator.scaler is not None:
                     callback.loss_scale = self.accelerator.scaler.get_scale
+
+    def _check_vocabulary(self) -> None:
+        """Refuses rows with tokens that the backbone has no embeddings for."""
+        dev = self.eval_dataset
+        for rows in (self.train_dataset, *(dev.values() if isinstance(dev, dict) else [dev])):
+            if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+                check_tokens(self.accelerator.unwrap_model(self.model), self.processing_class, rows["input_ids"])
 
     def dev_batches(self) -> DevBatches:
         """Batches of the dev set, of the size of the training batches of a device.
@@ -310,6 +321,21 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             for callback in self.callback_handler.callbacks
             if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
         }
+
+
+@contextmanager
+def _template_given(args: TrainingArguments, tokenizer: Any) -> Iterator[None]:
+    """Gives the tokenizer the template of `chat_template_path` as [`give_template`] does, and not as TRL would."""
+    path = args.chat_template_path
+    if path is not None:
+        if tokenizer is None:
+            raise MiLoraError("chat_template_path needs a processing_class, whose template it becomes.")
+        give_template(tokenizer, path)
+    args.chat_template_path = None
+    try:
+        yield
+    finally:
+        args.chat_template_path = path
 
 
 def _float32_values(model: Any) -> list[tuple[nn.Parameter, Tensor]]:

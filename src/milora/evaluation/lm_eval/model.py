@@ -19,7 +19,9 @@ from lm_eval.models.utils import Collator
 from torch import Tensor
 from tqdm import tqdm
 
-from milora.backbone.loading import base_of, load_adapter, locate
+from milora.backbone.adapter_tokenizer import adapter_tokenizer
+from milora.backbone.loading import base_of, load_adapter, locate, revision_of
+from milora.backbone.vocabulary import fit_embeddings
 from milora_core.errors import MiLoraError
 
 Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -63,6 +65,11 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
         if pretrained is None:
             raise MiLoraError("Which backbone is meant? Pass --model_args pretrained=BACKBONE, or peft=ADAPTER.")
         if isinstance(pretrained, str):
+            if peft:
+                # What belongs to the adapter: the revision that it was trained on, and its tokenizer.
+                revision = revision_of({"default": peft}, pretrained)
+                arguments.setdefault("revision", revision or "main")
+                arguments["tokenizer"] = arguments.get("tokenizer") or adapter_tokenizer(peft)
             pretrained = locate(pretrained)
             arguments["device"] = arguments.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         elif peft:
@@ -77,9 +84,7 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
         super()._create_model(pretrained, *args, **kwargs)
         if peft:
             # By our own loader, for its messages; and HFLM would cut the embeddings to the tokenizer's length.
-            rows = self._model.get_input_embeddings().weight.shape[0]
-            if len(self.tokenizer) > rows:
-                self._model.resize_token_embeddings(len(self.tokenizer))
+            fit_embeddings(self._model, {"default": peft})
             self._model = load_adapter(self._model, peft)
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:

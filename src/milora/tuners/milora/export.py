@@ -23,7 +23,9 @@ PREFIX = "base_model.model."
 """What the names of a PEFT file start with."""
 
 
-def export_route(model: Any, route: Route, folder: str | Path, adapter: str | None = None) -> LoraConfig:
+def export_route(
+    model: Any, route: Route, folder: str | Path, adapter: str | None = None, *, tokenizer: Any = None
+) -> LoraConfig:
     """Writes the LoRA adapter that equals a MiLoRA adapter under one route, frozen for every prompt.
 
     It holds the modules that the route chose and no others. A gate g scales the module's `lora_B`: the LoRA term
@@ -34,6 +36,7 @@ def export_route(model: Any, route: Route, folder: str | Path, adapter: str | No
         route: A route of one row.
         folder: Where to write; must not exist, or be empty. Written whole or not at all.
         adapter: The adapter's name in the model, by default the active one.
+        tokenizer: Is saved with it: its chat template and end of sequence are the adapter's too.
 
     Returns:
         The configuration that was written.
@@ -59,7 +62,7 @@ def export_route(model: Any, route: Route, folder: str | Path, adapter: str | No
         )
     tensors = _tensors(get_peft_model_state_dict(model, adapter_name=adapter), gates)
     exported = _config(config, list(gates), model)
-    _write(Path(folder), exported, tensors)
+    _write(Path(folder), exported, tensors, tokenizer)
     return exported
 
 
@@ -112,8 +115,10 @@ def _config(config: MiLoraConfig, modules: list[str], model: Any) -> LoraConfig:
     return exported
 
 
-def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], tokenizer: Any) -> None:
     require_vacant(folder)
     with whole_folder(folder) as partial:
         save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(partial))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
