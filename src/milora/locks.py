@@ -23,7 +23,9 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def writing_alone(folder: Path, advice: str = "wait until it ends, or use another folder") -> Iterator[None]:
+def writing_alone(
+    folder: Path, advice: str = "wait until it ends, or use another folder", name: str = FOLDER_LOCK
+) -> Iterator[None]:
     """Reserves a folder for this process while the block runs.
 
     The lock is the system's (`filelock.FileLock`), so a killed process leaves none behind. Every call counts: a second
@@ -34,11 +36,12 @@ def writing_alone(folder: Path, advice: str = "wait until it ends, or use anothe
     Args:
         folder: The folder; it is made if it is missing.
         advice: How to resolve the conflict; the end of the error.
+        name: The lock's file in the folder. `Trainer.push_to_hub` leaves out files whose names begin with `_`.
 
     Raises:
         MiLoraError: Another process has the folder (the error names it), or the folder cannot be made or written to.
     """
-    with _reserved(folder, folder / FOLDER_LOCK, advice):
+    with _reserved(folder, folder / name, advice):
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from milora.backbone.adapter_folder import adapter_file
+from milora.backbone.hub_files import adapter_file
 from milora_core.errors import MiLoraError
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")

@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from milora.backbone.adapter_folder import adapter_file
+from milora.backbone.hub_files import adapter_file
 from milora_core.errors import MiLoraError
 
 PREFIX = "base_model.model."

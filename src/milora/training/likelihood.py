@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora.training.tuner import tuner_of
+from milora.training.tuner import reads_prompts, tuner_of
 from milora.tuners.milora import MiLoraModel
-from milora.tuners.prompt_pass import PromptTuner
 from milora_core.errors import MiLoraError
 
 
@@ -67,7 +66,7 @@ def check_loss(trainer: Any, model: Any) -> None:
             ends. For one that weighs tokens, if there is a load-balancing loss, which would be weighed with them.
     """
     tuner = tuner_of(model)
-    if not isinstance(tuner, PromptTuner):
+    if not reads_prompts(tuner):
         return
     for name, value in (
         ("label_smoothing_factor", trainer.args.label_smoothing_factor),

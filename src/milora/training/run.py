@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from peft import AdaLoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from milora.backbone.adapter_tokenizer import adapter_tokenizer, difference
+from milora.backbone.hub_files import commit_of
 from milora.backbone.loading import TINY, load_backbone, locate, read_adapter_config
 from milora.backbone.positions import positions_of
+from milora.locks import writing_alone
 from milora.tasks.sources import to_dataset
 from milora.training.activation_memory import activations_fit
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
 from milora.training.checkpoints import KEPT, last_checkpoint
 from milora.training.companions import companions
+from milora.training.hub import check_hub, pushing
 from milora.training.launching import check_launch
 from milora.training.method import MethodArguments
 from milora.training.quantized import keep_trainable, loading_arguments
@@ -34,6 +38,9 @@ from milora_core.files import write_text, writing
 
 _log = logging.getLogger(__name__)
 
+BUSY = "wait until it ends, or train into another --output_dir"
+"""What to do about a folder that another run writes to; the end of the message."""
+
 DEFAULT_REVISION = "main"
 
 RESOLVED_FIELDS = ("target_modules", "exclude_modules", "router_activation", "budget", "total_step")
@@ -44,14 +51,25 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
 
     Raises:
         MiLoraError: If there is nothing to learn from, no row fits `max_length`, the method needs dev rows and there
-            are none, or an argument is out of range.
+            are none, an argument is out of range, another run writes to the folder, or a hub that is to be pushed to
+            cannot be reached.
     """
     started = time.monotonic()
     output = Path(arguments.output_dir or "out")
     check_launch()
+    # Of several processes that train together the first one keeps others out.
+    is_first = arguments.process_index == 0
+    with writing_alone(output, BUSY, name="_lock") if is_first else nullcontext():
+        return _train(data, method, arguments, output, started)
+
+
+def _train(
+    data: DataArguments, method: MethodArguments, arguments: TrainingArguments, output: Path, started: float
+) -> TrainingResult:
     checkpoint = _checkpoint(arguments.resume_from_checkpoint, output)
     set_seed(arguments.seed)
     sources = read_sources(data, arguments.seed)
+    check_hub(arguments, output)
     model, tokenizer = load_for_training(data, arguments)
     arguments.set_length(positions_of(model))
     mixture = mix(sources, tokenizer, arguments.max_length)
@@ -62,19 +80,12 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     set_seed(arguments.seed)
     model.config.use_cache = False
     steps = arguments.optimizer_steps(len(mixture.train))
-    revision = None if data.model_revision == DEFAULT_REVISION else _commit(model) or data.model_revision
+    revision = _revision(data)
     if checkpoint is not None:
         _check_same_prompts(checkpoint, tokenizer, revision)
     model = _adapted(model, method, steps, revision, checkpoint)
     _choose_checkpointing(model, arguments, mixture.longest)
-    trainer = MiLoraTrainer(
-        model,
-        args=arguments,
-        train_dataset=to_dataset(mixture.train),
-        eval_dataset=to_dataset(mixture.dev) if mixture.dev else None,
-        processing_class=tokenizer,
-        callbacks=companions(model, arguments, has_dev=bool(mixture.dev)),
-    )
+    trainer = _trainer(model, tokenizer, arguments, mixture)
     trainer.card.update(title=method.title, base_model=data.backbone, data=data.sources)
     if checkpoint is not None:
         # The first evaluation was made by the run that is resumed.
@@ -92,7 +103,8 @@ def train(data: DataArguments, method: MethodArguments, arguments: TrainingArgum
     trainer.card["result"] = result
     trainer.create_model_card()
     if arguments.push_to_hub:
-        trainer.push_to_hub()
+        with pushing(trainer.hub_model_id, f"the adapter is in {output}, push it with `hf upload`"):
+            trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -132,9 +144,31 @@ def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tupl
     return model, tokenizer
 
 
-def _commit(model: Any) -> str | None:
-    """The commit that a hub's backbone was loaded from: a branch may move, and its adapter must not move with it."""
-    return getattr(model.config, "_commit_hash", None)
+def _trainer(model: Any, tokenizer: Any, arguments: TrainingArguments, mixture: Mixture) -> MiLoraTrainer:
+    try:
+        return MiLoraTrainer(
+            model,
+            args=arguments,
+            train_dataset=to_dataset(mixture.train),
+            eval_dataset=to_dataset(mixture.dev) if mixture.dev else None,
+            processing_class=tokenizer,
+            callbacks=companions(model, arguments, has_dev=bool(mixture.dev)),
+        )
+    except MiLoraError:
+        raise
+    except (ValueError, ImportError) as error:
+        # TRL and transformers check their settings here: loggers and optimisers that are not installed, names.
+        raise MiLoraError(f"The training settings are refused: {str(error).splitlines()[0]}") from error
+
+
+def _revision(data: DataArguments) -> str | None:
+    """The backbone's revision for the adapter's configuration: a commit, so the adapter stays on it if a branch moves.
+
+    `None` for the default one.
+    """
+    if data.model_revision == DEFAULT_REVISION:
+        return None
+    return commit_of(data.backbone, data.model_revision) or data.model_revision
 
 
 def _check_same_prompts(checkpoint: Path, tokenizer: Any, revision: str | None) -> None:

@@ -29,9 +29,8 @@ from milora.training.routes import draw_routes
 from milora.training.stopping import Undecided
 from milora.training.supervised_positions import score_supervised_positions_only
 from milora.training.template import give_template
-from milora.training.tuner import tuner_of
+from milora.training.tuner import reads_prompts, tuner_of
 from milora.tuners.prompt import attended_tokens, prompt_tokens
-from milora.tuners.prompt_pass import PromptTuner
 from milora_core.errors import MiLoraError
 from milora_core.files import writing
 from milora_core.routing.precision import KeepFloat32
@@ -196,7 +195,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
 
         tuner = tuner_of(self.accelerator.unwrap_model(self.model))
         # For metrics SFTTrainer computes the logits in a second pass, without the labels that say what the prompt is.
-        says_prompt = return_outputs and isinstance(tuner, PromptTuner)
+        says_prompt = return_outputs and reads_prompts(tuner)
         prompt = prompt_tokens(attended_tokens(inputs), inputs["labels"]) if says_prompt else None
         with plain_likelihood(self), nullcontext() if prompt is None else tuner.use_prompt(prompt):
             result = super().compute_loss(recorded, inputs, return_outputs)

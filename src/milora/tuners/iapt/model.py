@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from milora.backbone.blocks import find_blocks, hidden_size
 from milora.backbone.key_value import check_projection, find_input_norm
 from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
+from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.grouped.compiling import is_compiled_by_transformers
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.layer import IAPTLayer
@@ -18,7 +19,7 @@ from milora.tuners.prompt_pass import PromptPass, PromptPasses, PromptTuner, nee
 from milora_core.errors import MiLoraError
 
 
-class IAPTModel(PromptTuner, PrefixTuner):
+class IAPTModel(NoContinuousBatching, PromptTuner, PrefixTuner):
     """A backbone whose layers read soft tokens that are written from the prompt, once.
 
     Made by `get_peft_model(model, IAPTConfig())`. A forward pass reads the prompt from its arguments: all attended

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.grouped import BASE_ROW, rows_by_adapter
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.dispatch import Dispatcher
@@ -33,7 +34,7 @@ from milora_core.errors import MiLoraError
 from milora_core.routing import load_balancing_loss
 
 
-class MiLoraModel(GeneratingTuner, RevertibleTuner, LoraModel):  # type: ignore[misc]
+class MiLoraModel(NoContinuousBatching, GeneratingTuner, RevertibleTuner, LoraModel):  # type: ignore[misc]
     """A backbone with MiLoRA adapters; made by `get_peft_model(model, MiLoraConfig())`.
 
     Each block gets a router (`milora_router`), each adapted module stays a LoRA layer of PEFT. A forward pass reads the

@@ -1,12 +1,15 @@
-"""Files of an adapter, in a folder or on the hub."""
+"""Files of adapters and backbones, in a folder or on the hub."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def adapter_file(adapter: str | os.PathLike[str], name: str) -> Path | None:
@@ -27,3 +30,21 @@ def adapter_file(adapter: str | os.PathLike[str], name: str) -> Path | None:
     except EntryNotFoundError:
         # Offline, a file that is not in the cache counts as one that there is not.
         return None
+
+
+def commit_of(backbone: str, revision: str) -> str | None:
+    """The commit that a revision of a backbone on the hub stands for now: branches move, and tags can be moved.
+
+    Args:
+        backbone: The hub id.
+        revision: A branch, tag or commit.
+
+    Returns:
+        The commit's hash; `None` if the cache does not keep files by commit.
+
+    Raises:
+        OSError: If there is no such revision, or the hub cannot be reached.
+    """
+    # A file in the cache lies in `snapshots/{commit}`.
+    commit = Path(hf_hub_download(backbone, "config.json", revision=revision)).parent.name
+    return commit if _COMMIT.fullmatch(commit) else None

@@ -1,0 +1,33 @@
+"""transformers' continuous batching, which packs the prompts of several requests into one row."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from milora_core.errors import MiLoraError
+
+
+class NoContinuousBatching:
+    """A tuner that refuses continuous batching.
+
+    In transformers it runs in a thread that only logs the errors of a forward pass, and returns empty texts.
+    """
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            MiLoraError: Always: a packed row has several prompts, and a row has one route.
+        """
+        raise MiLoraError(
+            "Continuous batching (generate_batch) packs several prompts into one row, and a row has one route: call "
+            "generate with a padded batch, or milora.inference.generation.generate_texts."
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as [`NoContinuousBatching.generate_batch`]."""
+        self.generate_batch()
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as [`NoContinuousBatching.generate_batch`]."""
+        self.generate_batch()
