@@ -81,7 +81,9 @@ class AdapterTests:
             batch_size=self._run.evaluation["batch_size"],
             output=path,
         )
-        return {key: getattr(found, key) for key in ("accuracy", "rows", "correct", "unparsed", "no_room")}
+        theirs = {} if found.llm_adapters is None else {"llm_adapters_accuracy": found.llm_adapters.accuracy}
+        figures = {key: getattr(found, key) for key in ("accuracy", "rows", "correct", "unparsed", "no_room")}
+        return figures | theirs
 
     def _first_turn_routes(self) -> list[dict[str, Any]]:
         """The route of each question's first turn, without an answer, of the questions that the positions hold."""

@@ -729,6 +729,16 @@ def test_true_or_false(text: str, label: str | None) -> None:
     assert Labels(("true", "false")).find(text) == label
 
 
+NEXT_PROMPT = "{}\n\n### Instruction:\nAnother?\n\n### Response:\nThe answer is {}."
+
+
+def test_a_prompt_that_the_model_goes_on_to_write_is_not_read() -> None:
+    assert Labels(("true", "false")).find(NEXT_PROMPT.format("It is true.", "false")) == "true"
+    assert find_letter(NEXT_PROMPT.format("The answer is (B).", "(C)"), "ABCDE") == "B"
+    assert find_number(NEXT_PROMPT.format("The answer is 5.", "6")) == "5"
+    assert find_number("### Response:\nThe answer is 5.") == "5"
+
+
 @pytest.mark.parametrize(("text", "label"), YES_OR_NO.items())
 def test_yes_or_no(text: str, label: str | None) -> None:
     assert Labels(("yes", "no")).find(text) == label

@@ -34,13 +34,17 @@ _MARKUP = (
 _DASH_BETWEEN_WORDS = re.compile("(?<=[^\\W\\d])[\u2013\u2014](?=[^\\W\\d])")
 
 
+_NEXT_PROMPT = re.compile(r"\n#{2,3} (?:Instruction|Input|Response):")
+
+
 def plain(text: str) -> str:
     """A text in ASCII's spelling where there is one, and without Markdown, HTML tags and LaTeX's fonts.
 
     Digits and letters of other widths, fonts and scripts become ASCII's (`５` and `٥` are `5`, `𝐁` and `Ⓑ` are `B`),
     every dash and minus is `-`, every space a space, `½` is `1/2`, `10³` is `10^3`, `≠` is `not`. What is struck out
-    (`~~A~~`) is left out.
+    (`~~A~~`) is left out, and so is a further prompt of the instruction template that a model goes on to write.
     """
+    text = _NEXT_PROMPT.split(text.strip(), maxsplit=1)[0]
     text = _FOREIGN.sub(_in_ascii, _DASH_BETWEEN_WORDS.sub(" - ", text))
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
