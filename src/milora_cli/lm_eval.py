@@ -87,6 +87,7 @@ def command(
     if limit is not None and not limit > 0:
         raise MiLoraError(f"--limit must be more than 0; found {limit}.")
     seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    before = _files(output_path)
     # lm-eval prints on standard output what is no result.
     with contextlib.redirect_stdout(sys.stderr):
         results = run(
@@ -117,6 +118,24 @@ def command(
         typer.echo(json.dumps(results, default=handle_non_serializable))
     else:
         _print_tables(results)
+    if output_path is not None and not any(map(_is_whole, _files(output_path) - before)):
+        # It logs why, and goes on.
+        typer.echo(f"milora: lm-eval could not save the results above in {output_path}.", err=True)
+        raise typer.Exit(1)
+
+
+def _files(output: Path | None) -> set[Path]:
+    if output is None:
+        return set()
+    return set(output.parent.glob("*.json") if output.suffix == ".json" else output.rglob("*.json"))
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _print_tables(results: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +103,18 @@ def whole_folder(path: Path, kept: str = "") -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder, and checks that files can be written to it, before the work on what they hold.
+
+    Raises:
+        MiLoraError: They cannot.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
 
 
 def require_vacant(folder: Path) -> None:

@@ -115,3 +115,19 @@ doc_to_target: answer
 def test_a_task_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lm-eval", "--model_args", "pretrained=tiny", "--tasks", "mmlu_locl"]) == 2
     assert "no task mmlu_locl; did you mean 'mmlu_local'" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("saved", "status"), [("{", 1), ("{}", 0)])
+def test_results_that_could_not_be_saved_are_printed_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str, status: int
+) -> None:
+    def run(*_: object, **settings: object) -> dict[str, object]:
+        (tmp_path / "results_2.json").write_text(saved)  # cut off, as by a full disk
+        return {"results": {"x": {}}}
+
+    (tmp_path / "results_1.json").write_text("{}")
+    monkeypatch.setattr("milora.evaluation.lm_eval.run", run)
+    assert main(["lm-eval", "--tasks", "x", "--output-path", str(tmp_path), "--json"]) == status
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"results": {"x": {}}}
+    assert captured.err == ("" if status == 0 else f"milora: lm-eval could not save the results above in {tmp_path}.\n")

@@ -12,7 +12,7 @@ from typing import Any
 
 from milora.tasks.folder import VARIABLE, data_folder
 from milora_core.errors import MiLoraError, did_you_mean, importing
-from milora_core.files import writing
+from milora_core.files import require_writable
 
 MODEL = "milora"
 
@@ -56,8 +56,7 @@ def run(
     # Long before its results are lost, as lm-eval only logs that they could not be saved.
     if output_path is not None:
         folder = Path(output_path).parent if Path(output_path).suffix == ".json" else Path(output_path)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        require_writable(folder)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with importing("eval", "lm-eval's tasks"):
         from lm_eval import simple_evaluate
