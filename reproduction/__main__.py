@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from milora_core.errors import MiLoraError
+from milora_core.errors import MiLoraError, importing
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,10 +56,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from reproduction.grid import Grid
-    from reproduction.plan import make_plan, summary
-    from reproduction.settings import parse_overrides, read_request
-    from reproduction.store import Store
+    with importing("reproduction", "python -m reproduction"):
+        from reproduction.grid import Grid
+        from reproduction.plan import make_plan, summary
+        from reproduction.settings import parse_overrides, read_request
+        from reproduction.store import Store
 
     overrides = parse_overrides(options.set)
     sections = [*options.table, *(f"figure{number}" for number in options.figure)]
@@ -78,8 +79,9 @@ def _run(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(plan, ensure_ascii=False))
         else:
-            for one in (*plan["runs"], *plan["later"]):
-                print(f"{one.get('state', 'after tuning'):13}  {one['label']}")
+            states = [(one["state"], one["label"]) for one in plan["runs"]]
+            for state, label in (*states, *(("after tuning", label) for label in plan["later"])):
+                print(f"{state:13}  {label}")
             print(summary(plan))
         return 0
     _say(summary(plan))
@@ -90,8 +92,8 @@ def _run(options: argparse.Namespace) -> int:
     grid.see(store.read())
     speed = partial(table4, say=_say, measure=works) if "table4" in request.chosen_sections() else None
     report = write_report(grid, store.folder, speed)
-    result = {"report": str(report.path), "files": list(report.files), "failed": failed, "missing": missing,
-              "errors": list(report.errors)}  # fmt: skip
+    result = {"report": str(report.path), "files": report.files, "errors": report.errors}
+    result |= {"failed": failed, "missing": missing}
     print(json.dumps(result, ensure_ascii=False) if options.json else f"report in {report.path}")
     for message in report.errors:
         _say(message)

@@ -26,13 +26,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """What makes a method larger or smaller.
-
-    Attributes:
-        field: The field of its configuration.
-        paper: The paper's value.
-        step: What the value must be a multiple of.
-    """
+    """The field of a configuration that makes a method larger, the paper's value, and what it is a multiple of."""
 
     field: str
     paper: int
@@ -73,8 +67,7 @@ def size_at(name: str, config: Any, budget: str | int) -> Settings:
 
     Sizes are whole numbers, the nearest to the target; counted by [`milora.methods.parameter_counts`] (DoRA's
     magnitudes are not) on a model without weights. SSP's budget is the target. MOELoRA's rank is shared evenly among
-    its experts. Where no multiple of the paper's eight experts is near enough, the nearest number of experts is taken
-    that allows one, and half of them serve a token, as in the paper.
+    its experts: the paper's eight, or the nearest number with which the rank is near enough. Half serve a token.
 
     Args:
         name: One of [`milora.methods.METHODS`].

@@ -11,7 +11,7 @@ from milora.plots import COLORS, label_cells, new_figure, save_figure, short_exp
 from reproduction.experiments import Section
 from reproduction.statistics import Measurements, Shares, Summary
 
-SERIES: Mapping[str, tuple[str, str]] = {"milora": ("#08519c", "o"), "moelora": ("#d95f0e", "s")}
+SERIES = (("#08519c", "o"), ("#d95f0e", "s"), ("0.35", "^"), ("#756bb1", "D"))
 """Colour and marker of each line: distinct for the colour-blind and in grey print."""
 
 TASK_COLORS = ("#08519c", "#6baed6", "#d95f0e", "#fdae6b", "0.35", "0.7", "#756bb1")
@@ -22,12 +22,6 @@ PAPER_LIMIT = 0.3
 """No expert has a larger share in the paper's figure 2."""
 
 MOST_BLOCKS_WITH_VALUES = 16
-AXES: Mapping[str, tuple[str, float]] = {
-    "figure3": ("k, experts chosen", 3),
-    "figure4": ("λ, coefficient of the load-balancing loss", 1e-2),
-    "figure5": ("r, rank", 32),
-}
-"""Of each figure of lines: its axis, and the paper's setting."""
 
 
 def line_figure(section: Section, measured: Measurements, path: Path) -> None:
@@ -36,7 +30,7 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> None:
     Raises:
         MiLoraError: If matplotlib is missing or cannot write the format.
     """
-    axis, setting = AXES[section.name]
+    marked = section.comparison.marked
     values = sorted({row.x for row in section.rows if row.x is not None})
     figure = new_figure(layout="constrained")
     figure.set_size_inches(max(3.4 * len(section.columns), 5.6), 3.6)
@@ -44,23 +38,23 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> None:
     panels = figure.subplots(1, len(section.columns), squeeze=False)[0]
     for axes, column in zip(panels, section.columns, strict=True):
         drawn: list[Summary] = []
-        for name in dict.fromkeys(row.variant.method for row in section.rows):
+        for style, name in zip(SERIES, dict.fromkeys(row.variant.method for row in section.rows), strict=False):
             found = {
                 row.x: measured.summary(row, section, column) for row in section.rows if row.variant.method == name
             }
             points = {x: summary for x, summary in found.items() if x is not None and summary is not None}
             if points:
-                _draw_line(axes, name, values, points)
+                _draw_line(axes, name, style, values, points)
                 drawn += points.values()
         axes.set_title(column, fontsize=9)
         axes.set_xticks(range(len(values)), [f"{value:g}" for value in values], fontsize=8)
         axes.set_xlim(-0.4, len(values) - 0.6)
-        axes.set_xlabel(axis, fontsize=8)
+        axes.set_xlabel(section.comparison.axis, fontsize=8)
         if drawn:
             axes.set_ylim(*_range(drawn))
-        if setting in values:
-            label = f"the paper's setting for MiLoRA, {setting:g}"
-            axes.axvline(values.index(setting), color="0.6", linewidth=0.8, linestyle=":", zorder=0, label=label)
+        if marked in values:
+            label = f"the paper's setting for MiLoRA, {marked:g}"
+            axes.axvline(values.index(marked), color="0.6", linewidth=0.8, linestyle=":", zorder=0, label=label)
         _tidy(axes)
     panels[0].set_ylabel("accuracy, %: median,\nleast to greatest seed", fontsize=8)
     handles, names = panels[0].get_legend_handles_labels()
@@ -127,8 +121,10 @@ def _write_shares(axes: Any, by_block: Sequence[Sequence[float]]) -> None:
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=color)
 
 
-def _draw_line(axes: Any, name: str, values: Sequence[float], points: Mapping[float, Summary]) -> None:
-    color, marker = SERIES[name]
+def _draw_line(
+    axes: Any, name: str, style: tuple[str, str], values: Sequence[float], points: Mapping[float, Summary]
+) -> None:
+    color, marker = style
     # Evenly spaced whatever the values: they are powers, or 0 and powers.
     places = [values.index(x) for x in sorted(points)]
     ordered = [points[x] for x in sorted(points)]

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,8 @@ ROUTED = ("milora", "midora")
 class Run:
     """One training with its tests.
 
-    Attributes:
-        label: For people.
-        backbone: As the user named it.
-        method: One of [`milora.methods.METHODS`].
-        settings: Fields of the method's configuration, its size included.
-        budget: What the size was computed for; `None` where the row or the paper sets it.
-        size: The fields of `settings` that the budget set.
-        tasks: Trained on.
-        tests: Tested on.
-        seed: Of the adapter's start and the order of the rows.
-        training: Fields of `TrainingArguments`.
-        data: Fields of `DataArguments`.
-        evaluation: See [`reproduction.settings.Evaluation`], and the judge's name.
+    `backbone` is as the user named it. `settings` are fields of the method's configuration, of which `budget` set those
+    in `size`. `training` and `data` are fields of `TrainingArguments` and `DataArguments`.
     """
 
     label: str
@@ -57,20 +46,9 @@ class Run:
     @property
     def says(self) -> Record:
         """What the run's record says of it, and what reports find it by."""
-        return {
-            "format": FORMAT,
-            # Without the folder that it lies in.
-            "backbone": backbone_name(self.backbone) if Path(self.backbone).is_dir() else self.backbone,
-            "method": self.method,
-            "settings": dict(self.settings),
-            "budget": self.budget,
-            "size": dict(self.size),
-            "tasks": list(self.tasks),
-            "seed": self.seed,
-            "training": dict(self.training),
-            "data": dict(self.data),
-            "evaluation": dict(self.evaluation),
-        }
+        said = {name: value for name, value in asdict(self).items() if name not in ("label", "tests")}
+        is_folder = Path(self.backbone).is_dir()
+        return {"format": FORMAT, **said, "backbone": backbone_name(self.backbone) if is_folder else self.backbone}
 
     @cached_property
     def key(self) -> str:
@@ -85,13 +63,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Choice:
-    """The values that were tried for a method's tuned fields on some tasks, and the best on dev.
+    """The values `tried` for tuned fields on some tasks, each with the perplexity on dev, and the `best` of them.
 
-    Attributes:
-        label: Of the method, or of the row that is tuned by itself.
-        tasks: Trained on.
-        tried: The values of each try, with the perplexity on dev; `None` without a record.
-        best: The values taken; `None` while tries are missing, or where all have failed.
+    A perplexity is `None` without a record. `best` is `None` while tries are missing, or where all have failed.
     """
 
     label: str
@@ -110,10 +84,7 @@ class Grid:
     """
 
     def __init__(
-        self,
-        request: Request,
-        records: Iterable[Record] = (),
-        config: Callable[[str], Any] = lambda backbone: None,
+        self, request: Request, records: Iterable[Record] = (), config: Callable[[str], Any] = lambda backbone: None
     ) -> None:
         self.request = request
         self.sections: list[Section] = sections(request)
@@ -131,14 +102,13 @@ class Grid:
         self._waits = waits
         self._finished: dict[str, list[Record]] = {}
         self.failed: dict[str, list[Record]] = {}
-        recorded: dict[tuple[str, str], Record] = {}
+        self._recorded: dict[str, Settings] = {}
+        own = backbone_name(self.request.backbone)
         for record in records:
             by_status = {FINISHED: self._finished, FAILED: self.failed}[record["status"]]
             by_status.setdefault(key_of(record), []).append(record)
-            if record.get("budget") == self.request.budget:
-                recorded[record["method"], backbone_name(record["backbone"])] = record
-        own = backbone_name(self.request.backbone)
-        self._recorded = {name: record["size"] for (name, on), record in recorded.items() if on == own}
+            if record.get("budget") == self.request.budget and backbone_name(record["backbone"]) == own:
+                self._recorded[record["method"]] = record["size"]
 
     # ---------------------------------------------------------------- what a cell asks for
 
@@ -148,16 +118,18 @@ class Grid:
         Records say the sizes that they were made with, so a report needs no backbone.
         """
         if name in self._recorded:
-            return dict(self._recorded[name])
+            return self._recorded[name]
         if name not in self._sizes:
-            config = None if self.request.budget == "paper" else self._config(self.request.backbone)
-            known = config is not None or self.request.budget == "paper"
-            self._sizes[name] = size_at(name, config, self.request.budget) if known else None
+            is_paper = self.request.budget == "paper"
+            config = None if is_paper else self._config(self.request.backbone)
+            self._sizes[name] = (
+                {} if is_paper else None if config is None else size_at(name, config, self.request.budget)
+            )
         return self._sizes[name]
 
     def tuned(self, variant: Variant) -> dict[str, tuple[Any, ...]]:
         """The fields that are tuned for a variant, and the values to try. A method or a row may fix one."""
-        own = {**self.request.method_training(variant.method), **variant.training}
+        own = {**self.request.of_method(variant.method)[1], **variant.training}
         values = {name: own.get(name, tried) for name, tried in self.request.tune.items()}
         return {name: tuple(tried) for name, tried in values.items() if isinstance(tried, list | tuple)}
 
@@ -165,9 +137,10 @@ class Grid:
         """The run that a cell asks for, with its tuned values."""
         request, variant = self.request, cell.variant
         tuned = self.tuned(variant)
-        training = {**request.training, **request.method_training(variant.method), **variant.training}
-        own = {} if variant.backbone else request.method_settings(variant.method)
-        size = (self.size(variant.method) or {}) if variant.sized else {}
+        of_method, of_training = request.of_method(variant.method)
+        training = {**request.training, **of_training, **variant.training}
+        own = {} if variant.backbone else of_method
+        size = {} if variant.backbone else self.size(variant.method) or {}
         evaluation = request.evaluation.model_dump()
         if cell.test == MT_BENCH and request.judge_url is not None:
             evaluation["judge"] = request.judge_model
@@ -176,7 +149,7 @@ class Grid:
             backbone=cell.backbone,
             method=variant.method,
             settings={**size, **own, **variant.settings},
-            budget=request.budget if variant.sized else None,
+            budget=None if variant.backbone else request.budget,
             size=size,
             tasks=cell.tasks,
             tests=(cell.test,),
@@ -195,8 +168,7 @@ class Grid:
             return []
         variant = cell.variant
         if not variant.tuned:
-            title = method(variant.method).title
-            variant = Variant(title, variant.method, sized=not variant.backbone, backbone=variant.backbone)
+            variant = Variant(method(variant.method).title, variant.method, backbone=variant.backbone)
         first = Cell(variant, cell.backbone, cell.tasks, cell.test, self.request.seeds[0])
         combinations = [dict(zip(tuned, values, strict=True)) for values in itertools.product(*tuned.values())]
         return [(values, self.asked(first, values)) for values in combinations]
@@ -232,24 +204,20 @@ class Grid:
     def runs(self) -> list[Run]:
         """The runs that can be named so far, each once with all its tests: tries first."""
         found: dict[str, list[Run]] = {}
-        for cell in self.cells():
-            for _, run in self.tries(cell):
+        tries = [run for cell in self.cells() for _, run in self.tries(cell)]
+        for run in (*tries, *map(self.run, self.cells())):
+            if run is not None:
                 found.setdefault(run.key, []).append(run)
-        for cell in self.cells():
-            named = self.run(cell)
-            if named is not None:
-                found.setdefault(named.key, []).append(named)
         return [_joined(same) for same in found.values()]
 
-    def waiting(self) -> list[Cell]:
-        """Cells whose run cannot be named before their tries are done, one for each run."""
-        found: dict[str, Cell] = {}
-        for cell in self.cells():
-            if self.run(cell) is None and any(self._waits(run.key) for _, run in self.tries(cell)):
-                possible = [self.asked(cell, values).key for values, _ in self.tries(cell)]
-                if not set(possible) <= {run.key for _, run in self.tries(cell)}:
-                    found.setdefault(possible[0], cell)
-        return list(found.values())
+    def waiting(self) -> list[str]:
+        """Labels of the cells whose run cannot be named before their tries are done; the first seed's may be a try."""
+        return list(dict.fromkeys(str(cell) for cell in self.cells() if self.run(cell) is None and self._is_open(cell)))
+
+    def _is_open(self, cell: Cell) -> bool:
+        tries = [run for _, run in self.tries(cell)]
+        possible = {self.asked(cell, values).key for values, _ in self.tries(cell)}
+        return any(self._waits(run.key) for run in tries) and not possible <= {run.key for run in tries}
 
     def cells(self) -> list[Cell]:
         """The cells of all sections."""

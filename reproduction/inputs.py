@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -39,20 +39,25 @@ class Inputs:
     def possible(self, run: Run) -> Run | None:
         """A run with the tests that can be made; `None` where something that it needs is missing."""
         tests = tuple(test for test in run.tests if self._is_tested(run, test))
-        backbone = self._try(run.backbone, lambda: self._backbone(run.backbone))
-        trained = [self._try(f"{task} (train)", partial(self._fingerprint, task, "train")) for task in run.tasks]
-        return replace(run, tests=tests) if tests and backbone and all(trained) else None
+        looks = {run.backbone: partial(self._backbone, run.backbone)}
+        looks |= {f"{task} (train)": partial(self._fingerprint, task, "train") for task in run.tasks}
+        looks |= {f"{source} (dev)": partial(self._fingerprint, source, "dev") for source in self._dev(run)}
+        found = [self._try(name, look) for name, look in looks.items()]
+        return replace(run, tests=tests) if tests and all(found) else None
 
     def fingerprints(self, run: Run) -> dict[str, Any]:
         """Of everything that a run reads: equal for equal contents, wherever they lie."""
-        given = self.request.data.get("dev_data") or run.tasks
-        sources = [given] if isinstance(given, str) else list(given)
         return {
             "backbone": self._backbone(run.backbone),
             "train": {task: self._fingerprint(task, "train") for task in run.tasks},
-            "dev": {source: self._fingerprint(source, "dev") for source in sources},
+            "dev": {source: self._fingerprint(source, "dev") for source in self._dev(run)},
             "test": {task: self._fingerprint(task, "test") for task in run.tests},
         }
+
+    def _dev(self, run: Run) -> Sequence[str]:
+        """Where a run's dev rows come from."""
+        given = self.request.data.get("dev_data") or run.tasks
+        return [given] if isinstance(given, str) else given
 
     def revisions(self, run: Run) -> dict[str, str]:
         """The commits on the hub of what came from there, by repository."""

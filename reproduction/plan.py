@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from reproduction.grid import Grid
 from reproduction.store import Record
 
-HOUR, MINUTE = 3600, 60
-
 
 def make_plan(grid: Grid, records: Sequence[Record]) -> dict[str, Any]:
     """The runs of a grid with their state, and an estimate from the seconds of finished runs.
-
-    Args:
-        grid: The grid.
-        records: What has been done.
 
     Returns:
         `runs` (each with `label`, `state` and `seconds`), `later` (runs whose settings depend on tries), and `seconds`
@@ -29,13 +24,12 @@ def make_plan(grid: Grid, records: Sequence[Record]) -> dict[str, Any]:
     runs = []
     for run in grid.runs():
         state = "finished" if grid.answers(run) else "failed before" if run.key in grid.failed else "open"
-        runs.append({"label": run.label, "state": state, "seconds": _estimate(run.method, len(run.tasks), timed)})
-    later = [
-        {"label": str(cell), "seconds": _estimate(cell.variant.method, len(cell.tasks), timed)}
-        for cell in grid.waiting()
-    ]
-    left = [one["seconds"] for one in (*runs, *later) if one.get("state") != "finished"]
-    return {"runs": runs, "later": later, "seconds": sum(left) if timed else None}
+        alike = [one for one in timed if one["method"] == run.method] or timed
+        runs.append({"label": run.label, "state": state, "seconds": _median(alike) if alike else None})
+    later = grid.waiting()
+    left = [one["seconds"] for one in runs if one["state"] != "finished"]
+    whole = sum(left) + len(later) * _median(timed) if timed else None
+    return {"runs": runs, "later": later, "seconds": whole}
 
 
 def summary(plan: dict[str, Any]) -> str:
@@ -43,19 +37,9 @@ def summary(plan: dict[str, Any]) -> str:
     finished = sum(one["state"] == "finished" for one in plan["runs"])
     left = len(plan["runs"]) - finished + len(plan["later"])
     seconds = plan["seconds"]
-    about = "" if seconds is None or not left else f", about {_duration(seconds)} in one process"
+    about = "" if seconds is None or not left else f", about {timedelta(seconds=round(seconds))} in one process"
     return f"{finished} runs have finished, {left} are left{about}."
 
 
-def _estimate(method: str, tasks: int, records: Sequence[Record]) -> float | None:
-    """The median of the finished runs that are most alike; `None` without any."""
-    of_method = [record for record in records if record["method"] == method]
-    alike = [record for record in of_method if len(record["tasks"]) == tasks]
-    found = alike or of_method or records
-    return statistics.median(float(record["seconds"]["total"]) for record in found) if found else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= HOUR:
-        return f"{seconds / HOUR:.1f} hours"
-    return f"{seconds / MINUTE:.0f} minutes" if seconds >= 2 * MINUTE else f"{seconds:.0f} seconds"
+def _median(records: Sequence[Record]) -> float:
+    return statistics.median(float(record["seconds"]["total"]) for record in records)

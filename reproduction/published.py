@@ -20,57 +20,39 @@ TABLES: Mapping[str, str] = {
 }
 """The tables whose rows have a number in each column, by where they stand in the file."""
 
-_FILE = Path(__file__).with_name("published.json")
 _TASKS = {"mt_bench_gpt4": "mt-bench"}
 
 
 @cache
 def everything() -> dict[str, Any]:
     """The file as it is."""
-    content: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return content
 
 
-def columns(table: str) -> list[str]:
-    """The columns of one of [`TABLES`], tasks by our names (`arc-easy`), others as in the file (`tunable_m`)."""
-    return [_column(name) for name in everything()[TABLES[table]]["columns"]]
-
-
 def row(table: str, label: str) -> dict[str, float]:
-    """A row of one of [`TABLES`] by column; empty where the paper has no such row.
-
-    Args:
-        table: One of [`TABLES`].
-        label: The row's name in the paper, such as `MiLoRA`, `MiLoRA MT` or `MiLoRA-3 (GeLU)`.
-    """
+    """The row of one of [`TABLES`] with a name such as `MiLoRA MT`, by column; empty where the paper has none."""
     values = everything()[TABLES[table]].get(label)
-    return {} if values is None else dict(zip(columns(table), values, strict=True))
+    return {} if values is None else dict(zip(_columns(table), values, strict=True))
 
 
 def tasks(table: str) -> list[str]:
     """The tasks among the columns of one of [`TABLES`]."""
-    return [name for name in columns(table) if not name.endswith("_m") and name != "avg"]
+    return [name for name in _columns(table) if not name.endswith("_m") and name != "avg"]
 
 
 def table7() -> dict[str, list[dict[str, float]]]:
     """Table 7: by backbone, the two rows, of which the text says that the second, higher one is MiLoRA's."""
-    content = everything()["table7_backbones"]
-    names = [_column(name) for name in content["columns"]]
-    return {
-        backbone: [dict(zip(names, values, strict=True)) for values in pair]
-        for backbone, pair in content.items()
-        if backbone not in ("columns", "note")
-    }
+    content = dict(everything()["table7_backbones"])
+    names = [_column(name) for name in content.pop("columns")]
+    del content["note"]
+    return {on: [dict(zip(names, values, strict=True)) for values in pair] for on, pair in content.items()}
 
 
 def table4() -> dict[str, list[tuple[int, float, int]]]:
     """Table 4: by method's title, (beams, tokens a second, peak memory in MiB)."""
     content = everything()["table4_efficiency_llama2_7b_a40"]
-    return {
-        name: [(int(beam), float(speed), int(memory)) for beam, speed, memory in values]
-        for name, values in content.items()
-        if name != "columns"
-    }
+    return {name: list(map(tuple, values)) for name, values in content.items() if name != "columns"}
 
 
 def dataset(task: str) -> dict[str, int | None]:
@@ -78,6 +60,11 @@ def dataset(task: str) -> dict[str, int | None]:
     content = everything()["table6_datasets"]
     rows: dict[str, list[int | None]] = {_column(name): counts for name, counts in content.items() if name != "columns"}
     return dict(zip(content["columns"], rows[task], strict=True)) if task in rows else {}
+
+
+def _columns(table: str) -> list[str]:
+    """Tasks by our names (`arc-easy`), other columns as in the file (`tunable_m`)."""
+    return [_column(name) for name in everything()[TABLES[table]]["columns"]]
 
 
 def _column(name: str) -> str:

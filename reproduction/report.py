@@ -28,7 +28,6 @@ AVERAGE = "average"
 NOTHING = "-"
 CAPTION = "Accuracy in percent: the median over seeds (the least to the greatest)."
 LOST = "Rows without an answer, without room for one, and too long to train on, all seeds together:"
-AXES = ("figure3", "figure4", "figure5")
 WITH_PARAMETERS = ("table1", "table2")
 
 Table = list[dict[str, Any]]
@@ -95,7 +94,7 @@ def _section(section: Section, measured: Measurements, numbers: Table, folder: P
     parts = []
     path = folder / f"{section.name}.png"
     by_task = shares(section, measured) if section.name == "figure2" else {}
-    if by_task or (section.name in AXES and any(one["seeds"] for one in numbers)):
+    if by_task or (section.comparison.axis and any(one["seeds"] for one in numbers)):
         with writing(path):
             if by_task:
                 share_figure(by_task, section.title, path)
@@ -145,7 +144,8 @@ def _numbers(section: Section, measured: Measurements) -> Table:
     """A row for each number, for programs."""
     if section.name == "figure2":
         return _share_numbers(section, measured)
-    has_average = len(section.columns) > 1 and section.name not in ("table3", "table7", *AXES)
+    comparison = section.comparison
+    has_average = len(section.columns) > 1 and comparison.average and not comparison.axis
     return [
         _number(section, row, column, measured)
         for row in section.rows
@@ -199,11 +199,11 @@ def _paper(section: Section, row: Row, column: str) -> float | None:
     """The paper's number; `None` where it has none."""
     if section.name == "table7":
         # Two rows without names; the text says that the second one is MiLoRA's.
-        pair = published.table7().get(row.group)
+        pair = published.table7().get(row.label.partition(":")[0])
         return None if pair is None else pair[row.variant.method == "milora"].get(column)
     if section.name not in published.TABLES:
         return None
-    return published.row(section.name, row.paper).get("avg" if column == AVERAGE else column)
+    return published.row(section.name, row.label).get("avg" if column == AVERAGE else column)
 
 
 def _paper_heading(section: Section, column: str) -> str:
@@ -250,7 +250,7 @@ def _budgets(grid: Grid, records: Sequence[Record]) -> Table:
     table = []
     for name in METHODS:
         size = grid.size(name) or {}
-        wanted = {**size, **grid.request.method_settings(name)}
+        wanted = {**size, **grid.request.of_method(name)[0]}
         found = [one for one in records if one["method"] == name and _has(one, wanted)]
         if found:
             counts = found[0]["parameters"]

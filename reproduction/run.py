@@ -36,15 +36,9 @@ from reproduction.store import FINISHED, Record, canonical, full_settings
 ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
 """Settings that a run of many has, unless others are asked for."""
 
-PLACES = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "run_name",
-    "logging_dir",
-    "hub_model_id",
-    "hub_token",
-    "deepspeed",
-    "fsdp_config",
+PLACES = frozenset(
+    ("output_dir", "resume_from_checkpoint", "run_name", "logging_dir")
+    + ("hub_model_id", "hub_token", "deepspeed", "fsdp_config")
 )
 """Fields of `TrainingArguments` that say where something is."""
 
@@ -101,11 +95,7 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "revision": revision(),
-        "environment": {
-            name: value
-            for name, value in environment(device).items()
-            if name not in ("seconds", "load_average", "date")
-        },
+        "environment": {k: v for k, v in environment(device).items() if k not in ("seconds", "load_average", "date")},
     }
 
 
@@ -139,11 +129,14 @@ def check_training(grid: Grid) -> None:
     Raises:
         MiLoraError: If training refuses some values.
     """
-    asked = [grid.asked(cell, {}) for cell in grid.cells()] + [
-        run for cell in grid.cells() for _, run in grid.tries(cell)
-    ]
-    for training in {canonical(run.training): run.training for run in asked}.values():
-        training_arguments(training, Path("out"), 0)
+    for cell in grid.cells():
+        for run in (grid.asked(cell, {}), *(run for _, run in grid.tries(cell))):
+            _arguments_once(canonical(run.training))
+
+
+@cache
+def _arguments_once(training: str) -> None:
+    training_arguments(json.loads(training), Path("out"), 0)
 
 
 def _train(run: Run, data: DataArguments, folder: Path) -> Record:

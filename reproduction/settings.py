@@ -16,8 +16,9 @@ from pydantic import PositiveInt as Positive
 
 from milora_core.errors import MiLoraError, did_you_mean
 
-SECTIONS = ("table1", "table2", "table3", "table4", "table5", "table7", "figure2", "figure3", "figure4", "figure5")
 Settings = dict[str, Any]
+TABLE_4 = "table4"
+"""The section that is measured, without runs."""
 
 
 def _as_list(value: Any) -> Any:
@@ -45,7 +46,7 @@ def _method(name: str) -> str:
 def _section(name: Any) -> str:
     """`table1` for `1`, `table1`, `table-1` or `Table 1`."""
     short = str(name).lower().replace(" ", "").replace("-", "")
-    return f"table{short}" if short.isdigit() else short if short in SECTIONS else str(name)
+    return f"table{short}" if short.isdigit() else short if short in (*paper_sections(), TABLE_4) else str(name)
 
 
 TaskName = Annotated[str, AfterValidator(_task)]
@@ -78,10 +79,20 @@ class Limit(Strict):
 
 
 class ComparisonRow(BaseModel):
-    """A method, and any field of its configuration or of `TrainingArguments` to set otherwise."""
+    """A method, and any fields of its configuration or of `TrainingArguments` to set otherwise.
+
+    Attributes:
+        method: One of [`milora.methods.METHODS`].
+        together: Train one adapter for all tasks instead of one for each.
+        x: The place on the axis of a figure, whose lines are the methods.
+        backbone: A name in `other_backbones`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: MethodName
+    together: bool = False
+    x: float | None = None
+    backbone: str = ""
 
     @property
     def overrides(self) -> Settings:
@@ -90,21 +101,32 @@ class ComparisonRow(BaseModel):
 
 
 class Comparison(Strict):
-    """A table of one's own: rows by label, columns by task.
+    """A table or figure.
 
     Attributes:
-        rows: By label, a method and what it has otherwise.
-        title: The table's heading; by default its name.
-        tasks: By default those of the request.
-        together: Train one adapter for all tasks instead of one for each.
+        rows: By label.
+        title: The heading; by default the name.
+        tasks: The columns; by default the request's tasks.
+        average: Whether there is a column of the mean over tasks.
+        axis: The axis of a figure of lines.
+        marked: The paper's place on the axis.
         tune_each_row: Tune every row by itself. By default a row takes the values tuned for its method.
     """
 
     rows: dict[str, ComparisonRow] = Field(min_length=1)
     title: str = ""
     tasks: Tasks = ()
-    together: bool = False
+    average: bool = True
+    axis: str = ""
+    marked: float | None = None
     tune_each_row: bool = False
+
+
+@cache
+def paper_sections() -> dict[str, Comparison]:
+    """The paper's tables and figures by name."""
+    text = Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8")
+    return {name: Comparison(**values) for name, values in yaml.safe_load(text).items()}
 
 
 class Request(Strict):
@@ -131,10 +153,9 @@ class Request(Strict):
 
     @model_validator(mode="after")
     def _agrees(self) -> Request:
-        names = (*SECTIONS, *self.comparisons)
         for name in (*self.sections, *self.limits):
-            _named("section", name, names)
-        if taken := set(SECTIONS) & set(self.comparisons):
+            _named("section", name, (*self.all_comparisons(), TABLE_4))
+        if taken := {*paper_sections(), TABLE_4} & set(self.comparisons):
             raise ValueError(f"comparisons: {min(taken)} is a section of the paper; give the table another name")
         self._check_names()
         return self
@@ -152,17 +173,17 @@ class Request(Strict):
                 if isinstance(value, list | tuple) and name not in self.tune:
                     raise ValueError(f"{method}: {name} is a list of values to try; add it to tune as well")
 
+    def all_comparisons(self) -> dict[str, Comparison]:
+        """The paper's sections and those of the request."""
+        return {**paper_sections(), **self.comparisons}
+
     def chosen_sections(self) -> tuple[str, ...]:
         """The sections that are asked for; without any, all."""
-        return tuple(dict.fromkeys(self.sections)) or (*SECTIONS, *self.comparisons)
+        return tuple(dict.fromkeys(self.sections)) or (*self.all_comparisons(), TABLE_4)
 
-    def method_settings(self, method: str) -> Settings:
-        """The fields of a method's configuration that `methods` sets."""
-        return {k: v for k, v in self.methods.get(method, {}).items() if k in config_fields(method)}
-
-    def method_training(self, method: str) -> Settings:
-        """The fields of training that `methods` sets, lists of values to try included."""
-        return {k: v for k, v in self.methods.get(method, {}).items() if k not in config_fields(method)}
+    def of_method(self, method: str) -> tuple[Settings, Settings]:
+        """The fields that `methods` sets: of the configuration, and of training with lists of values to try."""
+        return split_fields(method, self.methods.get(method, {}))
 
     def to_yaml(self) -> str:
         """The settings that are not at their defaults, without where things are."""
@@ -176,6 +197,13 @@ def config_fields(method: str) -> frozenset[str]:
     from milora.methods import METHODS
 
     return frozenset(one.name for one in fields(METHODS[method].config_class) if one.init)
+
+
+def split_fields(method: str, overrides: Settings) -> tuple[Settings, Settings]:
+    """Fields of a method's configuration, and the others, which are fields of training."""
+    own = config_fields(method)
+    of_method = {name: value for name, value in overrides.items() if name in own}
+    return of_method, {name: value for name, value in overrides.items() if name not in own}
 
 
 @cache

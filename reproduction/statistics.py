@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
+
+import numpy as np
 
 from reproduction.experiments import Row, Section
 from reproduction.grid import Grid
@@ -91,14 +92,14 @@ class Shares:
         experts: Their paths in a block.
         blocks: Their numbers.
         by_block: (blocks, experts): the share of prompts that chose the expert in the block.
-        overall: By expert, the share of all choices in all blocks: the mean over seeds, the least, the greatest.
+        overall: (experts, 3): the share of all choices in all blocks, the least and the greatest seed's.
         seeds: How many.
     """
 
-    experts: tuple[str, ...]
-    blocks: tuple[int, ...]
-    by_block: tuple[tuple[float, ...], ...]
-    overall: tuple[tuple[float, float, float], ...]
+    experts: list[str]
+    blocks: list[int]
+    by_block: list[list[float]]
+    overall: list[list[float]]
     seeds: int
 
 
@@ -113,14 +114,9 @@ def shares(section: Section, measured: Measurements) -> dict[str, Shares]:
 
 
 def _mean_shares(records: Sequence[Mapping[str, Any]]) -> Shares:
-    experts, blocks = tuple(records[0]["experts"]), tuple(records[0]["blocks"])
-    by_block = tuple(
-        tuple(mean(record["share"][row][column] for record in records) for column in range(len(experts)))
-        for row in range(len(blocks))
-    )
-    totals = []
-    for record in records:
-        sums = [sum(row[column] for row in record["share"]) for column in range(len(experts))]
-        totals.append([value / (sum(sums) or 1.0) for value in sums])
-    overall = tuple((mean(values), min(values), max(values)) for values in zip(*totals, strict=True))
-    return Shares(experts, blocks, by_block, overall, len(records))
+    share = np.array([record["share"] for record in records])  # (seeds, blocks, experts)
+    totals = share.sum(axis=1)
+    totals /= np.maximum(totals.sum(axis=1, keepdims=True), 1e-9)
+    overall = np.stack([totals.mean(axis=0), totals.min(axis=0), totals.max(axis=0)], axis=1)
+    experts, blocks = records[0]["experts"], records[0]["blocks"]
+    return Shares(experts, blocks, share.mean(axis=0).tolist(), overall.tolist(), len(records))

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from milora.methods import METHODS
 from milora.records import append_record, drop_half_line, read_records
@@ -25,15 +25,9 @@ FORMAT = 2
 """1: settings without the fields at their defaults, fingerprints of 64 rows. 2: all settings, all rows."""
 
 FINISHED, FAILED = "finished", "failed"
-SPEED_ONLY = (
-    "dataloader_num_workers",
-    "disable_tqdm",
-    "eval_on_start",
-    "logging_steps",
-    "logging_strategy",
-    "per_device_eval_batch_size",
-    "report_to",
-    "use_cpu",
+SPEED_ONLY = frozenset(
+    ("dataloader_num_workers", "disable_tqdm", "eval_on_start", "logging_steps", "logging_strategy")
+    + ("per_device_eval_batch_size", "report_to", "use_cpu")
 )
 """Fields of training that decide how fast a run is or what it prints; records agree without them."""
 
@@ -75,11 +69,7 @@ class Store:
         return self.working / "runs" / digest
 
     def read(self) -> list[Record]:
-        """All records, oldest first. Half a line at the end, left by a full disk, is skipped.
-
-        Raises:
-            DataError: If a whole line is no record.
-        """
+        """All records, oldest first. Half a line at the end, left by a full disk, is skipped."""
         return [record for _, record in read_records(self.path)] if self.path.exists() else []
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -100,41 +90,22 @@ class Store:
                 ) from error
 
 
-def try_lock(lock: FileLock) -> bool:
-    """Takes a lock unless another process has it."""
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
-
-
 def key_of(run: Mapping[str, Any]) -> str:
     """Equal for runs that are the same by what they say, whatever their digests and fingerprints are.
 
-    That is the method, all fields of its configuration, the tasks, the seed, the backbone's name, and how it was
+    That is the backbone's name, the method with all fields of its configuration, the tasks, the seed, and how it was
     trained and tested. Fields that are left out count as their defaults.
-
-    Args:
-        run: A record, or what a cell asks for.
     """
-    training = {name: value for name, value in run["training"].items() if name not in SPEED_ONLY}
+    training = {
+        name: value
+        for name, value in run["training"].items()
+        if name not in SPEED_ONLY and training_defaults().get(name, ...) != value
+    }
     data = {name: value for name, value in run["data"].items() if value is not None}
-    evaluation = {name: run["evaluation"].get(name) for name in ("test_rows", "beams")}
+    tested = [run["evaluation"].get(name) for name in ("test_rows", "beams")]
     settings = full_settings(run["method"], run["settings"])
-    training = {name: value for name, value in training.items() if training_defaults().get(name, ...) != value}
-    return canonical(
-        [
-            backbone_name(run["backbone"]),
-            run["method"],
-            settings,
-            list(run["tasks"]),
-            run["seed"],
-            training,
-            data,
-            evaluation,
-        ]
-    )
+    said = [backbone_name(run["backbone"]), run["method"], settings, run["tasks"], run["seed"], training, data, tested]
+    return canonical(said)
 
 
 def backbone_name(backbone: str) -> str:

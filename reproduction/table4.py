@@ -23,7 +23,6 @@ METHODS = ("base", "dora-cached", "moelora", "milora")
 """DoRA with PEFT's cache: without it DoRA computes the norms of all weights for every token."""
 
 TITLES = {"base": "the backbone alone", "dora-cached": "DoRA (cached)"}
-PAPER = {"dora-cached": "dora"}
 
 
 def table4(folder: Path, say: Callable[[str], None] = lambda _: None, *, measure: bool = True) -> list[dict[str, Any]]:
@@ -64,29 +63,23 @@ def _row(row: Mapping[str, Any], same_beam: list[dict[str, Any]]) -> dict[str, A
     rounds = {other["method"]: other["rounds"] for other in same_beam}
     left_out = disturbed(rounds["base"])
     kept = [index for index in range(len(row["rounds"])) if index not in left_out]
-    speeds = [row["rounds"][index] for index in kept]
-    ratios = [rounds["milora"][index] / row["rounds"][index] for index in kept]
     name, beam = row["method"], row["beam"]
-    printed = {
-        (title, width): (speed, memory)
-        for title, values in published.table4().items()
-        for width, speed, memory in values
-    }
-    paper_name = PAPER.get(name, name)
-    paper = printed.get((method(paper_name).title, beam)) if paper_name != "base" else None
-    ours = printed[method("milora").title, beam]
+    printed = {(title, width): rest for title, values in published.table4().items() for width, *rest in values}
+    title = TITLES.get(name) or method(name).title
+    speed, memory = printed.get((title.removesuffix(" (cached)"), beam), (None, "-"))
+    ours = printed[method("milora").title, beam][0]
     is_milora = name == "milora"
     return {
-        "": TITLES.get(name) or method(name).title,
+        "": title,
         "beam": beam,
         "new tokens": row["new_tokens"],
         "rounds": len(kept),
-        "tokens a second": _spread(speeds, 1),
-        "paper": "-" if paper is None else f"{paper[0]:g}",
-        "MiLoRA's / its": "-" if is_milora else _spread(ratios, 2),
-        "paper's ratio": "-" if is_milora or paper is None else f"{ours[0] / paper[0]:.2f}",
+        "tokens a second": _spread([row["rounds"][index] for index in kept], 1),
+        "paper": "-" if speed is None else f"{speed:g}",
+        "MiLoRA's / its": "-" if is_milora else _spread([rounds["milora"][i] / row["rounds"][i] for i in kept], 2),
+        "paper's ratio": "-" if is_milora or speed is None else f"{ours / speed:.2f}",
         "peak memory, MiB": f"{row['peak_memory_mib']:.0f}",
-        "paper's, MiB": "-" if paper is None else f"{paper[1]}",
+        "paper's, MiB": str(memory),
     }
 
 

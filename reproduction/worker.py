@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from filelock import Timeout
+
 from milora_core.errors import MiLoraError
 from milora_core.files import is_disk_full
 from reproduction.adapter_tests import UnfinishedRunError
 from reproduction.grid import Grid, Run
 from reproduction.inputs import Inputs
 from reproduction.run import execute, revision
-from reproduction.store import FAILED, Record, Store, key_of, try_lock
+from reproduction.store import FAILED, Record, Store, key_of
 
 Execute = Callable[[Run, Path, Inputs], Record]
 Say = Callable[[str], None]
@@ -35,23 +37,10 @@ class Progress:
 
 
 class Worker:
-    """A process's part in a grid.
-
-    Args:
-        grid: The runs.
-        store: Where results are.
-        inputs: What runs read.
-        execute: Makes a run.
-        say: Is told in a line what is done.
-    """
+    """A process's part in a grid: makes its runs with `execute`, and tells `say` in a line what is done."""
 
     def __init__(
-        self,
-        grid: Grid,
-        store: Store,
-        inputs: Inputs,
-        execute: Execute = execute,
-        say: Say = lambda _: None,
+        self, grid: Grid, store: Store, inputs: Inputs, execute: Execute = execute, say: Say = lambda _: None
     ) -> None:
         self._grid = grid
         self._store = store
@@ -98,11 +87,11 @@ class Worker:
             self._impossible |= impossible
             return self._look()
         runs = [found or run for run, found in possible]
-        done = [run for run in runs if self._is_done(run)]
         not_made = [run for run in runs if not self._is_done(run)]
-        open_runs = [run for run in not_made if run.key not in failed and run.key not in self._impossible]
-        self._progress = Progress(len(done), sum(run.key in failed for run in not_made), len(open_runs))
-        return open_runs
+        left = [run for run in not_made if run.key not in failed and run.key not in self._impossible]
+        finished = len(runs) - len(not_made)
+        self._progress = Progress(finished, sum(run.key in failed for run in not_made), len(left))
+        return left
 
     def _is_done(self, run: Run) -> bool:
         """Whether a record answers a run, and was made of the same rows and backbone as are here."""
@@ -120,15 +109,13 @@ class Worker:
     def _try(self, run: Run) -> bool:
         """Makes a run unless another process has it or has made it; returns whether there is a new result."""
         digest = run.digest(self._inputs.fingerprints(run))
-        lock = self._store.lock(digest)
-        if not try_lock(lock):
-            return False
         try:
-            # Another process may have made it since the list of runs was read.
-            if any(one.key == run.key for one in self._look()):
-                self._make(run, digest)
-        finally:
-            lock.release()
+            with self._store.lock(digest).acquire(blocking=False):
+                # Another process may have made it since the list of runs was read.
+                if any(one.key == run.key for one in self._look()):
+                    self._make(run, digest)
+        except Timeout:
+            return False
         return True
 
     def _make(self, run: Run, digest: str) -> None:
@@ -160,10 +147,8 @@ class Worker:
 
 def _agree(recorded: Record, here: Record) -> bool:
     """Whether a run's inputs are those of a record, which may have been tested on more."""
-    splits = ("train", "dev", "test")
-    return recorded["backbone"] == here["backbone"] and all(
-        here[split].items() <= recorded[split].items() for split in splits
-    )
+    parts = [here[split].items() <= recorded[split].items() for split in ("train", "dev", "test")]
+    return recorded["backbone"] == here["backbone"] and all(parts)
 
 
 def _score(of_test: Record) -> str:

@@ -48,16 +48,14 @@ def test_limits_and_methods() -> None:
 
 
 def test_comparisons_set_any_field_of_the_method_or_of_training() -> None:
-    rows = {
-        "mean": {"method": "milora", "pooler": "mean"},
-        "long": {"method": "lora", "max_steps": 9, "r": 4},
-    }
+    rows = {"mean": {"method": "milora", "pooler": "mean"}, "long": {"method": "lora", "max_steps": 9, "r": 4}}
     of = grid(comparisons={"mine": {"rows": rows}}, sections=["mine"], seeds=(3,), tasks=TASKS[:1])
     mean, long = runs(of)
     assert (mean.settings["pooler"], mean.training) == ("mean", {})
     assert (long.settings["r"], long.training, long.seed) == (4, {"max_steps": 9}, 3)
-    together = grid(comparisons={"mine": {"rows": rows, "together": True}}, sections=["mine"], seeds=(3,))
-    assert [(run.tasks, run.tests) for run in runs(together)] == [(TASKS, TASKS)] * 2
+    together = {label: {**row, "together": True} for label, row in rows.items()}
+    of = grid(comparisons={"mine": {"rows": together}}, sections=["mine"], seeds=(3,))
+    assert [(run.tasks, run.tests) for run in runs(of)] == [(TASKS, TASKS)] * 2
 
 
 def test_a_key_changes_with_all_that_decides_the_outcome_and_with_nothing_else() -> None:

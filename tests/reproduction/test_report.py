@@ -165,7 +165,7 @@ def test_the_estimate_is_from_runs_of_the_same_method() -> None:
     # Two are done; LoRA for both tasks takes as long as its others, MiLoRA as long as any.
     assert plan["seconds"] == 15 + 3 * 15
     assert [one["state"] for one in plan["runs"]].count("finished") == 2
-    assert summary(plan) == "2 runs have finished, 4 are left, about 60 seconds in one process."
+    assert summary(plan) == "2 runs have finished, 4 are left, about 0:01:00 in one process."
 
 
 @pytest.mark.parametrize(("settings", "folder"), [("bundled", ""), ("bundled-240", "240-steps")])
