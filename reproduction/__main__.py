@@ -8,8 +8,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 from milora_core.errors import MiLoraError, importing
@@ -58,7 +60,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     with importing("reproduction", "python -m reproduction"):
         from reproduction.grid import Grid
-        from reproduction.plan import make_plan, summary
         from reproduction.settings import parse_overrides, read_request
         from reproduction.store import Store
 
@@ -74,17 +75,16 @@ def _run(options: argparse.Namespace) -> int:
     # Records of format 1 do not say which sizes the budget came to.
     needs_config = works or any(record.get("format", 1) == 1 for record in records)
     grid = Grid(request, records, partial(_config, network=works) if needs_config else lambda backbone: None)
-    plan = make_plan(grid, records)
+    runs = _plan(grid, records)
+    left = sum(run["state"] != "finished" for run in runs)
+    seconds = [float(record["seconds"]["total"]) for record in records if record["status"] == "finished"]
+    about = f", about {timedelta(seconds=round(left * median(seconds)))} in one process" if seconds and left else ""
+    summary = f"{len(runs) - left} runs have finished, {left} are left{about}."
     if options.dry_run:
-        if options.json:
-            print(json.dumps(plan, ensure_ascii=False))
-        else:
-            states = [(one["state"], one["label"]) for one in plan["runs"]]
-            for state, label in (*states, *(("after tuning", label) for label in plan["later"])):
-                print(f"{state:13}  {label}")
-            print(summary(plan))
+        lines = [f"{run['state']:13}  {run['label']}" for run in runs]
+        print(json.dumps({"runs": runs, "summary": summary}) if options.json else "\n".join([*lines, summary]))
         return 0
-    _say(summary(plan))
+    _say(summary)
     failed, missing = _work(grid, store) if works else (0, {})
     from reproduction.report import write_report
     from reproduction.table4 import table4
@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
     grid.see(store.read())
     speed = partial(table4, say=_say, measure=works) if "table4" in request.chosen_sections() else None
     report = write_report(grid, store.folder, speed)
-    result = {"report": str(report.path), "files": report.files, "errors": report.errors}
+    result: dict[str, Any] = {"report": str(report.path), "files": report.files, "errors": report.errors}
     result |= {"failed": failed, "missing": missing}
     print(json.dumps(result, ensure_ascii=False) if options.json else f"report in {report.path}")
     for message in report.errors:
@@ -100,6 +100,18 @@ def _run(options: argparse.Namespace) -> int:
     if failed:
         _say(f"{failed} runs failed; the report says why, and the same command tries them again.")
     return 1 if failed or report.errors else 0
+
+
+def _plan(grid: Any, records: Any) -> list[dict[str, str]]:
+    """Every run with its state; `after tuning` where its settings depend on tries."""
+    grid.see(records, lambda key: True)
+    runs = [
+        (run.label, "finished" if grid.answers(run) else "failed before" if run.key in grid.failed else "open")
+        for run in grid.runs()
+    ]
+    return [
+        {"label": label, "state": state} for label, state in (*runs, *((one, "after tuning") for one in grid.waiting()))
+    ]
 
 
 def _work(grid: Any, store: Any) -> tuple[int, dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +106,10 @@ class AdapterTests:
             seed=self._run.seed,
             batch_size=self._run.evaluation["batch_size"],
             output_dir=self._folder,
-            judging=replace(self._judging, url=None),
+            judging=self._judging,
         )
-        task = MtBench(self._data_dir)
-        evaluate(self._model, self._tokenizer, task, settings)
         try:
-            # The answers exist: an error from here on is the judge's.
-            found = evaluate(self._model, self._tokenizer, task, replace(settings, judging=self._judging))
+            found = evaluate(self._model, self._tokenizer, MtBench(self._data_dir), settings)
         except MiLoraError as error:
             raise UnfinishedRunError(str(error)) from error
         if found["failed"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from reproduction.settings import Comparison, Limit, Request, Settings, split_fields
@@ -91,7 +91,9 @@ def sections(request: Request) -> list[Section]:
 
 def _section(name: str, comparison: Comparison, request: Request) -> Section:
     limit = request.limits.get(name, Limit())
-    columns = _columns(limit.tasks or request.tasks, comparison.tasks)
+    # The section's own tasks; those of them that are named; or where none of them is, all that are named.
+    named, own = limit.tasks or request.tasks, comparison.tasks
+    columns = tuple(task for task in named if task in own) or named or own
     rows = []
     for label, row in comparison.rows.items():
         is_left_out = request.only_methods and row.method not in request.only_methods
@@ -103,24 +105,10 @@ def _section(name: str, comparison: Comparison, request: Request) -> Section:
         backbone = request.other_backbones.get(row.backbone, "")
         tuned = label if comparison.tune_each_row else ""
         variant = Variant(label, row.method, settings, training, backbone, tuned)
-        seeds = limit.seeds or request.seeds
-        cells = {
-            task: _cells(variant, request, columns if row.together else _train(task), task, seeds) for task in columns
-        }
+        cells = {}
+        for task in columns:
+            trained = columns if row.together else (INSTRUCTIONS,) if task in INSTRUCTION_TESTS else (task,)
+            on = backbone or request.backbone
+            cells[task] = tuple(Cell(variant, on, trained, task, seed) for seed in limit.seeds or request.seeds)
         rows.append(Row(variant, cells, row.x))
     return Section(name, comparison, columns, tuple(rows))
-
-
-def _columns(named: tuple[str, ...], own: tuple[str, ...]) -> tuple[str, ...]:
-    """A section's own tasks; those of them that are named; or where none of them is, all that are named."""
-    return tuple(name for name in named if name in own) or named or own
-
-
-def _train(task: str) -> tuple[str, ...]:
-    return (INSTRUCTIONS,) if task in INSTRUCTION_TESTS else (task,)
-
-
-def _cells(
-    variant: Variant, request: Request, tasks: tuple[str, ...], test: str, seeds: Sequence[int]
-) -> tuple[Cell, ...]:
-    return tuple(Cell(variant, variant.backbone or request.backbone, tasks, test, seed) for seed in seeds)

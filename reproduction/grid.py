@@ -211,13 +211,14 @@ class Grid:
         return [_joined(same) for same in found.values()]
 
     def waiting(self) -> list[str]:
-        """Labels of the cells whose run cannot be named before their tries are done; the first seed's may be a try."""
-        return list(dict.fromkeys(str(cell) for cell in self.cells() if self.run(cell) is None and self._is_open(cell)))
-
-    def _is_open(self, cell: Cell) -> bool:
-        tries = [run for _, run in self.tries(cell)]
-        possible = {self.asked(cell, values).key for values, _ in self.tries(cell)}
-        return any(self._waits(run.key) for run in tries) and not possible <= {run.key for run in tries}
+        """The runs that cannot be named before tries are done, by a label each."""
+        found: dict[str, str] = {}
+        for cell in self.cells():
+            tries = self.tries(cell)
+            if self.run(cell) is None and any(self._waits(run.key) for _, run in tries):
+                found.setdefault(self.asked(cell, tries[0][0]).key, str(cell))
+        tried = {run.key for cell in self.cells() for _, run in self.tries(cell)}
+        return [label for key, label in found.items() if key not in tried]
 
     def cells(self) -> list[Cell]:
         """The cells of all sections."""

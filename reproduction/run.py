@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -24,10 +24,9 @@ from milora.benchmark.environment import environment
 from milora.methods import METHODS, parameter_counts
 from milora.training import DataArguments, MethodArguments, TrainingArguments, train
 from milora.training.checkpoints import last_checkpoint
-from milora.training.result import versions
+from milora.training.result import RESULT_FILE, versions
 from milora.training.run import load_for_training
 from milora_core.errors import MiLoraError
-from milora_core.files import write_text
 from reproduction.adapter_tests import AdapterTests
 from reproduction.grid import Grid, Run
 from reproduction.inputs import Inputs, backbone_config
@@ -36,14 +35,8 @@ from reproduction.store import FINISHED, Record, canonical, full_settings
 ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
 """Settings that a run of many has, unless others are asked for."""
 
-PLACES = frozenset(
-    ("output_dir", "resume_from_checkpoint", "run_name", "logging_dir")
-    + ("hub_model_id", "hub_token", "deepspeed", "fsdp_config")
-)
+PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "logging_dir", "hub_model_id", "hub_token", "deepspeed")
 """Fields of `TrainingArguments` that say where something is."""
-
-TRAINED_FILE = "trained.json"
-"""In a run's folder once its adapter is complete: the training's part of the record."""
 
 
 def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
@@ -141,29 +134,29 @@ def _arguments_once(training: str) -> None:
 
 def _train(run: Run, data: DataArguments, folder: Path) -> Record:
     """Trains, unless the folder has a complete adapter; the training's part of the record."""
-    path = folder / TRAINED_FILE
-    if path.is_file():
-        trained: Record = json.loads(path.read_text(encoding="utf-8"))
-        return {**trained, "resumed_from_step": trained["steps"]}
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    arguments = training_arguments(run.training, folder, run.seed, resume=checkpoint is not None)
-    method = MethodArguments(method=run.method, settings={k: v for k, v in run.settings.items() if v is not None})
-    # The trainer prints a line at every log.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        result = train(data, method, arguments)
-    trained = {
-        "full_training": _full_training(arguments),
-        "dev_perplexity": result.dev_perplexity_best,
-        "steps": result.steps,
-        "resumed_from_step": None if checkpoint is None else int(checkpoint.name.rpartition("-")[2]),
-        "epochs": result.epochs,
-        "rows": {"train": result.train_rows, "dev": result.dev_rows, "left_out": result.skipped_rows},
-        "parameters": result.tunable_parameters,
+    path = folder / RESULT_FILE
+    is_complete = path.is_file()
+    if not is_complete:
+        checkpoint = last_checkpoint(folder)
+        if checkpoint is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        arguments = training_arguments(run.training, folder, run.seed, resume=checkpoint is not None)
+        method = MethodArguments(method=run.method, settings={k: v for k, v in run.settings.items() if v is not None})
+        # The trainer prints a line at every log.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(data, method, arguments)
+    trained = json.loads(path.read_text(encoding="utf-8"))
+    result, resumed_from = trained["results"], trained["results"]["resumed_from"]
+    step = None if resumed_from is None else int(resumed_from.rpartition("-")[2])
+    return {
+        "full_training": _full_training(trained["training"]),
+        "dev_perplexity": result["dev_perplexity_best"],
+        "steps": result["steps"],
+        "resumed_from_step": result["steps"] if is_complete else step,
+        "epochs": result["epochs"],
+        "rows": {"train": result["train_rows"], "dev": result["dev_rows"], "left_out": result["skipped_rows"]},
+        "parameters": result["tunable_parameters"],
     }
-    write_text(path, json.dumps(trained) + "\n")
-    return trained
 
 
 def _settings(run: Run) -> Record:
@@ -172,14 +165,9 @@ def _settings(run: Run) -> Record:
     return {**(full_settings(run.method, run.settings) if own else {}), **run.settings}
 
 
-def _full_training(arguments: TrainingArguments) -> Record:
+def _full_training(arguments: Record) -> Record:
     """All settings of the training but those at TRL's own defaults, which its version tells."""
     own = TrainingArguments.__annotations__
-    defaults = {one.name: one.default for one in fields(SFTConfig) if one.default is not MISSING}
-    return {
-        name: value
-        for name, value in arguments.to_dict().items()
-        if name not in PLACES
-        and (name in own or value != defaults.get(name, MISSING))
-        and (value is None or isinstance(value, bool | int | float | str))
-    }
+    defaults = {one.name: one.default for one in fields(SFTConfig)}
+    told = {name: value for name, value in arguments.items() if name in own or value != defaults.get(name, ...)}
+    return {name: value for name, value in told.items() if name not in PLACES and not isinstance(value, dict | list)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import NonNegativeInt as Natural
 from pydantic import PositiveInt as Positive
 
+from milora.methods import METHODS
+from milora.tasks import registry
 from milora_core.errors import MiLoraError, did_you_mean
 
 Settings = dict[str, Any]
@@ -25,22 +27,11 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-def _named(kind: str, name: str, names: Sequence[str]) -> str:
+def _named(kind: str, name: str, names: Iterable[str]) -> str:
+    names = list(names)
     if name not in names:
         raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}")
     return name
-
-
-def _task(name: str) -> str:
-    from milora.tasks import registry
-
-    return _named("task", name, registry.names())
-
-
-def _method(name: str) -> str:
-    from milora.methods import METHODS
-
-    return _named("method", name, list(METHODS))
 
 
 def _section(name: Any) -> str:
@@ -49,8 +40,8 @@ def _section(name: Any) -> str:
     return f"table{short}" if short.isdigit() else short if short in (*paper_sections(), TABLE_4) else str(name)
 
 
-TaskName = Annotated[str, AfterValidator(_task)]
-MethodName = Annotated[str, AfterValidator(_method)]
+TaskName = Annotated[str, AfterValidator(lambda name: _named("task", name, registry.names()))]
+MethodName = Annotated[str, AfterValidator(lambda name: _named("method", name, METHODS))]
 Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_as_list)]
 Seeds = Annotated[tuple[Natural, ...], BeforeValidator(_as_list), Field(min_length=1)]
 Tried = Annotated[tuple[Any, ...], BeforeValidator(_as_list), Field(min_length=1)]
@@ -194,8 +185,6 @@ class Request(Strict):
 @cache
 def config_fields(method: str) -> frozenset[str]:
     """The fields of a method's configuration."""
-    from milora.methods import METHODS
-
     return frozenset(one.name for one in fields(METHODS[method].config_class) if one.init)
 
 

@@ -25,9 +25,9 @@ FORMAT = 2
 """1: settings without the fields at their defaults, fingerprints of 64 rows. 2: all settings, all rows."""
 
 FINISHED, FAILED = "finished", "failed"
-SPEED_ONLY = frozenset(
-    ("dataloader_num_workers", "disable_tqdm", "eval_on_start", "logging_steps", "logging_strategy")
-    + ("per_device_eval_batch_size", "report_to", "use_cpu")
+SPEED_ONLY = (
+    *("dataloader_num_workers", "disable_tqdm", "eval_on_start", "logging_steps", "logging_strategy", "report_to"),
+    *("per_device_eval_batch_size", "use_cpu"),
 )
 """Fields of training that decide how fast a run is or what it prints; records agree without them."""
 

@@ -8,8 +8,11 @@ import math
 import pytest
 from support.grids import TASKS, grid, record
 
+from milora.methods import METHODS
 from milora.tuners.milora.config import activations_by_block
 from reproduction.grid import Grid, Run
+from reproduction.run import _settings
+from reproduction.store import key_of
 
 ALWAYS = lambda key: True  # noqa: E731
 
@@ -192,6 +195,8 @@ def test_halves_of_the_blocks() -> None:
     assert activations_by_block("gelu|relu", 4) == ["gelu", "gelu", "relu", "relu"]
 
 
-@pytest.mark.parametrize("name", ["lora", "milora", "adalora", "ssp"])
-def test_every_method_has_a_key(name: str) -> None:
-    assert runs(grid(sections=["table1"], only_methods=[name]))[0].key
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_found_again(name: str) -> None:
+    run = runs(grid(sections=["table1"], only_methods=[name], seeds=(0,)))[0]
+    made = {**run.says, "settings": _settings(run)}
+    assert key_of(json.loads(json.dumps(made))) == run.key, "a record with all defaults answers"

@@ -15,7 +15,6 @@ from support.grids import grid, record
 from reproduction import __main__ as command
 from reproduction import inputs
 from reproduction.grid import Grid
-from reproduction.plan import make_plan, summary
 from reproduction.report import write_report
 from reproduction.statistics import Summary
 
@@ -155,17 +154,6 @@ def test_pictures(tmp_path: Path) -> None:
     }
     assert overall["bundled-choice", "a.q_proj"] == 0.75
     assert table(text, "Figure 2")[1] == ["bundled-choice", "75.0%", "25.0%"]
-
-
-def test_the_estimate_is_from_runs_of_the_same_method() -> None:
-    of = grid(sections=["table2"], only_methods=["lora", "milora"], seeds=(0,))
-    assert make_plan(of, [])["seconds"] is None
-    lora = [run for run in of.runs() if run.method == "lora" and len(run.tasks) == 1]
-    plan = make_plan(of, [record(run, seconds={"total": total}) for run, total in zip(lora, (10, 20), strict=True)])
-    # Two are done; LoRA for both tasks takes as long as its others, MiLoRA as long as any.
-    assert plan["seconds"] == 15 + 3 * 15
-    assert [one["state"] for one in plan["runs"]].count("finished") == 2
-    assert summary(plan) == "2 runs have finished, 4 are left, about 0:01:00 in one process."
 
 
 @pytest.mark.parametrize(("settings", "folder"), [("bundled", ""), ("bundled-240", "240-steps")])
