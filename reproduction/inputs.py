@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from milora.backbone.hub_files import commit_of
 from milora.backbone.loading import locate
 from milora.backbone.shapes import SHAPES, shape_config
 from milora.tasks import registry
@@ -34,7 +35,7 @@ class Inputs:
         self.missing: dict[str, str] = {}
         """Why inputs are missing, by the input's name. Filled as runs are looked at."""
         self._fingerprint = cache(self._rows_fingerprint)
-        self._backbone = cache(_backbone_fingerprint)
+        self._backbone = cache(partial(_backbone_fingerprint, revision=request.data.get("model_revision", "main")))
 
     def possible(self, run: Run) -> Run | None:
         """A run with the tests that can be made; `None` where something that it needs is missing."""
@@ -61,12 +62,12 @@ class Inputs:
 
     def revisions(self, run: Run) -> dict[str, str]:
         """The commits on the hub of what came from there, by repository."""
-        found = {run.backbone: hub_revision(run.backbone, "model")} if not _is_local(run.backbone) else {}
+        found: dict[str, str | None] = {} if _is_local(run.backbone) else {run.backbone: self._backbone(run.backbone)}
         for name in (*run.tasks, *run.tests) if self.request.data_dir is None else ():
             task = registry.get(name)
             repository = getattr(task, "hub_id", MT_BENCH_HUB_ID if name == MT_BENCH else None)
             if repository is not None:
-                found[repository] = hub_revision(repository, "dataset")
+                found[repository] = dataset_revision(repository)
         return {name: revision for name, revision in found.items() if revision is not None}
 
     def _is_tested(self, run: Run, test: str) -> bool:
@@ -122,23 +123,22 @@ def backbone_config(backbone: str, *, network: bool) -> Any:
         raise MiLoraError(f"The backbone {backbone} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-def hub_revision(repository: str, kind: str) -> str | None:
-    """The commit of a hub repository that was read last, from the hub's cache; `None` where nothing is cached."""
+def dataset_revision(repository: str) -> str | None:
+    """The commit of a hub data set that was read last, from the hub's cache; `None` where nothing is cached."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
-    snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind) / "snapshots"
+    snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="dataset") / "snapshots"
     found = sorted(snapshots.glob("*"), key=lambda path: path.stat().st_mtime)
     return found[-1].name if found else None
 
 
-def _backbone_fingerprint(backbone: str) -> str:
+def _backbone_fingerprint(backbone: str, revision: str = "main") -> str:
     """Of a folder its files' sizes and ends, wherever it lies; of a hub id its commit."""
     if not _is_local(backbone):
         if backbone in SHAPES:
             raise MiLoraError(f"{backbone} is a shape without weights; name a folder or a hub id as backbone")
-        config = backbone_config(backbone, network=True)
-        return str(getattr(config, "_commit_hash", None) or backbone)
+        return commit_of(backbone, revision) or revision
     digest = hashlib.blake2b(digest_size=8)
     folder = Path(locate(backbone))
     if not (folder / "config.json").is_file():

@@ -13,7 +13,7 @@ from support.tokenizer import save_backbone
 from milora_core.errors import MiLoraError
 from reproduction import inputs
 from reproduction.grid import Run
-from reproduction.inputs import Inputs, backbone_config, hub_revision
+from reproduction.inputs import Inputs, backbone_config, dataset_revision
 from reproduction.settings import read_request
 
 ROWS = 200
@@ -101,10 +101,15 @@ def test_what_is_missing_is_named_and_takes_away_no_more_than_it_must(tmp_path: 
 def test_revisions_come_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "datasets--google--boolq" / "snapshots" / "abc").mkdir(parents=True)
-    assert hub_revision("google/boolq", "dataset") == "abc"
-    assert hub_revision("google/boolq", "model") is None
+    assert dataset_revision("google/boolq") == "abc"
+    assert dataset_revision("nobody/rows") is None
     of = grid(sections=["table1"], only_methods=["lora"], tasks=["boolq"], seeds=(0,))
     assert Inputs(of.request).revisions(of.runs()[0]) == {"google/boolq": "abc"}
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(inputs, "commit_of", lambda *of: asked.append(of) or "def")
+    of = grid(sections=["table1"], only_methods=["lora"], seeds=(0,), backbone="a/b", data={"model_revision": "v2"})
+    assert Inputs(of.request).revisions(of.runs()[0]) == {"a/b": "def"}
+    assert asked == [("a/b", "v2")]
 
 
 def test_a_configuration_without_the_network() -> None:
