@@ -5,10 +5,14 @@ import random
 
 import pytest
 import torch
+from support.data import DATA_DIR  # noqa: F401, reads MILORA_DATA_DIR
 
 # Set before anything imports transformers or huggingface_hub, which read them once. No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+# It says where the tests find data; the commands that they run get a folder by flag, or none.
+os.environ.pop("MILORA_DATA_DIR", None)
 
 # The models are so small that a second thread costs more than it computes.
 torch.set_num_threads(1)

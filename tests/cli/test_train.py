@@ -149,11 +149,6 @@ def test_rows_that_do_not_fit_are_counted_and_never_cut(
         ({"task": "arc-esy"}, "did you mean 'arc-easy'"),
         ({"activation_training": "both"}, "invalid choice: 'both'"),
         ({"dev_fraction": 0.0}, "--activation_training joint or frozen"),
-        pytest.param(
-            {"load_in_4bit": True},
-            "--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes",
-            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"),
-        ),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -165,6 +160,15 @@ def test_a_mistake_is_one_line(
     assert last.startswith("milora: ")
     assert complaint in last
     assert captured.out == ""
+
+
+def test_missing_bitsandbytes_is_named(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    assert main(flags(backbone, rows_file(tmp_path), tmp_path / "out", load_in_4bit=True)) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("--load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.\n")
 
 
 @pytest.mark.parametrize(

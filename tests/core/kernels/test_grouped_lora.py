@@ -235,17 +235,16 @@ def in_triton(case: dict[str, Any]) -> Tensor:
 
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-needs_interpreter = pytest.mark.skipif(not is_interpreted(), reason="runs in the process that interprets Triton")
 
 
-@needs_interpreter
+@pytest.mark.interpreted
 @settings(deadline=None, max_examples=25)
 @given(cases(dtypes=(torch.float32, torch.bfloat16)))
 def test_triton_is_the_loop_over_rows(case: Case) -> None:
     assert_right(in_triton(case), case)
 
 
-@needs_interpreter
+@pytest.mark.interpreted
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_triton_with_several_blocks_of_everything(tokens: int) -> None:
     # d_in beyond one piece, d_out beyond one block, more tokens than a block where there are several.
@@ -254,7 +253,7 @@ def test_triton_with_several_blocks_of_everything(tokens: int) -> None:
     assert_right(in_triton(case), case)
 
 
-@needs_interpreter
+@pytest.mark.interpreted
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_triton_reads_no_weights_of_idle_rows(tokens: int) -> None:
     case = make_case(**{**SMALL, "tokens": tokens})
@@ -263,7 +262,7 @@ def test_triton_reads_no_weights_of_idle_rows(tokens: int) -> None:
     assert not in_triton(case).isnan().any()
 
 
-@needs_interpreter
+@pytest.mark.interpreted
 def test_triton_with_views_and_types() -> None:
     case = make_case(**SMALL)
     spread = {name: case[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "result")}
