@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from milora.tasks.task import Task
 
 BUSY = "wait until it ends, or give another --output-dir"
+INTERVAL = "95 % interval"
 
 
 def command(
@@ -195,7 +196,7 @@ def table(
         strict: [_share(result.get("accuracy")) for result in results.values()],
         "score of 10": [_decimal(result.get("score")) for result in results.values()],
         "win rate": [_share(result.get("pairwise", {}).get("win_rate")) for result in results.values()],
-        "95 % interval": [_interval(result.get("interval")) for result in results.values()],
+        INTERVAL: [_interval(result.get("interval")) for result in results.values()],
         theirs: by_their_rule,
         "groups": [_number(len(result.get("groups", ())) or None) for result in results.values()],
         "unparsed": [_number(result.get("unparsed")) for result in results.values()],
@@ -209,7 +210,9 @@ def table(
     result = Table(show_footer=mean is not None and len(results) > 1)
     for name in shown:
         footer = {"task": "mean", strict: _share(mean), theirs: _share(llm_adapters_mean)}.get(name, "")
-        result.add_column(name, footer=footer, justify="left" if name == "task" else "right", no_wrap=True)
+        # The other headers may take two lines; their cells are single words.
+        whole = name in ("task", INTERVAL)
+        result.add_column(name, footer=footer, justify="left" if name == "task" else "right", no_wrap=whole)
     for cells in zip(*shown.values(), strict=True):
         result.add_row(*cells)
     return result

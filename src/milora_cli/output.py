@@ -71,7 +71,13 @@ def reserved(outputs: Sequence[Path], example: str) -> Iterator[None]:
 def print_table(table: Table) -> None:
     """Prints a table on standard output without cutting a word: in a narrow terminal it is wider than the window."""
     console = Console()
-    wanted = Console(width=WIDEST).measure(table)
+    wide = Console(width=WIDEST)
+    for column in table.columns:
+        if column.no_wrap:
+            # rich cuts these before it lets a table be too wide.
+            texts = [column.header, *column.cells, column.footer]
+            column.min_width = max(wide.measure(text).maximum for text in texts)
+    wanted = wide.measure(table)
     console.width = max(console.width, wanted.minimum) if console.is_terminal else wanted.maximum
     console.print(table)
 

@@ -7,7 +7,9 @@ import pytest
 
 from milora.backbone.shapes import shape_config
 from milora.methods import parameter_counts
+from milora_cli.evaluate import table
 from milora_cli.main import main
+from milora_cli.output import print_table
 
 
 def test_json_is_one_object_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +42,17 @@ def test_a_narrow_terminal_cuts_nothing(capfd: pytest.CaptureFixture[str], monke
         out = capfd.readouterr().out
         assert "…" not in out
         assert all(text in out for text in ("Learned-Adapter", "P-tuning v2", "activated", "differs"))
+
+
+def test_what_may_not_wrap_is_whole_too(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    result = {"rows": 3, "accuracy": 0.0, "interval": (0.0, 0.561), "unparsed": 3}
+    print_table(table({"bundled-choice": result, "arc-challenge": result}, 0.0))
+    out = capfd.readouterr().out
+    assert "…" not in out
+    assert all(text in out for text in ("bundled-choice", "95 % interval", "0.0% - 56.1%", "unparsed", "mean"))
 
 
 def test_another_backbone_has_none(
