@@ -31,7 +31,10 @@ _REACH = 400
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 
 _MARKS = r"[\s*_`\"'$:,>=#-]*"
-_FILLERS = "the|most|likely|correct|right|best|option|choice|answer|letter|therefore|thus|indeed|still|then|[a-z]+ly"
+_FILLERS = (
+    "the|most|likely|correct|right|best|option|choice|answer|letter|therefore|thus|indeed|still|then|to be|going"
+    "|[a-z]+ly"
+)
 _LEAD = rf"{_MARKS}(?:(?:{_FILLERS})\b{_MARKS}){{0,6}}"
 _BRACKETED = r"[(\[]\s*([A-Za-z])\s*[)\]]"
 _FOLLOWED = (
@@ -49,12 +52,17 @@ _STATED = re.compile(
     r"|believe|guess|say|option|choice|answer|letter)\b)"
     rf"(?:(?i:{_LEAD}))(?:{_BRACKETED}|(?:([B-HJ-Z])|([AI]))(?:{_END}|{_FOLLOWED}))"
     rf"|\b(?:is|must be)(?:{_BRACKETED}|\s+([B-HJ-Z]))(?=\s*[.!]?\s*(?:$|\n))"
+    r"|(?:;|\b(?:wrong|incorrect|right|correct|possible|false)[,.])"
+    rf"\s+(?:{_BRACKETED}|([A-HJ-Z]))(?=\s*[.!]?\s*$)"
     rf"|(?:{_BRACKETED}|(?<![\w'])([A-H])(?!\w|'\w)[)\]]?)"
     r"(?=\s+(?:is|must be|has to be|would be|seems)\s+(?:(?:the|clearly|probably|definitely)\s+)*"
     r"(?i:correct|right|best|answer|true)\b)"
 )
 _IN_BRACKETS = re.compile(r"(?<![/\w])\(([A-Z])\)(?!\s*/)")
-_JOINT = rf"{_MARKS}(?:/|\bor\b|\band\b|\bnor\b|,|&)(?:{_MARKS}(?:\b(?:or|and|nor|perhaps|maybe|possibly)\b))?{_MARKS}"
+_JOINT = (
+    rf"{_MARKS}(?:/|\band/or\b|\bor\b|\band\b|\bnor\b|,|&)"
+    rf"(?:{_MARKS}(?:\b(?:or|and|nor|perhaps|maybe|possibly)\b))?{_MARKS}"
+)
 _ANOTHER = re.compile(rf"(?i:{_JOINT}(?:(?:option|choice|answer|letter)\s+)?)(?:{_BRACKETED}|([A-Z])(?![\w']))")
 _BESIDE = re.compile(rf"[)\]]?{_JOINT}[(\[]?")
 _THAT = re.compile(r"\s+that\b[^.!?;\n]{0,80}$")
@@ -73,7 +81,7 @@ class Labels:
         # "answer2" is also written "answer 2" or "answer-2", and a space in a label also as an underscore.
         words = (re.findall(r"[^\W\d_]+|\d+", label) for label in self._labels.values())
         forms = sorted(("[ _-]?".join(parts) for parts in words), key=len, reverse=True)
-        self._pattern = re.compile(rf"(?<![\w/])(?!{_NO_LABEL})(?:{'|'.join(forms)})(?![\w/])")
+        self._pattern = re.compile(rf"(?<![\w/])(?<!\bnon-)(?<!\bun-)(?!{_NO_LABEL})(?:{'|'.join(forms)})(?![\w/])")
 
     def find(self, text: str) -> str | None:
         """The label that a text gives, or `None`.
@@ -199,7 +207,11 @@ def _one_letter(found: list[re.Match[str]], text: str, letters: str) -> str | No
 
 
 def _lists_choices(text: str, letters: str) -> bool:
-    return all(re.search(rf"(?<!\w){letter}\s*[.):\]]", text) for letter in letters[:2])
+    """Whether the first two letters are there in their order, as in "(A) 21 (B) 20", and not "(A), not (B)"."""
+    first, second = (re.compile(rf"(?<!\w){letter}\s*[.):\]]") for letter in letters[:2])
+    found = first.search(text)
+    other = second.search(text, found.end()) if found else None
+    return other is not None and not is_denied(text, other.start(), other.end())
 
 
 def _group(found: re.Match[str]) -> str:

@@ -7,7 +7,7 @@ import re
 _AUXILIARY = "is|are|was|were|do|does|did|ca|can|could|wo|would|should|must|has|have|had|ai|might|need"
 # "No" alone answers a question: "no, it is true".
 _NEGATOR = (
-    r"(?:\b(?:not|cannot|never|neither|nor|hardly|scarcely|rarely|seldom|nowhere|nobody|no one|none|lie|myth"
+    r"(?:\b(?:not|cannot|never|neither|nor|hardly|scarcely|rarely|seldom|nowhere|nothing|nobody|no one|none|lie|myth"
     r"|misconception|unlikely|impossible|improbable|doubt(?:s|ed|ful|ing)?|disagree[sd]?|fails?|refuse[sd]?|except|unless"
     r"|if|whether|exclud(?:e|es|ed|ing)|eliminat\w+|reject\w*|avoid\w*|deny|denies|denied|disprov\w+|refut\w+|far from"
     r"|rather than|instead of|other than|opposed to|rul(?:e|ed|es|ing) out|no way|no longer|no reason|by no means|in no"
@@ -63,6 +63,7 @@ _DENIED_BEHIND = re.compile(
     rf"{_CLOSING}(?:\([^()]*\)\s*)?(?:"
     rf":\s*(?:wrong|incorrect|false|no)\b|{_VERB}{_ADVERB}{{0,3}}\s+{_WRONG}|{_VERB}(?:n'?t|not)\b|(?:ca|wo)n'?t\b"
     r"|cannot\b|(?:the\s+)?(?:wrong|incorrect)\b|fails?\b|makes? no sense|contradicts?\b"
+    r"|[.,;\s-]{1,5}(?:no,|no wait\b|or rather\b|i mean\b)"
     r"|,?\s*but\s+(?:it|that|this)(?:'s|\s+is)?(?:n't|\s+not|\s+wrong|\s+incorrect)\b(?!\s+(?:always|only|just|all)))"
 )
 _SINGULAR = re.compile(rf"{_CLOSING}(?:is|was|seems|looks|has|does)(?:n't)?\b")

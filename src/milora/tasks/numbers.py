@@ -28,7 +28,7 @@ _VALUE = rf"(?:{_MIXED}|{_DECIMAL}(?:{_SCIENTIFIC}|\^\s?{_EXPONENT}|/[-+]?{_DECI
 # Not inside a word ("x2"), a date, a time, a ratio or a version, and no ordinal, exponent, root or multiple of one.
 _NUMBER = (
     rf"(?<![\w^\u221a])(?<!\u221a )(?<!-\()(?<![0-9][.,/:'])(?:{_SIGN}{_CURRENCY}?|{_CURRENCY}[-+]?)?{_VALUE}"
-    r"(?![.,/:'_]?[0-9]|/[-+]|[eE][-+]?[0-9]|(?:st|nd|rd|th)\b|\s?\^|\s?(?:[\u221a\u03c0]|\\pi)|'[0-9])"
+    r"(?!\s?[x*\u00d7\u00b7]\s?10\s?\^|[.,/:'_]?[0-9]|/[-+]|[eE][-+]?[0-9]|(?:st|nd|rd|th)\b|\s?\^|\s?(?:[\u221a\u03c0]|\\pi)|'[0-9])"
 )
 _ANY = re.compile(_NUMBER)
 

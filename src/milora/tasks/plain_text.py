@@ -18,6 +18,8 @@ _SPELLINGS = {
     "\u066c": ",",
     "\u3002": ". ",
     "\uff61": ". ",
+    **dict.fromkeys("\u3010\u3014\u3016", "("),
+    **dict.fromkeys("\u3011\u3015\u3017", ")"),
 }
 _FOREIGN = re.compile(r"[^\x00-\x7f]+")
 _MARKUP = (
@@ -34,7 +36,11 @@ _MARKUP = (
 _DASH_BETWEEN_WORDS = re.compile("(?<=[^\\W\\d])[\u2013\u2014](?=[^\\W\\d])")
 
 
-_NEXT_PROMPT = re.compile(r"\n#{2,3} (?:Instruction|Input|Response):")
+# A further prompt of the instruction template, or a token that ends a reply and was not skipped when it was decoded.
+_REPLY_END = re.compile(
+    r"\n#{2,3} (?:Instruction|Input|Response):|</s>|<eos>|<end_of_turn>"
+    r"|<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>"
+)
 
 
 def plain(text: str) -> str:
@@ -44,7 +50,7 @@ def plain(text: str) -> str:
     every dash and minus is `-`, every space a space, `½` is `1/2`, `10³` is `10^3`, `≠` is `not`. What is struck out
     (`~~A~~`) is left out, and so is a further prompt of the instruction template that a model goes on to write.
     """
-    text = _NEXT_PROMPT.split(text.strip(), maxsplit=1)[0]
+    text = _REPLY_END.split(text.strip(), maxsplit=1)[0]
     text = _FOREIGN.sub(_in_ascii, _DASH_BETWEEN_WORDS.sub(" - ", text))
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
