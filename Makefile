@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo report test test-fast lint types setup pretrain smollm2 clean
+.PHONY: demo report test test-fast test-lowest lint types setup pretrain smollm2 clean
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
@@ -17,6 +17,14 @@ test: $(INSTALLED) lint types  ## Lint, types and all tests
 
 test-fast: $(INSTALLED)  ## The tests that take no more than a few seconds each
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-lowest:  ## The fast tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	# The bounds are for users; the test tools stay new. Old versions meet what newer ones deprecate, so warnings pass.
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[reproduction]"
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest gguf hypothesis pytest pytest-xdist
+	.venv-lowest/bin/python -m pytest -q -n 2 -m "not slow" -W default
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,4 +50,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest out .pytest_cache .mypy_cache .ruff_cache .hypothesis
