@@ -1,10 +1,12 @@
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib import image
 
+from milora import plots
 from milora.plots import MOST_BLOCKS_WITH_VALUES, route_heat_map, short_blocks, short_experts
 from milora_core.errors import MiLoraError
 from milora_core.routing import Route
@@ -34,14 +36,21 @@ def test_a_picture_is_written_whole_without_touching_pyplot(tmp_path: Path) -> N
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
-def test_a_cell_is_as_dark_as_its_share(tmp_path: Path) -> None:
+def test_a_cell_is_as_dark_as_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: (save(figure, path), drawn.append(figure)))
     gates = torch.tensor([[[1.0, 0.0, 0.0]]])
     route_heat_map(Route(gates, gates, EXPERTS, ("model.layers.0",)), tmp_path / "a.png")
     pixels = image.imread(tmp_path / "a.png")[..., :3].mean(-1)
-    # At the top edge of the row's cells, where no number stands: inches from the left and the top, at 160 per inch.
-    y = int(0.54 * 160)
-    dark, light = (pixels[y, int((0.7 + 0.56 * (column + 0.5)) * 160)] for column in (0, 1))
-    assert dark < 0.4 < 0.9 < light
+    (figure,) = drawn
+
+    def shade(column: int) -> float:
+        # In the upper part of the cell, where no number stands; `savefig` has the origin above.
+        x, y = figure.axes[0].transData.transform((column, -0.35)) / figure.dpi * 160
+        return float(pixels[len(pixels) - int(y), int(x)])
+
+    assert shade(0) < 0.4 < 0.9 < shade(1)
 
 
 def test_names_are_as_short_as_tells_them_apart() -> None:

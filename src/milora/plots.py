@@ -33,38 +33,29 @@ def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title:
     """
     panels = {"": routes} if isinstance(routes, Route) else dict(routes)
     first = _alike(panels)
-    figure = new_figure()
+    figure = new_figure("constrained")
     blocks, experts = short_blocks(first.blocks), short_experts(first.experts)
-    text = title or _title(panels)
-    # All in inches: a cell holds "100%", and a column's name stands at a slant below it.
     with_values = len(blocks) <= MOST_BLOCKS_WITH_VALUES
-    panel = 0.56 * len(experts), (0.3 if with_values else 0.12) * len(blocks)
-    left, right, gap = 0.7, 0.95, 0.35
-    bottom, top = 0.2 + 0.06 * max(map(len, experts)), 0.72 if any(panels) else 0.5
-    panels_width = panel[0] * len(panels) + gap * (len(panels) - 1)
-    width, height = max(left + panels_width + right, left + 0.1 * len(text)), bottom + panel[1] + top
-
-    def add_axes(x: float, of_width: float, of_height: float) -> Any:
-        y = bottom + panel[1] - of_height
-        return figure.add_axes((x / width, y / height, of_width / width, of_height / height))
-
-    figure.set_size_inches(width, height)
-    figure.suptitle(text, x=left / width, y=1 - 0.14 / height, ha="left", va="top", fontsize=11, fontweight="bold")
+    # A cell holds "100%".
+    width, height = 0.56 * len(experts) * len(panels) + 1.7, (0.3 if with_values else 0.12) * len(blocks) + 1.6
+    text = title or _title(panels)
+    figure.set_size_inches(max(width, 0.1 * len(text) + 0.5), height)
+    figure.suptitle(text, fontsize=11, fontweight="bold")
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
     image: Any = None
-    for position, (label, route) in enumerate(panels.items()):
-        axes = add_axes(left + position * (panel[0] + gap), *panel)
+    for axes, (label, route) in zip(drawn, panels.items(), strict=True):
         share = route.share().cpu()
         image = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap=COLORS, aspect="auto")
-        label_cells(axes, experts, blocks if position == 0 else None)
+        label_cells(axes, experts, blocks if axes is drawn[0] else None)
         if label:
-            axes.set_title(f"{label} ({_count(route)})", fontsize=9, loc="left", pad=5)
+            axes.set_title(f"{label} ({_count(route)})", fontsize=9)
         if with_values:
             _write_values(axes, route, share)
-    bar = add_axes(left + panels_width + 0.2, 0.14, min(max(panel[1], 1.0), 4.0))
-    figure.colorbar(image, cax=bar, ticks=[0, 0.25, 0.5, 0.75, 1])
-    bar.set_yticklabels(["0", "0.25", "0.5", "0.75", "1"], fontsize=8)
-    bar.set_ylabel("share of prompts", fontsize=8)
-    bar.tick_params(length=2)
+    bar = figure.colorbar(
+        image, ax=list(drawn), ticks=[0, 0.25, 0.5, 0.75, 1], format="{x:g}", aspect=max(15, 2 * len(blocks))
+    )
+    bar.ax.tick_params(length=2, labelsize=8)
+    bar.set_label("share of prompts", fontsize=8)
     save_figure(figure, Path(path))
 
 
