@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, NoReturn
 
 from milora_core.errors import MiLoraError, importing
+from milora_core.interruption import Interrupted, handle_signals
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,12 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if runs failed or Table 4 could not be made; 2 after a user's mistake, which is one line on standard error;
-        130 when interrupted.
+        128 + signal when a signal ends it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return _run(_parser().parse_args(arguments))
+    except Interrupted as interrupted:
+        return _complain(f"{interrupted}; the same command continues", interrupted.status)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command continues", 130)
     except (MiLoraError, OSError) as error:
@@ -158,4 +161,5 @@ def _complain(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
+    handle_signals()
     sys.exit(main())
