@@ -177,6 +177,8 @@ class ReferenceMiLora:
             expected[router + "projection.weight"] = (len(block.experts), d)
             if self.config["pooler"] == "attention":
                 expected[router + "pooler.weight"] = (1, d)
+            if self.config.get("router_norm") == "centered":
+                expected[router + "pooler.center"] = (d,)
             if block.activation == "rational":
                 expected[router + "activation.numerator"] = (m + 1,)
                 expected[router + "activation.denominator"] = (n,)
@@ -313,11 +315,15 @@ class _Run:
         assert projection is not None
         hidden = hidden.float()
         norm = config.get("router_norm", "none")
-        if norm == "tokens":
+        if norm in ("tokens", "centered"):
             hidden = unit_rms(hidden)
         pooled = pool(hidden, config["pooler"], router("pooler.weight"))
         if norm == "pooled":
             pooled = unit_rms(pooled)
+        if norm == "centered":
+            center = router("pooler.center")
+            assert center is not None
+            pooled = pooled - center
         features = activate(pooled, block.activation, router("activation.numerator"), router("activation.denominator"))
         self.probabilities[b] = torch.softmax(projection @ features, dim=0)
         self.gates[b] = gate_weights(self.probabilities[b], config["top_k"], config["gate"])
@@ -404,6 +410,8 @@ def random_adapter(
         tensors[router + "projection.weight"] = normal(len(names), d, std=0.3)
         if config["pooler"] == "attention":
             tensors[router + "pooler.weight"] = normal(1, d, std=0.2)
+        if config.get("router_norm") == "centered":
+            tensors[router + "pooler.center"] = normal(d, std=0.3)
         if (activation if isinstance(activation, str) else activation[index]) == "rational":
             # Around (x/2 + x^2/4) / (1 + x^2/4), cut to the orders at hand: tame where the pooled values are.
             numerator, denominator = torch.zeros(m + 1), torch.zeros(n)

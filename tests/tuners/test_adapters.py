@@ -634,6 +634,30 @@ class TestLoraOptions:
         dropped.train()
         assert not torch.equal(logits_of(dropped, labels=labels), logits_of(dropped, labels=labels))
 
+    def test_a_center_learns_once_a_pass_and_is_saved(self, tmp_path: Path) -> None:
+        labels = INPUT_IDS.masked_fill(ATTENTION_MASK == 0, -100)
+        labels[:, :-2] = -100
+        centers = []
+        for checkpointing in (False, True):
+            model = get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(r=2, router_norm="centered")).train()
+            if checkpointing:
+                # Runs each block twice.
+                model.base_model.model.gradient_checkpointing_enable()
+            for input_ids in (INPUT_IDS, INPUT_IDS.roll(1, dims=1)):
+                model(input_ids=input_ids, attention_mask=ATTENTION_MASK, labels=labels).loss.backward()
+            centers.append([router.pooler["default"].center for router in routers_of(model).values()])
+        for plain, checkpointed in zip(*centers, strict=True):
+            assert plain.any()
+            torch.testing.assert_close(plain, checkpointed)
+        model.eval().save_pretrained(tmp_path)
+        with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+            saved = _tensors(file)
+        for index, center in enumerate(centers[1]):
+            assert torch.equal(saved[f"base_model.model.model.layers.{index}.milora_router.pooler.center"], center)
+        for low_cpu_mem_usage in (False, True):
+            loaded = PeftModel.from_pretrained(ARCHITECTURES["llama"](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+            assert torch.equal(logits_of(loaded), logits_of(model))
+
     def test_modules_to_save(self, tmp_path: Path) -> None:
         model = get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(r=2, modules_to_save=["lm_head"])).eval()
         model.base_model.model.lm_head.modules_to_save["default"].weight.data.normal_()

@@ -58,7 +58,7 @@ class MethodArguments:
         default=None, metadata={"help": "Coefficient of the load-balancing loss (default 0.01)."}
     )
     router_norm: str | None = field(
-        default=None, metadata={"help": "What the router normalises: tokens (default), pooled or none."}
+        default=None, metadata={"help": "What the router normalises: tokens (default), centered, pooled or none."}
     )
 
     def __post_init__(self) -> None:

@@ -107,6 +107,7 @@ def _adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, T
                 yield name, part[adapter]
             else:
                 yield from part[adapter].named_parameters(name)
+                yield from part[adapter].named_buffers(name)
 
 
 def _refuse(names: list[str], complaint: str) -> None:

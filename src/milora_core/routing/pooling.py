@@ -22,7 +22,19 @@ class Pooler(KeepFloat32):
     Call it with `hidden` (batch, tokens, hidden) of any floating dtype and `mask` (batch, tokens), true where a token
     belongs to the prompt, at least once a row. With `normalize`, each token is divided by its root mean square first
     ([`root_mean_square_norm`]). The result is float32.
+
+    Attributes:
+        center: The running mean of the vectors pooled in training, shape (hidden), float32, zeros before; `None` unless
+            [`build_pooler`] was called with `centered`.
     """
+
+    center: Tensor | None
+    momentum = 0.1
+    """How far a batch moves the running mean towards its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", None)
 
     def forward(self, hidden: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
         """See the class."""
@@ -31,6 +43,22 @@ class Pooler(KeepFloat32):
             return pooled
         hidden = prompt_states(hidden, mask, normalize)
         return torch.einsum("bt,bth->bh", self.weights(hidden, mask), hidden)
+
+    def centered(self, pooled: Tensor, *, learn: bool) -> Tensor:
+        """`pooled - center`, (batch, hidden), float32.
+
+        With `learn`, the batch then moves the center: the first batch to its mean, later ones by a tenth of the way. A
+        batch is centered with the mean of those before it, so a prompt's route does not depend on its neighbours.
+        """
+        assert self.center is not None
+        if not learn:
+            return pooled - self.center
+        mean = pooled.detach().mean(dim=0)
+        # Asked of the device without waiting for its answer.
+        center = torch.where(self.center.any(), self.center, mean)
+        with torch.no_grad():
+            self.center.copy_(torch.lerp(center, mean, self.momentum))
+        return pooled - center
 
     def pooled_at_once(self, hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor | None:
         """The result by a kernel that does all of it, where there is one."""
@@ -108,18 +136,28 @@ def prompt_states(hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor:
 POOLERS: tuple[str, ...] = ("attention", "mean", "max", "last")
 
 
-def build_pooler(name: str, hidden_size: int) -> Pooler:
+def build_pooler(name: str, hidden_size: int, *, centered: bool = False) -> Pooler:
     """The pooler that a configuration names, one of [`POOLERS`].
+
+    Args:
+        name: One of [`POOLERS`].
+        hidden_size: Size of what is pooled.
+        centered: Whether it keeps a running mean to subtract ([`Pooler.centered`]).
 
     Raises:
         MiLoraError: If the name is unknown.
     """
+    pooler: Pooler
     if name == "attention":
-        return AttentionPooler(hidden_size)
-    if name == "mean":
-        return MeanPooler()
-    if name == "max":
-        return MaxPooler()
-    if name == "last":
-        return LastPooler()
-    raise MiLoraError(f"Unknown pooler {name!r}; choose one of {list(POOLERS)}.")
+        pooler = AttentionPooler(hidden_size)
+    elif name == "mean":
+        pooler = MeanPooler()
+    elif name == "max":
+        pooler = MaxPooler()
+    elif name == "last":
+        pooler = LastPooler()
+    else:
+        raise MiLoraError(f"Unknown pooler {name!r}; choose one of {list(POOLERS)}.")
+    if centered:
+        pooler.center = torch.zeros(hidden_size, dtype=torch.float32)
+    return pooler

@@ -14,11 +14,15 @@ from milora_core.routing.rational import build_activation
 
 GATES: tuple[str, ...] = ("hard", "softmax", "renormalized")
 
-ROUTER_NORMS: tuple[str, ...] = ("tokens", "pooled", "none")
+ROUTER_NORMS: tuple[str, ...] = ("centered", "tokens", "pooled", "none")
 """Where the router's input is divided by its root mean square, `x * rsqrt(mean(x^2) + 1e-6)` in float32, which has no
-parameters. `tokens`: each token of the prompt, before the pooler. `pooled`: the pooled vector. `none`: nowhere, which
-is what the paper says. The first token of a pretrained model is often a hundred times as long as the others, so without
-`tokens` it alone decides, and every prompt gets nearly the same route."""
+parameters. `tokens`: each token of the prompt, before the pooler. `centered`: as `tokens`, then the running mean of the
+pooled vectors seen in training is subtracted ([`milora_core.routing.pooling.Pooler.centered`]). `pooled`: the pooled
+vector. `none`: nowhere, which is what the paper says.
+
+The first token of a pretrained model is often a hundred times as long as the others. With `pooled` and `none` it
+decides alone, so every prompt gets nearly the same route. With `tokens`, the pooled vectors of all prompts still point
+in nearly the same direction; `centered` keeps only how they differ."""
 
 
 class Decision(NamedTuple):
@@ -72,9 +76,12 @@ def expert_probabilities(
         (batch, experts), float32.
     """
     with torch.autocast(device_type=hidden.device.type, enabled=False):
-        pooled = pooler(hidden, mask, normalize=norm == "tokens")
+        pooled = pooler(hidden, mask, normalize=norm in ("tokens", "centered"))
         if norm == "pooled":
             pooled = root_mean_square_norm(pooled)
+        elif norm == "centered":
+            is_trained = any(weight.requires_grad for weight in projection.parameters())
+            pooled = pooler.centered(pooled, learn=is_trained and pooler.training and torch.is_grad_enabled())
         logits: Tensor = projection(activation(pooled))
         return logits.softmax(dim=-1)
 
@@ -141,7 +148,7 @@ class Router(nn.Module):
         activation: `rational` or a fixed activation's name.
         rational_orders: Degrees of the rational.
         gate: `hard`, `softmax` or `renormalized`.
-        norm: What is divided by its root mean square: `tokens`, `pooled` or `none`; see [`ROUTER_NORMS`].
+        norm: What is divided by its root mean square: `centered`, `tokens`, `pooled` or `none`; see [`ROUTER_NORMS`].
 
     Raises:
         MiLoraError: If one of the arguments is out of range or unknown.
@@ -164,7 +171,7 @@ class Router(nn.Module):
         if gate not in GATES:
             raise _unknown_gate(gate)
         check_router_norm(norm)
-        self.pooler = build_pooler(pooler, hidden_size)
+        self.pooler = build_pooler(pooler, hidden_size, centered=norm == "centered")
         self.activation = build_activation(activation, rational_orders)
         self.projection = RouterProjection(hidden_size, experts)
         self.top_k, self.gate, self.norm = top_k, gate, norm

@@ -123,6 +123,20 @@ def test_the_length_of_a_token_does_not_matter_when_normalised(name: str, scales
     torch.testing.assert_close(pooler(longer, mask, normalize=True), pooled, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", POOLERS)
+def test_the_center_is_the_running_mean_of_earlier_batches(name: str) -> None:
+    pooler = build_pooler(name, 2, centered=True)
+    first, second = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.tensor([[12.0, 1.0]])
+    assert torch.equal(pooler.centered(first, learn=False), first)
+    # The first batch sets it: (2, 1).
+    assert torch.equal(pooler.centered(first, learn=True), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+    # The second is centered by the first, and moves it by a tenth.
+    assert torch.equal(pooler.centered(second, learn=True), torch.tensor([[10.0, 0.0]]))
+    torch.testing.assert_close(pooler.centered(second, learn=False), torch.tensor([[9.0, 0.0]]))
+    assert pooler.to(torch.bfloat16).center.dtype == torch.float32
+    assert build_pooler(name, 2).center is None
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(MiLoraError, match=r"Unknown pooler 'median'; choose one of \['attention'"):
         build_pooler("median", 2)

@@ -144,7 +144,7 @@ def test_a_router_refuses_what_it_cannot_do() -> None:
         Router(8, 4, top_k=5)
     with pytest.raises(MiLoraError, match="Unknown gate"):
         Router(8, 4, top_k=2, gate="soft")
-    with pytest.raises(MiLoraError, match=r"Unknown router_norm 'token'; choose one of \['tokens', 'pooled', 'none'\]"):
+    with pytest.raises(MiLoraError, match=r"Unknown router_norm 'token'; choose one of \['centered', "):
         Router(8, 4, top_k=2, norm="token")
 
 
@@ -163,3 +163,33 @@ def test_a_long_first_token_does_not_decide_alone_by_default() -> None:
     # One-hot probabilities have no gradient to learn from.
     assert blind(prompts, mask).probabilities.amax(dim=1).min() > 0.99
     assert reading(prompts, mask).probabilities.amax(dim=1).max() < 0.5
+
+
+def test_a_center_leaves_what_prompts_differ_in() -> None:
+    """Prompts whose pooled vectors are nearly the same, as those of pretrained models are."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(32, 12, 32, generator=generator) + 3 * torch.randn(32, generator=generator)
+    mask = torch.ones(32, 12, dtype=torch.bool)
+    torch.manual_seed(0)
+    plain, centered = Router(32, 7, norm="tokens"), Router(32, 7, norm="centered")
+    centered.projection = plain.projection
+    centered(prompts[:16], mask[:16])
+    routes = [
+        {tuple(row) for row in router.eval()(prompts[16:], mask[16:]).chosen.tolist()} for router in (plain, centered)
+    ]
+    assert len(routes[0]) <= 3
+    assert len(routes[1]) >= 8
+
+
+def test_a_center_moves_only_where_its_router_learns() -> None:
+    router = Router(8, 4, top_k=2, norm="centered")
+    hidden, mask = torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)
+    with torch.no_grad():
+        router(hidden, mask)
+    router.eval()(hidden, mask)
+    router.train().projection.requires_grad_(False)
+    router(hidden, mask)
+    assert not router.pooler.center.any()
+    router.projection.requires_grad_(True)
+    router(hidden, mask)
+    assert router.pooler.center.any()

@@ -70,7 +70,8 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
             `renormalized` (its share of the chosen ones' probability).
         load_balancing_coef: Coefficient of the load-balancing loss, which is added to the loss in training.
         router_norm: Where the router's input is divided by its root mean square, `x * rsqrt(mean(x^2) + 1e-6)`:
-            `tokens` (each token of the prompt, before the pooler), `pooled` (the pooled vector), or `none`, which is
+            `tokens` (each token of the prompt, before the pooler), `centered` (as `tokens`, then the running mean of
+            the pooled vectors seen in training is subtracted), `pooled` (the pooled vector), or `none`, which is
             what the paper says. `None` means `tokens`; in a file that was saved before this field existed, `none`.
             Pretrained models need `tokens`: their first token is often a hundred times as long as the others and
             would decide alone.

@@ -60,7 +60,7 @@ class RouterLayer(BareTunerLayer):
         """Adds an adapter's router, on the device of the block (or left on the meta device it is being built on)."""
         orders = (config.rational_orders[0], config.rational_orders[1])
         self.projection[adapter] = RouterProjection(self.hidden_size, len(experts))
-        self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size)
+        self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size, centered=config.router_norm == "centered")
         self.activation[adapter] = build_activation(activation, orders)
         self.experts[adapter] = experts
         self.top_k[adapter] = min(config.top_k, len(experts))
