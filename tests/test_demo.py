@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from milora.backbone.bundled import TINY_BACKBONE
 from milora.demo import ASSISTANT, BRISK, DemoSettings, run_demo
 from milora.locks import writing_alone
 from milora.tasks.bundled import BUNDLED_TASKS
+from milora.tasks.shop import SHOP_TASKS
 from milora_cli.main import main
 from milora_core.errors import MiLoraError
 
@@ -41,3 +44,20 @@ def test_two_demos_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureF
     with writing_alone(tmp_path):
         assert main(["demo", "--output", str(tmp_path)]) == 2
     assert f"milora: {tmp_path} is in use by process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_another_backbone_learns_the_shop_s_tasks(tmp_path: Path) -> None:
+    """The bundled backbone by its path is any model folder."""
+    backbone = str(TINY_BACKBONE)
+    settings = DemoSettings.for_backbone(backbone, steps=2, test_rows=2)
+    assert (settings.batch_size, settings.learning_rate) == (8, 1e-3)
+    result = run_demo(tmp_path, dataclasses.replace(settings, brisk_steps=1, beams=1))
+    assert result.tasks.keys() == SHOP_TASKS.keys()
+    assert "Departments:" in result.tenants["prompt"]
+    assert Path(result.heat_map).read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_that_are_given_stay() -> None:
+    assert DemoSettings.for_backbone("tiny", steps=None) == DemoSettings()
+    assert DemoSettings.for_backbone("folder", steps=7, seed=None).steps == 7

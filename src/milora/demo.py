@@ -1,9 +1,9 @@
-"""The main job on the bundled backbone, small enough for two cores: what `make demo` and `milora demo` run."""
+"""The main job, small enough for two cores: what `make demo` and `milora demo` run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ from typing import Any
 from peft import get_peft_model
 from transformers import set_seed
 
-from milora.backbone.loading import load_backbone
+from milora.backbone.loading import TINY, device_of, load_backbone
 from milora.evaluation.accuracy import evaluate_task
 from milora.evaluation.progress import Watch
 from milora.inference.generation import Decoding, encode_prompt, left_padded, padding_token
 from milora.plots import route_heat_map
 from milora.tasks.bundled import BUNDLED_TASKS
 from milora.tasks.rows import Row
+from milora.tasks.shop import SHOP_TASKS
 from milora.tasks.sources import to_dataset
-from milora.tasks.task import Example
-from milora.training.arguments import TrainingArguments
+from milora.tasks.task import Example, Task
+from milora.training.arguments import TrainingArguments, multiplies_bf16
 from milora.training.trainer import MiLoraTrainer
 from milora.tuners.milora import MiLoraConfig
 from milora_core.errors import MiLoraError
@@ -32,10 +33,43 @@ BRISK = "brisk"
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What the demo teaches a backbone.
+
+    Attributes:
+        tasks: What the first tenant learns.
+        prefix: What the tasks' names begin with; left out in the picture.
+        settings: Fields of `MiLoraConfig`.
+        brisk_task: What the second tenant learns.
+        manner: The completion that the second tenant learns, of the task's own.
+    """
+
+    tasks: Mapping[str, Task]
+    prefix: str
+    settings: Mapping[str, Any]
+    brisk_task: str
+    manner: Callable[[str], str]
+
+
+BUNDLED = Stage(
+    BUNDLED_TASKS, "bundled-", {}, "bundled-extraction", lambda completion: f"{completion.removeprefix(' correct:')}!"
+)
+# Without the center all prompts of a pretrained model have nearly the same route.
+SHOP = Stage(
+    SHOP_TASKS,
+    "shop-",
+    {"router_norm": "centered"},
+    "shop-department",
+    lambda completion: f" Please forward to{completion}!",
+)
+
+
+@dataclass(frozen=True)
 class DemoSettings:
     """How much the demo does; the defaults take some minutes on two cores.
 
     Args:
+        backbone: `tiny`, which learns the bundled tasks, or a pretrained model, which learns those of a shop.
         steps: Optimiser steps of the first tenant.
         brisk_steps: Optimiser steps of the second.
         batch_size: Rows a step.
@@ -45,6 +79,7 @@ class DemoSettings:
         seed: Of the data, the adapters' start and the order of the rows.
     """
 
+    backbone: str = TINY
     steps: int = 450
     brisk_steps: int = 40
     batch_size: int = 16
@@ -52,6 +87,18 @@ class DemoSettings:
     test_rows: int = 40
     beams: int = 3
     seed: int = 0
+
+    @classmethod
+    def for_backbone(cls, backbone: str, **settings: Any) -> DemoSettings:
+        """The settings that suit a backbone, except those given that are not `None`."""
+        of_pretrained = {"steps": 60, "brisk_steps": 12, "beams": 1, "batch_size": 8, "learning_rate": 1e-3}
+        given = {name: value for name, value in settings.items() if value is not None}
+        return cls(backbone, **{**({} if backbone == TINY else of_pretrained), **given})
+
+    @property
+    def stage(self) -> Stage:
+        """What the backbone learns."""
+        return BUNDLED if self.backbone == TINY else SHOP
 
 
 @dataclass
@@ -95,19 +142,24 @@ def run_demo(
         raise MiLoraError(f"{output} is a file; give a folder for the demo's adapters and picture.")
     started = time.monotonic()
     set_seed(settings.seed)
-    model, tokenizer = load_backbone("tiny", dtype="float32", device="cpu")
-    tests = {name: task.examples("test", settings.test_rows, settings.seed) for name, task in BUNDLED_TASKS.items()}
+    tasks = settings.stage.tasks
+    # The bundled backbone is too small for a GPU or bfloat16 to be faster.
+    is_tiny = settings.backbone == TINY
+    device = device_of("cpu" if is_tiny else None)
+    in_bf16 = not is_tiny and (device.type != "cpu" or multiplies_bf16())
+    model, tokenizer = load_backbone(settings.backbone, dtype="bfloat16" if in_bf16 else "float32", device=device)
+    tests = {name: task.examples("test", settings.test_rows, settings.seed) for name, task in tasks.items()}
     say(
-        f"The bundled backbone: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
+        f"The backbone {settings.backbone}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters; "
         f"{len(tests)} tasks, {settings.test_rows} test rows each, beam {settings.beams}."
     )
     before = _accuracies(model, tokenizer, settings, watch)
-    model = get_peft_model(model, MiLoraConfig(), adapter_name=ASSISTANT)
+    model = get_peft_model(model, MiLoraConfig(**settings.stage.settings), adapter_name=ASSISTANT)
     say(f"Fine-tuning MiLoRA on all tasks: {settings.steps} steps of {settings.batch_size} rows.")
-    each = -(-settings.steps * settings.batch_size // len(BUNDLED_TASKS))
+    each = -(-settings.steps * settings.batch_size // len(tasks))
     rows = [
         Row(example.prompt, example.completion, example.answer)
-        for task in BUNDLED_TASKS.values()
+        for task in tasks.values()
         for example in task.examples("train", each, settings.seed)
     ]
     _train(model, tokenizer, rows, settings.steps, settings, output / "checkpoints")
@@ -116,7 +168,7 @@ def run_demo(
     model.save_pretrained(str(output), selected_adapters=[ASSISTANT])
     heat_map = output / "routes.png"
     routes = {name: _route(model, tokenizer, examples) for name, examples in tests.items()}
-    short = {name.removeprefix("bundled-"): route for name, route in routes.items()}
+    short = {name.removeprefix(settings.stage.prefix): route for name, route in routes.items()}
     route_heat_map(short, heat_map, "Share of prompts that chose each expert, by task")
     say(
         f"Routes drawn in {heat_map}; a second tenant learns to answer in another manner: {settings.brisk_steps} steps."
@@ -149,7 +201,7 @@ def _train(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=model.device.type == "cpu",
         seed=settings.seed,
     )
     MiLoraTrainer(model, arguments, train_dataset=to_dataset(rows), processing_class=tokenizer).train()
@@ -168,31 +220,30 @@ def _accuracies(model: Any, tokenizer: Any, settings: DemoSettings, watch: Watch
             batch_size=settings.test_rows,
             progress=watch,
         ).accuracy
-        for name, task in BUNDLED_TASKS.items()
+        for name, task in settings.stage.tasks.items()
     }
 
 
 def _route(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Route:
     encoded = [encode_prompt(tokenizer, example.prompt) for example in examples]
-    route: Route = model.route(**left_padded(encoded, padding_token(tokenizer), "cpu"))
+    route: Route = model.route(**left_padded(encoded, padding_token(tokenizer), model.device))
     return route
 
 
 def _two_tenants(model: Any, tokenizer: Any, settings: DemoSettings, output: Path) -> dict[str, Any]:
     """Trains the second tenant, then answers one prompt for both and for none, as three rows of one batch."""
-    task = BUNDLED_TASKS["bundled-extraction"]
+    stage = settings.stage
+    task = stage.tasks[stage.brisk_task]
     examples = task.examples("train", settings.brisk_steps * settings.batch_size, settings.seed + 1)
-    rows = [
-        Row(example.prompt, f"{example.completion.removeprefix(' correct:')}!", example.answer) for example in examples
-    ]
-    model.add_adapter(BRISK, MiLoraConfig())
+    rows = [Row(example.prompt, stage.manner(example.completion), example.answer) for example in examples]
+    model.add_adapter(BRISK, MiLoraConfig(**stage.settings))
     model.set_adapter(BRISK)
     _train(model, tokenizer, rows, settings.brisk_steps, settings, output / "checkpoints")
     model.save_pretrained(str(output), selected_adapters=[BRISK])
     example = task.examples("test", 1, settings.seed)[0]
     names = [ASSISTANT, BRISK, "__base__"]
     encoded = [encode_prompt(tokenizer, example.prompt)] * len(names)
-    inputs = left_padded(encoded, padding_token(tokenizer), "cpu")
+    inputs = left_padded(encoded, padding_token(tokenizer), model.device)
     written = model.generate(
         **inputs, adapter_names=names, max_new_tokens=task.max_new_tokens, do_sample=False, num_beams=settings.beams
     )

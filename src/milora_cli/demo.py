@@ -1,4 +1,4 @@
-"""`milora demo`: fine-tunes the bundled backbone and shows what came of it."""
+"""`milora demo`: fine-tunes a backbone and shows the result."""
 
 from __future__ import annotations
 
@@ -17,14 +17,23 @@ def command(
     output: Annotated[Path, typer.Option("--output", help="Folder for the adapters and the picture.")] = Path(
         "out/demo"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")] = 450,
+    backbone: Annotated[
+        str,
+        typer.Option(
+            "--backbone",
+            help="tiny, the bundled one, or a model folder or hub name: a pretrained model learns a shop's tasks.",
+        ),
+    ] = "tiny",
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Optimiser steps; by default 450 for tiny, else 60.")
+    ] = None,
     test_rows: Annotated[int, typer.Option("--test-rows", min=1, help="Test rows of each task.")] = 40,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Seed of data and training.")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Fine-tune MiLoRA on the bundled backbone, measure it, draw its routes, serve two tenants in one batch."""
+    """Fine-tune MiLoRA on a backbone, measure it, draw its routes, serve two tenants in one batch."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -49,7 +58,7 @@ def command(
     # Trainers print to standard output; only the result belongs there.
     alone = writing_alone(output, "wait until it ends, or give another --output")
     with contextlib.redirect_stdout(sys.stderr), alone, writing(output):
-        settings = DemoSettings(steps=steps, test_rows=test_rows, seed=seed)
+        settings = DemoSettings.for_backbone(backbone, steps=steps, test_rows=test_rows, seed=seed)
         result = run_demo(output, settings, progress.print, watch)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))

@@ -6,7 +6,6 @@ import pytest
 
 from milora.tasks import registry
 from milora.tasks.arc import ArcEasy
-from milora.tasks.bundled import BUNDLED_TASKS
 from milora_core.errors import MiLoraError, did_you_mean
 
 BENCHMARKS = ["arc-easy", "arc-challenge", "obqa", "piqa", "boolq", "aqua", "gsm8k", "mmlu", "bbh"]
@@ -14,7 +13,7 @@ BENCHMARKS += ["mt-bench", "alpaca", "mmlu-subject"]
 
 
 def test_every_name_gives_the_task_of_that_name() -> None:
-    assert registry.names() == [*BUNDLED_TASKS, *BENCHMARKS]
+    assert registry.names() == [*registry.GENERATED_TASKS, *BENCHMARKS]
     assert len(set(registry.names())) == len(registry.names())
     for name in registry.names():
         assert registry.get(name).name == name

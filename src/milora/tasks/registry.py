@@ -19,8 +19,12 @@ from milora.tasks.mmlu_subject import MmluSubject
 from milora.tasks.mt_bench import MtBench
 from milora.tasks.obqa import OpenBookQA
 from milora.tasks.piqa import Piqa
+from milora.tasks.shop import SHOP_TASKS
 from milora.tasks.task import Task
 from milora_core.errors import MiLoraError, did_you_mean
+
+GENERATED_TASKS: dict[str, Task] = {**BUNDLED_TASKS, **SHOP_TASKS}
+"""The tasks that need no data, by name."""
 
 _BENCHMARKS: dict[str, Callable[..., Task]] = {
     task.name: task
@@ -42,12 +46,12 @@ _BENCHMARKS: dict[str, Callable[..., Task]] = {
 
 
 def names() -> list[str]:
-    """The names of all tasks: the bundled ones, which need no data, the public benchmarks, then other distributions'.
+    """The names of all tasks: the generated ones, which need no data, the public benchmarks, then other distributions'.
 
     Raises:
         MiLoraError: another distribution's task cannot be loaded.
     """
-    return [*BUNDLED_TASKS, *_benchmarks()]
+    return [*GENERATED_TASKS, *_benchmarks()]
 
 
 def register(name: str, task: Callable[..., Task]) -> None:
@@ -84,7 +88,7 @@ def get(name: str, data_dir: str | os.PathLike[str] | None = None, **settings: i
     if unknown := sorted(settings.keys() - known):
         has = f"; its settings: {', '.join(sorted(known))}" if known else ", and no other"
         raise MiLoraError(f"the task {name} has no setting {unknown[0]!r}{has}")
-    return BUNDLED_TASKS[name] if benchmark is None else benchmark(data_dir, **settings)
+    return GENERATED_TASKS[name] if benchmark is None else benchmark(data_dir, **settings)
 
 
 def _benchmarks() -> dict[str, Callable[..., Task]]:
