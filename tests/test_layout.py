@@ -13,7 +13,7 @@ import milora_core
 SOURCE = Path(milora_core.__file__).parents[1]
 REPRODUCTION = Path(__file__).parents[1] / "reproduction"
 FLOORS = [
-    ["milora_core.errors", "milora_core.interruption"],
+    ["milora_core.errors", "milora_core.encoding", "milora_core.interruption"],
     ["milora_core.files"],
     ["milora.markdown", "milora.records", "milora.locks", "milora.plugins"],
     ["milora_core.kernels"],

@@ -6,11 +6,13 @@ Importing this package makes its methods known to PEFT: MiLoRA, and the baseline
 import sys
 from importlib.metadata import version
 
+from milora_core.encoding import use_utf8
 from milora_core.interruption import handle_signals
 
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "milora":
     # `python -m milora` imports this package, which takes seconds, before its `__main__`.
     handle_signals()
+    use_utf8()
 
 from milora.tuners.bitfit import BitFitConfig
 from milora.tuners.ia3 import IA3ProjectedConfig

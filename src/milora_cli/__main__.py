@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from milora_cli.streams import prepare_streams
+from milora_core.encoding import use_utf8
 from milora_core.errors import MissingExtraError, importing
 from milora_core.interruption import end_on_signals, handle_signals
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     handle_signals()
+    use_utf8()
     prepare_streams()
     try:
         with importing("cli", "the command line"):

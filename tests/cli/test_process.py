@@ -92,7 +92,8 @@ def test_files_never_take_the_place_of_closed_streams(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "encoding"),
     [
-        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "ascii"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, "utf-8"),
+        ({"PYTHONIOENCODING": "ascii"}, "ascii"),
         ({"PYTHONIOENCODING": "latin-1"}, "latin-1"),
         ({"PYTHONUTF8": "1"}, "utf-8"),
     ],
