@@ -48,8 +48,8 @@ class Turns(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **more):
         print("dev", metrics["eval_loss"], file=answers, flush=True)
 
-own = run.companions
-run.companions = lambda *args, **more: [*own(*args, **more), Turns()]
+own = run.method_callbacks
+run.method_callbacks = lambda *args, **more: [*own(*args, **more), Turns()]
 run.train(*parse(sys.argv[1:]))
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState
 
-from milora.training.stopping import EarlyStopping, Undecided, forget_best
+from milora.training.stopping import EarlyStopping, OpenStructure, forget_best
 
 
 class Search:
@@ -15,8 +15,8 @@ class Search:
         return step < 5
 
 
-def stops_at(losses: list[float], *undecided: Undecided, patience: int = 2) -> int | None:
-    callback, state, control = EarlyStopping(patience, undecided), TrainerState(), TrainerControl()
+def stops_at(losses: list[float], *open_structures: OpenStructure, patience: int = 2) -> int | None:
+    callback, state, control = EarlyStopping(patience, open_structures), TrainerState(), TrainerControl()
     arguments = SimpleNamespace(metric_for_best_model="eval_loss", greater_is_better=False)
     for step, loss in enumerate(losses, start=1):
         state.global_step = step
@@ -25,7 +25,7 @@ def stops_at(losses: list[float], *undecided: Undecided, patience: int = 2) -> i
             state.best_metric = loss
         if control.should_training_stop:
             return step
-        if undecided and step == 4:
+        if open_structures and step == 4:
             forget_best(state)
     return None
 

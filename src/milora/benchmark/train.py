@@ -105,8 +105,8 @@ class Training:
 def _dev_step(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> DevStep:
     """What trains Theta, which is taken out of what else trains."""
     # TRL comes with it, which takes seconds to import, and no other method needs.
-    from milora.training.activations import activation_parameters
     from milora.training.arguments import TrainingArguments
+    from milora.training.bilevel_activations import activation_parameters
     from milora.training.dev_step import DevStep, require_gradients
 
     theta = activation_parameters(model)

@@ -3,8 +3,8 @@
 from milora_core.errors import importing
 
 with importing("train", "Training"):
-    from milora.training.activations import BilevelActivations
     from milora.training.arguments import DataArguments, TrainingArguments
+    from milora.training.bilevel_activations import BilevelActivations
     from milora.training.callbacks import RoutingLogger
     from milora.training.method import MethodArguments
     from milora.training.result import TrainingResult

@@ -57,7 +57,7 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
         _tuner(model).update_and_allocate(state.global_step + 1)
 
     def is_open(self, model: Any, step: int) -> bool:
-        """See [`milora.training.stopping.Undecided`]."""
+        """See [`milora.training.stopping.OpenStructure`]."""
         tuner = _tuner(model)
         config = tuner.peft_config[tuner.trainable_adapter_name]
         return bool(step < config.total_step - config.tfinal)

@@ -20,14 +20,10 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
     the trainer.
 
     Args:
-        dev_batches: Batches of the dev set with labels, as the model takes them. `None` for those of the
-            [`milora.training.MiLoraTrainer`] that the callback is given to.
+        dev_batches: Batches of the dev set with labels, as the model takes them. `None` for those that
+            [`milora.training.MiLoraTrainer`] hands over, by [`DevStepCallback.use_batches`].
         every: Trainer's steps for one step on a dev batch.
         learning_rate: Of that step.
-
-    Attributes:
-        model_arguments: What the model is called with beside a dev batch; a `MiLoraTrainer` fills it in.
-        loss_scale: Tells the trainer's loss scale, `None` where there is none; likewise.
 
     Raises:
         MiLoraError: If `every` is out of range.
@@ -39,10 +35,28 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
         self.dev_batches = dev_batches
         self.every = every
         self.learning_rate = learning_rate
-        self.model_arguments: dict[str, Any] = {}
-        self.loss_scale: Callable[[], float | None] = lambda: None
+        self._model_arguments: Mapping[str, Any] = {}
+        self._loss_scale: Callable[[], float | None] = _no_scale
         self._step: DevStep | None = None
         self._resumed: Mapping[str, Any] | None = None
+
+    def use_batches(
+        self,
+        dev_batches: Iterable[Batch],
+        *,
+        model_arguments: Mapping[str, Any] | None = None,
+        loss_scale: Callable[[], float | None] | None = None,
+    ) -> None:
+        """Takes the dev batches of a trainer, before training begins.
+
+        Args:
+            dev_batches: As of the class.
+            model_arguments: The model's arguments beside a batch.
+            loss_scale: Returns the trainer's loss scale; `None` where it has none.
+        """
+        self.dev_batches = dev_batches
+        self._model_arguments = model_arguments or {}
+        self._loss_scale = loss_scale or _no_scale
 
     @property
     def steps(self) -> int:
@@ -58,7 +72,7 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
         """Makes the step, or goes on with the one of a checkpoint; the arguments are [`DevStep`]'s."""
         assert self.dev_batches is not None
         self._step = DevStep(
-            parameters, optimizer, self.dev_batches, evaluation=evaluation, arguments=self.model_arguments
+            parameters, optimizer, self.dev_batches, evaluation=evaluation, arguments=self._model_arguments
         )
         if self._resumed is not None:
             self._step.load_state_dict(self._resumed)
@@ -68,7 +82,7 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
         """Takes a step on a dev batch and returns its loss; `None` if training has not begun one, or none is due."""
         if self._step is None or state.global_step % self.every != 0:
             return None
-        return self._step(model, args.device, self.loss_scale())
+        return self._step(model, args.device, self._loss_scale())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model: the optimiser's state and the number of steps."""
@@ -77,3 +91,7 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state; called before the training begins."""
         self._resumed = state.get("dev_step")
+
+
+def _no_scale() -> None:
+    """The loss scale of a trainer without one."""

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from milora.training.bilevel import BilevelSearch
+from milora.training.architecture_search import ArchitectureSearch
 from milora.training.dev_step import Batch
 from milora.tuners.learned_adapter import LearnedAdapterModel
 from milora_core.errors import MiLoraError
 
 
-class LearnedAdapterSearch(BilevelSearch):
+class LearnedAdapterSearch(ArchitectureSearch):
     """Searches for the architecture during the first part of a training run; the rest trains what was found.
 
     After every optimiser step of the trainer, the architecture weights take a step on a dev batch (first-order

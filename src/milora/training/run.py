@@ -24,10 +24,10 @@ from milora.training.activation_memory import activations_fit
 from milora.training.arguments import DataArguments, TrainingArguments
 from milora.training.card import ROUTES_FILE
 from milora.training.checkpoints import KEPT, last_checkpoint
-from milora.training.companions import companions
 from milora.training.hub import check_hub, pushing
 from milora.training.launching import check_launch
 from milora.training.method import MethodArguments
+from milora.training.method_callbacks import method_callbacks
 from milora.training.quantized import keep_trainable, loading_arguments
 from milora.training.result import RESULT_FILE, TrainingResult, versions
 from milora.training.rows import Mixture, mix, read_sources
@@ -152,7 +152,7 @@ def _trainer(model: Any, tokenizer: Any, arguments: TrainingArguments, mixture: 
             train_dataset=to_dataset(mixture.train),
             eval_dataset=to_dataset(mixture.dev) if mixture.dev else None,
             processing_class=tokenizer,
-            callbacks=companions(model, arguments, has_dev=bool(mixture.dev)),
+            callbacks=method_callbacks(model, arguments, has_dev=bool(mixture.dev)),
         )
     except MiLoraError:
         raise

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from milora.training.bilevel import BilevelSearch
+from milora.training.architecture_search import ArchitectureSearch
 from milora.training.dev_step import Batch
 from milora.tuners.ssp import SSPModel
 from milora_core.errors import MiLoraError
 
 
-class SSPSearch(BilevelSearch):
+class SSPSearch(ArchitectureSearch):
     """Searches for SSP's structure in the first part of a training run; the rest trains what was found, from anew.
 
     The trainer trains the candidates' weights on train batches, under gates that are drawn for each step; the gates'
@@ -27,13 +27,13 @@ class SSPSearch(BilevelSearch):
     where they were under a `MiLoraTrainer`, whose checkpoints have them, and begin anew under another.
 
     Args:
-        dev_batches: As for [`BilevelSearch`].
+        dev_batches: As for [`ArchitectureSearch`].
         search_share: Share of the training steps in which the search ends.
         every: Trainer's steps for one step of the gates.
         learning_rate: Adam's, of the gates' logits; the default is S3PET's.
 
     Raises:
-        MiLoraError: As [`BilevelSearch`].
+        MiLoraError: As [`ArchitectureSearch`].
     """
 
     tuner_class = SSPModel

@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 
 @runtime_checkable
-class Undecided(Protocol):
+class OpenStructure(Protocol):
     """A callback under which the model's structure is at first open: a search, or a pruning schedule."""
 
     def is_open(self, model: Any, step: int) -> bool:
@@ -22,17 +22,18 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
     A search makes the dev perplexity worse before it makes it better (what it finds begins anew), and ended in its
     midst it would leave an adapter that is none of the method's.
 
-    It has one of transformers' `EarlyStoppingCallback` and is none: with `restore_callback_states_from_checkpoint` a
-    trainer makes those anew of what JSON can say, which `undecided` is not. The count goes on in every resumed run all
-    the same, by way of a `MiLoraTrainer`'s own state, with the patience that the resumed run is given.
+    It wraps transformers' `EarlyStoppingCallback` instead of inheriting from it: with
+    `restore_callback_states_from_checkpoint` a trainer rebuilds that class from JSON, which cannot hold
+    `open_structures`. A `MiLoraTrainer` saves the count with its own state, so a resumed run continues it, with the
+    patience that the resumed run is given.
 
     Args:
         patience: Evaluations.
-        undecided: The callbacks that may hold it off.
+        open_structures: The callbacks during whose open structure evaluations are not counted.
     """
 
-    def __init__(self, patience: int, undecided: Sequence[Undecided] = ()) -> None:
-        self.undecided = undecided
+    def __init__(self, patience: int, open_structures: Sequence[OpenStructure] = ()) -> None:
+        self.open_structures = open_structures
         self._stopping = EarlyStoppingCallback(patience)
 
     @property
@@ -46,7 +47,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **kwargs: Any) -> None:
         """Counts an evaluation."""
-        if any(callback.is_open(model, state.global_step) for callback in self.undecided):
+        if any(callback.is_open(model, state.global_step) for callback in self.open_structures):
             self._stopping.early_stopping_patience_counter = 0
             return
         self._stopping.on_evaluate(args, state, control, metrics, model=model, **kwargs)

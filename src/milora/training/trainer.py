@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from milora.backbone.vocabulary import check_tokens
-from milora.training.activations import BilevelActivations, activation_parameters
 from milora.training.adalora import orthogonality_penalty
 from milora.training.arguments import TrainingArguments
+from milora.training.bilevel_activations import BilevelActivations, activation_parameters
 from milora.training.callbacks import routing_metrics
 from milora.training.card import ROUTES_FILE, CardFacts, write_card
 from milora.training.checkpoints import KEPT, STATE_FILE
@@ -26,7 +26,7 @@ from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.likelihood import LikelihoodSum, check_loss, plain_likelihood, row_likelihoods
 from milora.training.routes import draw_routes
-from milora.training.stopping import Undecided
+from milora.training.stopping import OpenStructure
 from milora.training.supervised_positions import score_supervised_positions_only
 from milora.training.template import give_template
 from milora.training.tuner import reads_prompts, tuner_of
@@ -50,7 +50,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     optimised, and `eval_perplexity` its exponential.
 
     Logs carry `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss`, `dev_steps_skipped` (so far, because a
-    gradient was not finite) and `eval_perplexity`. Searches on dev batches ([`BilevelSearch`]) that come without
+    gradient was not finite) and `eval_perplexity`. Searches on dev batches ([`ArchitectureSearch`]) that come without
     batches are given those of `eval_dataset`. Checkpoints keep the state of all of these. For methods without rational
     activations it is `SFTTrainer`, with those batches and checkpoints.
 
@@ -80,7 +80,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         check_loss(self, self.accelerator.unwrap_model(self.model))
         shares_out_parameters = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if shares_out_parameters and any(
-            isinstance(callback, Undecided) and callback.is_open(self.model, 0)
+            isinstance(callback, OpenStructure) and callback.is_open(self.model, 0)
             for callback in self.callback_handler.callbacks
         ):
             raise MiLoraError(
@@ -104,13 +104,16 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
                 "(--activation_training bilevel, as in the paper), and there are none: pass --dev_data, or "
                 "--activation_training joint or frozen."
             )
+        scaler = self.accelerator.scaler
         for callback in self._on_dev_batches():
+            # The rows are tokenised only now, after the callbacks were made.
             if callback.dev_batches is None:
-                callback.dev_batches = self.dev_batches()
-                # Scores the supervised tokens alone, as the training step does.
-                callback.model_arguments = {"fused_lm_head": True}
-                if self.accelerator.scaler is not None:
-                    callback.loss_scale = self.accelerator.scaler.get_scale
+                callback.use_batches(
+                    self.dev_batches(),
+                    # Scores the supervised tokens alone, as the training step does.
+                    model_arguments={"fused_lm_head": True},
+                    loss_scale=None if scaler is None else scaler.get_scale,
+                )
 
     def _check_vocabulary(self) -> None:
         """Refuses rows with tokens that the backbone has no embeddings for."""

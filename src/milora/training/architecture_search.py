@@ -1,4 +1,4 @@
-"""First-order bi-level optimisation (as in DARTS, Liu et al. 2019) under any trainer of transformers."""
+"""Searches for a method's structure by first-order bi-level optimisation (as in DARTS, Liu et al. 2019)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from milora.training.tuner import tuner_of
 from milora_core.errors import MiLoraError
 
 
-class BilevelSearch(DevStepCallback):
-    """Trains what decides on a structure on dev batches, between the steps in which a trainer trains everything else.
+class ArchitectureSearch(DevStepCallback):
+    """Trains the parameters that decide on a structure on dev batches, under any trainer of transformers.
 
-    Subclasses set `tuner_class` and implement [`BilevelSearch.decisive`] and [`BilevelSearch.advance`]. The tuner says
-    by `is_searching` whether there is something to search; a model whose structure is known is only trained.
+    The trainer trains everything else on train batches, step by step in turn. Subclasses set `tuner_class`, and
+    implement [`ArchitectureSearch.decisive`] and [`ArchitectureSearch.advance`]. The tuner says by `is_searching` if
+    there is a structure to search for; a model whose structure is known is only trained.
 
     What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
     search has the structure that was found.
@@ -58,7 +59,7 @@ class BilevelSearch(DevStepCallback):
         self.betas = betas
 
     def is_open(self, model: Any, step: int) -> bool:
-        """See [`milora.training.stopping.Undecided`]."""
+        """See [`milora.training.stopping.OpenStructure`]."""
         return bool(self._tuner(model).is_searching)
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:

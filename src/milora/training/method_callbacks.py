@@ -17,7 +17,7 @@ from milora.tuners.ssp import SSPModel
 from milora_core.errors import MiLoraError
 
 
-def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> list[TrainerCallback]:
+def method_callbacks(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> list[TrainerCallback]:
     """The callbacks for a model with an adapter of any of the thirteen methods, under a [`MiLoraTrainer`].
 
     Args:
@@ -29,9 +29,9 @@ def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> li
         MiLoraError: If the method searches on dev rows and there are none.
     """
     tuner = model.base_model
-    undecided: list[Any] = []
+    open_structures: list[Any] = []
     if isinstance(tuner, AdaLoraModel):
-        undecided.append(AdaLoraAllocation())
+        open_structures.append(AdaLoraAllocation())
     elif isinstance(tuner, SSPModel | LearnedAdapterModel):
         # After its search too, for the sake of a run that is resumed then.
         if tuner.is_searching and not has_dev:
@@ -40,7 +40,7 @@ def companions(model: Any, arguments: TrainingArguments, *, has_dev: bool) -> li
                 "--dev_fraction."
             )
         search = SSPSearch if isinstance(tuner, SSPModel) else LearnedAdapterSearch
-        undecided.append(search(search_share=arguments.search_share))
+        open_structures.append(search(search_share=arguments.search_share))
     patience = arguments.early_stopping_patience
     stops = patience > 0 and has_dev and arguments.eval_strategy != "no"
-    return [*undecided, EarlyStopping(patience, undecided)] if stops else undecided
+    return [*open_structures, EarlyStopping(patience, open_structures)] if stops else open_structures
