@@ -12,7 +12,7 @@ from milora.benchmark.compiling import Compilations
 from milora.benchmark.generating import generation_arguments, random_prompts
 from milora.benchmark.methods import build_backbone, build_method
 from milora.benchmark.tables import markdown, notes
-from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
+from milora.tuners.generate_options import compiled_settings, is_compiled_by_transformers
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from milora.benchmark.bandwidth import Copy
 from milora.benchmark.memory import only_new_objects
 from milora.benchmark.methods import VARIANTS
 from milora.benchmark.rounds import in_turn
-from milora.tuners.milora.layer import RouterLayer
+from milora.tuners.milora.router import RouterLayer
 from milora_core.errors import MiLoraError
 
 QUICK = {"device": "cpu", "dtype": "float32", "beams": (1,), "prompt_tokens": 5, "new_tokens": 4, "rounds": 2}

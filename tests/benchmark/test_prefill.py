@@ -6,7 +6,7 @@ import pytest
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from milora.benchmark import PrefillSettings, prefill
-from milora.tuners.milora.layer import RouterLayer
+from milora.tuners.milora.router import RouterLayer
 from milora_core.errors import MiLoraError
 
 

@@ -15,7 +15,7 @@ from milora.evaluation.accuracy import evaluate_task
 from milora.evaluation.predictions import read_predictions
 from milora.inference.generation import Decoding
 from milora.tasks.task import Example, Split, Task
-from milora.tuners.milora.routers import routers_of
+from milora.tuners.milora.router import routers_of
 from milora_core.errors import MiLoraError
 
 TOKENIZER = character_tokenizer()

@@ -11,7 +11,7 @@ from support.adapted import ALL_ARCHITECTURES, saved
 from support.architectures import pad, random_prompts
 from transformers import CompileConfig
 
-from milora.tuners.grouped import compiling
+from milora.tuners import generate_options as compiling
 
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 

@@ -16,8 +16,8 @@ from transformers import CompileConfig
 from milora import MiLoraError
 from milora.inference.together import NAMED_ROWS, compiled_step, serve_together
 from milora.methods import config_for
-from milora.tuners.grouped import serving as grouped_serving
-from milora.tuners.grouped.compiling import ALL_DEVICES
+from milora.tuners.generate_options import ALL_DEVICES
+from milora.tuners.grouped import plan as grouped_serving
 
 PROMPTS = random_prompts(5, (3, 9), seed=8)
 INPUT_IDS, ATTENTION_MASK = pad(PROMPTS, "left")
@@ -155,7 +155,7 @@ class TestStepsThatTransformersCompiles:
         names = ["one", "two", "__base__", "one", "three"]
         expected = generate(model, adapter_names=names)
         serve_together(model)
-        assert model.base_model.grouped.why_not_compiled() is not None
+        assert model.base_model.owner.why_not_compiled() is not None
         assert generate(model, adapter_names=names, compile_config=self.config(), **self.OPTIONS) == expected
 
     @pytest.mark.slow
@@ -167,7 +167,7 @@ class TestStepsThatTransformersCompiles:
         model.add_adapter("dora", dora)
         serve_together(model.eval())
         assert generate(model, adapter_names=NAMES, compile_config=self.config(), **self.OPTIONS) == expected
-        assert model.base_model.grouped.stacks.modules
+        assert model.base_model.owner.stacks.modules
         with pytest.raises(ValueError, match="DoRA"):
             generate(model, adapter_names=["dora"] * 5, compile_config=self.config(), **self.OPTIONS)
 
@@ -175,12 +175,12 @@ class TestStepsThatTransformersCompiles:
         model = tenants()
         serve_together(model)
         with (
-            model.base_model.grouped.alone(),
+            model.base_model.owner.alone(),
             pytest.raises(MiLoraError, match=r"Another compiled generation is running.*disable_compile=True"),
         ):
             generate(model, adapter_names=NAMES, compile_config=self.config(), **self.OPTIONS)
         options = {**self.OPTIONS, "disable_compile": True}
-        with model.base_model.grouped.alone():
+        with model.base_model.owner.alone():
             assert generate(model, adapter_names=NAMES, **options) == generate(model, adapter_names=NAMES)
 
 
@@ -249,7 +249,7 @@ def test_a_milora_model_is_given_its_capacity() -> None:
     model = adapted().model
     serve_together(model, capacity=3)
     assert generate(model, adapter_names=["default"] * 5) == generate(model)
-    stack = next(iter(model.base_model.grouped.stacks.modules.values()))
+    stack = next(iter(model.base_model.owner.stacks.modules.values()))
     assert stack.lora_a.shape[0] == 3
 
 

@@ -1,10 +1,8 @@
 """A tiny backbone with a MiLoRA adapter, beside the reference that holds the same tensors."""
 
-import threading
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from milora import MiLoraConfig
+from milora.tuners import context
+from milora.tuners.context import entries
 from support.architectures import ARCHITECTURES, BLOCKS, EXPERTS, UNEVEN_ARCHITECTURES, UNEVEN_EXPERTS
 from support.reference import ReferenceMiLora, random_adapter
 
@@ -89,12 +89,11 @@ def saved(folder: Path, name: str = "llama", **settings: Any) -> Path:
 
 
 def assert_nothing_in_force(model: PeftModel) -> None:
-    """No pass, generation or route is kept from what ran before, in this thread or by a cache."""
-    for name, value in vars(model.base_model.dispatcher).items():
-        if isinstance(value, threading.local):
-            assert not {key: kept for key, kept in vars(value).items() if kept is not None}, name
-        elif isinstance(value, WeakKeyDictionary):
-            assert not len(value), name
+    """No pass, generation or route is kept from what ran before, and nobody uses the adapters."""
+    assert entries() in ((), (context._NOTHING_INHERITED,))
+    assert not context._open_scopes.get(model.base_model.owner)
+    assert not model.base_model.owner.identities.others_running()
+    assert model.base_model.hooks.merged is None
 
 
 class Snapshot:

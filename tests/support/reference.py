@@ -199,7 +199,7 @@ class ReferenceMiLora:
 
     def route(self, input_ids: Tensor) -> Decision:
         """Run the routers on a prompt (1, n): each block sees what the adapted blocks before it made."""
-        _, decision = self._forward(input_ids, None)
+        _, decision = self._forward(input_ids, None, input_ids.shape[1])
         return decision
 
     def logits(self, input_ids: Tensor, prompt_length: int, decision: Decision | None = None) -> Tensor:
@@ -208,7 +208,7 @@ class ReferenceMiLora:
         A `decision` takes the place of the routers'.
         """
         decision = self.route(input_ids[:, :prompt_length]) if decision is None else decision
-        return self._forward(input_ids, decision)[0]
+        return self._forward(input_ids, decision, prompt_length)[0]
 
     def loss(self, input_ids: Tensor, prompt_length: int) -> Tensor:
         """Return the mean cross-entropy of the tokens after the prompt."""
@@ -240,15 +240,18 @@ class ReferenceMiLora:
     def _decode(self, input_ids: Tensor, new_tokens: int, decision: Decision | None) -> list[int]:
         sequence = input_ids
         for _ in range(new_tokens):
-            logits = self.backbone_logits(sequence) if decision is None else self._forward(sequence, decision)[0]
+            if decision is None:
+                logits = self.backbone_logits(sequence)
+            else:
+                logits = self._forward(sequence, decision, input_ids.shape[1])[0]
             sequence = torch.cat([sequence, logits[:, -1:].argmax(dim=-1)], dim=1)
         return sequence[0, input_ids.shape[1] :].tolist()
 
-    def _forward(self, input_ids: Tensor, decision: Decision | None) -> tuple[Tensor, Decision]:
+    def _forward(self, input_ids: Tensor, decision: Decision | None, prompt_length: int) -> tuple[Tensor, Decision]:
         """Run the adapted backbone on one sequence, under a decision or (None) deciding block by block."""
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"the reference takes one sequence (1, n), not {tuple(input_ids.shape)}")
-        run = _Run(self, decision)
+        run = _Run(self, decision, prompt_length)
         with run.hooked():
             logits = self.backbone(input_ids, use_cache=False).logits
         return logits, run.decision()
@@ -257,9 +260,11 @@ class ReferenceMiLora:
 class _Run:
     """One forward pass: its hooks, and the decisions that they made or follow."""
 
-    def __init__(self, reference: ReferenceMiLora, given: Decision | None) -> None:
+    def __init__(self, reference: ReferenceMiLora, given: Decision | None, prompt_length: int) -> None:
         self.reference = reference
         self.given = given
+        # Late adaptation: the last prompt token, which predicts the first new one, is the first to be adapted.
+        self.first_adapted = prompt_length - 1 if reference.config.get("adapted_tokens") == "completion" else 0
         self.gates: dict[int, Tensor] = {}
         self.probabilities: dict[int, Tensor] = {}
         self.calls: set[tuple[int, int]] = set()
@@ -307,6 +312,8 @@ class _Run:
     def _decide(self, b: int, hidden: Tensor) -> None:
         """Run the router of a block on its input (n, d)."""
         config, block = self.reference.config, self.reference.blocks[b]
+        window = config.get("router_window")
+        hidden = hidden if window is None else hidden[:window]
 
         def router(name: str) -> Tensor | None:
             return self.reference.tensors.get(f"{PREFIX}{block.path}.milora_router.{name}")
@@ -347,7 +354,9 @@ class _Run:
                 self.reference.scaling,
                 tensors.get(key + "lora_magnitude_vector"),
             )
-            return output + (gate * delta).to(output.dtype)
+            adapted = output + (gate * delta).to(output.dtype)
+            first = self.first_adapted  # tokens are second to last, also where a block flattens them
+            return torch.cat([output[..., :first, :], adapted[..., first:, :]], dim=-2)
 
         return adapt
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from milora import MiLoraConfig, MiLoraError, MiLoraModel
-from milora.tuners.milora.layer import RouterLayer
-from milora.tuners.milora.routers import routers_of
+from milora.tuners.milora.router import RouterLayer, routers_of
 from milora.tuners.registry import register
 
 PROMPTS = random_prompts(4, (3, 9), seed=1)
@@ -225,14 +224,18 @@ class TestAdapterNames:
         assert hooks_of(model) == hooks
         assert generate(model) == before
 
-    def test_opt_is_refused_rather_than_wrong(self) -> None:
-        # Its feed-forward modules are given (batch * tokens, d).
+    def test_flattened_tokens_belong_to_their_rows(self) -> None:
+        # OPT's feed-forward modules are given (batch * tokens, d).
         model = two_adapters("opt")
-        hooks, before = hooks_of(model), logits_of(model)
-        with pytest.raises(MiLoraError, match="batch and tokens are flattened before it"):
-            logits_of(model, adapter_names=list(self.names))
-        assert hooks_of(model) == hooks
-        assert torch.equal(logits_of(model), before)
+        mixed = logits_of(model, adapter_names=list(self.names))
+        for row, name in enumerate(self.names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = logits_of(model)
+            else:
+                model.set_adapter(name)
+                alone = logits_of(model)
+            torch.testing.assert_close(mixed[row], alone[row], rtol=1e-4, atol=1e-5)
 
 
 class TestRemoval:
@@ -422,9 +425,9 @@ class TestCopies:
         for parameter in other.parameters():
             parameter.data.zero_()
         assert torch.equal(logits_of(model), before)
-        assert other.base_model.dispatcher is not model.base_model.dispatcher
+        assert other.base_model.owner is not model.base_model.owner
         routers = routers_of(other).values()
-        assert all(router.dispatcher is other.base_model.dispatcher for router in routers)
+        assert all(router.owner is other.base_model.owner for router in routers)
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
     def test_a_copy_is_unloaded_on_its_own(self, copied: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.utils import counters
 
-from milora.tuners.grouped import GroupedServing
+from milora.tuners.grouped import GroupedOwner
 from milora.tuners.iapt import IAPTModel
 from milora.tuners.moelora import MoeLoraModel
 
@@ -41,8 +41,9 @@ def why_not_compiled(model: Any, beams: int) -> str | None:
     if beams > 1:
         return "transformers compiles no step of a beam search"
     tuner = getattr(model, "base_model", None)
-    decides = getattr(tuner, "grouped", tuner)
-    if isinstance(decides, GroupedServing | IAPTModel | MoeLoraModel):
+    decides = getattr(tuner, "owner", None)
+    decides = decides if isinstance(decides, GroupedOwner) else tuner
+    if isinstance(decides, GroupedOwner | IAPTModel | MoeLoraModel):
         return decides.why_not_compiled()
     return None
 

@@ -13,7 +13,7 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 
 from milora.benchmark.methods import MeasuredMethod
 from milora.benchmark.session import Session
-from milora.tuners.grouped.compiling import compiled_settings
+from milora.tuners.generate_options import compiled_settings
 
 FEWEST_TOKENS = 4
 """That a slow method generates at least: a prefill and three decode steps."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from milora.benchmark.generating import TokenClock
-from milora.tuners.milora.layer import RouterLayer
+from milora.tuners.milora.router import RouterLayer
 
 
 class RoutingTime:

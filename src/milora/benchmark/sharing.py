@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from milora.tuners.grouped.compiling import forget_compiled_step
+from milora.tuners.generate_options import forget_compiled_step
 
 
 def shared_copy(backbone: nn.Module, own: Iterable[nn.Module] = ()) -> Any:

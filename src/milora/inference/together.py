@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
-from milora.tuners.grouped import BASE_ROW, GroupedServing, ModuleStack, Share, names_of_rows, rows_by_adapter
-from milora.tuners.grouped.compiling import compiled_settings, is_compiled_by_transformers
+from milora.tuners.context import ForwardContext, Scope, drop_interrupted, enter, entered, leave, running, said, scopes
+from milora.tuners.generate_options import compiled_settings, is_compiled_by_transformers, prompts_given, size_given
+from milora.tuners.grouped import GroupedOwner, GroupedPlan, Share, check_names, names_of_rows, rows_by_adapter
+from milora.tuners.grouped.wrappers import PlannedWrapper
+from milora.tuners.identity import BASE_ROW, Use
 from milora.tuners.milora.model import MiLoraModel
+from milora.tuners.plan import PlannedLayer, plan_module
+from milora.tuners.prompt import arguments_of
 from milora_core.errors import MiLoraError, did_you_mean
 
 NAMED_ROWS = "_enable_peft_forward_hooks"
@@ -42,14 +47,15 @@ def serve_together(model: PeftModel, *, capacity: int = 0) -> None:
     """
     tuner: Any = getattr(model, "base_model", None)
     if isinstance(tuner, MiLoraModel):
-        tuner.grouped.set_capacity(capacity)
+        tuner.owner.set_capacity(capacity)
     elif type(tuner) is LoraModel:
-        serving = tuner.__dict__.get("grouped")
+        serving = tuner.__dict__.get("owner")
         if isinstance(serving, LoraServing):
             serving.set_capacity(capacity)
             return
-        tuner.grouped = LoraServing(tuner, capacity)
-        setattr(tuner, NAMED_ROWS, tuner.grouped.naming_rows)
+        tuner.owner = LoraServing(tuner, capacity)
+        setattr(tuner, NAMED_ROWS, tuner.owner.naming_rows)
+        tuner.delete_adapter = tuner.owner.delete_adapter
     else:
         found = type(tuner).__name__ if isinstance(model, PeftModel) else type(model).__name__
         raise MiLoraError(f"serve_together needs a PEFT model with LoRA or MiLoRA adapters; found {found}.")
@@ -66,16 +72,60 @@ def compiled_step(**settings: Any) -> dict[str, Any]:
     return settings | compiled_settings(settings)
 
 
-class _NamedBatch(NamedTuple):
-    names: list[str]
-    kept: dict[Any, Any]
+@dataclass
+class NamedRows:
+    """The rows of a request, by their adapters' names.
+
+    Attributes:
+        names: The adapter of each prompt.
+        prompts: Prompts that `generate` was given; `None` for a single forward pass.
+        use: The adapters, while the request runs.
+        kept: What modules keep for its passes.
+    """
+
+    names: tuple[str, ...]
+    prompts: int | None
+    use: Use
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
-class _InForce(threading.local):
-    batch: _NamedBatch | None = None
+class LoraRows(GroupedPlan):
+    """The rows of a batch with their own adapters, in PEFT's own LoRA model.
+
+    Args:
+        owner: The model's.
+        batch: Whose the rows are.
+        is_compiled: See [`GroupedPlan`].
+    """
+
+    def __init__(self, owner: GroupedOwner, batch: NamedRows, *, is_compiled: bool) -> None:
+        super().__init__(owner, batch.kept, is_compiled=is_compiled)
+        self.names = batch.names
+
+    def batch_rows(self, x: Tensor) -> int:
+        """See [`GroupedPlan.batch_rows`]; where batch and tokens are flattened, each token is a row."""
+        return x.shape[0]
+
+    def has_fixed_rows(self, x: Tensor) -> bool:
+        """See [`GroupedPlan.has_fixed_rows`]."""
+        return x.dim() > 2
+
+    def rows_of(self, rows: int) -> dict[str, list[int]]:
+        """See [`milora.tuners.plan.Plan.rows_of`]."""
+        return rows_by_adapter(self.names, rows)
+
+    def shares(self, layer: Any, x: Tensor) -> Iterator[Share]:
+        """See [`GroupedPlan.shares`]."""
+        for adapter, rows in self.rows_of(x.shape[0]).items():
+            yield Share(adapter, rows, None)
+
+    def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See [`GroupedPlan.otherwise`]: PEFT's loop over adapters."""
+        kwargs["adapter_names"] = names_of_rows(self.names, x.shape[0])
+        return layer.pefts_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
 
-class LoraServing(GroupedServing):
+class LoraServing(GroupedOwner):
     """Serves rows by their adapters' names, for PEFT's own `LoraModel`.
 
     Args:
@@ -87,88 +137,102 @@ class LoraServing(GroupedServing):
 
     def __init__(self, tuner: LoraModel, capacity: int = 0) -> None:
         self.tuner = tuner
-        self._in_force = _InForce()
         super().__init__(tuner.model, capacity)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_in_force"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._in_force = _InForce()
-        super().__setstate__(state)
-
-    def batch(self) -> _NamedBatch | None:
-        """See [`GroupedServing.batch`]."""
-        return self._in_force.batch
-
-    def kept(self, batch: _NamedBatch) -> dict[Any, Any]:
-        """See [`GroupedServing.kept`]."""
-        return batch.kept
-
-    def rows(self, batch: _NamedBatch, x: Tensor) -> int:
-        """See [`GroupedServing.rows`]; where batch and tokens are flattened, each token is a row."""
-        return x.shape[0]
-
-    def has_fixed_rows(self, batch: _NamedBatch, x: Tensor) -> bool:
-        """See [`GroupedServing.has_fixed_rows`]."""
-        return x.dim() > 2
-
-    def names(self, batch: _NamedBatch, x: Tensor) -> list[str]:
-        """See [`GroupedServing.names`]; beams and tokens of a row follow each other."""
-        return names_of_rows(batch.names, x.shape[0])
-
-    def adapter_rows(self, batch: _NamedBatch, x: Tensor) -> Mapping[str, list[int]]:
-        """See [`GroupedServing.adapter_rows`]."""
-        return rows_by_adapter(batch.names, x.shape[0])
-
-    def names_rows(self) -> bool:
-        """See [`GroupedServing.names_rows`]."""
-        return self._in_force.batch is not None
-
-    def shares(self, batch: _NamedBatch, module: ModuleStack, x: Tensor) -> Iterator[Share]:
-        """See [`GroupedServing.shares`]."""
-        for adapter, rows in self.adapter_rows(batch, x).items():
-            yield Share(adapter, rows, None)
+        tuner.model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+        tuner.model.register_forward_hook(self.after_forward, always_call=True)
 
     @contextmanager
     def naming_rows(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """In place of PEFT's own: in force, an adapter for each row."""
+        """In place of PEFT's own: inside, each row has its own adapter."""
         names = kwargs.get("adapter_names")
         own: Callable[..., AbstractContextManager[None]] = partial(getattr(type(self.tuner), NAMED_ROWS), self.tuner)
         if names is None or kwargs.get("alora_offsets") is not None:
             with own(*args, **kwargs):
                 yield
             return
-        self._check(list(names))
+        names = self._check(tuple(names))
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        prompts = size_given(named)[0] if prompts_given(named) else None
+        if prompts is not None:
+            check_names(names, prompts, prompts)
+        use = self._begin(set(names) - {BASE_ROW})
         with ExitStack() as stack:
-            outer, self._in_force.batch = self._in_force.batch, _NamedBatch(list(names), {})
-            stack.callback(setattr, self._in_force, "batch", outer)
+            stack.callback(self.identities.end, use)
             if is_compiled_by_transformers(self.model, kwargs):
                 stack.enter_context(self.alone())
-                if self.why_not_compiled(names) is not None:
+                if self.why_not_compiled(names, named_rows=True) is not None:
                     # The loop is traced with the names in it: it can be of no other batch.
-                    self._in_force.batch = None
                     stack.enter_context(own(*args, **kwargs))
                     yield
                     return
                 stack.enter_context(self.compiled_steps())
-            stack.enter_context(self.serving())
-            for layer in self.stacks.left_out.values():
-                handle = layer.register_forward_pre_hook(partial(_name_rows, self), with_kwargs=True)
-                stack.callback(handle.remove)
+            self._plan_modules()
+            stack.enter_context(entered(Scope(self, batch=NamedRows(names, prompts, use))))
             yield
 
-    def _check(self, names: list[str]) -> None:
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The backbone's pre-forward hook."""
+        if torch.compiler.is_dynamo_compiling():
+            return
+        drop_interrupted(self)
+        batch: NamedRows | None = said(self, "batch")
+        if batch is None:
+            return
+        arguments = arguments_of(module, args, kwargs)
+        source = arguments.get("input_ids")
+        rows = (arguments["inputs_embeds"] if source is None else source).shape[0]
+        if batch.prompts is None:
+            check_names(batch.names, rows, None)
+        elif rows % len(batch.names) != 0:
+            raise MiLoraError(f"adapter_names names {len(batch.names)} rows; the batch has {rows}.")
+        plan = LoraRows(self, batch, is_compiled=self.is_compiled_for(batch))
+        enter(ForwardContext(self, batch, plan=plan))
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The backbone's forward hook."""
+        context = None if torch.compiler.is_dynamo_compiling() else running(self)
+        if context is not None:
+            leave(context)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """In place of PEFT's own: waits for the requests that the adapter serves.
+
+        Raises:
+            MiLoraError: If it is called from inside one of them.
+        """
+        own = [scope.batch.use for scope in scopes(self) if scope.batch is not None]
+        with self.identities.changing(adapter_name, own):
+            type(self.tuner).delete_adapter(self.tuner, adapter_name)
+            self.identities.forget(adapter_name)
+
+    def _begin(self, names: set[str]) -> Use:
+        """A use of adapters, which PEFT may have added since the last."""
+        with self.identities.lock:
+            for name in names & set(self.tuner.peft_config):
+                if not self.identities.has(name):
+                    self.identities.renew(name)
+            return self.identities.begin(names)
+
+    def _plan_modules(self) -> None:
+        """Makes all layers ask for their rows' plan: adapters may have been added to modules that had none."""
+        self.refresh()
+        for module in [*self.stacks.modules.values()]:
+            plan_module(module.layer, PlannedLayer, self)
+            module.layer.stack = module
+        for layer in self.stacks.left_out.values():
+            plan_module(layer, PlannedLayer, self)
+        for wrapper in self.stacks.wrappers.values():
+            plan_module(wrapper, PlannedWrapper, self)
+
+    def _check(self, names: tuple[str, ...]) -> tuple[str, ...]:
         if self.tuner.training:
             raise MiLoraError("adapter_names is for inference; call model.eval() first.")
         if not names:
             raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
         known = sorted(self.tuner.peft_config)
+        if BASE_ROW in known:
+            raise MiLoraError(f"An adapter is called {BASE_ROW!r}, which stands for none here; give it another name.")
         for name in names:
             if name != BASE_ROW and name not in known:
                 raise MiLoraError(f"No adapter named {name!r}; there are {known}{did_you_mean(name, known) or '.'}")
-
-
-def _name_rows(serving: LoraServing, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    batch = None if torch.compiler.is_dynamo_compiling() else serving.batch()
-    return None if batch is None else (args, {**kwargs, "adapter_names": serving.names(batch, args[0])})
+        return names

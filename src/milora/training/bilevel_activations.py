@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from milora.training.dev_step import Batch, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
-from milora.training.tuner import tuner_of
-from milora.tuners.prompt_pass import PromptTuner
 from milora_core.errors import MiLoraError
+from milora_core.routing import RationalActivation
 
 
 class BilevelActivations(DevStepCallback):
@@ -78,6 +77,14 @@ class BilevelActivations(DevStepCallback):
 
 
 def activation_parameters(model: Any) -> list[nn.Parameter]:
-    """Theta of a (wrapped) model's active adapter, as far as it trains; empty for other methods."""
-    tuner = tuner_of(model)
-    return tuner.activation_parameters() if isinstance(tuner, PromptTuner) else []
+    """Theta: the coefficients of a model's rational activations, as far as they train; empty for most methods.
+
+    In MiLoRA they are the routers' (equation 7 of Zhang et al. 2024), in IAPT those inside the bottlenecks.
+    """
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, RationalActivation)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]

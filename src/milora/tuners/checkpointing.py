@@ -1,4 +1,4 @@
-"""The one place that meets transformers' gradient checkpointing: a block is recomputed under its own forward's pass."""
+"""The one place that meets transformers' gradient checkpointing: a block is recomputed in its own forward's context."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from milora.tuners.prompt_pass import PromptPasses
+from milora.tuners.context import ContextOwner, ForwardContext, entered, running
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Where transformers keeps the function that a block runs itself through under gradient checkpointing."""
 
 
-class CheckpointWithPass:
-    """A block's checkpoint function, made to recompute the block under the pass of its own forward.
+class CheckpointInContext:
+    """A block's checkpoint function, made to recompute the block in the context of its own forward.
 
     By the time of the backward pass another forward may have run, or none is running. `prepare` is given the block's
-    input outside the checkpoint, and returns it: where a transformers runs a module's hooks inside, what must happen
-    once and outside happens here all the same.
+    input outside the checkpoint, and returns it: where a transformers runs a module's hooks inside, it does what must
+    happen once and outside.
 
     Args:
         function: transformers' own.
-        passes: What is in force.
+        owner: The model's.
         prepare: Called with the block's input; to do nothing where a hook has done it already.
     """
 
-    def __init__(self, function: Callable[..., Any], passes: PromptPasses, prepare: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any], owner: ContextOwner, prepare: Callable[[Tensor], Tensor]) -> None:
         self.function = function
-        self.passes = passes
+        self.owner = owner
         self.prepare = prepare
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoints `run(*args)`, whose first argument is the block's input."""
         if args and isinstance(args[0], Tensor):
             args = (self.prepare(args[0]), *args[1:])
-        resumed = partial(self._resume, self.passes.current, run)
-        return self.function(resumed, *args, **kwargs)
+        context = running(self.owner)
+        return self.function(run if context is None else partial(_run_in, context, run), *args, **kwargs)
 
-    def _resume(self, routing_pass: Any, run: Callable[..., Any], *args: Any) -> Any:
-        with self.passes.resuming(routing_pass):
-            return run(*args)
+
+def _run_in(context: ForwardContext, run: Callable[..., Any], *args: Any) -> Any:
+    with entered(context):
+        return run(*args)
 
 
 def is_checkpointed(block: nn.Module) -> bool:
@@ -49,15 +50,15 @@ def is_checkpointed(block: nn.Module) -> bool:
     return bool(getattr(block, "gradient_checkpointing", False)) and block.training
 
 
-def checkpoint_with_pass(block: nn.Module, passes: PromptPasses, prepare: Callable[[Tensor], Tensor]) -> None:
+def checkpoint_in_context(block: nn.Module, owner: ContextOwner, prepare: Callable[[Tensor], Tensor]) -> None:
     """Wraps a block's checkpoint function, once; `gradient_checkpointing_enable` may have set a new one."""
     function = getattr(block, CHECKPOINT_FUNCTION, None)
-    if function is not None and not isinstance(function, CheckpointWithPass):
-        setattr(block, CHECKPOINT_FUNCTION, CheckpointWithPass(function, passes, prepare))
+    if function is not None and not isinstance(function, CheckpointInContext):
+        setattr(block, CHECKPOINT_FUNCTION, CheckpointInContext(function, owner, prepare))
 
 
 def restore_checkpoint_function(block: nn.Module) -> None:
-    """Undoes [`checkpoint_with_pass`]."""
+    """Undoes [`checkpoint_in_context`]."""
     function = getattr(block, CHECKPOINT_FUNCTION, None)
-    if isinstance(function, CheckpointWithPass):
+    if isinstance(function, CheckpointInContext):
         setattr(block, CHECKPOINT_FUNCTION, function.function)

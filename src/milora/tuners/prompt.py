@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -149,3 +150,16 @@ def _refuse_packing(arguments: Mapping[str, Any], attended: Tensor) -> None:
         both = attended[:, 1:] & attended[:, :-1]
         if (both & (positions[:, 1:] <= positions[:, :-1])).any():
             raise MiLoraError(PACKED.format(evidence="position_ids start again in the middle of a row"))
+
+
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+
+
+def labels_of(arguments: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
+    """The labels of a call, and whether they are already shifted to the token that predicts them."""
+    shifted = arguments.get("shift_labels")
+    return (arguments.get("labels"), False) if shifted is None else (shifted, True)

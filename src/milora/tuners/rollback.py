@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from milora.tuners.adapter_file import check_adapter_tensors
+from milora.tuners.context import ContextOwner, scopes
+from milora.tuners.identity import BASE_ROW
 from milora_core.errors import MiLoraError
 
 
@@ -19,19 +24,39 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
     """
 
     active_adapter: str | list[str]
+    owner: ContextOwner
+
+    @contextmanager
+    def changing_adapter(self, adapter_name: str) -> Iterator[None]:
+        """Inside, no request uses the adapter of this name, or other adapters that are being added or taken away.
+
+        Raises:
+            MiLoraError: See [`milora.tuners.identity.AdapterIdentities.changing`].
+        """
+        own = [scope.generation.use for scope in scopes(self.owner) if scope.generation is not None]
+        with self.owner.identities.changing(adapter_name, own):
+            self.owner.identities.forget(adapter_name)
+            yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, and [`RevertibleTuner.complete_adapter`]; all of it or nothing.
 
         Raises:
-            MiLoraError: If the adapter cannot be put into this model.
+            MiLoraError: If the adapter cannot be put into this model, or its name means no adapter.
         """
+        if not hasattr(self, "owner"):
+            self.owner = ContextOwner()
         config = self.peft_config[adapter_name]
         if self._is_only(adapter_name):
             self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self.complete_adapter(adapter_name, config, *args, **kwargs)
+            if adapter_name == BASE_ROW:
+                raise MiLoraError(f"An adapter cannot be called {BASE_ROW!r}: in adapter_names it stands for none.")
+            with self.owner.identities.lock:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self.complete_adapter(adapter_name, config, *args, **kwargs)
+                if not config.awaits_weights:
+                    self.owner.identities.renew(adapter_name)
         except Exception:
             self._take_back(adapter_name)
             raise
@@ -58,6 +83,7 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
         """Leaves the model as it was before an adapter was added, or added in part."""
         if self._is_only(adapter_name):
             trained = self._trained_before
+            self._restore_modules(only_unused=False)
             self.unload()
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -66,6 +92,18 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
         self.delete_adapter(adapter_name)
         self.active_adapter = active
         self.remove_empty_layers()
+        self._restore_modules(only_unused=True)
+
+    def _restore_modules(self, *, only_unused: bool) -> None:
+        """Puts the backbone's modules where PEFT wrapped them for `modules_to_save` or `trainable_token_indices`.
+
+        Args:
+            only_unused: Leave the wrappers that an adapter still uses.
+        """
+        for path, wrapper in list(self.model.named_modules()):
+            if isinstance(wrapper, AuxiliaryTrainingWrapper) and not (only_unused and wrapper._adapters):
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, wrapper.original_module)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -84,4 +122,10 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
         config.awaits_weights = False
         if tuner is not None:
             tuner._trained_before = []
+            # Here, where nobody uses the adapter, and again by PEFT, when somebody may. It is another adapter from now
+            # on: what it made under its name before is not continued.
+            with tuner.changing_adapter(adapter_name):
+                is_on_meta = any(place.is_meta for place in model.parameters())
+                model.load_state_dict(remapped, strict=False, assign=is_on_meta)
+                tuner.owner.identities.renew(adapter_name)
         return remapped

@@ -14,7 +14,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCac
 
 from milora import MiLoraError
 from milora.inference.together import serve_together
-from milora.tuners.grouped.compiling import ALL_DEVICES, compiled_settings, is_compiled_by_transformers
+from milora.tuners.generate_options import ALL_DEVICES, compiled_settings, is_compiled_by_transformers
 
 BACKEND = "aot_eager"
 PROMPTS = [random_prompts(4, (3, 9), seed=seed) for seed in (1, 2)]
@@ -147,7 +147,7 @@ class TestBesideEagerThreads:
 
         def owner() -> list[list[int]]:
             # Without torch.compile, but with slots and gates where a compiled step would read them.
-            with model.base_model.grouped.compiled():
+            with model.base_model.owner.compiled():
                 return generate(model, **own, logits_processor=[Pausing(pause)])
 
         def other() -> list[list[int]]:
@@ -171,7 +171,7 @@ class TestBesideEagerThreads:
         serve_together(model.eval())
         names = ["biased", "default", "__base__", "biased"]
         alone = generate(model, adapter_names=names)
-        with model.base_model.grouped.compiled():
+        with model.base_model.owner.compiled():
             assert in_another_thread(lambda: generate(model, adapter_names=names)) == alone
             with pytest.raises(MiLoraError, match="cannot be part of a compiled decode step"):
                 generate(model, adapter_names=names)
@@ -218,13 +218,13 @@ class TestLeftToTransformers:
         own = CompileConfig(backend=lambda graph, inputs: pytest.fail("a step was compiled"), mode=None)
         setattr(own, ALL_DEVICES, True)
         expected = generate(model)
-        with model.base_model.grouped.compiled():
+        with model.base_model.owner.compiled():
             assert in_another_thread(lambda: generate(model, compile_config=own)) == expected
 
     def test_two_threads_at_once(self) -> None:
         """One of them gets the compiled step, whatever the order in which they ask for it."""
         model = two_adapters()
-        serving = model.base_model.grouped
+        serving = model.base_model.owner
         found: list[bool] = []
         inside = threading.Barrier(2, timeout=60)
 
@@ -244,7 +244,7 @@ class TestLeftToTransformers:
     def test_only_the_generations_own_adapters_count(self) -> None:
         model = two_adapters()
         add_adapter(model, "midora", seed=3, use_dora=True)
-        serving = model.base_model.grouped
+        serving = model.base_model.owner
         for adapters, is_compiled in ((["default"], True), (["default", "midora"], False)):
             with serving.compiled_if_possible(adapters) as is_possible:
                 assert is_possible is is_compiled
@@ -270,13 +270,13 @@ class TestRefusals:
 
         compiled(model, max_new_tokens=1, logits_processor=[Pausing(meanwhile)])
         assert "Another compiled generation" in str(found[0])
-        assert not model.base_model.grouped.is_compiled
+        assert not model.base_model.owner.is_compiled
 
     def test_midora(self) -> None:
         model = adapted(use_dora=True).model
         with pytest.raises(MiLoraError, match=r"cannot be part of a compiled decode step.*DoRA.*compiled=False"):
             compiled(model)
-        assert not model.base_model.grouped.is_compiled
+        assert not model.base_model.owner.is_compiled
         assert generate(model)
 
     def test_midora_beside_others(self) -> None:
@@ -284,7 +284,7 @@ class TestRefusals:
         add_adapter(model, "midora", seed=3, use_dora=True)
         with pytest.raises(MiLoraError, match="cannot be part of a compiled decode step"):
             compiled(model, adapter_names=["midora"] * 4)
-        assert not model.base_model.grouped.is_compiled
+        assert not model.base_model.owner.is_compiled
 
     @pytest.mark.parametrize(
         "settings",

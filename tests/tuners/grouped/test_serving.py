@@ -14,7 +14,7 @@ from support.architectures import pad, random_prompts
 from torch import Tensor, nn
 
 from milora import MiLoraConfig, MiLoraError
-from milora.tuners.grouped import serving as grouped_serving
+from milora.tuners.grouped import plan as grouped_serving
 
 PROMPTS = random_prompts(6, (3, 9), seed=5)
 INPUT_IDS, ATTENTION_MASK = pad(PROMPTS, "left")
@@ -111,7 +111,7 @@ class TestParameters:
         after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], before[name]) for name in before)
-        stack = next(iter(model.base_model.grouped.stacks.modules.values()))
+        stack = next(iter(model.base_model.owner.stacks.modules.values()))
         storages = {stack.layer.lora_A[name].weight.untyped_storage().data_ptr() for name in stack.slots}
         assert storages == {stack.lora_a.untyped_storage().data_ptr()}
 
@@ -174,9 +174,8 @@ class TestParameters:
         generate(model, adapter_names=NAMES)
         attention = model.base_model.model.model.layers[0].self_attn
         attention.q_proj = copy.deepcopy(attention.q_proj)
-        attention.q_proj.dispatcher = model.base_model.dispatcher
+        attention.q_proj.owner = model.base_model.owner
         for name in ("default", "wide", "soft"):
-            attention.q_proj.lora_variant[name].dispatcher = model.base_model.dispatcher
             attention.q_proj.lora_A[name].weight.data *= -3
         assert generate(model, adapter_names=NAMES) == alone(model)
 
@@ -191,7 +190,7 @@ class TestParameters:
         """A caller's own decoding loop brings the stacks up to date at every token."""
         model = tenants()
         logits_of(model, adapter_names=NAMES)
-        stacks = model.base_model.grouped.stacks
+        stacks = model.base_model.owner.stacks
         monkeypatch.setattr(stacks, "_stackable", lambda layer: pytest.fail("a layer was looked into again"))
         found = logits_of(model, adapter_names=NAMES)
         model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["wide"].weight.data.mul_(-5)
@@ -208,9 +207,9 @@ class TestParameters:
 
     def test_another_adapter_moves_nothing_where_there_is_room(self) -> None:
         model = tenants()
-        model.base_model.grouped.stacks.capacity = 5
+        model.base_model.owner.stacks.capacity = 5
         logits_of(model, adapter_names=NAMES)
-        stacks = model.base_model.grouped.stacks.modules
+        stacks = model.base_model.owner.stacks.modules
         places = {path: stack.lora_a.data_ptr() for path, stack in stacks.items()}
         add_adapter(model, "fourth", seed=40, r=3)
         names = ["fourth", *NAMES[1:]]

@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 from milora import MiLoraConfig, MiLoraError
 from milora.inference.together import serve_together
-from milora.tuners.grouped.compiling import ALL_DEVICES
+from milora.tuners.generate_options import ALL_DEVICES
 
 INPUT_IDS, ATTENTION_MASK = pad(random_prompts(5, (3, 9), seed=11), "left")
 BATCH = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK}

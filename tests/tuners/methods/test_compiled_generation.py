@@ -8,7 +8,7 @@ from support.architectures import pad, random_prompts
 from support.methods import METHODS, adapted
 from transformers import CompileConfig
 
-from milora.tuners.grouped.compiling import compiled_settings
+from milora.tuners.generate_options import compiled_settings
 
 PROMPTS = random_prompts(3, (3, 9), seed=1)
 

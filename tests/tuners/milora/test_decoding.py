@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora import Route
-from milora.tuners.milora import dora
-from milora.tuners.milora.decoding import PreparedExperts
+from milora.tuners.milora import routed
+from milora.tuners.milora.plans.decode import PreparedExperts
 from milora_core.kernels import native
 
 NEW = 5
@@ -174,21 +174,19 @@ class TestOperations:
         assert asked[0] > by_the_backbone[0]
         assert asked[1:] == by_the_backbone[1:]
 
-    def test_scales_of_midora_are_computed_once_an_adapter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_scales_of_midora_are_computed_once_a_generation(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = adapted(use_dora=True, top_k=7).model
         computed: list[Any] = []
-        compute = dora._compute
+        compute = routed.dora_scale
 
         def count(layer: Any, adapter: str) -> Tensor:
             computed.append(layer)
             return compute(layer, adapter)
 
-        monkeypatch.setattr(dora, "_compute", count)
+        monkeypatch.setattr(routed, "dora_scale", count)
         generate(model)
-        generate(model, PROMPTS[1:])
         assert len(computed) == len(set(computed)) == 14
-        model.train().eval()
-        generate(model)
+        generate(model, PROMPTS[1:])
         assert len(computed) == 28
 
 

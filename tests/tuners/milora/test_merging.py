@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, DynamicCache, LogitsProcessor
 
 from milora import MiLoraConfig, MiLoraError, Route
-from milora.tuners.grouped.compiling import ALL_DEVICES
+from milora.tuners.generate_options import ALL_DEVICES
 
 NEW = 6
 PROMPTS = random_prompts(3, (4, 8), seed=4)
@@ -378,7 +378,7 @@ class TestThreads:
         for other in (lambda: generate(model), lambda: model(prompt), lambda: model.route(prompt)):
             (error,) = self.meanwhile(model, other, merge_route=True)
             assert isinstance(error, MiLoraError)
-            assert "Another thread has merged a route" in str(error)
+            assert "merged into the backbone's weights by another request" in str(error)
         (error,) = self.meanwhile(
             model, lambda: model.base_model.model.generate(prompt, max_new_tokens=2), merge_route=True
         )
@@ -389,7 +389,7 @@ class TestThreads:
         model = adapted().model
         (error,) = self.meanwhile(model, lambda: generate(model, merge_route=True))
         assert isinstance(error, MiLoraError)
-        assert "Another thread is generating" in str(error)
+        assert "Another request is using this backbone" in str(error)
         (tokens,) = self.meanwhile(model, lambda: generate(model))
         assert tokens == generate(model)
 
@@ -415,5 +415,5 @@ class TestThreads:
         model(prompt)
         handle.remove()
         assert len(results) == 1
-        assert "Another thread is generating" in results[0]
+        assert "Another request is using this backbone" in results[0]
         assert generate(model, merge_route=True) == generate(model)

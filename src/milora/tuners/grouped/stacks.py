@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from milora.tuners.identity import Use
 
 IsPlain = Callable[[LoraLayer, str], bool]
 """Whether an adapter's change of a layer is `x A B` and nothing else but scaling and gates."""
@@ -28,6 +30,7 @@ class ModuleStack:
         slots: Adapter -> its place in the stacks.
         lora_a: (capacity, r, d_in), zero where there is no adapter or its rank ends.
         lora_b: (capacity, d_out, r).
+        fixed: Slots and gates of a batch, at addresses that stay, which a compiled decode step reads.
     """
 
     lora_a: Tensor
@@ -39,22 +42,39 @@ class ModuleStack:
         self.slots: dict[str, int] = {}
         self._parts: dict[str, tuple[nn.Module, nn.Module, int]] = {}
         self._fitted_to: Any = None
+        self._left: dict[int, list[Use]] = {}
+        self.fixed: tuple[Tensor, Tensor] | None = None
+        self._fixed_by_rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fix(self, slots: Tensor, gates: Tensor) -> None:
+        """Writes a batch's slots and gates, (rows) each, to where the compiled step reads them."""
+        rows = slots.shape[0]
+        if rows not in self._fixed_by_rows or self._fixed_by_rows[rows][0].device != slots.device:
+            self._fixed_by_rows[rows] = (torch.empty_like(slots), torch.empty_like(gates))
+            for tensor in self._fixed_by_rows[rows]:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.fixed = self._fixed_by_rows[rows]
+        self.fixed[0].copy_(slots)
+        self.fixed[1].copy_(gates)
 
     def is_current(self) -> bool:
         """Whether the layer's adapters, and where their parameters lie, are as [`ModuleStack.fit`] left them."""
         return bool(self._fitted_to == _state_of(self.layer))
 
-    def fit(self, adapters: list[str], capacity: int) -> None:
+    def fit(self, adapters: list[str], capacity: int, running: Sequence[Use] = ()) -> None:
         """Holds exactly these adapters from now on; nothing moves as long as they fit into the stacks there are.
 
         Args:
             adapters: Those that are to be stacked; all have parameters of one type on one device.
             capacity: The fewest places that stacks made anew have.
+            running: Uses of adapters that are running. A place is written to when those have ended that read it.
         """
         for adapter in [name for name in self.slots if name not in adapters or not self._is_view(name)]:
+            self._left[self.slots[adapter]] = [use for use in running if adapter in use.adapters]
             del self.slots[adapter], self._parts[adapter]
         added = [name for name in adapters if name not in self.slots]
-        free = [slot for slot in range(self._places()) if slot not in self.slots.values()]
+        read = {slot for slot, uses in self._left.items() if any(use.is_running for use in uses)}
+        free = [slot for slot in range(self._places()) if slot not in {*self.slots.values(), *read}]
         if len(added) > len(free) or not all(self._has_room(name) for name in added):
             self._make_anew(adapters, capacity)
             added, free = adapters, list(range(len(adapters)))
@@ -94,7 +114,7 @@ class ModuleStack:
         for stack in (self.lora_a, self.lora_b):
             # CUDA graphs copy what they are not told stays where it is.
             torch._dynamo.mark_static_address(stack, guard=False)
-        self.slots, self._parts = {}, {}
+        self.slots, self._parts, self._left = {}, {}, {}
 
     @torch.no_grad()
     def _take_in(self, adapter: str, slot: int) -> None:
@@ -138,10 +158,13 @@ class AdapterStacks:
         self.left_out: dict[str, LoraLayer] = {}
         self.wrappers: dict[str, AuxiliaryTrainingWrapper] = {}
 
-    def refresh(self) -> None:
+    def refresh(self, running: Sequence[Use] = ()) -> None:
         """Brings the stacks up to date with the adapters that the model has now.
 
         It is asked for before every pass, so a layer in which nothing has changed is only compared with what it was.
+
+        Args:
+            running: Uses of adapters that are running.
         """
         modules: dict[str, ModuleStack] = {}
         left_out, wrappers = {}, {}
@@ -153,17 +176,14 @@ class AdapterStacks:
             if stack is None or stack.layer is not module or not stack.is_current():
                 stackable = self._stackable(module)
                 if not stackable:
-                    left_out[path] = module
+                    left_out[path], module.stack = module, None
                     continue
                 if stack is None or stack.layer is not module:
-                    stack = self.new_module(path, module)
-                stack.fit(stackable, self.capacity)
+                    stack = ModuleStack(path, module)
+                stack.fit(stackable, self.capacity, running)
+            module.stack = stack
             modules[path] = stack
         self.modules, self.left_out, self.wrappers = modules, left_out, wrappers
-
-    def new_module(self, path: str, layer: LoraLayer) -> ModuleStack:
-        """The stack of a module that has none yet."""
-        return ModuleStack(path, layer)
 
     def bytes(self) -> int:
         """Memory of the stacks, the adapters' parameters (their views) included."""

@@ -13,6 +13,25 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from milora.tuners.context import running
+from milora.tuners.plan import PlannedModule
+
+
+class PlannedWrapper(PlannedModule):
+    """A module that PEFT keeps for each adapter: each row of a pass goes through its own adapter's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's where no pass is running, or its one adapter is the active one."""
+        context = None if torch.compiler.is_dynamo_compiling() else running(self.owner)
+        wrapper: Any = self
+        rows = None
+        if context is not None and args and not wrapper.disable_adapters:
+            rows = context.plan.rows_of(args[0].shape[0])
+        active = wrapper.active_adapters
+        if rows is None or (active == list(rows) and len(rows[active[0]]) == len(args[0])):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return forward_by_row(wrapper, rows, *args, **kwargs)
+
 
 def forward_by_row(
     wrapper: AuxiliaryTrainingWrapper, adapter_rows: Mapping[str, list[int]], x: Tensor, *args: Any, **kwargs: Any

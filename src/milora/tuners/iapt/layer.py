@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from milora.backbone.key_value import project_keys_and_values
+from milora.tuners.context import ContextOwner, Prompts, running
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.generator import SoftTokenGenerator
 from milora.tuners.prefix import PrefixLayer
-from milora.tuners.prompt_pass import PromptPass, PromptPasses
 
 
 class IAPTLayer(PrefixLayer):
@@ -27,16 +27,16 @@ class IAPTLayer(PrefixLayer):
     Args:
         path: Path of the attention module.
         size: Length d of the hidden states.
-        passes: Where it is known which tokens are the prompt.
+        owner: The model's.
     """
 
     child_name = "iapt_"
     adapter_layer_names = ("generator",)
 
-    def __init__(self, path: str, size: int, passes: PromptPasses) -> None:
+    def __init__(self, path: str, size: int, owner: ContextOwner) -> None:
         super().__init__(path)
         self.size = size
-        self.passes = passes
+        self.owner = owner
         self.generator = nn.ModuleDict()
 
     def update_layer(self, adapter: str, module: nn.Module, config: IAPTConfig) -> None:
@@ -68,31 +68,32 @@ class IAPTLayer(PrefixLayer):
     def _before_entrance(self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.disable_adapters:
             return
-        running = self._running()
+        prompts = self._running()
         for adapter in self.active_adapters:
-            if adapter in self.generator and (self._writes_anew() or (self.path, adapter) not in running.values):
+            if adapter in self.generator and (self._writes_anew() or (self.path, adapter) not in prompts.values):
                 hidden = self.read_input(args, kwargs)
-                assert running.prompt is not None
-                soft_tokens = self.generator[adapter](hidden, running.prompt.to(hidden.device)).to(hidden.dtype)
+                assert prompts.prompt is not None
+                soft_tokens = self.generator[adapter](hidden, prompts.prompt.to(hidden.device)).to(hidden.dtype)
                 if getattr(entrance, self.child_name, None) is not self:
                     # Not by a call, which would come back here.
                     soft_tokens = entrance.forward(soft_tokens)
-                running.values[self.path, adapter, "soft tokens"] = soft_tokens
+                prompts.values[self.path, adapter, "soft tokens"] = soft_tokens
 
     def _writes_anew(self) -> bool:
         """Whether the pass is one to train from: its blocks may run twice, and nothing is kept."""
         return self.training and torch.is_grad_enabled()
 
-    def _running(self) -> PromptPass:
-        """The pass that is running.
+    def _running(self) -> Prompts:
+        """The prompts of the pass that runs.
 
         Raises:
             RuntimeError: If there is none.
         """
-        running: PromptPass | None = self.passes.current
-        if running is None:
+        context = running(self.owner)
+        if context is None:
             raise RuntimeError(
                 f"{self.path} was called on its own: which tokens are the prompt is read where the whole model is "
                 "called. Call the model that get_peft_model returned."
             )
-        return running
+        prompts: Prompts = context.prompts
+        return prompts

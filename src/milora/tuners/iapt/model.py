@@ -2,24 +2,100 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from milora.backbone.blocks import find_blocks, hidden_size
 from milora.backbone.key_value import check_projection, find_input_norm
-from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
+from milora.tuners.caches import BARE
+from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
+from milora.tuners.context import (
+    ContextOwner,
+    ForwardContext,
+    Generation,
+    Prompts,
+    Scope,
+    caller_scope,
+    check_thread,
+    entered,
+)
 from milora.tuners.continuous_batching import NoContinuousBatching
-from milora.tuners.grouped.compiling import is_compiled_by_transformers
+from milora.tuners.generate_options import (
+    is_compiled_by_transformers,
+    needs_own_pass,
+    one_token,
+    prompts_given,
+    size_given,
+)
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.layer import IAPTLayer
 from milora.tuners.prefix import PrefixTuner
-from milora.tuners.prompt_pass import PromptPass, PromptPasses, PromptTuner, needs_own_pass, one_token
+from milora.tuners.prompt_hooks import PromptHooks
 from milora_core.errors import MiLoraError
 
+UNKNOWN_CACHE = (
+    "The cache already holds tokens, and the soft tokens of the prompt that it begins with are not known here: they "
+    "are kept only for a cache that this model has filled itself. Begin with the prompt and an empty cache."
+)
 
-class IAPTModel(NoContinuousBatching, PromptTuner, PrefixTuner):
+
+class IAPTHooks(PromptHooks):
+    """See [`PromptHooks`].
+
+    Args:
+        backbone: The model that is called.
+        owner: The model's.
+        tuner: The model's.
+    """
+
+    def __init__(self, backbone: nn.Module, owner: ContextOwner, tuner: IAPTModel) -> None:
+        super().__init__(backbone, owner)
+        self.tuner = tuner
+
+    def is_off(self) -> bool:
+        """See [`PromptHooks.is_off`]."""
+        layers = self.tuner.layers().values()
+        return not self.tuner.active_adapters or any(layer.disable_adapters for layer in layers)
+
+    def begin(self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None) -> ForwardContext:
+        """See [`PromptHooks.begin`]; gradient checkpointing will recompute blocks in this context."""
+        if torch.is_grad_enabled():
+            for module in self.backbone.modules():
+                if is_checkpointed(module):
+                    checkpoint_in_context(module, self.owner, _unchanged)
+        prompt = self.prompt_of(attended, arguments)
+        own = None if generation is not None else self.owner.identities.begin(self.tuner.active_adapters)
+        use = generation.use if generation is not None else own
+        assert use is not None
+        prompts = Prompts(attended.shape[0], prompt, use)
+        return ForwardContext(self.owner, prompts, generation=generation, use=own)
+
+    def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
+        """See [`PromptHooks.follow`]."""
+        use = None
+        if generation is None:
+            self.owner.identities.check(prompts.use)
+            use = self.owner.identities.begin(prompts.use.adapters)
+        return ForwardContext(self.owner, prompts, "follow", use=use)
+
+    def fill(self, made: Any, cache: Cache, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
+        """See [`PromptHooks.fill`]."""
+        if made is None or made == BARE:
+            raise MiLoraError(UNKNOWN_CACHE)
+        if list(made.use.adapters) != list(self.tuner.active_adapters):
+            raise MiLoraError(
+                f"The cache was filled by the adapter {', '.join(made.use.adapters)!r}, and "
+                f"{', '.join(self.tuner.active_adapters)!r} is active now. Make the same adapter active, or begin with "
+                "the prompt and an empty cache."
+            )
+        return self.follow(made, arguments, None)
+
+
+class IAPTModel(NoContinuousBatching, PrefixTuner):
     """A backbone whose layers read soft tokens that are written from the prompt, once.
 
     Made by `get_peft_model(model, IAPTConfig())`. A forward pass reads the prompt from its arguments: all attended
@@ -29,18 +105,14 @@ class IAPTModel(NoContinuousBatching, PromptTuner, PrefixTuner):
     method = "IAPT"
     prefix = "iapt_"
     tuner_layer_cls = IAPTLayer
-    unknown_cache = (
-        "The cache already holds tokens, and the soft tokens of the prompt that it begins with are not known here: "
-        "they are kept only for a cache that this model has filled itself. Begin with the prompt and an empty cache."
-    )
 
     def _pre_injection_hook(self, model: nn.Module, config: IAPTConfig, adapter_name: str) -> None:
-        self.passes = PromptPasses()
-        self._watches = []
+        self.owner = ContextOwner()
+        self.hooks = IAPTHooks(model, self.owner, self)
 
     def complete_adapter(self, adapter_name: str, config: IAPTConfig, *args: Any, **kwargs: Any) -> None:
         """From now on the backbone's calls are watched for prompts."""
-        self.watch()
+        self.hooks.watch()
 
     def _prepare_adapter_config(self, peft_config: IAPTConfig, model_config: dict[str, Any]) -> Any:
         config = super()._prepare_adapter_config(peft_config, model_config)
@@ -64,28 +136,20 @@ class IAPTModel(NoContinuousBatching, PromptTuner, PrefixTuner):
     def new_layer(self, path: str, module: nn.Module) -> IAPTLayer:
         """See [`AttachmentTuner.new_layer`]."""
         size, entrance = self._entrances[path]
-        layer = IAPTLayer(path, size, self.passes)
+        layer = IAPTLayer(path, size, self.owner)
         layer.read_from(self.model.get_submodule(entrance))
         return layer
 
     def restore(self) -> None:
         """See [`PrefixTuner.restore`]."""
         super().restore()
-        self.unwatch()
+        self.hooks.unwatch()
         for module in self.model.modules():
             restore_checkpoint_function(module)
 
-    def prompt_tuning_is_off(self) -> bool:
-        """Whether the adapters are disabled or there is none."""
-        return not self.active_adapters or any(layer.disable_adapters for layer in self.layers().values())
-
-    def new_pass(self, attended: Tensor, arguments: dict[str, Any]) -> PromptPass:
-        """See [`PromptTuner.new_pass`]; gradient checkpointing will recompute blocks in this pass."""
-        if torch.is_grad_enabled():
-            for module in self.model.modules():
-                if is_checkpointed(module):
-                    checkpoint_with_pass(module, self.passes, _unchanged)
-        return super().new_pass(attended, arguments)
+    def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
+        """`with model.use_prompt(mask):` says which tokens are the prompt, (batch, tokens), where no labels do."""
+        return caller_scope(Scope(self.owner, prompt=prompt))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the backbone, with soft tokens written once, at the prefill.
@@ -101,7 +165,8 @@ class IAPTModel(NoContinuousBatching, PromptTuner, PrefixTuner):
             MiLoraError: If the cache already holds tokens, or a prompt is empty.
         """
         model: Any = self.model
-        if self.prompt_tuning_is_off():
+        check_thread(self.owner)
+        if self.hooks.is_off():
             return model.generate(*args, **kwargs)
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         if is_compiled_by_transformers(model, named):
@@ -112,12 +177,16 @@ class IAPTModel(NoContinuousBatching, PromptTuner, PrefixTuner):
                 "generate was given a cache that already holds tokens, and its first pass would not be the prompt. "
                 "Give it the whole conversation and an empty cache, or go on from the cache in a loop of your own."
             )
-        with self.passes.generating(kwargs.get("attention_mask")):
-            if needs_own_pass(model, kwargs):
-                names = ("input_ids", "inputs", "attention_mask", "inputs_embeds")
-                prompts = {name: kwargs[name] for name in names if name in kwargs}
-                model.generate(*args, **prompts, generation_config=one_token(model))
-            return model.generate(*args, **kwargs)
+        use = self.owner.identities.begin(self.active_adapters)
+        generation = Generation(named.get("attention_mask"), size_given(named), use)
+        try:
+            with entered(Scope(self.owner, generation=generation)):
+                if needs_own_pass(model, named):
+                    model.generate(**prompts_given(named), generation_config=one_token(model))
+                    generation.follows_all = True
+                return model.generate(*args, **kwargs)
+        finally:
+            self.owner.identities.end(use)
 
     def why_not_compiled(self) -> str:
         """What keeps transformers from compiling the decode steps."""

@@ -26,6 +26,8 @@ UNSUPPORTED_FIELDS = (
     "velora_config",
 )
 
+ADAPTED_TOKENS = ("all", "completion")
+
 PARTS = "|"
 """Between the activations of equal parts of the blocks."""
 
@@ -76,6 +78,10 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
             Pretrained models need `tokens`: their first token is often a hundred times as long as the others and
             would decide alone.
         normalize_router_input: What `router_norm` was called before: `True` means `pooled`, `False` means `none`.
+        adapted_tokens: `all`, as in the paper, or `completion` (late adaptation): all prompt tokens but the last go
+            through the bare backbone, and the last one and every token after it are adapted. A prompt's keys and
+            values are then the same for every adapter and the backbone.
+        router_window: Route on at most this many tokens from the beginning of the prompt; `None` reads all of it.
         blocks: Path of the list of Transformer blocks, for models where it cannot be found.
         experts: The modules' paths relative to the block, in the order of the router's rows, or a mapping from block
             to list where blocks differ. Filled in when the adapter is made.
@@ -114,6 +120,10 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         },
     )
     normalize_router_input: InitVar[bool | None] = None
+    adapted_tokens: str = field(default="all", metadata={"help": f"One of {', '.join(ADAPTED_TOKENS)}."})
+    router_window: int | None = field(
+        default=None, metadata={"help": "Route on at most this many tokens from the beginning of the prompt."}
+    )
     blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
     experts: list[str] | dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Modules relative to the block, in the order of the router's rows."}
@@ -151,6 +161,11 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
             raise MiLoraError(f"Unknown gate {self.gate!r}; choose one of {list(GATES)}.")
         assert self.router_norm is not None
         check_router_norm(self.router_norm)
+        if self.adapted_tokens not in ADAPTED_TOKENS:
+            raise MiLoraError(f"Unknown adapted_tokens {self.adapted_tokens!r}; choose one of {list(ADAPTED_TOKENS)}.")
+        window = self.router_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise MiLoraError(f"router_window must be a whole number of at least 1, or None; found {window!r}.")
         if self.load_balancing_coef < 0:
             raise MiLoraError(f"load_balancing_coef must not be negative; found {self.load_balancing_coef}.")
         orders = self.rational_orders

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.routers import chosen_modules
+from milora.tuners.milora.router import chosen_modules
 from milora_core.errors import MiLoraError
 from milora_core.files import require_vacant, whole_folder
 from milora_core.routing import Route

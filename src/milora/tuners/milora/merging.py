@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.layer import Linear
 from peft.utils.other import transpose
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from milora.tuners.milora.dispatch import Dispatcher
-from milora.tuners.milora.dora import dora_scale
-from milora.tuners.milora.routers import chosen_modules, routers_of
-from milora.tuners.milora.shared_weights import SharedWeights
-from milora.tuners.prompt_pass import PromptTuner
+from milora.tuners.context import Generation, Scope, caller_scope, entered, said, scopes
+from milora.tuners.milora.forward import RoutingHooks
+from milora.tuners.milora.plans.formulas import dora_scale, is_dora
+from milora.tuners.milora.router import chosen_modules
 from milora_core.errors import MiLoraError
 from milora_core.routing import Route
 
@@ -26,83 +24,85 @@ MERGED = "a route is merged into the backbone's weights, which serve it and no o
 """What to say of calls that a merged route rules out."""
 
 
-class MergingTuner(PromptTuner):
-    """What the tuner needs to merge a route: at once, or in the generation that finds it.
+class Merged:
+    """The route that the backbone's weights contain.
 
-    The tuner sets `dispatcher` and `_shared_weights` before its first adapter is in place.
+    Args:
+        route: Of one row.
+        generation: The generation that merged it; `None` for `merged_route`.
     """
 
-    active_adapters: list[str]
-    dispatcher: Dispatcher
-    _shared_weights: SharedWeights
+    def __init__(self, route: Route, generation: Generation | None) -> None:
+        self.route = route
+        self.generation = generation
 
-    @contextmanager
-    def merged_route(self, route: Route) -> Iterator[None]:
-        """`with model.merged_route(route):` has a route in force as `use_route` has, merged into the weights.
-
-        Its experts then cost nothing a token. The weights that it changes are there twice for as long; the backbone's
-        own come back at the end bit for bit, however that comes. Merged weights are rounded to the backbone's type, so
-        in bfloat16 the outputs are close to those of `use_route`, and not the same. Meanwhile other threads that call
-        the backbone are refused.
+    def check(self, hooks: RoutingHooks) -> None:
+        """Refuses calls that did not enter the merged route's context, and such as disabled the adapters.
 
         Raises:
-            MiLoraError: If the route's rows differ or it is not of this adapter, the model is in training mode or its
-                adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another thread is
-                generating, or a route is merged already.
+            MiLoraError: Saying why.
         """
-        with self._shared_weights.owned(), self._merge(route):
-            yield
-
-    @contextmanager
-    def _merging_when_known(self) -> Iterator[None]:
-        """In force: the generation that begins merges its route as soon as it is known."""
-        if self.dispatcher.merged is not None:
-            yield
-            return
-        with self._shared_weights.owned(), ExitStack() as stack, self.dispatcher.merging(stack):
-            yield
-
-    @contextmanager
-    def _merge(self, route: Route) -> Iterator[None]:
-        if self.training:
-            raise MiLoraError("A route is merged for inference; call model.eval() first.")
-        if self.prompt_tuning_is_off():
-            raise MiLoraError("The adapters are disabled, so there is nothing to merge.")
-        if self.dispatcher.adapter_names is not None:
-            raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out adapter_names.")
-        route = common_route(route)
-        adapter = self.active_adapters[0]
-        gates = chosen_modules(self.model, route, adapter)
-        with (
-            merged(self.model, gates, adapter),
-            self.dispatcher.forcing(route),
-            self.dispatcher.following_merged(route),
-        ):
-            yield
-
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            super()._before_forward(module, args, kwargs)
-            return
-        self._shared_weights.begin_forward()
-        follows = self.passes.following() is not None
-        # Looks at all modules, so not in every step of a generation, in which adapters stay as they are.
-        if self.dispatcher.merged is not None and not follows and self.prompt_tuning_is_off():
+        if said(hooks.owner, "merged") is not self:
+            raise MiLoraError(
+                "A route is merged into the backbone's weights by another request, so this one cannot use them until "
+                "that has ended. Generate one after the other, or there without merge_route."
+            )
+        if hooks.is_off():
             raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
-        super()._before_forward(module, args, kwargs)
-        stack, running = self.dispatcher.merge_into, self.dispatcher.current
-        if stack is None or running is None or running.is_merged:
-            return
-        if running.forced is not None or follows:
-            route = running.forced if running.forced is not None else running.route(tuple(routers_of(self.model)))
-            stack.enter_context(self._merge(route))
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        try:
-            return super()._after_forward(module, args, kwargs, output)
-        finally:
-            if not torch.compiler.is_dynamo_compiling():
-                self._shared_weights.end_forward()
+    def check_prompts(self, generation: Generation | None) -> None:
+        """Refuses other prompts inside the generation that merged its own route.
+
+        Raises:
+            MiLoraError: If it is another's.
+        """
+        if self.generation is not None and generation is not self.generation:
+            raise MiLoraError(
+                "The running generation has merged its route into the backbone's weights, so other prompts cannot be "
+                "served from inside it. Generate without merge_route."
+            )
+
+
+@contextmanager
+def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Generation | None) -> Iterator[None]:
+    """Inside, the backbone's weights contain a route; see [`milora.tuners.milora.routes.Routes.merged_route`].
+
+    Args:
+        hooks: The model's.
+        adapter: The adapter whose route it is.
+        route: All its rows are alike.
+        generation: The generation that merges it.
+    """
+    owner, model = hooks.owner, hooks.backbone
+    if model.training:
+        raise MiLoraError("A route is merged for inference; call model.eval() first.")
+    if hooks.is_off():
+        raise MiLoraError("The adapters are disabled, so there is nothing to merge.")
+    if said(owner, "adapter_names") is not None:
+        raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out adapter_names.")
+    if generation is None and hooks.configs[adapter].adapted_tokens == "completion":
+        raise MiLoraError(
+            "merged_route would change the prompts too, which adapted_tokens='completion' leaves to the bare backbone. "
+            "Use model.generate(..., merge_route=True)."
+        )
+    route = common_route(route)
+    gates = chosen_modules(model, route, adapter)
+    own = [scope.generation.use for scope in scopes(owner) if scope.generation is not None]
+    with owner.identities.lock:
+        if hooks.merged is not None:
+            raise MiLoraError("A route is merged into the backbone already; leave it before another is merged.")
+        if owner.identities.others_running(own):
+            raise MiLoraError(
+                "Another request is using this backbone, and merging a route would change the weights under it. Merge "
+                "when it has ended, or generate without merge_route."
+            )
+        hooks.merged = merged = Merged(route, generation)
+    scope = Scope(owner, route=route, merged=merged)
+    try:
+        with changed_weights(model, gates, adapter), caller_scope(scope) if generation is None else entered(scope):
+            yield
+    finally:
+        hooks.merged = None
 
 
 def common_route(route: Route) -> Route:
@@ -120,8 +120,8 @@ def common_route(route: Route) -> Route:
 
 
 @contextmanager
-def merged(backbone: nn.Module, gates: Mapping[str, float], adapter: str) -> Iterator[None]:
-    """While in force, modules of the backbone have their experts in their weights: `W + g (W' - W)`.
+def changed_weights(backbone: nn.Module, gates: Mapping[str, float], adapter: str) -> Iterator[None]:
+    """Inside, modules of the backbone have their experts in their weights: `W + g (W' - W)`.
 
     `W'` is `W + s B A`, and of MiDoRA `m / ||W + s B A|| * (W + s B A)`. Each affected weight is computed in float32,
     rounded once and put in the place of the backbone's own, which is not written to and comes back at the end: bit for
@@ -143,7 +143,7 @@ def merged(backbone: nn.Module, gates: Mapping[str, float], adapter: str) -> Ite
         for path, gate in gates.items():
             layer: Any = backbone.get_submodule(path)
             _check(path, layer, adapter, uses)
-            for parameter, changed in _changed(layer, adapter, gate):
+            for parameter, changed in _changed_parameters(layer, adapter, gate):
                 kept.append((parameter, parameter.data))
                 parameter.data = changed
         yield
@@ -172,13 +172,13 @@ def _check(path: str, layer: Any, adapter: str, uses: Counter[int]) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _changed(layer: Any, adapter: str, gate: float) -> list[tuple[nn.Parameter, Tensor]]:
+def _changed_parameters(layer: Any, adapter: str, gate: float) -> list[tuple[nn.Parameter, Tensor]]:
     """The parameters of the base layer that an expert changes, with what they become."""
     base, up = layer.get_base_layer(), layer.lora_B[adapter]
     scaling, device = layer.scaling[adapter], base.weight.device
     delta = up.weight.to(device, torch.float32) @ layer.lora_A[adapter].weight.to(device, torch.float32)
     own = transpose(base.weight, layer.fan_in_fan_out)  # (d_out, d_in)
-    if _is_dora(layer, adapter):
+    if is_dora(layer, adapter):
         # g (f (W + s B A) - W) = g f s B A + g (f - 1) W
         factor = dora_scale(layer, adapter).to(device, torch.float32)[:, None]
         delta.mul_(gate * scaling * factor).addcmul_(own.float(), gate * (factor - 1))
@@ -189,7 +189,3 @@ def _changed(layer: Any, adapter: str, gate: float) -> list[tuple[nn.Parameter, 
     if up.bias is not None:
         parameters.append((base.bias, (base.bias + gate * scaling * up.bias.to(device)).to(base.bias.dtype)))
     return parameters
-
-
-def _is_dora(layer: LoraLayer, adapter: str) -> bool:
-    return isinstance(layer.lora_variant[adapter].inner, DoraLinearVariant)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from milora.tuners.milora.selection import BlockRouting
+from milora.tuners.milora.routed import BlockRouting
 
 
 class RoutingStatistics:

@@ -11,14 +11,23 @@ from torch.nn import functional
 
 from milora.backbone.blocks import in_features, out_features
 from milora.tuners.attachment import Attachment
-from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed, restore_checkpoint_function
+from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
+from milora.tuners.context import (
+    ForwardContext,
+    check_thread,
+    drop_interrupted,
+    enter,
+    generation_of,
+    leave,
+    running,
+    said,
+)
 from milora.tuners.low_rank import LowRank
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.gates import TaskGate, for_input, for_rows, top_gates
-from milora.tuners.moelora.running import ForwardPass, Running
+from milora.tuners.moelora.running import MoeLoraOwner, PassState
 from milora.tuners.outputs import add_to_loss
-from milora.tuners.prompt import supervised_tokens
-from milora.tuners.prompt_pass import arguments_of, labels_of
+from milora.tuners.prompt import arguments_of, labels_of, supervised_tokens
 from milora_core.errors import MiLoraError
 from milora_core.routing import RouterProjection, load_balancing_loss
 
@@ -28,16 +37,16 @@ class MoeLoraPart(Attachment):
 
     Args:
         path: Path of the module in the backbone.
-        running: The model's.
+        owner: The model's.
     """
 
     child_name = "moelora_"
     other_param_names = ("settings",)
     _handles: list[Any]
 
-    def __init__(self, path: str, running: Running) -> None:
+    def __init__(self, path: str, owner: MoeLoraOwner) -> None:
         super().__init__(path)
-        self.running = running
+        self.owner = owner
         self.settings: dict[str, MoeLoraConfig] = {}
 
 
@@ -56,7 +65,7 @@ class MoeLoraLayer(MoeLoraPart):
 
     Args:
         path: Path of the module in the backbone.
-        running: The model's.
+        owner: The model's.
         block: The module's block.
         input_size: Size of the module's input.
         hidden_size: Size of the block's hidden states.
@@ -64,8 +73,8 @@ class MoeLoraLayer(MoeLoraPart):
 
     adapter_layer_names = ("lora", "router")
 
-    def __init__(self, path: str, running: Running, block: str, input_size: int, hidden_size: int) -> None:
-        super().__init__(path, running)
+    def __init__(self, path: str, owner: MoeLoraOwner, block: str, input_size: int, hidden_size: int) -> None:
+        super().__init__(path, owner)
         self.block = block
         self.router_size = min(input_size, hidden_size)
         self.reads_own_input = input_size <= hidden_size
@@ -97,27 +106,20 @@ class MoeLoraLayer(MoeLoraPart):
         return torch.add(output, lora.lora_B(ranks.flatten(-2).to(x.dtype)), alpha=lora.scaling)
 
     def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
-        forward_pass = self.running.current
-        if forward_pass is None:
-            raise RuntimeError(
-                f"{self.path} was called on its own: the rows' tasks are read where the whole model is called. Call "
-                "the model that get_peft_model returned."
-            )
-        return for_rows(forward_pass.gates(adapter).to(hidden.device), hidden.shape[:-1], self.path)
+        state = self.owner.state(self.path)
+        return for_rows(state.gates(adapter).to(hidden.device), hidden.shape[:-1], self.path)
 
     def _token_gates(self, adapter: str, hidden: Tensor) -> Tensor:
         """(..., experts), float32."""
-        config = self.settings[adapter]
+        config, state = self.settings[adapter], self.owner.state(self.path)
         if self.is_read_by_others:
-            self.running.remember(self.block, hidden)
-        read = hidden if self.reads_own_input else self.running.recall(self.block, self.path)
+            state.remember(self.block, hidden)
+        read = hidden if self.reads_own_input else state.recall(self.block, self.path)
         with _without_autocast(read.device.type):
             logits = self.router[adapter](read)
         if self.training and config.load_balancing_coef > 0:
             # Outside a pass too: a recomputation under gradient checkpointing must save what its forward saved.
-            probabilities = logits.softmax(dim=-1)
-            if self.running.current is not None:
-                self.running.current.record(adapter, probabilities)
+            state.record(adapter, logits.softmax(dim=-1))
         gates = top_gates(logits, config.top_k)
         return gates if self.reads_own_input else for_input(gates, hidden.shape[:-1], self.path)
 
@@ -126,14 +128,14 @@ class MoeLoraShared(MoeLoraPart):
     """The child of the backbone itself: begins and ends passes, and holds what all modules of an adapter share.
 
     Args:
-        running: The model's.
+        owner: The model's.
         blocks: Paths of the blocks.
     """
 
     adapter_layer_names = ("task_gate",)
 
-    def __init__(self, running: Running, blocks: list[str]) -> None:
-        super().__init__("", running)
+    def __init__(self, owner: MoeLoraOwner, blocks: list[str]) -> None:
+        super().__init__("", owner)
         self.blocks = blocks
         self.task_gate = nn.ModuleDict()
 
@@ -173,26 +175,33 @@ class MoeLoraShared(MoeLoraPart):
         Raises:
             MiLoraError: If an active adapter needs the rows' tasks and they were not given, or are of another number.
         """
-        if self.disable_adapters:
+        if self.disable_adapters or torch.compiler.is_dynamo_compiling():
             return
+        drop_interrupted(self.owner)
+        check_thread(self.owner)
         tasks = None
         if any(name in self.task_gate for name in self.active_adapters):
             tasks = self._tasks_of_rows(arguments_of(module, args, kwargs))
-            if self.training and torch.is_grad_enabled():
-                self._resume_in_checkpoints(module)
-        self.running.begin(ForwardPass(self.task_gate, tasks, torch.is_grad_enabled()))
+        if self.training and torch.is_grad_enabled():
+            self._resume_in_checkpoints(module)
+        enter(ForwardContext(self.owner, PassState(self.task_gate, tasks, torch.is_grad_enabled())))
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The backbone's forward hook, also after an exception, with no output."""
-        forward_pass = self.running.end()
-        if forward_pass is None or output is None or not forward_pass.probabilities:
+        context = None if torch.compiler.is_dynamo_compiling() else running(self.owner)
+        if context is None:
+            return None
+        leave(context)
+        state: PassState = context.prompts
+        state.end()
+        if output is None or not state.probabilities:
             return None
         arguments = arguments_of(module, args, kwargs)
         labels, shifted = labels_of(arguments)
         if labels is None:
             return None
         tokens = supervised_tokens(labels, shifted=shifted)
-        for adapter, of_modules in forward_pass.probabilities.items():
+        for adapter, of_modules in state.probabilities.items():
             losses = [load_balancing_loss(_attended(p, arguments.get("attention_mask"))) for p in of_modules]
             balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
             coefficient = self.settings[adapter].load_balancing_coef
@@ -200,7 +209,7 @@ class MoeLoraShared(MoeLoraPart):
         return output
 
     def _tasks_of_rows(self, arguments: dict[str, Any]) -> Tensor:
-        tasks = self.running.tasks
+        tasks: Tensor | None = said(self.owner, "tasks")
         if tasks is None:
             raise MiLoraError(
                 "The active adapter's experts are weighted by task: pass task_ids, a tensor (batch) of task numbers, "
@@ -208,17 +217,18 @@ class MoeLoraShared(MoeLoraPart):
             )
         source = arguments.get("input_ids")
         rows = (arguments["inputs_embeds"] if source is None else source).shape[0]
-        if rows % len(tasks) != 0:
+        generation = generation_of(self.owner)
+        if len(tasks) != (rows if generation is None else generation.inputs) or rows % len(tasks) != 0:
             raise MiLoraError(f"task_ids names the tasks of {len(tasks)} rows; the batch has {rows}.")
         # Generation repeats each prompt in succession, for beams and for several return sequences.
         return tasks.repeat_interleave(rows // len(tasks))
 
     def _resume_in_checkpoints(self, module: nn.Module) -> None:
-        """Makes blocks see their own forward's tasks when they are recomputed, also after a further forward."""
+        """Makes blocks see their own forward's state when they are recomputed, also after a further forward."""
         for path in self.blocks:
             block = module.get_submodule(path)
             if is_checkpointed(block):
-                checkpoint_with_pass(block, cast("Any", self.running), _unchanged)
+                checkpoint_in_context(block, self.owner, _unchanged)
 
 
 def _unchanged(hidden: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from milora.backbone.blocks import find_blocks, hidden_size, in_features
 from milora.tuners.attachment import Attachment, AttachmentTuner
-from milora.tuners.grouped.compiling import is_compiled_by_transformers
+from milora.tuners.context import Generation, Scope, caller_scope, entered
+from milora.tuners.generate_options import is_compiled_by_transformers, size_given
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraPart, MoeLoraShared
-from milora.tuners.moelora.running import Running
+from milora.tuners.moelora.running import MoeLoraOwner
 from milora_core.errors import MiLoraError
 
 
@@ -24,9 +25,10 @@ class MoeLoraModel(AttachmentTuner):
     method = "MOELoRA"
     prefix = "moelora_"
     tuner_layer_cls = MoeLoraPart
+    owner: MoeLoraOwner
 
     def _pre_injection_hook(self, model: nn.Module, config: MoeLoraConfig, adapter_name: str) -> None:
-        self.running = Running()
+        self.owner = MoeLoraOwner()
 
     def _prepare_adapter_config(self, peft_config: MoeLoraConfig, model_config: dict[str, Any]) -> Any:
         config = super()._prepare_adapter_config(peft_config, model_config)
@@ -51,7 +53,7 @@ class MoeLoraModel(AttachmentTuner):
     def _create_and_replace(self, peft_config: MoeLoraConfig, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         shared = getattr(self.model, MoeLoraShared.child_name, None)
         if shared is None:
-            shared = MoeLoraShared(self.running, list(self._hidden_sizes))
+            shared = MoeLoraShared(self.owner, list(self._hidden_sizes))
             shared.attach(self.model)
         if adapter_name not in shared.adapters():
             shared.update_layer(adapter_name, self.model, peft_config)
@@ -63,7 +65,7 @@ class MoeLoraModel(AttachmentTuner):
     def new_layer(self, path: str, module: nn.Module) -> Attachment:
         """See [`AttachmentTuner.new_layer`]."""
         block = next(block for block in self._hidden_sizes if path.startswith(f"{block}."))
-        return MoeLoraLayer(path, self.running, block, in_features(module), self._hidden_sizes[block])
+        return MoeLoraLayer(path, self.owner, block, in_features(module), self._hidden_sizes[block])
 
     def forward(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The backbone's forward.
@@ -76,7 +78,7 @@ class MoeLoraModel(AttachmentTuner):
         Raises:
             MiLoraError: If the active adapter needs `task_ids` and they are missing; see [`MoeLoraModel.use_tasks`].
         """
-        with self.use_tasks(task_ids):
+        with self._with_tasks(task_ids, entered):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
@@ -97,8 +99,13 @@ class MoeLoraModel(AttachmentTuner):
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         if self.why_not_compiled() is not None and is_compiled_by_transformers(model, named):
             kwargs["disable_compile"] = True
-        with self.use_tasks(task_ids):
-            return model.generate(*args, **kwargs)
+        use = self.owner.identities.begin(self.active_adapters)
+        generation = Generation(named.get("attention_mask"), size_given(named), use)
+        try:
+            with self._with_tasks(task_ids, entered), entered(Scope(self.owner, generation=generation)):
+                return model.generate(*args, **kwargs)
+        finally:
+            self.owner.identities.end(use)
 
     def why_not_compiled(self) -> str | None:
         """What keeps transformers from compiling the decode steps, if anything does."""
@@ -109,7 +116,7 @@ class MoeLoraModel(AttachmentTuner):
     def use_tasks(self, task_ids: Tensor | Sequence[int] | None) -> AbstractContextManager[None]:
         """`with model.use_tasks(task_ids):` says which task each row belongs to, where no argument can; `None` nothing.
 
-        A batch of a multiple of their number (beams, several return sequences) repeats each in succession.
+        `generate` repeats each in succession for its beams and return sequences.
 
         Args:
             task_ids: (batch), from 0 to `num_tasks - 1`.
@@ -117,8 +124,13 @@ class MoeLoraModel(AttachmentTuner):
         Raises:
             MiLoraError: If the active adapter has no task gate, or there is no such task.
         """
+        return self._with_tasks(task_ids, caller_scope)
+
+    def _with_tasks(
+        self, task_ids: Tensor | Sequence[int] | None, entering: Callable[[Scope], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
         if task_ids is None:
-            return self.running.serving(None)
+            return nullcontext()
         tasks = torch.as_tensor(task_ids)
         gated = [config for name in self.active_adapters if (config := self.peft_config[name]).gate == "task"]
         if not gated:
@@ -128,4 +140,4 @@ class MoeLoraModel(AttachmentTuner):
             raise MiLoraError(f"task_ids must be whole numbers, (batch); found {tasks.dtype} of {tuple(tasks.shape)}.")
         if int(tasks.min()) < 0 or int(tasks.max()) > highest:
             raise MiLoraError(f"task_ids must lie between 0 and {highest}; found {sorted(set(tasks.tolist()))}.")
-        return self.running.serving(tasks)
+        return entering(Scope(self.owner, tasks=tasks))

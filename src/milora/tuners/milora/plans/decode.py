@@ -1,35 +1,56 @@
 """What the chosen experts of a generation compute in a decode step, prepared once from their route.
 
-A decode step has a token or a few a row, so it is paid for by reading weights and by the number of operations. Experts
-that are given the same input (query, key and value; gate and up) read it in one product with their `lora_A`s stacked.
-Scaling, and a gate that all rows share, are the factor with which `lora_B`'s product is added; rows that did not choose
-an expert, and rows with gates of their own, are told apart where tensors are as narrow as the rank. Nothing is asked of
-the device.
+A decode step has a token or a few a row, so its cost is reading weights and the number of operations. Experts that are
+given the same input (query, key and value; gate and up) read it in one product with their `lora_A`s stacked. Scaling,
+and a gate that all rows share, are the factor with which `lora_B`'s product is added. Rows that did not choose an
+expert, and rows with gates of their own, are handled where tensors are as narrow as the rank. Nothing is asked of the
+device.
 
-`lora_B` is used as it lies, and `lora_A` is copied only to be stacked. Both keep the adapter's precision: the sum with
+`lora_B` is read in place, and `lora_A` is copied only to be stacked. Both keep the adapter's precision: the sum with
 the base layer's output is rounded once, as PEFT's LoRA rounds it.
 
-On a CPU that has the native kernel, an expert's step is one call of it, which reads both where they lie: there the
-preparation of a call of torch's products costs several times what they do.
+On a CPU with the native kernel, an expert's step is one call of it, which reads both in place: preparing a call of
+torch's products would cost several times as much as the products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import proxy, ref
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.nn import functional
 
-from milora.tuners.milora.dora import dora_scale
-from milora.tuners.milora.selection import Routings, Selection, selection_of
+from milora.tuners.milora.plans.formulas import add_expert, is_dora, is_plain
+from milora.tuners.milora.routed import RoutedPrompts, Selection
 from milora_core.kernels import KERNEL_DTYPES, Piece, RowLora
 
 Step = Callable[[Tensor, Tensor], Tensor]
 """Takes a layer's input and the base layer's output, which it may write into, and gives the layer's output."""
+
+
+class DecodePlan:
+    """See [`milora.tuners.plan.Plan`]: the decode steps of a generation with one adapter.
+
+    Args:
+        steps: The generation's.
+    """
+
+    def __init__(self, steps: PreparedExperts) -> None:
+        self.steps = steps
+
+    def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See [`milora.tuners.plan.Plan.forward`]."""
+        result: Tensor = layer.base_layer(x, *args, **kwargs)
+        step = self.steps.step(layer)
+        return result if step is None else step(x, result)
+
+    def rows_of(self, rows: int) -> dict[str, list[int]]:
+        """See [`milora.tuners.plan.Plan.rows_of`]."""
+        return {self.steps.adapter: list(range(rows))}
 
 
 class PreparedExperts:
@@ -40,12 +61,13 @@ class PreparedExperts:
 
     Args:
         adapter: The adapter that serves all rows.
-        routings: The generation's decisions, which the prefill is still to make.
+        prompts: The generation's decisions, which the prefill is still to make.
     """
 
-    def __init__(self, adapter: str, routings: Routings) -> None:
-        self._adapter = adapter
-        self._routings = routings
+    def __init__(self, adapter: str, prompts: RoutedPrompts) -> None:
+        self.adapter = adapter
+        # The prompts keep this object.
+        self._prompts = proxy(prompts)
         self._last_input: ref[Tensor] | None = None
         self._inputs = 0
         self._input_of: dict[LoraLayer, int] = {}
@@ -90,13 +112,12 @@ class PreparedExperts:
             self._steps[mate.layer] = step(down, slice(start, end), mate)
 
     def _chosen(self, layer: Any) -> _Chosen | None:
-        variant = layer.lora_variant.get(self._adapter)
-        if variant is None:
-            return None
-        selection = selection_of(self._routings, self._adapter, variant.block, variant.expert)
+        selection = self._prompts.selection(layer, self.adapter)
         if selection is None:
             return None
-        return _Chosen(layer, self._adapter, selection, variant.can_be_prepared(layer, self._adapter, selection))
+        # DoRA's sum is of one product where all rows share a gate.
+        is_shared = not is_dora(layer, self.adapter) or selection.common_weight is not None
+        return _Chosen(layer, self.adapter, selection, self._prompts, is_shared and is_plain(layer, self.adapter))
 
 
 class _Chosen(NamedTuple):
@@ -105,6 +126,7 @@ class _Chosen(NamedTuple):
     layer: Any
     adapter: str
     selection: Selection
+    prompts: RoutedPrompts
     is_prepared: bool
 
     @property
@@ -122,7 +144,7 @@ class _Chosen(NamedTuple):
     @property
     def is_dora(self) -> bool:
         """Whether it is MiDoRA's."""
-        return self.layer.lora_variant[self.adapter].inner is not None
+        return is_dora(self.layer, self.adapter)
 
     def shares_with(self, other: _Chosen) -> bool:
         """Whether their `lora_A`s can be stacked."""
@@ -130,9 +152,12 @@ class _Chosen(NamedTuple):
 
     def unprepared(self, x: Tensor, result: Tensor) -> Tensor:
         """The step that computes it as the prefill does."""
-        variant = self.layer.lora_variant[self.adapter]
-        adapted: Tensor = variant.adapt(self.layer, self.adapter, self.selection, x, result)
-        return adapted.to(result.dtype)
+        shape, selection = result.shape, self.selection
+        x, result = x.reshape(self.prompts.rows, -1, x.shape[-1]), result.reshape(self.prompts.rows, -1, shape[-1])
+        summed = add_expert(
+            self.layer, self.adapter, x, result, selection.rows, selection.gate(), self.prompts.dora_scale
+        )
+        return summed.to(result.dtype).reshape(shape)
 
 
 class _RowStep:
@@ -141,7 +166,7 @@ class _RowStep:
     def __init__(self, expert: _Chosen) -> None:
         self._expert = expert
         self._of_tokens: dict[int, RowLora | None] = {}
-        self._tokens_to_features = expert.selection.batch * expert.a.shape[1]
+        self._tokens_to_features = expert.prompts.rows * expert.a.shape[1]
 
     @staticmethod
     def serves(expert: _Chosen) -> bool:
@@ -175,7 +200,7 @@ def _piece(expert: _Chosen, tokens: int) -> Piece:
         expert.layer.scaling[expert.adapter],
         expert.a,
         expert.b,
-        dora_scale(expert.layer, expert.adapter) if expert.is_dora else None,
+        expert.prompts.dora_scale(expert.layer, expert.adapter) if expert.is_dora else None,
     )
 
 
@@ -185,7 +210,7 @@ class _Down:
     def __init__(self, experts: list[_Chosen]) -> None:
         # One alone is used where it lies.
         self._weight = experts[0].a if len(experts) == 1 else torch.cat([expert.a for expert in experts])
-        self._batch = experts[0].selection.batch
+        self._batch = experts[0].prompts.rows
         self._not_chosen, self._gates = self._by_row(experts)
         self._input: ref[Tensor] | None = None
         self._output = self._weight
@@ -256,7 +281,7 @@ class _DoraStep:
     def __init__(self, down: _Down, columns: slice, expert: _Chosen) -> None:
         self._down = down
         self._columns = columns
-        scale, gate = dora_scale(expert.layer, expert.adapter), expert.selection.common_weight
+        scale, gate = expert.prompts.dora_scale(expert.layer, expert.adapter), expert.selection.common_weight
         assert gate is not None
         bias = getattr(expert.layer.get_base_layer(), "bias", None)
         self._of_result = 1 + gate * (scale - 1)

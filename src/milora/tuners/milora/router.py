@@ -1,4 +1,4 @@
-"""A block's router as a layer that PEFT keeps, saves and switches: it decides, or follows a given route."""
+"""A block's router as a layer that PEFT keeps, saves and switches; where it is put into blocks, found and taken out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.tuners.bare_layer import BareTunerLayer
-from milora.tuners.checkpointing import checkpoint_with_pass, is_checkpointed
+from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
+from milora.tuners.context import ContextOwner, running
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.dispatch import Dispatcher
 from milora.tuners.milora.gradient import RouteGradient
-from milora.tuners.milora.routing_pass import RoutingPass
-from milora.tuners.milora.selection import BlockRouting, Selection, select
+from milora.tuners.milora.routed import BlockRouting, RoutedPrompts, Selection, select
 from milora_core.errors import MiLoraError
 from milora_core.routing import (
     Decision,
@@ -34,18 +34,18 @@ class RouterLayer(BareTunerLayer):
     Args:
         block: The block's path in the backbone.
         hidden_size: Size of the block's hidden states.
-        dispatcher: Where decisions are written to.
+        owner: The model's.
     """
 
     adapter_layer_names = ("projection", "pooler", "activation")
-    other_param_names = ("experts", "top_k", "gate", "norm")
+    other_param_names = ("experts", "top_k", "gate", "norm", "window")
     _hook: Any
 
-    def __init__(self, block: str, hidden_size: int, dispatcher: Dispatcher) -> None:
+    def __init__(self, block: str, hidden_size: int, owner: ContextOwner) -> None:
         super().__init__()
         self.block = block
         self.hidden_size = hidden_size
-        self.dispatcher = dispatcher
+        self.owner = owner
         self.projection = nn.ModuleDict()
         self.pooler = nn.ModuleDict()
         self.activation = nn.ModuleDict()
@@ -53,6 +53,7 @@ class RouterLayer(BareTunerLayer):
         self.top_k: dict[str, int] = {}
         self.gate: dict[str, str] = {}
         self.norm: dict[str, str] = {}
+        self.window: dict[str, int | None] = {}
 
     def update_layer(
         self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
@@ -67,11 +68,15 @@ class RouterLayer(BareTunerLayer):
         self.gate[adapter] = config.gate
         assert config.router_norm is not None
         self.norm[adapter] = config.router_norm
+        self.window[adapter] = config.router_window
         if not any(parameter.is_meta for parameter in self.projection[adapter].parameters()):
             self._move_adapter_to_device_of_base_layer(adapter, device)
 
     def decide(self, adapter: str, hidden: Tensor, prompt: Tensor) -> Decision:
         """Routes (batch, tokens, hidden) under a (batch, tokens) mask of the prompts' tokens."""
+        window = self.window[adapter]
+        if window is not None:
+            prompt = prompt & (prompt.cumsum(dim=1) <= window)
         projection = self.projection[adapter]
         # Offloaded, a router is loaded by its own hooks, to where the block computes.
         device = hidden.device if self.weight.is_meta else self.weight.device
@@ -87,11 +92,15 @@ class RouterLayer(BareTunerLayer):
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's pre-forward hook: routes the pass that is running, unless that has been done."""
-        if self.disable_adapters or (torch.compiler.is_dynamo_compiling() and self.dispatcher.is_compiled):
+        if (torch.compiler.is_dynamo_compiling() and self.owner.is_compiled) or self._is_idle():
             return None
         if args:
             return (self.route_block(block, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.route_block(block, kwargs["hidden_states"])}
+
+    def _is_idle(self) -> bool:
+        """Whether the adapters are disabled, and no request is running that began before they were."""
+        return self.disable_adapters and running(self.owner) is None
 
     def route_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Decides for the running pass from the block's input, (batch, tokens, hidden), and returns that input.
@@ -99,41 +108,40 @@ class RouterLayer(BareTunerLayer):
         Raises:
             RuntimeError: If no pass is running.
         """
-        routing_pass = self.dispatcher.current
-        if routing_pass is None:
+        context = running(self.owner)
+        if context is None:
             raise RuntimeError(
                 f"{self.block} was called on its own: which tokens are the prompt is read where the whole model is "
                 "called. Call the model that get_peft_model returned."
             )
-        if self.block in routing_pass.routed_blocks:
+        prompts: RoutedPrompts = context.prompts
+        if self.block in prompts.routed_blocks:
             return hidden
-        routing_pass.routed_blocks.add(self.block)
-        for adapter, rows in routing_pass.adapter_rows.items():
+        prompts.routed_blocks.add(self.block)
+        for adapter in prompts.adapter_rows:
             if adapter in self.projection:
-                hidden = self._route(block, adapter, rows, routing_pass, hidden)
+                hidden = self._route(block, adapter, prompts, hidden)
         return hidden
 
-    def _route(
-        self, block: nn.Module, adapter: str, rows: list[int] | None, routing_pass: RoutingPass, hidden: Tensor
-    ) -> Tensor:
-        experts = self.experts[adapter]
-        if routing_pass.forced is not None:
-            decision = follow(routing_pass.forced, self.block, experts, rows, hidden.device)
+    def _route(self, block: nn.Module, adapter: str, prompts: RoutedPrompts, hidden: Tensor) -> Tensor:
+        experts, rows = self.experts[adapter], prompts.adapter_rows[adapter]
+        if prompts.forced is not None:
+            decision = follow(prompts.forced, self.block, experts, rows, hidden.device)
         else:
-            assert routing_pass.prompt is not None
-            prompt = routing_pass.prompt
+            assert prompts.prompt is not None
+            prompt = prompts.prompt
             decision = self.decide(
                 adapter, hidden if rows is None else hidden[rows], prompt if rows is None else prompt[rows]
             )
         gates = decision.gates
         leaf: list[Tensor] = []
         if torch.is_grad_enabled() and is_checkpointed(block):
-            checkpoint_with_pass(block, self.dispatcher, _Rerouted(self, block))
+            checkpoint_in_context(block, self.owner, _Rerouted(self, block))
             if gates.requires_grad:
                 gates = gates.detach().requires_grad_()
                 leaf = [gates]
-        selections = select(gates, decision.chosen)
-        routing_pass.routings.setdefault(adapter, {})[self.block] = BlockRouting(experts, decision, selections)
+        selections = select(gates, decision.chosen, rows, prompts.rows)
+        prompts.routings.setdefault(adapter, {})[self.block] = BlockRouting(experts, decision, selections)
         if torch.is_grad_enabled():
             idle = self._idle_parameters(block, adapter, selections, router=not decision.gates.requires_grad)
             if leaf or idle:
@@ -193,3 +201,73 @@ class _Rerouted:
 
 def _parameters(value: nn.Module | nn.Parameter) -> list[nn.Parameter]:
     return [value] if isinstance(value, nn.Parameter) else list(value.parameters())
+
+
+def add_routers(backbone: nn.Module, adapter: str, config: MiLoraConfig, owner: ContextOwner) -> None:
+    """Gives every block with experts a router for an adapter; the blocks' own layers are made where they are missing.
+
+    Args:
+        backbone: The model with the blocks.
+        adapter: The adapter's name.
+        config: Its configuration, with `experts` filled in.
+        owner: The model's.
+    """
+    blocks = {block.path: block for block in find_blocks(backbone, config.blocks)}
+    experts = config.experts if isinstance(config.experts, dict) else dict.fromkeys(blocks, config.experts or [])
+    for index, (path, of_block) in enumerate(experts.items()):
+        block = blocks[path]
+        router = getattr(block.module, OWN_ROUTER, None)
+        if router is None:
+            router = RouterLayer(path, hidden_size(backbone, block), owner)
+            block.module.add_module(OWN_ROUTER, router)
+            router._hook = block.module.register_forward_pre_hook(router.before_block, with_kwargs=True)
+        activation = config.router_activation
+        router.update_layer(
+            adapter,
+            config,
+            tuple(of_block),
+            activation[index] if isinstance(activation, list) else activation,
+            next(block.module.parameters()).device,
+        )
+
+
+def routers_of(model: nn.Module) -> dict[str, RouterLayer]:
+    """A model's routers by their block's path."""
+    return {module.block: module for module in model.modules() if isinstance(module, RouterLayer)}
+
+
+def remove_routers(model: nn.Module, *, empty_only: bool = False) -> None:
+    """Takes routers out of their blocks, with their hooks.
+
+    Args:
+        model: The model with the blocks.
+        empty_only: Leave those that have an adapter.
+    """
+    for module in list(model.modules()):
+        router = getattr(module, OWN_ROUTER, None)
+        if isinstance(router, RouterLayer) and not (empty_only and router.experts):
+            router._hook.remove()
+            restore_checkpoint_function(module)
+            delattr(module, OWN_ROUTER)
+
+
+def chosen_modules(model: nn.Module, route: Route, adapter: str) -> dict[str, float]:
+    """Path of each module that a route of one row chose -> its gate.
+
+    Args:
+        model: The model with the routers.
+        route: A route of one row.
+        adapter: The adapter whose route it is.
+
+    Raises:
+        MiLoraError: If the route is not of this adapter and backbone.
+    """
+    gates: dict[str, float] = {}
+    for block, router in routers_of(model).items():
+        if adapter not in router.experts:
+            continue
+        experts = router.experts[adapter]
+        decision = follow(route, block, experts, None, torch.device("cpu"))
+        of_block = zip(experts, decision.gates[0].tolist(), strict=True)
+        gates |= {f"{block}.{expert}": gate for expert, gate in of_block if gate != 0}
+    return gates

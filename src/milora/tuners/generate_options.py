@@ -1,11 +1,14 @@
-"""The one place that meets transformers' compiled decode step: which options of `generate` ask for it."""
+"""What the options of transformers' `generate` mean for routing: which pass is the prompt's, how rows are expanded,
+and which options ask for compiled decode steps. The one place that reads them.
+"""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from transformers import CompileConfig, DynamicCache
+from torch import nn
+from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from milora_core.errors import MiLoraError
@@ -13,8 +16,41 @@ from milora_core.errors import MiLoraError
 ALL_DEVICES = "_compile_all_devices"
 """transformers compiles on accelerators only, unless a `CompileConfig` has this set; private, and no constructor's."""
 
+OWN_PASS_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+"""Options under which the first pass of a generation is not the prompt: candidates follow it, or a part comes first."""
+
 COMPILED_CALL = "_compiled_call"
 """Where transformers keeps a model's compiled call, for every later `generate`."""
+
+
+def needs_own_pass(model: nn.Module, named: dict[str, Any]) -> bool:
+    """Whether the first pass of a `generate` with these arguments is something else than the prompt."""
+    own = named.get("generation_config") or getattr(model, "generation_config", None)
+    return named.get("assistant_model") is not None or any(
+        _value(named, own, option) is not None for option in OWN_PASS_OPTIONS
+    )
+
+
+def one_token(model: nn.Module) -> GenerationConfig:
+    """Settings under which `generate` is its prefill and no more."""
+    own = getattr(model, "generation_config", None)
+    special = {name: getattr(own, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    return GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, **special)
+
+
+def prompts_given(named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `generate` that are its prompts: `input_ids`, `inputs_embeds`, `attention_mask`."""
+    given = {name: named.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
+    if named.get("inputs") is not None:
+        given["input_ids"] = named["inputs"]
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def size_given(named: dict[str, Any]) -> tuple[int, int]:
+    """(prompts, tokens) that a `generate` was given, before beams and return sequences."""
+    given = prompts_given(named)
+    source = given.get("input_ids", given.get("inputs_embeds"))
+    return (1, 1) if source is None else (int(source.shape[0]), int(source.shape[1]))
 
 
 def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:

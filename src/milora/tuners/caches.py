@@ -1,0 +1,63 @@
+"""What a cache belongs to: the prompts that filled it, wherever it is copied and however its rows are rearranged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from milora.tuners.context import Prompts
+
+MADE_BY = "_milora_prompts"
+"""The attribute of a cache that holds its [`Prompts`], or [`BARE`]. Copies of the cache take it along."""
+
+BARE = "backbone"
+"""Stands for a cache that the backbone filled while the adapters were disabled."""
+
+
+def made_by(cache: Cache | None) -> Any:
+    """The [`Prompts`] that filled a cache, [`BARE`], or `None` if that is not known."""
+    return None if cache is None else getattr(cache, MADE_BY, None)
+
+
+def remember(cache: Cache, prompts: Prompts | str) -> None:
+    """Says what filled a cache."""
+    if getattr(cache, MADE_BY, None) is not prompts:
+        setattr(cache, MADE_BY, prompts)
+
+
+def _follow_rows(name: str, rows_of: Callable[[int, Any], list[int]]) -> None:
+    """Makes a method of transformers' `Cache` that rearranges rows take the cache's prompts along.
+
+    Args:
+        name: The method, which takes one argument.
+        rows_of: For a number of rows and that argument, the row that each row comes from.
+    """
+    original = getattr(Cache, name)
+
+    @wraps(original)
+    def moved(self: Cache, argument: Any) -> Any:
+        result = original(self, argument)
+        prompts = made_by(self)
+        # A running generation reorders the beams of one prompt among themselves, which changes nothing.
+        if isinstance(prompts, Prompts) and not prompts.use.is_running:
+            remember(self, prompts.pick(rows_of(prompts.rows, argument)))
+        return result
+
+    setattr(Cache, name, moved)
+
+
+def _selected(rows: int, indices: Any) -> list[int]:
+    return torch.arange(rows)[torch.as_tensor(indices).cpu()].reshape(-1).tolist()
+
+
+def _repeated(rows: int, times: int) -> list[int]:
+    return [row for row in range(rows) for _ in range(times)]
+
+
+_follow_rows("reorder_cache", _selected)
+_follow_rows("batch_select_indices", _selected)
+_follow_rows("batch_repeat_interleave", _repeated)

@@ -1,0 +1,169 @@
+"""A model whose rows may have adapters of their own, served together by one operator a module."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from milora.tuners.context import ContextOwner
+from milora.tuners.grouped.stacks import AdapterStacks
+from milora_core.errors import MiLoraError
+
+
+class GroupedOwner(ContextOwner):
+    """The owner of a model's contexts, with the stacks of its adapters and its one compiled decode step.
+
+    Args:
+        model: The backbone with PEFT's layers in it.
+        capacity: How many adapters to keep room for; see [`AdapterStacks`].
+
+    Attributes:
+        stacks: The model's.
+        compiled_for: The generation (or batch) whose decode steps are compiled; others may run eagerly meanwhile.
+        eagerly: The argument of `generate` that rules a compiled step out.
+    """
+
+    eagerly = "compiled=False"
+
+    def __init__(self, model: nn.Module, capacity: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.capacity = capacity
+        self._begin()
+
+    def _begin(self) -> None:
+        self.stacks = AdapterStacks(self.model, self.is_stackable, self.capacity)
+        self.compiled_for: Any = None
+        self._compiled_lock = threading.Lock()
+        self._compiling_thread: int | None = None
+
+    # A copied or pickled model starts without stacks: its adapters have storage of their own.
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"stacks", "compiled_for", "_compiled_lock", "_compiling_thread"}
+        return {name: value for name, value in super().__getstate__().items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+
+    @staticmethod
+    def is_stackable(layer: LoraLayer, adapter: str) -> bool:
+        """Whether an adapter is `x A B` in a layer."""
+        return adapter not in layer.lora_variant
+
+    def set_capacity(self, capacity: int) -> None:
+        """Changes how many adapters there is room for; stacks that have been made keep the room they have."""
+        self.capacity = self.stacks.capacity = capacity
+
+    def refresh(self) -> None:
+        """Brings the stacks up to date with the adapters that the model has now."""
+        with self.identities.lock:
+            self.stacks.refresh(self.identities.running())
+
+    def is_compiled_for(self, request: Any) -> bool:
+        """Whether it is this request whose decode steps are compiled; the first of the thread that asked claims it."""
+        if not self.is_compiled or threading.get_ident() != self._compiling_thread:
+            return False
+        if self.compiled_for is None:
+            self.compiled_for = request
+        return self.compiled_for is request
+
+    def why_not_compiled(self, adapters: Collection[str] | None = None, *, named_rows: bool = False) -> str | None:
+        """What keeps a generation from being compiled, if anything does.
+
+        Args:
+            adapters: Those of the generation; `None` for all that there are.
+            named_rows: Whether rows have adapters of their own.
+        """
+        self.refresh()
+        path = next(iter([*self.stacks.left_out, *(self.stacks.wrappers if named_rows else [])]), None)
+        for each, module in self.stacks.modules.items():
+            stacked, of_layer = set(module.slots), set(module.layer.lora_A)
+            if path is None and (of_layer if adapters is None else of_layer & set(adapters)) - stacked:
+                path = each
+        return None if path is None else _not_compilable(path)
+
+    def cannot_compile(self, path: str) -> MiLoraError:
+        """What to raise where a module cannot be compiled."""
+        return MiLoraError(f"{_not_compilable(path)}. Generate with {self.eagerly}.")
+
+    @contextmanager
+    def compiled(self, adapters: Collection[str] = (), *, named_rows: bool = False) -> Iterator[None]:
+        """Inside, a compiled decode step may run: one generation at a time, for its rows are at one address.
+
+        Args:
+            adapters: Those of the generation.
+            named_rows: See [`GroupedOwner.why_not_compiled`].
+
+        Raises:
+            MiLoraError: If another thread's compiled generation is running, or a layer cannot be compiled.
+        """
+        with self.alone():
+            reason = self.why_not_compiled(adapters, named_rows=named_rows)
+            if reason is not None:
+                raise MiLoraError(f"{reason}. Generate with {self.eagerly}.")
+            with self.compiled_steps():
+                yield
+
+    @contextmanager
+    def compiled_if_possible(self, adapters: Collection[str], *, named_rows: bool = False) -> Iterator[bool]:
+        """As [`GroupedOwner.compiled`], where nobody asked for it: whatever cannot be compiled runs eagerly.
+
+        Args:
+            adapters: Those of the generation.
+            named_rows: See [`GroupedOwner.why_not_compiled`].
+
+        Yields:
+            Whether the steps may be compiled.
+        """
+        is_alone = self._compiled_lock.acquire(blocking=False)
+        try:
+            if is_alone and self.why_not_compiled(adapters, named_rows=named_rows) is None:
+                with self.compiled_steps():
+                    yield True
+                return
+        finally:
+            if is_alone:
+                self._compiled_lock.release()
+        yield False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other thread generates with compiled steps.
+
+        Raises:
+            MiLoraError: If one does.
+        """
+        if not self._compiled_lock.acquire(blocking=False):
+            raise MiLoraError(
+                "Another compiled generation is running on this model, and its decode step reads one set of routes. "
+                f"Generate one after the other, or with {self.eagerly}."
+            )
+        try:
+            yield
+        finally:
+            self._compiled_lock.release()
+
+    @contextmanager
+    def compiled_steps(self) -> Iterator[None]:
+        """As [`GroupedOwner.compiled`], for a thread that is [`GroupedOwner.alone`] and has asked why not."""
+        self._compiling_thread, self.compiled_for = threading.get_ident(), None
+        self.is_compiled = True
+        try:
+            yield
+        finally:
+            self.is_compiled = False
+            self._compiling_thread = self.compiled_for = None
+
+
+def _not_compilable(path: str) -> str:
+    return (
+        f"{path} cannot be part of a compiled decode step: its base layer is quantised, its adapter is more than "
+        "LoRA there (DoRA, a bias), batch and tokens are flattened before it, or each row has its adapter's own "
+        "(modules_to_save, trainable tokens)"
+    )

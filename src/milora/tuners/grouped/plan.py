@@ -1,0 +1,178 @@
+"""The plan of a batch whose rows have adapters of their own: the LoRA of all rows in one operator a module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from milora.tuners.grouped.owner import GroupedOwner
+from milora.tuners.identity import BASE_ROW
+from milora_core.errors import MiLoraError
+from milora_core.kernels import OneToken, add_grouped_lora, one_token
+
+
+class Share(NamedTuple):
+    """What one adapter has of a batch in one module."""
+
+    adapter: str
+    rows: list[int] | None
+    """Its rows, `None` for all."""
+    gates: Tensor | None
+    """(its rows), float32: the module's gate for each, `None` where all are 1."""
+
+
+@dataclass
+class ModuleRows:
+    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch.
+
+    Attributes:
+        slots: (rows), int32: each row's place in the stacks, -1 for none.
+        gates: (rows), float32, LoRA's scaling in them.
+        lora_a: The module's stacks.
+        lora_b: Likewise.
+        prepared: On a CPU, what decode steps multiply with; made at the first.
+    """
+
+    slots: Tensor
+    gates: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    prepared: OneToken | None = None
+
+    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
+        """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
+        rows = self.slots.shape[0]
+        if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
+            if self.prepared is None:
+                self.prepared = one_token(self.slots, self.gates, self.lora_a, self.lora_b)
+            if self.prepared.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1)):
+                return result
+        x = x.to(self.lora_a.dtype)
+        changed = add_grouped_lora(
+            result.view(rows, -1, result.shape[-1]),
+            x.reshape(rows, -1, x.shape[-1]),
+            self.slots,
+            self.gates,
+            self.lora_a,
+            self.lora_b,
+        )
+        return changed.view(result.shape)
+
+
+class GroupedPlan(ABC):
+    """See [`milora.tuners.plan.Plan`]. A subclass says whose the rows are, and what serves what has no stack.
+
+    Args:
+        owner: The model's.
+        kept: What is kept as long as the batch is served, by module.
+        is_compiled: Whether the rows are to be where a compiled step reads them.
+    """
+
+    def __init__(self, owner: GroupedOwner, kept: dict[Any, Any], *, is_compiled: bool) -> None:
+        self.owner = owner
+        self.kept = kept
+        self.is_compiled = is_compiled
+
+    @abstractmethod
+    def batch_rows(self, x: Tensor) -> int:
+        """How many rows the batch has; `x` is a module's input."""
+
+    @abstractmethod
+    def shares(self, layer: Any, x: Tensor) -> Iterable[Share]:
+        """What each adapter has of the batch in a layer."""
+
+    @abstractmethod
+    def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of a layer that the operator does not serve."""
+
+    def has_fixed_rows(self, x: Tensor) -> bool:
+        """Whether the next step's input will have the rows that a module's input `x` has."""
+        return True
+
+    def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See [`milora.tuners.plan.Plan.forward`]."""
+        rows = self._rows(layer, x)
+        if rows is None:
+            return self.otherwise(layer, x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
+        return rows.add_to(layer.base_layer(x, *args, **kwargs), x)
+
+    def _rows(self, layer: Any, x: Tensor) -> ModuleRows | None:
+        stack = layer.stack
+        if stack is None or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+            return None
+        key = (layer, self.batch_rows(x))
+        known: ModuleRows | None = self.kept.get(key)
+        if known is None or known.lora_a is not stack.lora_a:
+            if key in self.kept and known is None:
+                return None  # Looked at before: the operator does not serve it.
+            with self.owner.identities.lock:  # Slots and stacks of one moment.
+                known = self.kept[key] = self._build(layer, x)
+        return known
+
+    def _build(self, layer: Any, x: Tensor) -> ModuleRows | None:
+        stack = layer.stack
+        shares = list(self.shares(layer, x))
+        served = [share for share in shares if share.adapter in stack.slots]
+        is_left_out = any(share.adapter in layer.lora_A for share in shares if share.adapter not in stack.slots)
+        if self.is_compiled and (is_left_out or not self.has_fixed_rows(x)):
+            raise self.owner.cannot_compile(stack.path)
+        if is_left_out:
+            return None
+        rows, device = self.batch_rows(x), stack.lora_a.device
+        slots = [-1] * rows
+        gates = torch.zeros(rows, device=device)
+        for share in served:
+            scaling = layer.scaling[share.adapter]
+            for row in range(rows) if share.rows is None else share.rows:
+                slots[row] = stack.slots[share.adapter]
+            gate = scaling if share.gates is None else share.gates.detach().to(device) * scaling
+            if share.rows is None:
+                gates[:] = gate
+            else:
+                gates[torch.tensor(share.rows, device=device)] = torch.as_tensor(gate, device=device)
+        slots_of_rows = torch.tensor(slots, dtype=torch.int32, device=device)
+        if self.is_compiled:
+            stack.fix(slots_of_rows, gates)
+            slots_of_rows, gates = stack.fixed
+        return ModuleRows(slots_of_rows, gates, stack.lora_a, stack.lora_b)
+
+
+def rows_by_adapter(names: tuple[str, ...], rows: int) -> dict[str, list[int]]:
+    """Adapter -> its rows, in a batch of `rows` rows; beams of a row follow each other.
+
+    Args:
+        names: The adapter of each prompt, [`BASE_ROW`] for none.
+        rows: How many rows the batch has, a multiple of the names.
+    """
+    by_adapter: dict[str, list[int]] = {}
+    for row, name in enumerate(names_of_rows(names, rows)):
+        if name != BASE_ROW:
+            by_adapter.setdefault(name, []).append(row)
+    return by_adapter
+
+
+def names_of_rows(names: tuple[str, ...], rows: int) -> list[str]:
+    """The adapter of each row; see [`rows_by_adapter`]."""
+    return [name for name in names for _ in range(rows // len(names))]
+
+
+def check_names(names: tuple[str, ...], rows: int, prompts: int | None) -> None:
+    """Checks that each row of a batch has its name: one to one, but for beams and return sequences.
+
+    Args:
+        names: The adapter of each prompt.
+        rows: Rows of the pass.
+        prompts: Prompts that `generate` was given; `None` where it is no generation's.
+
+    Raises:
+        MiLoraError: If they do not.
+    """
+    if len(names) != (rows if prompts is None else prompts) or rows % len(names) != 0:
+        found = f"the batch has {rows}" if prompts is None else f"generate was given {prompts} prompts"
+        raise MiLoraError(f"adapter_names names {len(names)} rows; {found}. Give one name for each.")

@@ -1,0 +1,150 @@
+"""Who an adapter is beyond its name, and who uses it: names are reused, reloaded, and deleted while in use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+from milora_core.errors import MiLoraError
+
+BASE_ROW = "__base__"
+"""PEFT's name for a row without an adapter."""
+
+PATIENCE = 60.0
+"""Seconds that deleting or replacing an adapter waits for the generations that use it."""
+
+
+class Use:
+    """Somebody's use of some adapters, from a prefill or forward pass on.
+
+    Attributes:
+        adapters: Name -> identity, as it was at the beginning.
+        is_running: Whether a forward pass or generation needs the weights now; a cache keeps an ended use.
+    """
+
+    def __init__(self, adapters: dict[str, object]) -> None:
+        self.adapters = adapters
+        self.is_running = True
+
+
+class AdapterIdentities:
+    """The adapters that a model has now, each by a token that no later adapter of its name shares."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Held while adapters come and go, and while what they consist of is walked through."""
+        self._identities: dict[str, object] = {}
+        self._closing: set[str] = set()
+        self._uses: WeakSet[Use] = WeakSet()
+
+    # A copied or pickled model has adapters of its own, used by nobody.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": list(self._identities)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._identities = {name: object() for name in state["names"]}
+
+    def renew(self, name: str) -> None:
+        """An adapter of this name was added, or its weights were replaced."""
+        with self.lock:
+            self._identities[name] = object()
+
+    def has(self, name: str) -> bool:
+        """Whether an adapter of this name is there."""
+        return name in self._identities
+
+    def forget(self, name: str) -> None:
+        """The adapter of this name has gone."""
+        with self.lock:
+            self._identities.pop(name, None)
+
+    def begin(self, names: Iterable[str]) -> Use:
+        """A use of some adapters; [`AdapterIdentities.end`] ends it.
+
+        Raises:
+            MiLoraError: If one of them is being loaded, replaced or deleted, or has gone.
+        """
+        with self.lock:
+            names = list(names)
+            absent = (set(names) - set(self._identities)) | (self._closing & set(names))
+            if absent:
+                raise MiLoraError(
+                    f"The adapter {min(absent)!r} is being loaded, replaced or deleted; try again when that has ended."
+                )
+            use = Use({name: self._identities[name] for name in names})
+            self._uses.add(use)
+            return use
+
+    def end(self, use: Use) -> None:
+        """Nobody computes with the adapters for this use any more."""
+        use.is_running = False
+        self._uses.discard(use)
+
+    def check(self, use: Use) -> None:
+        """Refuses to continue with adapters that have gone or were replaced.
+
+        Raises:
+            MiLoraError: Naming the adapter.
+        """
+        for name, identity in use.adapters.items():
+            if self._identities.get(name) is not identity:
+                raise MiLoraError(
+                    f"The adapter {name!r} was deleted or replaced since this cache was filled: its tokens are not "
+                    "those of the present weights. Begin with the prompt and an empty cache."
+                )
+
+    def running(self) -> list[Use]:
+        """The uses that compute with the model's adapters now."""
+        with self.lock:
+            return [use for use in self._uses if use.is_running]
+
+    def others_running(self, own: Iterable[Use] = ()) -> bool:
+        """Whether anybody computes with the model's adapters now, besides `own`."""
+        ids = {id(use) for use in own}
+        return any(id(use) not in ids for use in self.running())
+
+    @contextmanager
+    def changing(self, name: str, own: Iterable[Use] = ()) -> Iterator[None]:
+        """Inside, nobody uses the adapter of this name, and nobody begins to; other changes wait.
+
+        Args:
+            name: The adapter.
+            own: Uses of the caller's own context, for which waiting would never end.
+
+        Raises:
+            MiLoraError: If the caller itself is generating with it, or others still do after [`PATIENCE`] seconds.
+        """
+        identity = self._identities.get(name)
+        if any(use.is_running and use.adapters.get(name) is identity is not None for use in own):
+            raise MiLoraError(
+                f"The adapter {name!r} serves the generation that this call was made from; delete or replace it after "
+                "that has ended."
+            )
+        with self.lock:
+            if name in self._closing:
+                raise MiLoraError(f"The adapter {name!r} is being deleted or replaced already.")
+            self._closing.add(name)
+        try:
+            self._wait(name, identity)
+            with self.lock:
+                yield
+        finally:
+            self._closing.discard(name)
+
+    def _wait(self, name: str, identity: object | None) -> None:
+        end = time.monotonic() + PATIENCE
+        while identity is not None and self._is_used(name, identity):
+            if time.monotonic() > end:
+                raise MiLoraError(
+                    f"The adapter {name!r} still serves running generations after {PATIENCE:.0f} s, so it is neither "
+                    "deleted nor replaced. Try again when they have ended."
+                )
+            time.sleep(0.002)
+
+    def _is_used(self, name: str, identity: object) -> bool:
+        return any(use.adapters.get(name) is identity for use in self.running())

@@ -1,0 +1,327 @@
+"""What a call of the model means for its routes: whose its rows are, what they follow, and which tokens are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from milora.tuners.caches import BARE
+from milora.tuners.context import ForwardContext, Generation, said
+from milora.tuners.grouped import GroupedOwner, GroupedPlan, Share, check_names, rows_by_adapter
+from milora.tuners.identity import Use
+from milora.tuners.milora.config import MiLoraConfig
+from milora.tuners.milora.plans.decode import DecodePlan, PreparedExperts
+from milora.tuners.milora.plans.passes import PassPlan
+from milora.tuners.milora.routed import RoutedPrompts
+from milora.tuners.milora.router import RouterLayer
+from milora.tuners.milora.statistics import RoutingStatistics
+from milora.tuners.outputs import add_to_loss
+from milora.tuners.plan import BasePlan, Plan
+from milora.tuners.prompt import attended_tokens, labels_of, predicts_next_tokens, supervised_tokens
+from milora.tuners.prompt_hooks import PromptHooks
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route, load_balancing_loss
+
+UNKNOWN_CACHE = (
+    "The cache already holds tokens, and which route they had is not known. Pass the route that made it: "
+    "model.generate(..., route=route), or `with model.use_route(route):`."
+)
+
+
+class RoutedRows(GroupedPlan):
+    """The rows of a batch with their own adapters and routes, or at the addresses that a compiled step reads.
+
+    Args:
+        owner: The model's.
+        prompts: Rows -> (adapter, route).
+        layers: Serves the layers that have no stack, and single tokens of a prompt.
+        is_compiled: See [`GroupedPlan`].
+    """
+
+    def __init__(self, owner: GroupedOwner, prompts: RoutedPrompts, layers: PassPlan, *, is_compiled: bool) -> None:
+        super().__init__(owner, prompts.values, is_compiled=is_compiled)
+        self.prompts = prompts
+        self.layers = layers
+
+    def batch_rows(self, x: Tensor) -> int:
+        """See [`GroupedPlan.batch_rows`]."""
+        return self.prompts.rows
+
+    def rows_of(self, rows: int) -> dict[str, list[int]] | None:
+        """See [`milora.tuners.plan.Plan.rows_of`]."""
+        return self.layers.rows_of(rows)
+
+    def shares(self, layer: Any, x: Tensor) -> Iterator[Share]:
+        """See [`GroupedPlan.shares`]."""
+        for adapter, rows in self.prompts.adapter_rows.items():
+            place = layer.expert_places.get(adapter)
+            if place is not None:
+                decision = self.prompts.routings[adapter][place.block].decision
+                yield Share(adapter, rows, decision.gates[:, place.expert])
+
+    def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See [`GroupedPlan.otherwise`]."""
+        return self.layers.forward(layer, x, *args, **kwargs)
+
+
+class RoutingHooks(PromptHooks):
+    """See [`PromptHooks`].
+
+    Args:
+        backbone: The model that is called.
+        owner: The model's.
+        configs: Adapter -> configuration.
+        active: Gives the names of the active adapters.
+    """
+
+    owner: GroupedOwner
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        owner: GroupedOwner,
+        configs: Mapping[str, MiLoraConfig],
+        active: Callable[[], list[str]],
+    ) -> None:
+        super().__init__(backbone, owner)
+        self.configs = configs
+        self.active = active
+        self.routers: dict[str, RouterLayer] = {}
+        self.statistics = RoutingStatistics()
+        self.merged: Any = None
+        """The [`milora.tuners.milora.merging.Merged`] route that the backbone's weights contain."""
+
+    def is_off(self) -> bool:
+        """See [`PromptHooks.is_off`]; PEFT disables all layers at once."""
+        return not self.active() or any(router.disable_adapters for router in self.routers.values())
+
+    # ------------------------------------------------------------------ contexts
+
+    def _context(self, arguments: dict[str, Any]) -> ForwardContext | None:
+        if self.merged is not None:
+            self.merged.check(self)
+        return super()._context(arguments)
+
+    def begin(
+        self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None, cached: int = 0
+    ) -> ForwardContext:
+        """See [`PromptHooks.begin`].
+
+        Args:
+            arguments: The model's arguments by name.
+            attended: (rows, tokens), bool: the tokens that are no padding.
+            generation: The generation whose prefill it is.
+            cached: Tokens of the prompts that the bare backbone has in the cache already.
+        """
+        if self.merged is not None:
+            self.merged.check_prompts(generation)
+        rows = attended.shape[0]
+        adapter_rows = self._adapter_rows(rows, generation)
+        forced = self._forced(rows, generation)
+        late = [adapter for adapter in adapter_rows if self.configs[adapter].adapted_tokens == "completion"]
+        prompt = None
+        if forced is None or late:
+            prompt = self._prompt(arguments, attended, generation, cached)
+        if forced is None and cached:
+            self._check_readable(adapter_rows)
+        adapted = {}
+        if prompt is not None and late:
+            is_whole = generation is None or cached + attended.shape[1] >= generation.columns
+            changed = completion_tokens(prompt, attended) if is_whole else torch.zeros_like(attended)
+            adapted = dict.fromkeys(late, changed)
+        use, own = self._use(adapter_rows, generation)
+        prompts = RoutedPrompts(rows, prompt, use, adapter_rows=adapter_rows, forced=forced)
+        if late and len(late) == len(adapter_rows):
+            prompts.bare = cached + int((~adapted[late[0]]).int().cumprod(dim=1).sum(dim=1).min())
+        if generation is not None:
+            generation.seen = cached + attended.shape[1]
+            if prompts.adapter is not None:
+                prompts.steps = PreparedExperts(prompts.adapter, prompts)
+        return self._planned(prompts, "route", adapted, generation, own)
+
+    def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
+        """See [`PromptHooks.follow`]."""
+        adapted: dict[str, Tensor] = {}
+        own = None
+        source = _source(arguments)
+        if generation is None:
+            self.owner.identities.check(prompts.use)
+            prompts = prompts.for_rows(source.shape[0])
+            _, own = self._use(prompts.adapter_rows, None)
+        elif prompts.prompt is not None:
+            adapted = self._late_tokens(prompts, source, generation)
+        return self._planned(prompts, "follow", adapted, generation, own)
+
+    def fill(self, made: Any, cache: Cache, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
+        """See [`PromptHooks.fill`]."""
+        length, rows = int(cache.get_seq_length()), _source(arguments).shape[0]
+        adapter_rows = self._adapter_rows(rows, generation)
+        is_late = all(self.configs[adapter].adapted_tokens == "completion" for adapter in adapter_rows)
+        is_bare = made == BARE
+        if isinstance(made, RoutedPrompts):
+            self.owner.identities.check(made.use)
+            self._check_adapters(made, adapter_rows, rows)
+            is_bare = is_late and length <= made.bare
+        if is_late and is_bare:
+            return self.begin(arguments, attended_tokens(arguments), generation, length)
+        forced = said(self.owner, "route") is not None
+        if is_late and generation is not None:
+            raise MiLoraError(
+                "The cache holds tokens that an adapter has changed. With adapted_tokens='completion' the whole prompt "
+                "of a turn is the bare backbone's: crop the cache to the part that it made, or begin with an empty one."
+            )
+        if isinstance(made, RoutedPrompts) and not forced:
+            return self.follow(made, arguments, None)
+        if not forced:
+            raise MiLoraError(UNKNOWN_CACHE)
+        context = self.begin(arguments, attended_tokens(arguments), generation)
+        return self._planned(context.prompts, "route", {}, generation, context.use)
+
+    def _planned(
+        self,
+        prompts: RoutedPrompts,
+        mode: Any,
+        adapted: Mapping[str, Tensor],
+        generation: Generation | None,
+        use: Use | None,
+    ) -> ForwardContext:
+        """The context with the way in which its layers are computed."""
+        is_known = prompts.forced is not None or mode == "follow"
+        if generation is not None and generation.merge_into is not None and self.merged is None and is_known:
+            generation.merge_into(prompts.forced if prompts.forced is not None else prompts.route())
+        layers = PassPlan(prompts, adapted)
+        plan: Plan = layers
+        is_compiled = self.owner.is_compiled_for(generation if generation is not None else prompts)
+        if self.merged is not None:
+            plan, mode = BasePlan(), "merged"
+        elif (prompts.adapter is None or is_compiled) and not adapted:
+            if mode == "route" or generation is None:
+                self.owner.refresh()
+            plan = RoutedRows(self.owner, prompts, layers, is_compiled=is_compiled)
+        elif mode == "follow" and prompts.steps is not None and not adapted and not _has_gradients_or_autocast():
+            plan = DecodePlan(prompts.steps)
+        begun = None if generation is None or generation.prompts is not None else generation
+        return ForwardContext(self.owner, prompts, mode, plan, adapted, begun, use)
+
+    # ------------------------------------------------------------ what is decided
+
+    def _adapter_rows(self, rows: int, generation: Generation | None) -> dict[str, list[int] | None]:
+        names = said(self.owner, "adapter_names")
+        if names is None:
+            return dict.fromkeys(self.active())
+        check_names(names, rows, None if generation is None else generation.inputs)
+        return dict(rows_by_adapter(names, rows))
+
+    def _forced(self, rows: int, generation: Generation | None) -> Route | None:
+        route: Route | None = said(self.owner, "route")
+        if self.merged is not None and route is not self.merged.route:
+            raise MiLoraError("Another route is merged into the backbone's weights; leave it before this one is used.")
+        if route is None or len(route) == rows:
+            return route
+        is_expanded = generation is not None and len(route) == generation.inputs and rows % len(route) == 0
+        if len(route) != 1 and not is_expanded:
+            raise MiLoraError(
+                f"The given route is for {len(route)} prompts; the batch has {rows} rows. Give a row for each prompt "
+                "(route.expand repeats rows), or a route of one row for all."
+            )
+        return route.expand(rows // len(route))
+
+    def _use(self, adapters: Iterable[str], generation: Generation | None) -> tuple[Use, Use | None]:
+        """Who uses the adapters: the generation, or else this pass, which ends its own."""
+        if generation is not None:
+            return generation.use, None
+        use = self.owner.identities.begin(adapters)
+        return use, use
+
+    def _prompt(
+        self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None, cached: int
+    ) -> Tensor:
+        """(rows, tokens), bool: the prompts' tokens, without candidates that an assistant put behind them."""
+        unlabelled = labels_of(arguments)[0] is None and said(self.owner, "prompt") is None
+        training = self.backbone.training and torch.is_grad_enabled()
+        prompt = self.prompt_of(attended, arguments)
+        if unlabelled and training and predicts_next_tokens(self.backbone):
+            self.statistics.warn_without_labels()
+        if generation is not None and cached + attended.shape[1] > generation.columns:
+            prompt = prompt.clone()
+            prompt[:, generation.columns - cached :] = False
+        return prompt
+
+    def _late_tokens(self, prompts: RoutedPrompts, source: Tensor, generation: Generation) -> dict[str, Tensor]:
+        """The adapted tokens of a later pass of a generation, while it still reads the prompt or reads it again."""
+        late = [a for a in prompts.adapter_rows if self.configs[a].adapted_tokens == "completion"]
+        if not late:
+            return {}
+        rows, tokens = source.shape[:2]
+        if generation.tokens is not None:  # No cache: the whole text again.
+            assert prompts.prompt is not None
+            ahead = tokens - prompts.prompt.shape[1]
+            prompt = nn.functional.pad(prompts.prompt, (0, ahead))
+            return dict.fromkeys(late, completion_tokens(prompt, torch.ones_like(prompt)))
+        start, generation.seen = generation.seen, generation.seen + tokens
+        if start >= generation.columns:
+            return {}
+        columns = torch.arange(start, start + tokens, device=source.device)
+        return dict.fromkeys(late, (columns >= generation.columns - 1).expand(rows, tokens))
+
+    def _check_readable(self, adapter_rows: Iterable[str]) -> None:
+        """Refuses routers that need hidden states of prompt tokens which only the cache has."""
+        for adapter in adapter_rows:
+            config = self.configs[adapter]
+            if config.pooler != "last" or config.router_window is not None:
+                raise MiLoraError(
+                    f"The cache holds the beginning of the prompt, and the routers of {adapter!r} read it "
+                    f"(pooler={config.pooler!r}, router_window={config.router_window}). Pass a route, give the whole "
+                    "prompt and an empty cache, or train with pooler='last'."
+                )
+
+    @staticmethod
+    def _check_adapters(made: RoutedPrompts, adapter_rows: Mapping[str, list[int] | None], rows: int) -> None:
+        if rows != made.rows and made.adapter is None:
+            made.for_rows(rows)
+        found = {adapter: own for adapter, own in made.adapter_rows.items() if own is None or own}
+        if found != dict(adapter_rows):
+            raise MiLoraError(
+                f"The cache was filled by the adapters {sorted(found)} on their rows, and the pass is for "
+                f"{sorted(adapter_rows)}: tokens of one adapter are not continued by another. Make the same adapter "
+                "active, pass the same adapter_names, or begin with the prompt and an empty cache."
+            )
+
+    # ------------------------------------------------------------------ training
+
+    def after(self, context: ForwardContext, arguments: dict[str, Any], output: Any) -> Any:
+        """Adds the load-balancing loss to a labelled pass of training (Zhang et al. 2024, equations 4 and 5)."""
+        labels, shifted = labels_of(arguments)
+        prompts: RoutedPrompts = context.prompts
+        if labels is None or prompts.forced is not None:
+            return None
+        tokens = supervised_tokens(labels, shifted=shifted or not predicts_next_tokens(self.backbone))
+        for adapter, routings in prompts.routings.items():
+            losses = [load_balancing_loss(routing.decision.probabilities) for routing in routings.values()]
+            balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+            self.statistics.record(balance, routings)
+            coefficient = self.configs[adapter].load_balancing_coef
+            if coefficient > 0:
+                output = add_to_loss(output, coefficient * balance, tokens, arguments.get("num_items_in_batch"))
+        return output
+
+
+def _source(arguments: Mapping[str, Any]) -> Tensor:
+    source: Tensor | None = arguments.get("input_ids")
+    return arguments["inputs_embeds"] if source is None else source
+
+
+def completion_tokens(prompt: Tensor, attended: Tensor) -> Tensor:
+    """(rows, tokens), bool: the last token of each prompt, which predicts the first new one, and all after it."""
+    columns = torch.arange(prompt.shape[1], device=prompt.device)
+    last = torch.where(prompt, columns, -1).amax(dim=1, keepdim=True)
+    return (columns >= last) & attended
+
+
+def _has_gradients_or_autocast() -> bool:
+    """Autocast casts weights on their way into every product, and gradients need the parameters themselves."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

@@ -1,0 +1,211 @@
+"""What an expert computes, each formula once: LoRA's gated sum with its gradients, and DoRA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+ROWS_AT_ONCE = 1024
+"""Rows of a weight that are adapted at a time: the whole would be a second copy of it, in the adapter's precision."""
+
+
+def is_plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether `lora_A` and `lora_B` are bare matrices, which may be used without calling the modules that hold them.
+
+    They are not where something listens to those modules or keeps their weights elsewhere between calls (hooks, FSDP,
+    DeepSpeed, accelerate's offloading, which replaces their forward), nor with `lora_bias`.
+    """
+    modules: tuple[Any, ...] = (layer.lora_A[adapter], layer.lora_B[adapter])
+    return all(
+        type(module) is nn.Linear
+        and getattr(module, "bias", None) is None
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and "forward" not in module.__dict__
+        for module in modules
+    )
+
+
+def is_dora(layer: LoraLayer, adapter: str) -> bool:
+    """Whether an adapter is DoRA in a layer."""
+    return adapter in layer.lora_variant
+
+
+def add_expert(
+    layer: Any, adapter: str, x: Tensor, result: Tensor, index: Tensor | None, gate: Tensor | None, scale: Any
+) -> Tensor:
+    """`y + g (expert(x) - y)` at some places of the first dimension, `y` being the base layer's output elsewhere.
+
+    LoRA: `expert(x) = y + s B A x`. DoRA (Liu et al. 2024, equation 5): `f (W + s B A) x + b`, `f = m / |W + s B A|`.
+
+    Args:
+        layer: PEFT's LoRA layer.
+        adapter: The adapter.
+        x: (places, ..., d_in).
+        result: (places, ..., d_out): `y`. Without gradients it may be written into.
+        index: The places that chose the expert, `None` for all.
+        gate: (chosen places), float32: `g`; `None` for ones without a gradient.
+        scale: Gives DoRA's `f`, (d_out), in inference.
+    """
+    gate = None if gate is None else gate.to(x.device)
+    if not is_dora(layer, adapter) and _is_linear_in(layer, adapter, x):
+        a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+        return expert_sum(x, result, a, b, gate, index, scaling)
+    if index is None:
+        return _general(layer, adapter, x, result, gate, scale)
+    part = _general(layer, adapter, x.index_select(0, index), result.index_select(0, index), gate, scale)
+    # Rounded as the layer's output will be, so that a row's result does not depend on its neighbours' routes.
+    return result.index_copy(0, index, part.to(result.dtype))
+
+
+def _is_linear_in(layer: Any, adapter: str, x: Tensor) -> bool:
+    """Whether an expert is the product of two matrices and no more: nothing dropped, nothing cast by autocast."""
+    dropout = layer.lora_dropout[adapter]
+    return (
+        (isinstance(dropout, nn.Identity) or not layer.training)
+        and not torch.is_autocast_enabled(x.device.type)
+        and is_plain(layer, adapter)
+    )
+
+
+def _general(layer: Any, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None, scale: Any) -> Tensor:
+    """For places that all chose the expert, whatever it consists of."""
+    if gate is not None:
+        gate = gate.reshape(-1, *[1] * (x.dim() - 1))
+    lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    x = layer._cast_input_dtype(x, lora_a.weight.dtype)
+    if not is_dora(layer, adapter):
+        inner = lora_a(layer.lora_dropout[adapter](x))
+        if gate is not None and lora_b.bias is None:
+            # Where it is narrow: autograd keeps what a gate with a gradient is multiplied with.
+            inner, gate = inner * gate.to(inner.dtype), None
+        delta: Tensor = lora_b(inner) * layer.scaling[adapter]
+        return result + delta if gate is None else result + gate.to(delta.dtype) * delta
+    if torch.is_grad_enabled() or not is_plain(layer, adapter):
+        adapted: Tensor = layer.lora_variant[adapter].forward(layer, active_adapter=adapter, x=x, result=result)
+    else:
+        adapted = _dora(layer, adapter, x, result, scale(layer, adapter))
+    return adapted if gate is None else result + gate.to(adapted.dtype) * (adapted - result)
+
+
+def _dora(layer: Any, adapter: str, x: Tensor, result: Tensor, scale: Tensor) -> Tensor:
+    """`f x (W + s A B)` and the base layer's bias as it is, `f` DoRA's factor; summed in PEFT's order."""
+    bias = getattr(layer.get_base_layer(), "bias", None)
+    delta = functional.linear(functional.linear(x, layer.lora_A[adapter].weight), layer.lora_B[adapter].weight)
+    bare = result if bias is None else result - bias
+    adapted: Tensor = result + ((scale - 1) * bare + scale * delta * layer.scaling[adapter])
+    return adapted
+
+
+@torch.no_grad()
+def dora_scale(layer: Any, adapter: str) -> Tensor:
+    """`m / |W + s B A|`, the factor that DoRA gives to each output of a layer (Liu et al. 2024, equation 5).
+
+    Args:
+        layer: A LoRA layer of PEFT with DoRA.
+        adapter: The adapter's name.
+
+    Returns:
+        (d_out), of the type of `lora_A`; a constant for the gradient.
+    """
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    base = transpose(dequantize_module_weight(layer.get_base_layer()), getattr(layer, "fan_in_fan_out", False))
+    norms = [
+        torch.linalg.vector_norm(rows.to(a.device, torch.float32) + layer.scaling[adapter] * (up @ a).float(), dim=1)
+        for rows, up in zip(base.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
+    ]
+    magnitude: Tensor = layer.lora_magnitude_vector[adapter].weight
+    return (magnitude.float() / torch.cat(norms)).to(a.dtype)
+
+
+def expert_sum(
+    x: Tensor, result: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, index: Tensor | None, scaling: float
+) -> Tensor:
+    """[`ExpertSum`], or the same written into `result` where there are no gradients."""
+    if torch.is_grad_enabled():
+        summed: Tensor = ExpertSum.apply(x, result, a, b, gate, index, scaling)  # type: ignore[no-untyped-call]
+        return summed
+    delta = functional.linear(_gated(functional.linear(_at(x, index).to(a.dtype), a), gate), b)
+    if index is None:
+        return result.add_(delta, alpha=scaling)
+    return result.index_copy_(0, index, result.index_select(0, index).add_(delta, alpha=scaling))
+
+
+class ExpertSum(torch.autograd.Function):
+    """`result + s * (g * x A) B` where an expert was chosen, and `result` elsewhere.
+
+    Plain autograd would keep a copy of `x` in the adapter's precision for every module, and the gate's gradient the
+    whole of `x A B`. This keeps `x` as it came, which modules with the same input share, and `g * x A`, which is as
+    narrow as the rank; the backward pass casts and cuts out again. Other places are neither computed nor kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        result: Tensor,
+        a: Tensor,
+        b: Tensor,
+        gate: Tensor | None,
+        index: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """The layer's output, rounded once to the type of `result`.
+
+        Args:
+            ctx: torch's.
+            x: (places, ..., d_in).
+            result: (places, ..., d_out), the base layer's output.
+            a: (r, d_in).
+            b: (d_out, r).
+            gate: (chosen places), float32, or `None` for ones without a gradient.
+            index: The places that chose the expert, `None` for all.
+            scaling: `s`.
+        """
+        inner = functional.linear(_at(x, index).to(a.dtype), a)
+        ctx.save_for_backward(x, a, b, inner, gate, index)
+        ctx.scaling = scaling
+        delta = functional.linear(_gated(inner, gate), b)
+        # Rounded as the layer's output will be, so that a row's result does not depend on its neighbours' routes.
+        part = torch.add(_at(result, index), delta, alpha=scaling).to(result.dtype)
+        return part if index is None else result.index_copy(0, index, part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Gradients of `x`, `result`, `a`, `b` and `gate`."""
+        x, a, b, inner, gate, index = ctx.saved_tensors
+        of_x, of_a, of_b, of_gate = (ctx.needs_input_grad[index] for index in (0, 2, 3, 4))
+        outer = _at(gradients[0], index).to(b.dtype)
+        # Scaled where it is narrow.
+        to_gated = (outer @ b).mul_(ctx.scaling)
+        to_inner = _gated(to_gated, gate)
+        to_b = _weight_gradient(outer, _gated(inner, gate) * ctx.scaling) if of_b else None
+        to_a = _weight_gradient(to_inner, _at(x, index).to(a.dtype)) if of_a else None
+        to_gate = (to_gated * inner).flatten(1).sum(dim=1, dtype=gate.dtype) if of_gate else None
+        to_x = None
+        if of_x:
+            to_x = (to_inner @ a).to(x.dtype)
+            if index is not None:
+                to_x = torch.zeros_like(x).index_copy_(0, index, to_x)
+        return to_x, gradients[0], to_a, to_b, to_gate, None, None
+
+
+def _at(tensor: Tensor, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(0, index)
+
+
+def _gated(inner: Tensor, gate: Tensor | None) -> Tensor:
+    return inner if gate is None else inner * gate.to(inner.dtype).reshape(-1, *[1] * (inner.dim() - 1))
+
+
+def _weight_gradient(outer: Tensor, inner: Tensor) -> Tensor:
+    return outer.flatten(0, -2).T @ inner.flatten(0, -2)

@@ -1,0 +1,193 @@
+"""What was decided for the prompts of a batch: row -> (adapter, route), as routers write it and plans read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from milora.tuners.context import Prompts
+from milora.tuners.milora.plans.formulas import dora_scale
+from milora_core.errors import MiLoraError
+from milora_core.routing import Decision, Route
+
+
+class Place(NamedTuple):
+    """Where an expert stands."""
+
+    block: str
+    expert: int
+    """Its place among the block's experts."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a batch that chose one expert of one adapter, and their gates.
+
+    Attributes:
+        weights: Row -> gate, as the host knows them.
+        rows: (chosen rows), int64, on the device; `None` where every row of the batch chose it.
+        gates: (adapter's rows, experts), float32; `None` where every gate is exactly 1 and has no gradient.
+        places: (chosen rows), int64: their places in `gates`; `None` for all of them.
+        column: The expert's column in `gates`.
+    """
+
+    weights: dict[int, float]
+    rows: Tensor | None
+    gates: Tensor | None
+    places: Tensor | None
+    column: int
+
+    def gate(self) -> Tensor | None:
+        """(chosen rows), float32, or `None`. Cut out where it is used: a recomputation builds its own graph."""
+        if self.gates is None:
+            return None
+        column = self.gates[:, self.column]
+        return column if self.places is None else column.index_select(0, self.places)
+
+    @property
+    def common_weight(self) -> float | None:
+        """The gate that all rows of the batch have in common, `None` where rows differ."""
+        different = set(self.weights.values())
+        return different.pop() if self.rows is None and len(different) == 1 else None
+
+
+@dataclass(frozen=True)
+class BlockRouting:
+    """The decision of one router for the rows of one adapter."""
+
+    experts: tuple[str, ...]
+    decision: Decision
+    selections: list[Selection | None]
+
+
+def select(gates: Tensor, chosen: Tensor, rows: list[int] | None, batch: int) -> list[Selection | None]:
+    """One [`Selection`] an expert, `None` for those that no row chose. Reads the decision on the host, once.
+
+    Args:
+        gates: (adapter's rows, experts), float32.
+        chosen: (adapter's rows, experts), bool.
+        rows: The adapter's rows in the batch, `None` for all.
+        batch: Rows of the batch.
+    """
+    picks, values = torch.stack([chosen.to(gates.dtype), gates.detach()]).tolist()
+    count, experts = chosen.shape
+    own = list(range(count)) if rows is None else rows
+    places = [[place for place in range(count) if picks[place][expert]] for expert in range(experts)]
+    is_one = all(values[place][expert] == 1 for expert in range(experts) for place in places[expert])
+    kept = None if is_one and not gates.requires_grad else gates
+
+    def index(numbers: list[int], all_of: int) -> Tensor | None:
+        return None if numbers == list(range(all_of)) else torch.tensor(numbers, device=gates.device)
+
+    return [
+        Selection(
+            {own[place]: values[place][expert] for place in of_expert},
+            index([own[place] for place in of_expert], batch),
+            kept,
+            index(of_expert, count),
+            expert,
+        )
+        if of_expert
+        else None
+        for expert, of_expert in enumerate(places)
+    ]
+
+
+@dataclass
+class RoutedPrompts(Prompts):
+    """The prompts of a batch with what their routers decided.
+
+    Attributes:
+        adapter_rows: Adapter -> its rows, `None` for all rows.
+        forced: The route to follow instead of asking the routers, of `rows` rows.
+        routings: Adapter -> block -> decision.
+        routed_blocks: Blocks that have been reached.
+        steps: What the decode steps of a generation compute; `None` outside of one.
+        bare: Tokens of the cache that the bare backbone made (late adaptation); 0 where experts changed the prompt.
+    """
+
+    adapter_rows: Mapping[str, list[int] | None] = field(default_factory=dict)
+    forced: Route | None = None
+    routings: dict[str, dict[str, BlockRouting]] = field(default_factory=dict)
+    routed_blocks: set[str] = field(default_factory=set)
+    steps: Any = None
+    bare: int = 0
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that serves all rows, `None` where rows have their own."""
+        if len(self.adapter_rows) != 1:
+            return None
+        ((adapter, rows),) = self.adapter_rows.items()
+        return adapter if rows is None else None
+
+    def selection(self, layer: Any, adapter: str) -> Selection | None:
+        """The rows of an adapter that chose a layer, `None` for none.
+
+        Raises:
+            RuntimeError: If the layer's block has not been routed, because the layer was called outside the block.
+        """
+        place: Place | None = layer.expert_places.get(adapter)
+        if place is None:
+            return None
+        routing = self.routings.get(adapter, {}).get(place.block)
+        if routing is None:
+            raise RuntimeError(
+                f"A layer of {place.block} was called for adapter {adapter!r} before the block was: there is no route "
+                "yet. Call the whole model."
+            )
+        return routing.selections[place.expert]
+
+    def dora_scale(self, layer: Any, adapter: str) -> Tensor:
+        """DoRA's factor, (d_out), once for the prompts: weights may be changed in place before the next prompts."""
+        key = ("dora", layer, adapter)
+        if key not in self.values:
+            self.values[key] = dora_scale(layer, adapter)
+        scale: Tensor = self.values[key]
+        return scale
+
+    def route(self) -> Route:
+        """The decisions of all adapters as a value; rows without an adapter have gate and probability 0."""
+        blocks = tuple(dict.fromkeys(block for of_adapter in self.routings.values() for block in of_adapter))
+        decided = [(adapter, block, routing) for adapter, of in self.routings.items() for block, routing in of.items()]
+        experts = tuple(dict.fromkeys(expert for _, _, routing in decided for expert in routing.experts))
+        device = decided[0][2].decision.gates.device if decided else None
+        gates = torch.zeros(len(blocks), self.rows, len(experts), device=device)
+        probabilities = torch.zeros_like(gates)
+        for adapter, block, routing in decided:
+            rows = self.adapter_rows[adapter]
+            index = torch.arange(self.rows, device=device) if rows is None else torch.tensor(rows, device=device)
+            columns = torch.tensor([experts.index(expert) for expert in routing.experts], device=device)
+            place = (blocks.index(block), index[:, None], columns[None, :])
+            gates[place] = routing.decision.gates.detach().to(gates)
+            probabilities[place] = routing.decision.probabilities.detach().to(gates)
+        return Route(gates, probabilities, experts, blocks)
+
+    def pick(self, rows: list[int]) -> RoutedPrompts:
+        """See [`Prompts.pick`]."""
+        adapter_rows: dict[str, list[int] | None] = {}
+        for adapter, own in self.adapter_rows.items():
+            adapter_rows[adapter] = None if own is None else [place for place, row in enumerate(rows) if row in own]
+        route = self.route()[rows]
+        return RoutedPrompts(len(rows), None, self.use, adapter_rows=adapter_rows, forced=route, bare=self.bare)
+
+    def for_rows(self, rows: int) -> RoutedPrompts:
+        """The same for a pass of another number of rows, which can be told where all rows are alike.
+
+        Raises:
+            MiLoraError: If they are not.
+        """
+        if rows == self.rows:
+            return self
+        gates = self.route().gates
+        if self.adapter is None or not bool((gates == gates[:, :1]).all()):
+            raise MiLoraError(
+                f"The cache was filled by {self.rows} prompts with different adapters or routes, and the pass has "
+                f"{rows} rows: which is whose cannot be told. Rearrange rows with the cache's own methods "
+                "(batch_select_indices, batch_repeat_interleave, reorder_cache)."
+            )
+        return self.pick([0] * rows)

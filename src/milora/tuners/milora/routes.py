@@ -1,0 +1,286 @@
+"""What callers do with the routes of a model: ask for them, give them, record them, and generate with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from milora.tuners.context import Generation, Scope, caller_scope, check_thread, entered, said
+from milora.tuners.generate_options import (
+    compiled_settings,
+    is_compiled_by_transformers,
+    needs_own_pass,
+    one_token,
+    prompts_given,
+    size_given,
+)
+from milora.tuners.grouped import check_names
+from milora.tuners.identity import BASE_ROW
+from milora.tuners.milora.forward import RoutingHooks
+from milora.tuners.milora.merging import merged_route
+from milora.tuners.milora.routed import RoutedPrompts
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
+
+
+class Routes:
+    """The routes of one model.
+
+    Args:
+        hooks: The model's.
+    """
+
+    def __init__(self, hooks: RoutingHooks) -> None:
+        self.hooks = hooks
+        self.owner = hooks.owner
+
+    @property
+    def model(self) -> Any:
+        """The backbone."""
+        return self.hooks.backbone
+
+    def generate(
+        self,
+        *args: Any,
+        route: Route | None = None,
+        compiled: bool | None = None,
+        merge_route: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` of the backbone, routed once: at the prefill, or by `route`.
+
+        Assisted generation and chunked prefill, whose first pass is not the prompt, route in a pass of their own first.
+
+        Args:
+            *args: As for the backbone's `generate`.
+            route: A route to follow, a row for each prompt (or one for all); needed to continue a cache that already
+                holds tokens.
+            compiled: Compile the decode step (static cache, `torch.compile`): routes and adapters are data that it
+                reads, so other prompts and tenants compile nothing anew. `None` leaves it to transformers, which
+                compiles on a GPU with `cache_implementation="static"`; `False` rules it out.
+            merge_route: If all rows have one route, merge it into the backbone's weights for the length of the
+                generation, after the prefill has found it: decoding then costs what the backbone costs. Until it ends
+                there is a second copy of the affected weights, and other requests are refused; see
+                [`Routes.merged_route`].
+            **kwargs: As for the backbone's `generate`.
+
+        Raises:
+            MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, a prompt is
+                empty, or an adapter is being deleted; if `merge_route` is asked for and rows differ, a chosen layer is
+                quantised or another request is running; if steps are to be compiled that cannot be.
+        """
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        is_merged = merge_route or self.hooks.merged is not None
+        kwargs |= self._compile_options(named, compiled, is_merged)
+        check_thread(self.owner)
+        if self.hooks.is_off():
+            return self.model.generate(*args, **kwargs)
+        names, size = said(self.owner, "adapter_names"), size_given(named)
+        if names is not None:
+            check_names(names, size[0], size[0])
+            if merge_route:
+                raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out merge_route.")
+        self._check_cache(named, route)
+        if route is None and said(self.owner, "route") is None and needs_own_pass(self.model, named):
+            route = self.route(**prompts_given(named))
+        with ExitStack() as stack:
+            generation = stack.enter_context(self._generation(named.get("attention_mask"), size, names, route))
+            if merge_route and self.hooks.merged is None:
+                generation.merge_into = self._merging_into(stack, generation)
+            if not stack.enter_context(self._steps(compiled, named, kwargs)):
+                kwargs["disable_compile"] = True
+            output = self.model.generate(*args, **kwargs)
+            self._record(generation)
+        return output
+
+    @torch.no_grad()
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Route:
+        """What the routers decide for some prompts, without generating anything.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens).
+            labels: (batch, tokens): the prompt is then what precedes the first label, as in training.
+            adapter_names: An adapter for each row.
+            **kwargs: Further arguments of the backbone, such as `inputs_embeds`.
+
+        Returns:
+            The [`Route`], a row for each prompt, on the backbone's device.
+
+        Raises:
+            MiLoraError: If the adapters are disabled, a prompt is empty or fully masked.
+        """
+        check_thread(self.owner)
+        if self.hooks.is_off():
+            raise MiLoraError("The adapters are disabled, so there are no routers to ask.")
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        names = said(self.owner, "adapter_names") if adapter_names is None else self.check_names(adapter_names)
+        with self._generation(attention_mask, size_given(inputs), names, None) as generation, evaluating(self.model):
+            if labels is not None:
+                self.model(**inputs, labels=labels)
+            else:
+                # The prefill of generate itself: some models derive positions from the mask there, and not in a
+                # plain forward.
+                self.model.generate(**inputs, generation_config=one_token(self.model))
+            assert isinstance(generation.prompts, RoutedPrompts)
+            return generation.prompts.route()
+
+    def use_route(self, route: Route | None) -> AbstractContextManager[None]:
+        """`with model.use_route(route):` makes passes and generations follow a route; the routers are not asked.
+
+        The route has a row for each prompt, or one row for all. `generate` repeats each row for its beams and return
+        sequences. The context follows asyncio tasks and `asyncio.to_thread`; a plain thread that is started inside is
+        refused, since it cannot tell whether it belongs here: pass `route=` to its `generate`. `None` leaves the
+        decision to the routers.
+        """
+        return caller_scope(Scope(self.owner, route=route))
+
+    def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
+        """`with model.use_prompt(mask):` says which tokens are the prompt, (batch, tokens), where no labels do."""
+        return caller_scope(Scope(self.owner, prompt=prompt))
+
+    @contextmanager
+    def record_routes(self) -> Iterator[list[Route]]:
+        """`with model.record_routes() as routes:` gets the route of every `generate` inside, once it has ended.
+
+        It is the decision that the generation itself made, or followed, on the backbone's device; nothing is computed
+        for it. With beams or several return sequences a prompt has as many equal rows in succession as the prefill had.
+        """
+        routes: list[Route] = []
+        with caller_scope(Scope(self.owner, routes=routes)):
+            yield routes
+
+    def merged_route(self, route: Route) -> AbstractContextManager[None]:
+        """`with model.merged_route(route):` follows a route as `use_route` does, merged into the weights.
+
+        Its experts then cost nothing a token. The affected weights are in memory twice until the end, when the
+        backbone's own come back bit for bit, also after an exception. Merged weights are rounded to the backbone's
+        type, so in bfloat16 the outputs are close to those of `use_route`, and not the same. Inside this context no
+        other request may use the model, in this thread or another: such calls are refused.
+
+        Raises:
+            MiLoraError: If the route's rows differ or it is not of this adapter, the model is in training mode or its
+                adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another request is
+                running, or a route is merged already.
+        """
+        return merged_route(self.hooks, (self.hooks.active() or [""])[0], route, None)
+
+    @contextmanager
+    def naming_rows(self, adapter_names: list[str]) -> Iterator[None]:
+        """Inside, each row has its own adapter.
+
+        Raises:
+            MiLoraError: If there is no such adapter, the model is in training mode, or a route is merged.
+        """
+        with entered(Scope(self.owner, adapter_names=self.check_names(adapter_names))):
+            yield
+
+    def check_names(self, names: list[str]) -> tuple[str, ...]:
+        """See [`Routes.naming_rows`]."""
+        if self.model.training:
+            raise MiLoraError("adapter_names is for inference; call model.eval() first.")
+        if self.hooks.merged is not None:
+            raise MiLoraError(
+                "adapter_names gives rows their own adapters, but a route is merged into the backbone's weights, "
+                "which serve it and no other; leave merged_route first."
+            )
+        if not names:
+            raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
+        unknown = set(names) - {BASE_ROW, *self.hooks.configs}
+        if unknown:
+            raise MiLoraError(f"No adapter named {sorted(unknown)}; there are {sorted(self.hooks.configs)}.")
+        return tuple(names)
+
+    @contextmanager
+    def _generation(
+        self, attended: Tensor | None, size: tuple[int, int], names: tuple[str, ...] | None, route: Route | None
+    ) -> Iterator[Generation]:
+        adapters = self.hooks.active() if names is None else set(names) - {BASE_ROW}
+        use = self.owner.identities.begin(adapters)
+        generation = Generation(attended, size, use)
+        try:
+            with entered(Scope(self.owner, route=route, adapter_names=names, generation=generation)):
+                yield generation
+        finally:
+            self.owner.identities.end(use)
+            if isinstance(generation.prompts, RoutedPrompts):
+                generation.prompts.steps = None  # A caller's cache keeps the prompts longer.
+
+    def _merging_into(self, stack: ExitStack, generation: Generation) -> Callable[[Route], None]:
+        def merge(route: Route) -> None:
+            stack.enter_context(merged_route(self.hooks, self.hooks.active()[0], route, generation))
+
+        return merge
+
+    def _check_cache(self, named: dict[str, Any], route: Route | None) -> None:
+        cache = named.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0 or route is not None or said(self.owner, "route") is not None:
+            return
+        names = said(self.owner, "adapter_names")
+        adapters = self.hooks.active() if names is None else set(names) - {BASE_ROW}
+        if all(self.hooks.configs[adapter].adapted_tokens == "completion" for adapter in adapters):
+            return  # The bare backbone may have made it; the prefill looks.
+        raise MiLoraError(
+            "generate was given a cache that already holds tokens: a later turn can be served by the route of the "
+            "first or by one of its own, and that is yours to say. Pass route=, for example the one that "
+            "model.route(**inputs) returned for the prompt that filled the cache."
+        )
+
+    @staticmethod
+    def _compile_options(named: dict[str, Any], compiled: bool | None, is_merged: bool) -> dict[str, Any]:
+        if compiled and is_merged:
+            raise MiLoraError(
+                "A merged route is not served by compiled steps: leave out compiled=True, or merge_route=True and "
+                "`with model.merged_route(...)`."
+            )
+        if compiled:
+            return compiled_settings(named)
+        return {"disable_compile": True} if compiled is False or is_merged else {}
+
+    def _steps(
+        self, compiled: bool | None, named: dict[str, Any], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[bool | None]:
+        """Inside, steps may be compiled if the caller asked for it, or transformers does and nothing is against it."""
+        names = said(self.owner, "adapter_names")
+        adapters = self.hooks.active() if names is None else list(set(names) - {BASE_ROW})
+        if compiled:
+            return _as_true(self.owner.compiled(adapters, named_rows=names is not None))
+        if is_compiled_by_transformers(self.model, {**named, **kwargs}):
+            return self.owner.compiled_if_possible(adapters, named_rows=names is not None)
+        return nullcontext(True)
+
+    def _record(self, generation: Generation) -> None:
+        routes = said(self.owner, "routes")
+        if routes is not None:
+            assert isinstance(generation.prompts, RoutedPrompts)
+            routes.append(generation.prompts.route())
+
+
+@contextmanager
+def _as_true(context: AbstractContextManager[None]) -> Iterator[bool]:
+    with context:
+        yield True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

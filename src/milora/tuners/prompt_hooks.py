@@ -1,0 +1,201 @@
+"""Methods that do something once per prompt see every call of their model: a prompt, a decode step, or a recomputation.
+
+A Hugging Face model is called in many ways: by `generate`, whose first pass is the prompt and whose others are single
+tokens; by a caller's own loop over a cache; by trainers, with labels; from inside a running generation. What a call
+continues is read off its cache, which remembers the prompts that filled it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from milora.tuners.caches import BARE, made_by, remember
+from milora.tuners.context import (
+    ContextOwner,
+    ForwardContext,
+    Generation,
+    check_thread,
+    drop_interrupted,
+    enter,
+    generation_of,
+    leave,
+    running,
+    said,
+)
+from milora.tuners.prompt import arguments_of, attended_tokens, labels_of, prompt_of_call
+from milora_core.errors import MiLoraError
+
+
+class PromptHooks(ABC):
+    """The hooks on a backbone, and what one method does in them.
+
+    Args:
+        backbone: The model that is called.
+        owner: The model's.
+    """
+
+    def __init__(self, backbone: nn.Module, owner: ContextOwner) -> None:
+        self.backbone = backbone
+        self.owner = owner
+        self._handles: list[Any] = []
+
+    def watch(self) -> None:
+        """Sees every call of the backbone from now on."""
+        if not self._handles:
+            self._handles = [
+                self.backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                self.backbone.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            ]
+
+    def unwatch(self) -> None:
+        """Undoes [`PromptHooks.watch`]."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @abstractmethod
+    def is_off(self) -> bool:
+        """Whether the adapters are disabled or there is none."""
+
+    @abstractmethod
+    def begin(self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None) -> ForwardContext:
+        """The context of a pass over prompts.
+
+        Args:
+            arguments: The model's arguments by name.
+            attended: (rows, tokens), bool: the tokens that are no padding.
+            generation: The generation whose prefill it is.
+        """
+
+    @abstractmethod
+    def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
+        """The context of a pass that continues prompts.
+
+        Args:
+            prompts: What filled the cache, or what the generation's prefill worked out.
+            arguments: The model's arguments by name.
+            generation: The generation whose step it is; `None` in a caller's own loop.
+        """
+
+    @abstractmethod
+    def fill(
+        self, made: Any, cache: Cache, arguments: dict[str, Any], generation: Generation | None
+    ) -> ForwardContext | None:
+        """The context of a pass on a filled cache that no generation of ours continues.
+
+        Args:
+            made: The [`Prompts`] that filled it, [`BARE`], or `None`.
+            cache: The cache.
+            arguments: The model's arguments by name.
+            generation: The generation whose first pass it is.
+
+        Raises:
+            MiLoraError: If the cache cannot be continued.
+        """
+
+    def after(self, context: ForwardContext, arguments: dict[str, Any], output: Any) -> Any:
+        """What to do with the model's output in training; `None` leaves it."""
+        return None
+
+    def prompt_of(self, attended: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """(rows, tokens), bool: the prompts as the caller gave them, or as the labels tell.
+
+        Raises:
+            MiLoraError: If the caller's own prompt mask has another shape.
+        """
+        prompt: Tensor | None = said(self.owner, "prompt")
+        if prompt is None:
+            labels, shifted = labels_of(arguments)
+            return prompt_of_call(self.backbone, attended, labels, shifted=shifted)
+        if prompt.shape != attended.shape:
+            raise MiLoraError(
+                f"use_prompt was given a mask of shape {tuple(prompt.shape)}; the batch has {tuple(attended.shape)}."
+            )
+        return prompt.to(attended.device, torch.bool) & attended
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_dynamo_compiling() and self.owner.is_compiled:
+            return
+        drop_interrupted(self.owner)
+        arguments = arguments_of(module, args, kwargs)
+        context = self._context(arguments)
+        if context is not None:
+            enter(context)
+
+    def _context(self, arguments: dict[str, Any]) -> ForwardContext | None:
+        cache = arguments.get("past_key_values")
+        made = made_by(cache) if isinstance(cache, Cache) else None
+        generation = generation_of(self.owner)
+        if generation is not None and generation.prompts is not None:
+            is_next = made is generation.prompts or (cache is None and _begins_with(arguments, generation.tokens))
+            if is_next or (generation.follows_all and made is None):
+                generation.follows_all = False
+                return self.follow(generation.prompts, arguments, generation)
+            generation = None  # A call from inside the generation, about something else.
+        check_thread(self.owner)
+        if self.is_off():
+            return None
+        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+            return self.fill(made, cache, arguments, generation)
+        return self.begin(arguments, attended_tokens(_with_mask(arguments, generation)), generation)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and self.owner.is_compiled:
+            return None
+        context = running(self.owner)
+        cache = getattr(output, "past_key_values", None)
+        if context is None:
+            if isinstance(cache, Cache) and made_by(cache) is None:
+                remember(cache, BARE)
+            return None
+        leave(context)
+        if context.use is not None:
+            self.owner.identities.end(context.use)
+        if isinstance(cache, Cache):
+            remember(cache, context.prompts)
+        generation = context.generation
+        if output is None:
+            return None
+        if generation is not None:
+            generation.prompts = context.prompts
+            if not isinstance(cache, Cache):
+                generation.tokens = _source(arguments_of(module, args, kwargs))
+        elif context.mode != "follow" and module.training:
+            return self.after(context, arguments_of(module, args, kwargs), output)
+        return None
+
+
+def reads_prompts(tuner: Any) -> bool:
+    """Whether a method does something once per prompt, so that it must know where prompts end."""
+    return isinstance(getattr(tuner, "hooks", None), PromptHooks)
+
+
+def _source(arguments: dict[str, Any]) -> Tensor | None:
+    source = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if source is None else source
+
+
+def _begins_with(arguments: dict[str, Any], first: Tensor | None) -> bool:
+    """Whether a call without a cache repeats the prefill's tokens: the next step of a generation with no cache."""
+    source = _source(arguments)
+    if first is None or source is None or source.dim() != first.dim() or source.shape[1] <= first.shape[1]:
+        return False
+    return source.shape[0] == first.shape[0] and torch.equal(source[:, : first.shape[1]], first)
+
+
+def _with_mask(arguments: dict[str, Any], generation: Generation | None) -> dict[str, Any]:
+    """The arguments with the mask that the caller gave to `generate`.
+
+    Generation with a static cache hands the model a prepared mask, in which a window may hide a part.
+    """
+    mask, source = None if generation is None else generation.attended, _source(arguments)
+    if mask is None or source is None or mask.dim() != 2 or source.shape[0] % mask.shape[0] != 0:
+        return arguments
+    if mask.shape[1] != source.shape[1]:
+        return arguments
+    return {**arguments, "attention_mask": mask.repeat_interleave(source.shape[0] // mask.shape[0], dim=0)}
