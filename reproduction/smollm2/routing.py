@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import Tensor, nn
 
-from milora.tuners.milora.routers import routers_of
+from milora.tuners.milora.router import routers_of
 
 MINIMUM = 1e-6
 """A chosen expert whose probability is below this was chosen by float32's rounding or by its index."""

@@ -23,8 +23,7 @@ from milora.methods import config_for
 from milora.tasks.sources import read_rows
 from milora.training.supervised_positions import score_supervised_positions_only
 from milora.tuners.milora import MiLoraModel
-from milora.tuners.milora.layer import RouterLayer
-from milora.tuners.milora.routers import routers_of
+from milora.tuners.milora.router import RouterLayer, routers_of
 from reproduction.smollm2.routing import Centred, Recorder, route_statistics
 
 CHOICES = {

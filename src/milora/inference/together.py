@@ -155,7 +155,7 @@ class LoraServing(GroupedOwner):
         prompts = size_given(named)[0] if prompts_given(named) else None
         if prompts is not None:
             check_names(names, prompts, prompts)
-        use = self._begin(set(names) - {BASE_ROW})
+        use = self._use_of(set(names) - {BASE_ROW})
         with ExitStack() as stack:
             stack.callback(self.identities.end, use)
             if is_compiled_by_transformers(self.model, kwargs):
@@ -205,7 +205,7 @@ class LoraServing(GroupedOwner):
             type(self.tuner).delete_adapter(self.tuner, adapter_name)
             self.identities.forget(adapter_name)
 
-    def _begin(self, names: set[str]) -> Use:
+    def _use_of(self, names: set[str]) -> Use:
         """A use of adapters, which PEFT may have added since the last."""
         with self.identities.lock:
             for name in names & set(self.tuner.peft_config):

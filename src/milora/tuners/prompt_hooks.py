@@ -170,11 +170,6 @@ class PromptHooks(ABC):
         return None
 
 
-def reads_prompts(tuner: Any) -> bool:
-    """Whether a method does something once per prompt, so that it must know where prompts end."""
-    return isinstance(getattr(tuner, "hooks", None), PromptHooks)
-
-
 def _source(arguments: dict[str, Any]) -> Tensor | None:
     source = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if source is None else source
