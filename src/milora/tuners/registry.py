@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType, register_peft_method
+
+from milora_core.errors import MiLoraError
 
 
 def add_peft_type(name: str) -> Any:
@@ -39,3 +43,49 @@ def register(name: str, config_class: type, model_class: type, prefix: str) -> N
     member = add_peft_type(name)
     if member not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=name.lower(), config_cls=config_class, model_cls=model_class, prefix=prefix)
+
+
+NOT_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+"""Fields of a configuration that say nothing of what an adapter computes."""
+
+
+def refuse_other_settings(tuner_class: type[Any]) -> None:
+    """Makes `PeftModel.load_adapter` compare settings where an adapter of the name is there.
+
+    PEFT then reads the weights alone, and would put them under the settings that it has. Doing it again changes
+    nothing, and neither does it for other methods' models.
+
+    Args:
+        tuner_class: The class of the tuners that it is for.
+    """
+    original = PeftModel.load_adapter
+    if getattr(original, "refuses_other_settings", False):
+        return
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if adapter_name in self.peft_config and isinstance(getattr(self, "base_model", None), tuner_class):
+            names = ("subfolder", "revision", "cache_dir", "token")
+            place = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            own, other = (
+                _settings(config)
+                for config in (self.peft_config[adapter_name], PeftConfig.from_pretrained(str(model_id), **place))
+            )
+            differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+            if differing:
+                raise MiLoraError(
+                    f"An adapter {adapter_name!r} is loaded with other settings ({', '.join(differing)}) than "
+                    f"{model_id} has. Delete it first (model.delete_adapter), or load this one under another name."
+                )
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+    load_adapter.refuses_other_settings = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = load_adapter
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    values = {name: value for name, value in config.to_dict().items() if name not in NOT_SETTINGS}
+    return {
+        name: sorted(value) if isinstance(value, set | list) and all(isinstance(v, str) for v in value) else value
+        for name, value in values.items()
+    }

@@ -289,6 +289,17 @@ class TestIdentities:
         text, _ = self.in_the_middle(model, changes[change], **settings)
         assert text == expected
 
+    def test_other_settings_under_a_name_in_use_are_refused(self, tmp_path: Any) -> None:
+        model = two_adapters()
+        adapted(seed=33, top_k=1, gate="softmax").model.save_pretrained(tmp_path / "other")
+        adapted(seed=33).model.save_pretrained(tmp_path / "same")
+        before = generate(model)
+        with pytest.raises(MiLoraError, match=r"loaded with other settings \(gate, top_k\)"):
+            model.load_adapter(tmp_path / "other", "default")
+        assert generate(model) == before
+        model.load_adapter(tmp_path / "same", "default")
+        assert generate(model) == generate(adapted(seed=33).model)
+
     def test_deleting_from_inside_is_refused(self) -> None:
         model = two_adapters()
         with pytest.raises(MiLoraError, match="serves the generation that this call was made from"):

@@ -133,6 +133,9 @@ class RoutingHooks(PromptHooks):
             is_whole = generation is None or cached + attended.shape[1] >= generation.columns
             changed = completion_tokens(prompt, attended) if is_whole else torch.zeros_like(attended)
             adapted = dict.fromkeys(late, changed)
+        if torch.is_grad_enabled():
+            for router in self.routers.values():
+                router.recompute_in_context(self.backbone.get_submodule(router.block))
         use, own = self._use(adapter_rows, generation)
         prompts = RoutedPrompts(rows, prompt, use, adapter_rows=adapter_rows, forced=forced)
         if late and len(late) == len(adapter_rows):

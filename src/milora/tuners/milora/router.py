@@ -98,6 +98,14 @@ class RouterLayer(BareTunerLayer):
             return (self.route_block(block, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.route_block(block, kwargs["hidden_states"])}
 
+    def recompute_in_context(self, block: nn.Module) -> None:
+        """Makes gradient checkpointing recompute a block in the context of its own forward.
+
+        Done before the first block runs: older versions of transformers recompute a block together with its hooks.
+        """
+        if is_checkpointed(block):
+            checkpoint_in_context(block, self.owner, _Rerouted(self, block))
+
     def _is_idle(self) -> bool:
         """Whether the adapters are disabled, and no request is running that began before they were."""
         return self.disable_adapters and running(self.owner) is None
@@ -135,11 +143,9 @@ class RouterLayer(BareTunerLayer):
             )
         gates = decision.gates
         leaf: list[Tensor] = []
-        if torch.is_grad_enabled() and is_checkpointed(block):
-            checkpoint_in_context(block, self.owner, _Rerouted(self, block))
-            if gates.requires_grad:
-                gates = gates.detach().requires_grad_()
-                leaf = [gates]
+        if torch.is_grad_enabled() and is_checkpointed(block) and gates.requires_grad:
+            gates = gates.detach().requires_grad_()
+            leaf = [gates]
         selections = select(gates, decision.chosen, rows, prompts.rows)
         prompts.routings.setdefault(adapter, {})[self.block] = BlockRouting(experts, decision, selections)
         if torch.is_grad_enabled():
