@@ -69,7 +69,7 @@ def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
         {"label_smoothing_factor": 0.2},
         {"compute_loss_func": mean_loss},
     ],
-    ids=str,
+    ids=lambda settings: next(iter(settings), "plain") + str(settings.get("per_device_eval_batch_size", "")),
 )
 def test_perplexity_is_of_the_tokens_and_of_nothing_else(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = milora_trainer(lora(), tmp_path, **settings)
