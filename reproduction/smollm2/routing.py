@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,17 +75,24 @@ class Recorder:
             block.clear()
 
 
-def route_statistics(recorder: Recorder) -> dict[str, float | int | list[float]]:
-    """Over all prompts of all tasks; mutual information is that of the task and a block's chosen set, a mean."""
-    probabilities, chosen = torch.cat(recorder.probabilities), torch.cat(recorder.chosen)
+def route_statistics(
+    of_tasks: Sequence[Tensor], chosen_of_tasks: Sequence[Tensor]
+) -> dict[str, float | int | list[float]]:
+    """Over all prompts of all tasks; mutual information is that of the task and a block's chosen set, the mean of all.
+
+    Args:
+        of_tasks: A task each: the probabilities, (rows, blocks, experts).
+        chosen_of_tasks: Likewise which experts were chosen.
+    """
+    probabilities, chosen = torch.cat(list(of_tasks)), torch.cat(list(chosen_of_tasks))
     rows, blocks, experts = chosen.shape
-    task = [index for index, of_task in enumerate(recorder.chosen) for _ in of_task]
+    task = [index for index, of_task in enumerate(chosen_of_tasks) for _ in of_task]
     # A chosen set as a number.
     sets = (chosen.long() * 2 ** torch.arange(experts)).sum(dim=-1)
     least = probabilities.masked_fill(~chosen, 2.0).amin(dim=-1)
     entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(dim=-1) / torch.tensor(experts).log()
     share = chosen.float().sum(dim=(0, 1)) / chosen.sum()
-    by_task = [of_task.float().mean(dim=0) for of_task in recorder.chosen]
+    by_task = [of_task.float().mean(dim=0) for of_task in chosen_of_tasks]
     of_blocks = [sets[:, block].tolist() for block in range(blocks)]
     return {
         "prompts": rows,

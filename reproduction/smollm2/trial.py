@@ -269,5 +269,5 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
     handle.remove()
     result["loss"] = total / tokens
     result["accuracy"] = sum(of["accuracy"] for of in result["tasks"].values()) / len(rows)
-    result["routes"] = route_statistics(recorder) if recorder.probabilities else None
+    result["routes"] = route_statistics(recorder.probabilities, recorder.chosen) if recorder.probabilities else None
     return result

@@ -1,0 +1,32 @@
+"""Whether two methods differ on the same test rows. What is compared is which rows were right: a string of 0 and 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+
+SAMPLES = 5000
+
+
+def mcnemar(a: str, b: str) -> float:
+    """The two-sided p-value of McNemar's exact test: a binomial test on the rows that only one of the two got right."""
+    only_a = sum(x > y for x, y in zip(a, b, strict=True))
+    only_b = sum(x < y for x, y in zip(a, b, strict=True))
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def bootstrap(a: Sequence[str], b: Sequence[str], samples: int = SAMPLES) -> tuple[float, float, float]:
+    """The mean difference in accuracy, and its 95 % interval by drawing test rows with replacement.
+
+    Args:
+        a: A seed each: which rows were right.
+        b: The same rows and seeds of the other method.
+        samples: Draws.
+    """
+    right = [np.array([[char == "1" for char in row] for row in of], dtype=float).mean(axis=0) for of in (a, b)]
+    difference = right[0] - right[1]
+    draws = np.random.default_rng(0).integers(len(difference), size=(samples, len(difference)))
+    low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)

@@ -1,0 +1,213 @@
+"""Tables, paired tests and the picture that decides, from the records of `python -m reproduction.smollm2`.
+
+    python -m reproduction.smollm2.report docs/results/smollm2
+
+Reads `start.json`, `ablation.jsonl`, `table1.jsonl` and `decode.json` (`milora bench decode --json`) as far as they are
+there; writes `tables.md`, and `cost.png` once a method has both an accuracy and a decode cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from milora.markdown import markdown_table
+from milora_core.files import write_text
+from reproduction.smollm2.comparing import bootstrap, mcnemar
+
+Record = dict[str, Any]
+
+DECODE_NAMES = {"dora": "dora-cached"}
+"""What `milora bench decode` calls a method that serves its adapter with other code than it trains with."""
+
+
+def read(file: Path) -> list[Record]:
+    """The records of a file; none where it is missing."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """`0.41 (0.40 to 0.43)`: the median over seeds, the least and the greatest."""
+    middle = f"{median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def start_table(study: dict[str, Any]) -> str:
+    """Routers before training, medians over seeds."""
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for row in study["rows"]:
+        groups[row["router_norm"], row["pooler"], row["centred"]].append(row)
+    names = ("by_ties", "entropy", "distinct_routes", "adjusted_mutual_information", "most_used_share")
+    return markdown_table(
+        ["router_norm", "pooler", "centred", "by ties", "entropy", "distinct routes", "AMI", "most used"],
+        [
+            [norm, pooler, "yes" if centred else "no", *(f"{median(row[name] for row in rows):.3g}" for name in names)]
+            for (norm, pooler, centred), rows in groups.items()
+        ],
+    )
+
+
+def ablation_table(records: Iterable[Record]) -> str:
+    """A line a setting: dev loss and accuracy, and routes after training."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record["name"]].append(record)
+    lines = []
+    for name, of_name in groups.items():
+        dev = [record["dev"] for record in of_name]
+        routes = [of["routes"] for of in dev if of["routes"]]
+        lines.append(
+            [
+                name,
+                str(len(of_name)),
+                spread([math.exp(of["loss"]) for of in dev]),
+                spread([of["accuracy"] for of in dev], 2),
+                *_routes(routes, [record["before"]["routes"] for record in of_name if record["before"]]),
+                _gradients(of_name),
+            ]
+        )
+    header = [
+        "setting", "seeds", "dev perplexity", "dev accuracy", "distinct routes: start, end", "AMI: start, end",
+        "most used", "by ties", "gradient of W_r: blocks 0, 15, 29",
+    ]  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def _routes(end: Sequence[Record], start: Sequence[Record]) -> list[str]:
+    if not end:
+        return ["-"] * 4
+    return [
+        ", ".join(spread([of["distinct_routes"] for of in when], 0) for when in (start, end)),
+        ", ".join(spread([of["adjusted_mutual_information"] for of in when], 2) for when in (start, end)),
+        spread([of["most_used_share"] for of in end], 2),
+        spread([of["by_ties"] for of in end], 2),
+    ]
+
+
+def _gradients(records: Sequence[Record]) -> str:
+    """Medians over the second half of the steps and the seeds."""
+    steps = [step for record in records for step in record["router_gradients"][len(record["router_gradients"]) // 2 :]]
+    steps = [step for step in steps if step]
+    return ", ".join(f"{median(step[block] for step in steps):.0e}" for block in ("0", "15", "29")) if steps else "-"
+
+
+def best_rates(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records of each method at the learning rate that was best on dev, over all seeds, one a seed."""
+    rates: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        rates[record["name"]][record["learning_rate"]].append(record)
+    best = {}
+    for name, of_name in rates.items():
+        rate = min(of_name, key=lambda rate: mean(record["dev"]["loss"] for record in of_name[rate]))
+        best[name] = sorted(of_name[rate], key=lambda record: record["seed"])
+    return best
+
+
+def table1(best: dict[str, list[Record]]) -> str:
+    """Test accuracy by task, spread over seeds."""
+    tasks = list(next(iter(best.values()))[0]["test"]["tasks"])
+    return markdown_table(
+        ["method", "tunable", "learning rate", "seeds", *tasks, "mean", "dev perplexity"],
+        [
+            [
+                name,
+                f"{of[0]['tunable'] / 1e6:.2f}M",
+                f"{of[0]['learning_rate']:g}",
+                str(len(of)),
+                *(spread([record["test"]["tasks"][task]["accuracy"] for record in of]) for task in tasks),
+                spread([record["test"]["accuracy"] for record in of]),
+                spread([math.exp(record["dev"]["loss"]) for record in of]),
+            ]
+            for name, of in best.items()
+        ],
+    )
+
+
+def comparisons(best: dict[str, list[Record]], ours: str) -> str:
+    """MiLoRA against every other method on the same test rows."""
+    lines = []
+    for name, of in best.items():
+        if name == ours:
+            continue
+        seeds = sorted({record["seed"] for record in of} & {record["seed"] for record in best[ours]})
+        for task in best[ours][0]["test"]["tasks"]:
+            a, b = (
+                [r["test"]["tasks"][task]["right"] for r in records if r["seed"] in seeds]
+                for records in (best[ours], of)
+            )
+            if not a:
+                continue
+            difference, low, high = bootstrap(a, b)
+            p_values = ", ".join(f"{mcnemar(*pair):.2g}" for pair in zip(a, b, strict=True))
+            lines.append([task, name, str(len(seeds)), f"{difference:+.3f} ({low:+.3f} to {high:+.3f})", p_values])
+    header = ["task", f"{ours} against", "seeds", "difference in accuracy (95 %, bootstrap over rows)", "McNemar's p"]
+    return markdown_table(header, lines)
+
+
+def cost_points(best: dict[str, list[Record]], decode: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Method -> decode speed as a share of the backbone's at beam 1, and mean test accuracy."""
+    speeds = {row["method"]: row["ratio_to_base"] for row in decode["rows"] if row["beam"] == 1}
+    points = {}
+    for name, of in best.items():
+        speed = speeds.get(DECODE_NAMES.get(name, name))
+        if speed is not None:
+            points[name] = (float(speed), mean(record["test"]["accuracy"] for record in of))
+    return points
+
+
+def draw(points: dict[str, tuple[float, float]], best: dict[str, list[Record]], path: Path) -> None:
+    """Accuracy against decode speed; bars are the seeds' least and greatest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (speed, accuracy) in points.items():
+        seeds = [record["test"]["accuracy"] for record in best[name]]
+        errors = [[accuracy - min(seeds)], [max(seeds) - accuracy]]
+        axes.errorbar(speed, accuracy, yerr=errors, fmt="o", color="C3" if name.startswith("mi") else "C0")
+        axes.annotate(name, (speed, accuracy), textcoords="offset points", xytext=(6, 4))
+    axes.set_xlabel("decode speed, share of the backbone's")
+    axes.set_ylabel("mean test accuracy")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)
+
+
+def write(folder: Path) -> None:
+    """Writes what the folder has records for."""
+    parts = []
+    if (folder / "start.json").is_file():
+        parts += ["## Routers before training", start_table(json.loads((folder / "start.json").read_text()))]
+    if ablation := read(folder / "ablation.jsonl"):
+        parts += ["## Router ablation", ablation_table(ablation)]
+    tested = [record for record in read(folder / "table1.jsonl") if "test" in record]
+    if tested:
+        best = best_rates(tested)
+        parts += ["## Table 1", table1(best)]
+        if "milora" in best and len(best) > 1:
+            parts += ["## Paired tests", comparisons(best, "milora")]
+        if (folder / "decode.json").is_file():
+            points = cost_points(best, json.loads((folder / "decode.json").read_text()))
+            lines = [[name, f"{speed:.3f}", f"{accuracy:.3f}"] for name, (speed, accuracy) in points.items()]
+            if points:
+                draw(points, best, folder / "cost.png")
+                parts += [
+                    "## Accuracy against decode cost",
+                    markdown_table(["method", "speed / base", "accuracy"], lines),
+                ]
+    write_text(folder / "tables.md", "\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The experiments on SmolLM2: what is run once, how routes are counted, how methods are compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from reproduction.smollm2 import __main__ as runner
+from reproduction.smollm2 import report, trial
+from reproduction.smollm2.comparing import bootstrap, mcnemar
+from reproduction.smollm2.routing import Centred, route_statistics
+from reproduction.smollm2.trial import Trial, batches, collate
+
+SETTINGS = sorted(Path(runner.__file__).parent.glob("*.yaml"))
+
+
+def test_mcnemar_is_the_binomial_test_by_hand() -> None:
+    # Eight rows only the first got right, two only the second: 2 * sum_{i<=2} C(10, i) / 2^10.
+    assert mcnemar("1" * 8 + "0" * 2 + "1" * 5, "0" * 8 + "1" * 2 + "1" * 5) == pytest.approx(2 * 56 / 1024)
+    assert mcnemar("0110", "0110") == 1.0
+
+
+def test_the_bootstrap_pairs_rows() -> None:
+    # Both are wrong on the same half of the rows, and the first is right on one row in four that the second is not.
+    first, second = "1110" * 100, "1010" * 100
+
+    difference, low, high = bootstrap([first], [second])
+
+    assert difference == pytest.approx(0.25)
+    # The standard error of the paired difference is sqrt(0.25 * 0.75 / 400) = 0.022.
+    assert low == pytest.approx(0.25 - 1.96 * 0.0217, abs=0.006)
+    assert high == pytest.approx(0.25 + 1.96 * 0.0217, abs=0.006)
+
+
+def _decisions(sets: list[list[int]], experts: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = torch.zeros(len(sets), 1, experts, dtype=torch.bool)
+    for row, places in enumerate(sets):
+        chosen[row, 0, places] = True
+    return torch.where(chosen, 0.45, 0.05), chosen
+
+
+def test_routes_by_task_and_blind_routes_differ_in_mutual_information() -> None:
+    by_task = [_decisions([[0, 1]] * 6), _decisions([[2, 3]] * 6)]
+    blind = [_decisions([[0, 1]] * 6), _decisions([[0, 1]] * 6)]
+
+    seeing = route_statistics(*zip(*by_task, strict=True))
+    same = route_statistics(*zip(*blind, strict=True))
+
+    assert seeing["adjusted_mutual_information"] == pytest.approx(1.0)
+    assert (seeing["distinct_routes"], same["distinct_routes"]) == (2, 1)
+    assert same["normalized_mutual_information"] == pytest.approx(0.0)
+    assert (seeing["most_used_share"], same["most_used_share"]) == (0.25, 0.5)
+    assert seeing["share_difference_by_task"] == 1.0
+
+
+def test_a_centred_router_sees_what_differs() -> None:
+    shared = 100 * torch.ones(8)
+    centred = Centred().train()
+    batch = shared + torch.randn(64, 8)
+    centred(batch)
+
+    out = centred.eval()(batch)
+
+    assert out.mean(dim=0).abs().max() < 1e-4
+    assert out.square().mean().sqrt() == pytest.approx(1.0, abs=0.01)
+
+
+def test_batches_are_the_seeds_alone_and_have_as_many_rows_of_each_task() -> None:
+    rows: dict[str, Any] = {"a": list("abcdefgh"), "b": list("ABCDEFGH")}
+
+    first, again, other = (list(batches(rows, Trial(seed=seed, steps=5, batch=4))) for seed in (1, 1, 2))
+
+    assert first == again != other
+    assert all(sum(row.islower() for row in batch) == 2 for batch in first)
+    assert len({row for batch in first[:4] for row in batch}) == 16
+
+
+def test_labels_are_the_completion() -> None:
+    example = trial.Example("boolq", [5, 6, 7, 8], 2, 3, [1, 2], 0)
+    longer = trial.Example("boolq", [5, 6, 7, 8, 9], 4, 4, [1, 2], 0)
+
+    batch = collate([example, longer], pad=0)
+
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, -100], [-100] * 4 + [9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+
+
+@pytest.mark.parametrize("file", SETTINGS, ids=lambda file: file.stem)
+def test_settings_files_name_runs_that_differ(file: Path) -> None:
+    runs = [value for _, value in runner.trials_of(yaml.safe_load(file.read_text()))]
+
+    assert len({runner.identity(value, "backbone") for value in runs}) == len(runs)
+
+
+def test_a_finished_run_is_not_repeated_and_an_interrupted_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({"runs": [{"name": "one", "seeds": [0, 1]}]}))
+    made: list[int] = []
+
+    def run(value: Trial, backbone: str, data: str) -> dict[str, Any]:
+        made.append(value.seed)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"dev": {"loss": 1.0}}
+
+    monkeypatch.setattr(runner, "run", run)
+    records = tmp_path / "records.jsonl"
+    arguments = [str(settings), "--backbone", str(tmp_path), "--records", str(records), "--revision", "abc"]
+    monkeypatch.setattr(sys, "argv", ["smollm2", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        runner.main()
+    runner.main()
+    runner.main()
+
+    assert made == [0, 1, 1]
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1]
+    assert lines[0]["revision"] == "abc"
+    assert "finished" in capsys.readouterr().out
+
+
+def _record(name: str, seed: int, rate: float, right: str, dev: float) -> dict[str, Any]:
+    tasks = {"boolq": {"rows": len(right), "accuracy": right.count("1") / len(right), "right": right}}
+    return {
+        "name": name,
+        "seed": seed,
+        "learning_rate": rate,
+        "tunable": 1_000_000,
+        "dev": {"loss": dev, "accuracy": 0.5},
+        "test": {"tasks": tasks, "accuracy": tasks["boolq"]["accuracy"]},
+    }
+
+
+def test_the_report_takes_each_methods_best_rate_on_dev_and_draws_the_cost(tmp_path: Path) -> None:
+    records = [
+        _record("milora", 0, 1e-3, "1110", 0.2),
+        _record("milora", 0, 1e-2, "0000", 0.9),
+        _record("lora", 0, 1e-3, "1010", 0.3),
+    ]
+    (tmp_path / "table1.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = [{"method": name, "beam": 1, "ratio_to_base": speed} for name, speed in (("milora", 0.95), ("lora", 0.8))]
+    (tmp_path / "decode.json").write_text(json.dumps({"rows": rows}))
+
+    best = report.best_rates(records)
+    assert [record["learning_rate"] for record in best["milora"]] == [1e-3]
+    report.write(tmp_path)
+
+    text = (tmp_path / "tables.md").read_text()
+    assert "+0.250" in text
+    assert (tmp_path / "cost.png").stat().st_size > 1000
