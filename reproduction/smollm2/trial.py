@@ -191,7 +191,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warmup = max(round(0.06 * trial.steps), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (trial.steps - step) / (trial.steps - warmup))
+        optimizer, lambda step: min((step + 1) / warmup, (trial.steps - step) / max(trial.steps - warmup, 1))
     )
     seconds, losses, gradients = [], [], []
     model.train()
