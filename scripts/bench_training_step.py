@@ -21,8 +21,9 @@ from typing import Any
 
 WORKER = """
 import resource, sys, time
-import milora.training.run as run
 from transformers import TrainerCallback
+from milora.training import train
+from milora.training.trainer import MiLoraTrainer
 from milora_cli.train import parse
 
 answers = open(3, "w")
@@ -48,9 +49,13 @@ class Turns(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **more):
         print("dev", metrics["eval_loss"], file=answers, flush=True)
 
-own = run.method_callbacks
-run.method_callbacks = lambda *args, **more: [*own(*args, **more), Turns()]
-run.train(*parse(sys.argv[1:]))
+begin = MiLoraTrainer.__init__
+
+def with_turns(self, *args, callbacks=None, **more):
+    begin(self, *args, callbacks=[*(callbacks or ()), Turns()], **more)
+
+MiLoraTrainer.__init__ = with_turns
+train(*parse(sys.argv[1:]))
 """
 
 
