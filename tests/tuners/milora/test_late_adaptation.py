@@ -166,6 +166,19 @@ class TestMixedBatches:
         assert_nothing_in_force(case.model)
 
 
+    def test_an_adapter_that_was_replaced(self) -> None:
+        """The prompt of such a batch needs no stacks, and the steps after it do: they must be of the new adapter."""
+        case = adapted(**LATE)
+        add_adapter(case.model, "whole", seed=7, top_k=3, r=6)
+        names = ["default", "whole", "whole", "__base__"]
+        generate(case.model, adapter_names=names)
+        case.model.delete_adapter("whole")
+        whole = add_adapter(case.model, "whole", seed=8, top_k=3, r=6)
+        found = generate(case.model, adapter_names=names)
+        assert found[1] == whole.greedy(torch.tensor(PROMPTS[1:2]), NEW)
+        assert found[2] == whole.greedy(torch.tensor(PROMPTS[2:3]), NEW)
+
+
 class TestSharedPrompts:
     """A prompt's keys and values are the backbone's own, so whoever computed them, the tokens are the same."""
 

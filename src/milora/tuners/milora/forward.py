@@ -199,11 +199,13 @@ class RoutingHooks(PromptHooks):
         layers = PassPlan(prompts, adapted)
         plan: Plan = layers
         is_compiled = self.owner.is_compiled_for(generation if generation is not None else prompts)
+        is_grouped = prompts.adapter is None or is_compiled
+        if is_grouped and (mode == "route" or generation is None):
+            # Also where the prompt needs no stacks: the steps after it do.
+            self.owner.refresh()
         if self.merged is not None:
             plan, mode = BasePlan(), "merged"
-        elif (prompts.adapter is None or is_compiled) and not adapted:
-            if mode == "route" or generation is None:
-                self.owner.refresh()
+        elif is_grouped and not adapted:
             plan = RoutedRows(self.owner, prompts, layers, is_compiled=is_compiled)
         elif mode == "follow" and prompts.steps is not None and not adapted and not _has_gradients_or_autocast():
             plan = DecodePlan(prompts.steps)
