@@ -171,7 +171,7 @@ class TestMixedBatches:
         case = adapted(**LATE)
         add_adapter(case.model, "whole", seed=7, top_k=3, r=6)
         names = ["default", "whole", "whole", "__base__"]
-        generate(case.model, adapter_names=names)
+        generate(case.model, adapter_names=["whole"] * 4)  # makes the stacks
         case.model.delete_adapter("whole")
         whole = add_adapter(case.model, "whole", seed=8, top_k=3, r=6)
         found = generate(case.model, adapter_names=names)
