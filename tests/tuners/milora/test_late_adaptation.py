@@ -165,7 +165,6 @@ class TestMixedBatches:
         assert found[3] == case.reference.backbone_greedy(prompts[3], NEW)
         assert_nothing_in_force(case.model)
 
-
     def test_an_adapter_that_was_replaced(self) -> None:
         """The prompt of such a batch needs no stacks, and the steps after it do: they must be of the new adapter."""
         case = adapted(**LATE)
