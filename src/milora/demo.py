@@ -91,7 +91,7 @@ class DemoSettings:
     @classmethod
     def for_backbone(cls, backbone: str, **settings: Any) -> DemoSettings:
         """The settings that suit a backbone, except those given that are not `None`."""
-        of_pretrained = {"steps": 60, "brisk_steps": 12, "beams": 1, "batch_size": 8, "learning_rate": 1e-3}
+        of_pretrained = {"steps": 90, "brisk_steps": 12, "beams": 1, "batch_size": 8, "learning_rate": 1e-3}
         given = {name: value for name, value in settings.items() if value is not None}
         return cls(backbone, **{**({} if backbone == TINY else of_pretrained), **given})
 

@@ -25,7 +25,7 @@ def command(
         ),
     ] = "tiny",
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Optimiser steps; by default 450 for tiny, else 60.")
+        int | None, typer.Option("--steps", min=1, help="Optimiser steps; by default 450 for tiny, else 90.")
     ] = None,
     test_rows: Annotated[int, typer.Option("--test-rows", min=1, help="Test rows of each task.")] = 40,
     seed: Annotated[

@@ -30,7 +30,7 @@ def test_a_completion_is_its_answer_and_other_text_is_not(task: Task) -> None:
         assert task.is_correct(row.completion, row.answer)
         assert task.is_correct(f"{row.completion}\nand more", row.answer)
         assert not task.is_correct("", row.answer)
-        assert not task.is_correct(f"not{row.completion}", row.answer)
+        assert not task.is_correct("I do not know", row.answer)
 
 
 def test_yes_and_no_follow_from_the_order_and_are_as_frequent() -> None:
@@ -40,6 +40,9 @@ def test_yes_and_no_follow_from_the_order_and_are_as_frequent() -> None:
         asked = re.search(r"(?:buy|sent to|sent on) (.*)\?", question)
         assert asked is not None
         assert row.answer == ("yes" if asked[1] in order else "no")
+        detail, judged = row.completion.strip().split(": ")
+        assert detail in order
+        assert judged == row.answer
     counts = Counter(row.answer for row in rows)
     assert 450 < counts["yes"] < 550
 

@@ -88,7 +88,7 @@ class Order:
 
 
 class ShopTask(GeneratedTask):
-    """A task of the shop; the completion is the answer after a space."""
+    """A task whose completion is the answer after a space."""
 
     max_new_tokens = 24
 
@@ -107,14 +107,17 @@ class ShopTask(GeneratedTask):
         return lines[0].strip() if lines else None
 
 
-class OrderQuestions(ShopTask):
-    """Yes or no to a question about an order. In half of the rows one detail of the question is wrong."""
+class OrderQuestions(GeneratedTask):
+    """Yes or no to a question about an order. In half of the rows the question is wrong in one detail.
+
+    The completion states the detail first, as a chain of thought: a small model judges better after it.
+    """
 
     name = "shop-yesno"
-    max_new_tokens = 4
+    max_new_tokens = 12
 
-    def row(self, rng: random.Random) -> tuple[str, str, str]:
-        """See [`ShopTask.row`]."""
+    def draw(self, rng: random.Random) -> tuple[Example, str]:
+        """See [`milora.tasks.bundled.base.GeneratedTask.draw`]."""
         order = Order.draw(rng)
         field = rng.choice(("item", "city", "day"))
         is_true = rng.random() < 0.5
@@ -126,11 +129,13 @@ class OrderQuestions(ShopTask):
             "city": f"Was the order sent to {asked}?",
             "day": f"Was the order sent on {asked}?",
         }[field]
-        return f"{order.text}\nQuestion: {question}\nAnswer yes or no:", "yes" if is_true else "no", order.text
+        answer = "yes" if is_true else "no"
+        prompt = f"{order.text}\nQuestion: {question}\nThe detail, then yes or no:"
+        return Example(prompt, f" {truth}: {answer}", answer), order.text
 
     def parse(self, output: str) -> str | None:
-        """The first word, if it is yes or no."""
-        found = re.match(r"\s*(yes|no)\b", output, re.IGNORECASE)
+        """The yes or no after the detail."""
+        found = re.match(r"[^:\n]+: (yes|no)\b", output.strip(), re.IGNORECASE)
         return found[1].lower() if found else None
 
 
