@@ -44,6 +44,6 @@ def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["output"].tolist() == names["model"].generate(**names["one"], max_new_tokens=20).tolist()
     of_plain = {**names, "model": plain, "names": ["default", "__base__"] * 2}
     exec(together, of_plain)
-    assert hasattr(plain.base_model, "grouped")
+    assert hasattr(plain.base_model, "owner")
     exec(plain_compiled, of_plain)
     assert of_plain["output"].shape[0] == 4

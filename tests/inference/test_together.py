@@ -17,7 +17,7 @@ from milora import MiLoraError
 from milora.inference.together import NAMED_ROWS, compiled_step, serve_together
 from milora.methods import config_for
 from milora.tuners.generate_options import ALL_DEVICES
-from milora.tuners.grouped import plan as grouped_serving
+from milora.tuners.grouped import stacks as grouped_serving
 
 PROMPTS = random_prompts(5, (3, 9), seed=8)
 INPUT_IDS, ATTENTION_MASK = pad(PROMPTS, "left")

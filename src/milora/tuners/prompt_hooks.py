@@ -119,7 +119,9 @@ class PromptHooks(ABC):
         return prompt.to(attended.device, torch.bool) & attended
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_dynamo_compiling() and self.owner.is_compiled:
+        if torch.compiler.is_dynamo_compiling():
+            if not self.owner.is_compiled and not self.is_off():
+                raise MiLoraError("Decode steps are compiled by the adapted model's own generate (compiled=True).")
             return
         drop_interrupted(self.owner)
         arguments = arguments_of(module, args, kwargs)
@@ -145,7 +147,7 @@ class PromptHooks(ABC):
         return self.begin(arguments, attended_tokens(_with_mask(arguments, generation)), generation)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and self.owner.is_compiled:
+        if torch.compiler.is_dynamo_compiling():
             return None
         context = running(self.owner)
         cache = getattr(output, "past_key_values", None)

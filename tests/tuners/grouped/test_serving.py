@@ -14,7 +14,7 @@ from support.architectures import pad, random_prompts
 from torch import Tensor, nn
 
 from milora import MiLoraConfig, MiLoraError
-from milora.tuners.grouped import plan as grouped_serving
+from milora.tuners.grouped import stacks as grouped_serving
 
 PROMPTS = random_prompts(6, (3, 9), seed=5)
 INPUT_IDS, ATTENTION_MASK = pad(PROMPTS, "left")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from milora.tuners.grouped.owner import GroupedOwner
+from milora.tuners.grouped.stacks import ModuleRows
 from milora.tuners.identity import BASE_ROW
 from milora_core.errors import MiLoraError
-from milora_core.kernels import OneToken, add_grouped_lora, one_token
 
 
 class Share(NamedTuple):
@@ -24,44 +23,6 @@ class Share(NamedTuple):
     """Its rows, `None` for all."""
     gates: Tensor | None
     """(its rows), float32: the module's gate for each, `None` where all are 1."""
-
-
-@dataclass
-class ModuleRows:
-    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch.
-
-    Attributes:
-        slots: (rows), int32: each row's place in the stacks, -1 for none.
-        gates: (rows), float32, LoRA's scaling in them.
-        lora_a: The module's stacks.
-        lora_b: Likewise.
-        prepared: On a CPU, what decode steps multiply with; made at the first.
-    """
-
-    slots: Tensor
-    gates: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    prepared: OneToken | None = None
-
-    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
-        rows = self.slots.shape[0]
-        if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
-            if self.prepared is None:
-                self.prepared = one_token(self.slots, self.gates, self.lora_a, self.lora_b)
-            if self.prepared.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1)):
-                return result
-        x = x.to(self.lora_a.dtype)
-        changed = add_grouped_lora(
-            result.view(rows, -1, result.shape[-1]),
-            x.reshape(rows, -1, x.shape[-1]),
-            self.slots,
-            self.gates,
-            self.lora_a,
-            self.lora_b,
-        )
-        return changed.view(result.shape)
 
 
 class GroupedPlan(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,48 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora.tuners.identity import Use
+from milora_core.kernels import OneToken, add_grouped_lora, one_token
 
 IsPlain = Callable[[LoraLayer, str], bool]
 """Whether an adapter's change of a layer is `x A B` and nothing else but scaling and gates."""
+
+
+@dataclass
+class ModuleRows:
+    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch.
+
+    Attributes:
+        slots: (rows), int32: each row's place in the stacks, -1 for none.
+        gates: (rows), float32, LoRA's scaling in them.
+        lora_a: The module's stacks.
+        lora_b: Likewise.
+        prepared: On a CPU, what decode steps multiply with; made at the first.
+    """
+
+    slots: Tensor
+    gates: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    prepared: OneToken | None = None
+
+    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
+        """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
+        rows = self.slots.shape[0]
+        if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
+            if self.prepared is None:
+                self.prepared = one_token(self.slots, self.gates, self.lora_a, self.lora_b)
+            if self.prepared.add_to(result.view(rows, 1, -1), x.reshape(rows, 1, -1)):
+                return result
+        x = x.to(self.lora_a.dtype)
+        changed = add_grouped_lora(
+            result.view(rows, -1, result.shape[-1]),
+            x.reshape(rows, -1, x.shape[-1]),
+            self.slots,
+            self.gates,
+            self.lora_a,
+            self.lora_b,
+        )
+        return changed.view(result.shape)
 
 
 class ModuleStack:
@@ -56,6 +96,11 @@ class ModuleStack:
         self.fixed = self._fixed_by_rows[rows]
         self.fixed[0].copy_(slots)
         self.fixed[1].copy_(gates)
+
+    def fixed_rows(self) -> ModuleRows:
+        """What a compiled decode step reads; [`ModuleStack.fix`] has been called before."""
+        assert self.fixed is not None
+        return ModuleRows(*self.fixed, self.lora_a, self.lora_b)
 
     def is_current(self) -> bool:
         """Whether the layer's adapters, and where their parameters lie, are as [`ModuleStack.fit`] left them."""

@@ -92,7 +92,7 @@ class RouterLayer(BareTunerLayer):
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's pre-forward hook: routes the pass that is running, unless that has been done."""
-        if (torch.compiler.is_dynamo_compiling() and self.owner.is_compiled) or self._is_idle():
+        if torch.compiler.is_dynamo_compiling() or self._is_idle():
             return None
         if args:
             return (self.route_block(block, args[0]), *args[1:]), kwargs
