@@ -168,37 +168,39 @@ class Method:
 
     Attributes:
         title: Its name in the paper's tables.
-        paper_tunable: Its tunable parameters on Llama-2 7B in the paper's Table 1.
         config_class: Its `PeftConfig`.
         settings: What the paper sets in it, given the backbone and what the caller sets; the defaults of our own
             configurations are the paper's settings.
         count: Counts its parameters.
+        paper_tunable: Its tunable parameters on Llama-2 7B in the paper's Table 1; `None` for others' methods.
     """
 
     title: str
-    paper_tunable: int
     config_class: type[Any]
     settings: Callable[[nn.Module, Values], Values] = _defaults
     count: Callable[[Inject], Counts] = _count
+    paper_tunable: int | None = None
 
 
 PAPER_BACKBONE = "llama-2-7b"
 """The shape that the paper's Table 1 is about."""
 
 METHODS: Mapping[str, Method] = {
-    "parallel-adapter": Method("Parallel-Adapter", 83_900_000, ParallelAdapterConfig),
-    "learned-adapter": Method("Learned-Adapter", 81_800_000, LearnedAdapterConfig, count=_count_mean_of_operations),
-    "p-tuning-v2": Method("P-tuning v2", 84_500_000, PTuningV2Config),
-    "iapt": Method("IAPT", 83_900_000, IAPTConfig),
-    "bitfit": Method("BitFit", 87_000_000, BitFitConfig),
-    "ia3": Method("(IA)3", 78_600_000, IA3ProjectedConfig),
-    "ssp": Method("SSP", 80_600_000, SSPConfig, count=_count_within_budget),
-    "lora": Method("LoRA", 80_000_000, LoraConfig, _lora),
-    "adalora": Method("AdaLoRA", 80_000_000, AdaLoraConfig, _adalora, _count_after_pruning),
-    "moelora": Method("MOELoRA", 87_300_000, MoeLoraConfig, count=_count_routed_by_token),
-    "dora": Method("DoRA", 80_000_000, LoraConfig, _dora),
-    "milora": Method("MiLoRA", 80_900_000, MiLoraConfig, count=_count_routed_by_prompt),
-    "midora": Method("MiDoRA", 80_900_000, MiLoraConfig, _midora, _count_routed_by_prompt),
+    "parallel-adapter": Method("Parallel-Adapter", ParallelAdapterConfig, paper_tunable=83_900_000),
+    "learned-adapter": Method(
+        "Learned-Adapter", LearnedAdapterConfig, count=_count_mean_of_operations, paper_tunable=81_800_000
+    ),
+    "p-tuning-v2": Method("P-tuning v2", PTuningV2Config, paper_tunable=84_500_000),
+    "iapt": Method("IAPT", IAPTConfig, paper_tunable=83_900_000),
+    "bitfit": Method("BitFit", BitFitConfig, paper_tunable=87_000_000),
+    "ia3": Method("(IA)3", IA3ProjectedConfig, paper_tunable=78_600_000),
+    "ssp": Method("SSP", SSPConfig, count=_count_within_budget, paper_tunable=80_600_000),
+    "lora": Method("LoRA", LoraConfig, _lora, paper_tunable=80_000_000),
+    "adalora": Method("AdaLoRA", AdaLoraConfig, _adalora, _count_after_pruning, paper_tunable=80_000_000),
+    "moelora": Method("MOELoRA", MoeLoraConfig, count=_count_routed_by_token, paper_tunable=87_300_000),
+    "dora": Method("DoRA", LoraConfig, _dora, paper_tunable=80_000_000),
+    "milora": Method("MiLoRA", MiLoraConfig, count=_count_routed_by_prompt, paper_tunable=80_900_000),
+    "midora": Method("MiDoRA", MiLoraConfig, _midora, _count_routed_by_prompt, paper_tunable=80_900_000),
 }
 """By the names that configurations and commands use, in the order of the paper's Table 1."""
 

@@ -16,7 +16,7 @@ TABLES = {
     for title, text in re.findall(r"^##+ (.*?)\n(.*?)(?=^#|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)
 }
 BENCHMARKS = {row[0].strip("`"): row[1:] for row in TABLES["Benchmarks"]}
-BUNDLED = {row[0].strip("`"): row[1:] for row in TABLES["Bundled tasks"]}
+BUNDLED = {row[0].strip("`"): row[1:] for title in ("Bundled tasks", "Shop tasks") for row in TABLES[title]}
 OTHERS = {
     "mmlu": (mmlu.HUB_ID, mmlu.FOLDER),
     "mmlu-subject": (mmlu.HUB_ID, mmlu.FOLDER),

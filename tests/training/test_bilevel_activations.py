@@ -393,7 +393,7 @@ import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_activations import adapted, trained, trainer_for
+from test_bilevel_activations import adapted, trained, trainer_for
 folder, each = Path(sys.argv[1]), int(sys.argv[3])
 model = adapted(top_k=1)
 trainer = trainer_for(folder, model, dev=8, max_steps=3, per_device_train_batch_size=each, learning_rate=0.0,
