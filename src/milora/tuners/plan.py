@@ -78,8 +78,8 @@ class PlannedLayer(PlannedModule):
         return context.plan.forward(self, x, *args, **kwargs)
 
     def without_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's own forward."""
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        """As PEFT's; overridden where that would be wrong."""
+        return self.pefts_forward(x, *args, **kwargs)
 
     def pefts_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PEFT's own forward."""

@@ -141,6 +141,8 @@ class PromptHooks(ABC):
             generation = None  # A call from inside the generation, about something else.
         check_thread(self.owner)
         if self.is_off():
+            if isinstance(cache, Cache) and cache.get_seq_length() == 0:
+                remember(cache, BARE)  # Also a cache that was reset: what filled it before has gone.
             return None
         if isinstance(cache, Cache) and cache.get_seq_length() > 0:
             return self.fill(made, cache, arguments, generation)

@@ -42,8 +42,6 @@ class TestAgainstTheReference:
     @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "qwen3", "phi3", "mixtral"])
     @pytest.mark.parametrize("pooler", ["attention", "last"])
     def test_generation(self, name: str, pooler: str) -> None:
-        if name not in ALL_ARCHITECTURES:
-            pytest.skip("no such architecture")
         case = adapted(name, pooler=pooler, **LATE)
         found = generate(case.model)
         assert found == expected(case)
@@ -245,6 +243,16 @@ class TestSharedPrompts:
                 tokens = logits[:, -1:].argmax(dim=-1)
                 found.append(tokens.item())
             assert found == case.reference.greedy(prompt, NEW)
+
+    def test_a_cache_that_was_reset_belongs_to_who_filled_it_last(self) -> None:
+        case = adapted(pooler="last", **LATE)
+        cache = StaticCache(config=case.model.config, max_cache_len=32)
+        case.model.generate(torch.tensor(PROMPTS[1:2]), past_key_values=cache, max_new_tokens=3, do_sample=False)
+        cache.reset()
+        prompt = torch.tensor(PROMPTS[:1])
+        fill_bare(case.model, prompt[:, :-1], cache)
+        found = case.model.generate(prompt, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
+        assert found[0, prompt.shape[1] :].tolist() == case.reference.greedy(prompt, NEW)
 
     def test_a_static_cache(self) -> None:
         case = adapted(pooler="last", **LATE)
