@@ -38,28 +38,28 @@ def command(
     from rich.progress import track
     from rich.table import Table
 
-    # First, as it names the extra if the libraries of training are missing.
-    from milora.demo import DemoSettings, run_demo
-    from milora.locks import writing_alone
+    # Libraries print to standard output, some when they are imported; only the result belongs there.
+    with contextlib.redirect_stdout(sys.stderr):
+        # First, as it names the extra if the libraries of training are missing.
+        from milora.demo import DemoSettings, run_demo
+        from milora.locks import writing_alone
 
-    from datasets import disable_progress_bars  # isort: skip
-    from milora_cli.output import print_table, quiet_libraries
-    from milora_core.files import writing
+        from datasets import disable_progress_bars  # isort: skip
+        from milora_cli.output import print_table, quiet_libraries
+        from milora_core.files import writing
 
-    quiet_libraries()
-    # Of preparing a few thousand rows; the trainer's own bar stays.
-    disable_progress_bars()
+        quiet_libraries()
+        # Of preparing a few thousand rows; the trainer's own bar stays.
+        disable_progress_bars()
 
-    progress = Console(stderr=True)
+        progress = Console(stderr=True)
 
-    def watch(items: Any, what: str, count: int) -> Any:
-        return track(items, description=what, total=count, console=progress, transient=True)
+        def watch(items: Any, what: str, count: int) -> Any:
+            return track(items, description=what, total=count, console=progress, transient=True)
 
-    # Trainers print to standard output; only the result belongs there.
-    alone = writing_alone(output, "wait until it ends, or give another --output")
-    with contextlib.redirect_stdout(sys.stderr), alone, writing(output):
-        settings = DemoSettings.for_backbone(backbone, steps=steps, test_rows=test_rows, seed=seed)
-        result = run_demo(output, settings, progress.print, watch)
+        with writing_alone(output, "wait until it ends, or give another --output"), writing(output):
+            settings = DemoSettings.for_backbone(backbone, steps=steps, test_rows=test_rows, seed=seed)
+            result = run_demo(output, settings, progress.print, watch)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return

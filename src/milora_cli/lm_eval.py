@@ -75,7 +75,9 @@ def command(
 
     Tasks with `_local` behind their names (`mmlu_local`, `bbh_local`, `gsm8k_local`) read the files in --data-dir.
     """
-    from milora.evaluation.lm_eval import run, task_names
+    # lm-eval prints to standard output, also when it is imported; only the result belongs there.
+    with contextlib.redirect_stdout(sys.stderr):
+        from milora.evaluation.lm_eval import run, task_names
 
     if list_tasks:
         names = task_names(data_dir)
@@ -88,7 +90,6 @@ def command(
         raise MiLoraError(f"--limit must be more than 0; found {limit}.")
     seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
     before = _files(output_path)
-    # lm-eval prints on standard output what is no result.
     with contextlib.redirect_stdout(sys.stderr):
         results = run(
             names,

@@ -35,11 +35,11 @@ def command(context: typer.Context) -> None:
     if "--help" in flags or "-h" in flags or "--help-all" in flags:
         _print_help(everything="--help-all" in flags)
         raise typer.Exit
-    data, method, arguments = parse(flags)
-    from milora.training import train
-
-    # Trainers print to standard output; with --json only the result belongs there.
+    # Libraries print to standard output, some when they are imported; only the result belongs there.
     with contextlib.redirect_stdout(sys.stderr):
+        data, method, arguments = parse(flags)
+        from milora.training import train
+
         result = train(data, method, arguments)
     if arguments.process_index > 0:
         return
@@ -150,11 +150,13 @@ def _names(parser: Any) -> set[str]:
 
 
 def _print_help(*, everything: bool) -> None:
-    parser = _parser()
+    with contextlib.redirect_stdout(sys.stderr):
+        parser = _parser()
+        from milora.training import DataArguments, MethodArguments, TrainingArguments
+
     if everything:
         parser.print_help()
         return
-    from milora.training import DataArguments, MethodArguments, TrainingArguments
 
     own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
     # A switch that is on has an action of its own that turns it off, after the one that sets it.
