@@ -24,7 +24,7 @@ FLOORS = [
     ["milora.tasks"],
     ["milora.plots"],
     ["milora.training", "milora.inference"],
-    ["milora.evaluation", "milora.benchmark"],
+    ["milora.evaluation", "milora.benchmark", "milora.serving"],
     ["milora.demo"],
     ["milora_cli"],
     ["reproduction"],

@@ -1,0 +1,1 @@
+"""The embedded server: many tenants on one backbone, in one process."""

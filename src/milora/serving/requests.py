@@ -1,0 +1,380 @@
+"""Requests to the embedded engine, the events it answers with, and its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from milora_core.errors import MiLoraError
+from milora_core.routing import Route
+
+
+class ServingError(MiLoraError):
+    """A request that the engine refuses or ends.
+
+    Attributes:
+        kind: What happened, for callers that map errors to status codes.
+    """
+
+    kind: ClassVar[str] = "error"
+
+
+class InvalidRequestError(ServingError):
+    """A value of the request is out of range, or its options exclude each other."""
+
+    kind = "invalid_request"
+
+
+class PromptTooLongError(InvalidRequestError):
+    """Prompt and new tokens do not fit the backbone's positions or the cache."""
+
+    kind = "prompt_too_long"
+
+
+class UnknownAdapterError(ServingError):
+    """There is no adapter of this name."""
+
+    kind = "unknown_adapter"
+
+
+class QueueFullError(ServingError):
+    """As many requests wait as may wait; try again later."""
+
+    kind = "queue_full"
+
+
+class DeadlineError(ServingError):
+    """The request waited until its deadline and was not begun."""
+
+    kind = "deadline"
+
+
+class EngineStoppedError(ServingError):
+    """The engine is closing or has stopped."""
+
+    kind = "engine_stopped"
+
+
+class NumericalError(ServingError):
+    """The backbone or the adapter gave NaN or infinity for this request."""
+
+    kind = "numerical"
+
+
+class AdapterError(ServingError):
+    """The folder holds no adapter that the engine can serve."""
+
+    kind = "invalid_adapter"
+
+
+class AdapterInUseError(ServingError):
+    """Requests that are running or waiting use the adapter, or its name is taken."""
+
+    kind = "adapter_in_use"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the texts of a request are generated; names and meanings are vLLM's.
+
+    Args:
+        max_tokens: The most tokens of a text.
+        temperature: Tokens are drawn from `softmax(logits / temperature)`; 0 takes the most probable one.
+        top_p: Draws from the most probable tokens that together have this probability.
+        top_k: Draws from this many tokens; 0 from all.
+        min_p: Leaves out tokens below this share of the most probable one's probability.
+        seed: Makes the drawn tokens the same each time, whatever else the engine does.
+        stop: Texts that end the generation.
+        stop_token_ids: Tokens that end the generation.
+        ignore_eos: Generate to `max_tokens`, also behind an end-of-sequence token.
+        n: How many texts; with beam search the number of beams, of which all are returned, the best first.
+        logprobs: How many alternatives to give with each token's log-probability; `None` for no log-probabilities.
+        presence_penalty: Subtracted from the logits of tokens that the text has already.
+        frequency_penalty: Likewise, times how often it has them.
+        repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens that prompt or
+            text have already.
+        use_beam_search: Beam search with `n` beams, as transformers' `generate(num_beams=n)`.
+        length_penalty: A beam's score is its log-probability divided by its length to this power.
+        include_stop_str_in_output: Whether the text keeps the stop text that ended it.
+
+    Raises:
+        InvalidRequestError: If a value is out of range.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        def check(name: str, is_right: bool, wanted: str) -> None:
+            if not is_right:
+                raise InvalidRequestError(f"{name} must be {wanted}; found {getattr(self, name)!r}.")
+
+        check("max_tokens", self.max_tokens >= 1, "at least 1")
+        check("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite")
+        check("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        check("top_k", self.top_k >= 0, "at least 0 (0: all tokens)")
+        check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits")
+        check("stop", all(self.stop), "texts that are not empty")
+        check("n", self.n >= 1, "at least 1")
+        check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20")
+        check("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2")
+        check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2")
+        check("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 and finite")
+        check("length_penalty", abs(self.length_penalty) < float("inf"), "finite")
+        if self.use_beam_search:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        neutral = {
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "logprobs": None,
+            "stop": (),
+        }
+        for name, value in neutral.items():
+            if getattr(self, name) != value:
+                raise InvalidRequestError(f"Beam search takes no {name}; found {getattr(self, name)!r}.")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the most probable one."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt to continue.
+
+    Args:
+        prompt: Token ids, with the adapter's own tokenizer and chat template applied.
+        sampling: How the texts are generated.
+        adapter: The adapter's name; `None` for the bare backbone.
+        tenant: Whose request it is. Tenants share the engine in equal parts.
+        route: The route to follow in place of the routers' decision, of one row.
+        return_route: Whether the first event carries the route.
+        deadline: Seconds of `time.monotonic()`. A request that still waits then ends with [`DeadlineError`].
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None = None
+    tenant: str = ""
+    route: Route | None = None
+    return_route: bool = False
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability under the model, before temperature, penalties and cuts.
+
+    Attributes:
+        token: The token's id.
+        logprob: Its natural logarithm of the probability.
+        top: The most probable tokens at this place and theirs, the best first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """New tokens of one of a request's texts, or the end of one.
+
+    Attributes:
+        index: Which of the texts.
+        text: The new piece of text. It may be empty while a character or a possible stop text is incomplete.
+        tokens: The new tokens.
+        logprobs: One for each of the tokens, if asked for.
+        finish_reason: `"stop"` or `"length"` on the last event of a text, else `None`.
+        stop_reason: The stop token or text that ended it; `None` for an end-of-sequence token.
+        cached_tokens: Tokens of the prompt that were read from the prefix cache.
+        route: The route, on the first event of a request that asked for it; `None` without a router.
+        made: Seconds of `time.monotonic()` when the tokens were known.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    cached_tokens: int = 0
+    route: Route | None = None
+    made: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter that the engine knows.
+
+    Attributes:
+        name: Its name.
+        folder: Where it was loaded from.
+        kind: PEFT's name of its method, `"MILORA"` or `"LORA"`.
+        in_memory: Whether its weights are loaded; else they are read from the folder when a request needs them.
+        requests: How many running or waiting requests use it.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+    in_memory: bool
+    requests: int
+
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """A moment of the engine; counts are since it was made.
+
+    Attributes:
+        waiting: Requests that have not begun.
+        running: Texts that are being generated (a request with `n` texts counts `n` times).
+        cache_pages_used: Pages of the key-value cache that running texts hold.
+        cache_pages_cached: Pages that only the prefix cache holds, which are given up when others need them.
+        cache_pages_total: All pages.
+        page_tokens: Tokens of a page.
+        prefix_hit_tokens: Prompt tokens that were read from the prefix cache.
+        prompt_tokens: Prompt tokens of all requests, by tenant.
+        generated_tokens: New tokens, by tenant.
+        steps: Forward passes.
+        finished: Requests that ended well.
+        failed: Requests that ended with an error or were cancelled.
+        preempted: Texts whose cache was taken away for others, and who computed it again.
+        adapters_in_memory: Adapters whose weights are loaded.
+        adapters: All adapters.
+    """
+
+    waiting: int
+    running: int
+    cache_pages_used: int
+    cache_pages_cached: int
+    cache_pages_total: int
+    page_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: Mapping[str, int]
+    generated_tokens: Mapping[str, int]
+    steps: int
+    finished: int
+    failed: int
+    preempted: int
+    adapters_in_memory: int
+    adapters: int
+
+
+class Generation:
+    """The answer to a request: an iterator over [`TokenEvent`]s, asynchronous or not, for one reader.
+
+    Iteration ends behind the last event of the last text, or raises the [`ServingError`] that ended the request.
+
+    Args:
+        on_cancel: Called once when the reader cancels, from the reader's thread.
+
+    Attributes:
+        submitted: Seconds of `time.monotonic()` when it was made.
+    """
+
+    def __init__(self, on_cancel: Callable[[], None]) -> None:
+        self.submitted = time.monotonic()
+        self._on_cancel = on_cancel
+        self._events: deque[TokenEvent | Exception | None] = deque()
+        self._changed = threading.Condition()
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._is_cancelled = False
+        self._is_over = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the reader has cancelled it."""
+        return self._is_cancelled
+
+    def cancel(self) -> None:
+        """Ends the request at the engine's next step; may be called from any thread, and again."""
+        with self._changed:
+            if self._is_cancelled or self._is_over:
+                return
+            self._is_cancelled = True
+        self._on_cancel()
+
+    def put(self, event: TokenEvent) -> None:
+        """Adds an event; the engine's side."""
+        self._add(event)
+
+    def end(self, error: Exception | None = None) -> None:
+        """Ends the iteration, with an error or without; the engine's side."""
+        self._is_over = True
+        self._add(error)
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        return self
+
+    def __next__(self) -> TokenEvent:
+        with self._changed:
+            while not self._events:
+                self._changed.wait()
+        event = self._take()
+        if event is None:
+            raise StopIteration
+        return event
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        while True:
+            with self._changed:
+                if self._events:
+                    break
+                arrived = asyncio.Event()
+                self._waiting = (asyncio.get_running_loop(), arrived)
+            await arrived.wait()
+        event = self._take()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def _take(self) -> TokenEvent | None:
+        event = self._events.popleft()
+        if isinstance(event, TokenEvent):
+            return event
+        self._events.append(event)  # For a reader that asks again.
+        if event is not None:
+            raise event
+        return None
+
+    def _add(self, event: TokenEvent | Exception | None) -> None:
+        with self._changed:
+            self._events.append(event)
+            waiting, self._waiting = self._waiting, None
+            self._changed.notify_all()
+        if waiting is not None and not waiting[0].is_closed():
+            waiting[0].call_soon_threadsafe(waiting[1].set)
