@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo report test test-fast test-lowest lint types setup pretrain smollm2 clean
+.PHONY: demo report docs test test-fast test-lowest lint types setup pretrain smollm2 clean
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
@@ -25,6 +25,9 @@ test-lowest:  ## The fast tests with the lowest versions that pyproject.toml all
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[reproduction]"
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest gguf hypothesis pytest pytest-xdist
 	.venv-lowest/bin/python -m pytest -q -n 2 -m "not slow" -W default
+
+docs: $(INSTALLED)  ## The documentation in out/site; a broken link or a warning fails, nothing is downloaded
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The code of docs/serving.md runs as it stands there."""
+"""The code of docs/how-to/generate.md runs as it stands there."""
 
 import re
 from functools import partial
@@ -13,7 +13,7 @@ from transformers import CompileConfig
 
 from milora.tuners import generate_options as compiling
 
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "generate.md"
 
 
 @pytest.mark.slow
