@@ -26,6 +26,7 @@ from milora.training import DataArguments, MethodArguments, TrainingArguments, t
 from milora.training.checkpoints import last_checkpoint
 from milora.training.result import RESULT_FILE, versions
 from milora.training.run import load_for_training
+from milora.tuners.milora import MiLoraConfig
 from milora_core.errors import MiLoraError
 from reproduction.adapter_tests import AdapterTests
 from reproduction.grid import Grid, Run
@@ -141,7 +142,11 @@ def _train(run: Run, data: DataArguments, folder: Path) -> Record:
         if checkpoint is None:
             shutil.rmtree(folder, ignore_errors=True)
         arguments = training_arguments(run.training, folder, run.seed, resume=checkpoint is not None)
-        method = MethodArguments(method=run.method, settings={k: v for k, v in run.settings.items() if v is not None})
+        settings = {name: value for name, value in run.settings.items() if value is not None}
+        if METHODS[run.method].config_class is MiLoraConfig:
+            # The configuration's own default, not what `milora train` prefers.
+            settings = {"router_norm": "tokens", **settings}
+        method = MethodArguments(method=run.method, settings=settings)
         # The trainer prints a line at every log.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             train(data, method, arguments)

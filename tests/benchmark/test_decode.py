@@ -30,7 +30,10 @@ def test_methods_take_turns() -> None:
 def test_every_method_runs_and_ratios_are_those_of_the_same_round(tiny_shape: str) -> None:
     names = [name for name, found in VARIANTS.items() if not found.bilevel]
     result = decode(DecodeSettings(backbone=tiny_shape, methods=tuple(names), batch=2, **{**QUICK, "rounds": 3}))
-    assert [(turn.round, turn.method) for turn in result.order] == [(n, name) for n in range(3) for name in names]
+    # Up to three rounds more, on a machine that has something else to do.
+    rounds = len(result.order) // len(names)
+    assert 3 <= rounds <= 6
+    assert [(turn.round, turn.method) for turn in result.order] == [(n, name) for n in range(rounds) for name in names]
     rows = {row["method"]: row for row in result.rows}
     assert list(rows) == names
     for row in rows.values():

@@ -28,6 +28,16 @@ def test_the_papers_settings_are_the_defaults() -> None:
     assert (config.load_balancing_coef, config.router_activation, config.use_dora) == (1e-2, "rational", False)
 
 
+@pytest.mark.parametrize("name", ["milora", "midora"])
+def test_routers_are_centered_unless_another_norm_is_given(name: str) -> None:
+    backbone = ARCHITECTURES["llama"]()
+    norms = [
+        MethodArguments(name, **given).to_config(backbone, steps=1).router_norm  # type: ignore[arg-type, attr-defined]
+        for given in ({}, {"router_norm": "tokens"}, {"settings": {"router_norm": "none"}})
+    ]
+    assert norms == ["centered", "tokens", "none"]
+
+
 @pytest.mark.parametrize("settings", [{"num_experts": 4}, '{"num_experts": 4}'])
 def test_settings_as_a_mapping_and_as_json(settings: Any) -> None:
     config = MethodArguments("moelora", settings, r=16).to_config(ARCHITECTURES["llama"](), steps=1)

@@ -53,7 +53,7 @@ def test_the_rows_of_table_5(name: str) -> None:
 
 def test_the_papers_recipe_is_what_the_defaults_are() -> None:
     written = yaml.safe_load((RECIPES / "paper.yaml").read_text())
-    config = MethodArguments().to_config(None, steps=1)  # type: ignore[arg-type]
+    config = MethodArguments(router_norm="tokens").to_config(None, steps=1)  # type: ignore[arg-type]
     arguments = TrainingArguments("out", use_cpu=True)
     data = DataArguments("tiny")
     for name, value in written.items():
