@@ -1,0 +1,85 @@
+"""Clients that go away, and clients that stop reading."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import anyio
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+CLIENT_GONE = 499
+"""The status of a request whose client went away, in logs and metrics; nginx's."""
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection, or stopped reading."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled when the client closes its connection.
+
+    Args:
+        receive: ASGI's, after the body was read.
+        work: What the client waits for.
+
+    Raises:
+        ClientGoneError: If it did.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return await working
+    finally:
+        for task in (working, watching):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A response of server-sent events.
+
+    Args:
+        chunks: The events. It is closed in any case.
+        stall_seconds: How long the client may leave the connection full before it counts as gone.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], stall_seconds: float) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._stall_seconds = stall_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Writes the events; ends when the client is gone."""
+        with suppress(ClientGoneError):
+            await unless_gone(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in self._chunks:
+                with anyio.move_on_after(self._stall_seconds) as patience:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if patience.cancelled_caught:
+                    raise ClientGoneError
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._chunks.aclose()

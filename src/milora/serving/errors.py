@@ -1,0 +1,96 @@
+"""Errors in OpenAI's form: a status code and `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from milora.serving.requests import ServingError
+from milora_core.errors import MiLoraError
+
+RETRY_SECONDS = 1
+"""The `Retry-After` of a refusal that a short wait may cure."""
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+_OF_ENGINE: Mapping[str, tuple[int, str]] = {
+    "invalid_request": (400, "invalid_value"),
+    "prompt_too_long": (400, "context_length_exceeded"),
+    "unknown_adapter": (404, "model_not_found"),
+    "queue_full": (429, "queue_full"),
+    "deadline": (503, "queue_timeout"),
+    "engine_stopped": (503, "engine_stopped"),
+    "numerical": (500, "numerical_error"),
+    "invalid_adapter": (400, "invalid_adapter"),
+    "adapter_in_use": (409, "adapter_in_use"),
+}
+"""The engine's kinds of errors: the status and OpenAI's `code`."""
+
+
+class ApiError(Exception):
+    """A response other than 200.
+
+    Args:
+        status: The status code.
+        message: What was wrong, what was found, the fix.
+        code: A word for programs, such as `model_not_found`.
+        param: The field of the request that was wrong.
+        retry_after: Seconds after which the same request may succeed.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    @classmethod
+    def of(cls, error: MiLoraError) -> ApiError:
+        """The response to an error of the engine or of the code that makes prompts."""
+        kind = error.kind if isinstance(error, ServingError) else "invalid_request"
+        status, code = _OF_ENGINE.get(kind, (400, "invalid_value"))
+        return cls(status, str(error), code, retry_after=RETRY_SECONDS if status in (429, 503) else None)
+
+    def body(self) -> dict[str, Any]:
+        """The body, in OpenAI's form."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The response, with `Retry-After` and `WWW-Authenticate` where they belong."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The response to a body that pydantic refused, about the first field that it refused.
+
+    Args:
+        errors: pydantic's list of errors.
+    """
+    first = errors[0]
+    path = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"The field {path!r} is not supported: remove it.", "unknown_field", param=path)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"The body is not JSON: {first['ctx']['error']}.", "invalid_json")
+    message = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    return ApiError(400, f"{path}: {message}." if path else f"{message}.", "invalid_value", param=path or None)

@@ -1,0 +1,110 @@
+"""Prompts as token ids, made as `milora generate` makes them: with each adapter's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milora.backbone.adapter_tokenizer import adapter_tokenizer
+from milora.backbone.vocabulary import embedded_tokens
+from milora.inference.generation import encode_prompt
+from milora_core.errors import MiLoraError
+
+MOST_TOKENIZERS = 32
+"""Different tokenizers in memory. A vocabulary takes tens of megabytes."""
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+class Prompts:
+    """Makes prompts. One thread at a time: tokenizers of the library are not safe to share.
+
+    Adapters whose tokenizer files are the same share one tokenizer.
+
+    Args:
+        model: The backbone.
+        tokenizer: The backbone's own.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._vocabulary = embedded_tokens(model)
+        self._own = tokenizer
+        self._of_adapter: dict[str, tuple[str, Path] | None] = {}
+        self._loaded: OrderedDict[str, Any] = OrderedDict()
+
+    def add(self, name: str, folder: Path) -> None:
+        """Makes an adapter's tokenizer known.
+
+        Raises:
+            MiLoraError: If its files cannot be read.
+        """
+        digest = _digest(folder)
+        self._of_adapter[name] = None if digest is None else (digest, folder)
+        try:
+            self.tokenizer(name)
+        except MiLoraError:
+            del self._of_adapter[name]
+            raise
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter."""
+        self._of_adapter.pop(name, None)
+
+    def tokenizer(self, adapter: str | None) -> Any:
+        """The tokenizer of an adapter; the backbone's for `None` and for adapters that have none."""
+        known = None if adapter is None else self._of_adapter.get(adapter)
+        if known is None:
+            return self._own
+        digest, folder = known
+        if digest not in self._loaded:
+            self._loaded[digest] = adapter_tokenizer(folder) or self._own
+            if len(self._loaded) > MOST_TOKENIZERS:
+                self._loaded.popitem(last=False)
+        self._loaded.move_to_end(digest)
+        return self._loaded[digest]
+
+    def encode(self, adapter: str | None, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The token ids of a prompt.
+
+        Args:
+            adapter: Whose tokenizer; `None` for the backbone's.
+            prompt: A text, token ids, or chat messages.
+
+        Raises:
+            MiLoraError: If it has no tokens, or one that the backbone has no embedding for, or the chat template does
+                not take it.
+        """
+        if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
+            tokens = tuple(self._encode(adapter, prompt))
+        else:
+            tokens = tuple(prompt)  # type: ignore[arg-type]
+        largest = max(tokens)
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            raise MiLoraError(
+                f"The prompt has the token {largest}; the backbone has embeddings for {self._vocabulary} tokens."
+            )
+        return tokens
+
+    def _encode(self, adapter: str | None, prompt: Any) -> list[int]:
+        try:
+            return encode_prompt(self.tokenizer(adapter), prompt)
+        except MiLoraError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            # A chat template is a program: what it raises depends on the messages.
+            raise MiLoraError(f"The chat template does not take these messages ({type(error).__name__}).") from error
+
+
+def _digest(folder: Path) -> str | None:
+    """What the tokenizer files of a folder hold, in short; `None` without any."""
+    found = [folder / name for name in _FILES if (folder / name).is_file()]
+    if not found:
+        return None
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,255 @@
+"""The bodies of requests: OpenAI's fields, vLLM's additions, and `milora`. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from milora.serving.requests import Sampling
+from milora_core.routing import Route
+
+MOST_PROMPTS = 64
+"""Prompts of one request."""
+MOST_TEXTS = 64
+"""Texts that a prompt may ask for with `n`."""
+LOWEST_TEMPERATURE = 0.01
+"""Above 0 and below this, probabilities overflow: such temperatures are raised to it, as in vLLM."""
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+_StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+_Row = list[list[list[_Finite]]]
+
+
+class Body(BaseModel):
+    """A body whose fields are all known, and which is not changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class GivenRoute(Body):
+    """A route to follow, as an answer's `milora.route` or `milora route --json` gives it, of one row.
+
+    Attributes:
+        blocks: The blocks' paths.
+        experts: The experts' paths.
+        gates: (blocks, 1, experts).
+        probabilities: Of the same shape; kept in the answer, and not used.
+    """
+
+    blocks: list[str]
+    experts: list[str]
+    gates: _Row
+    probabilities: _Row | None = None
+
+    def route(self) -> Route:
+        """The route.
+
+        Raises:
+            MiLoraError: If the shapes do not agree.
+        """
+        probabilities = self.gates if self.probabilities is None else self.probabilities
+        return Route.from_dict({**self.model_dump(), "probabilities": probabilities})
+
+
+class MiLoraOptions(Body):
+    """Options of ours.
+
+    Attributes:
+        route: `true` returns the route of each prompt with the answer; a route is followed instead of the routers'.
+    """
+
+    route: bool | GivenRoute = False
+
+
+class StreamOptions(Body):
+    """How a stream is written.
+
+    Attributes:
+        include_usage: Whether a last chunk, without choices, has the token counts.
+    """
+
+    include_usage: bool = False
+
+
+class _Generation(Body):
+    """What completions and chats have in common; defaults are OpenAI's, or vLLM's for its additions."""
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=MOST_TEXTS)
+    temperature: _Finite = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, description="0 and -1: all tokens.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: _StopText | list[_StopText] | None = None
+    stop_token_ids: list[_TokenId] | None = Field(None, max_length=256)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: _Finite = Field(1.0, gt=0)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    use_beam_search: bool = False
+    length_penalty: _Finite = 1.0
+    user: str | None = Field(None, description="Accepted for OpenAI's clients; it has no effect.")
+    milora: MiLoraOptions = MiLoraOptions()
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, list) and len(value) > 16:
+            raise ValueError(f"at most 16 stop texts are supported; found {len(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream=true")
+        return self
+
+    def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
+        """The engine's settings.
+
+        Args:
+            max_tokens: The most new tokens of a text.
+            logprobs: How many alternatives a token.
+
+        Raises:
+            InvalidRequestError: If options exclude each other.
+        """
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        temperature = self.temperature
+        if self.use_beam_search and "temperature" not in self.model_fields_set:
+            temperature = 0.0
+        if 0 < temperature < LOWEST_TEMPERATURE:
+            temperature = LOWEST_TEMPERATURE
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            seed=self.seed,
+            stop=tuple(stops),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            n=self.n,
+            logprobs=logprobs,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            use_beam_search=self.use_beam_search,
+            length_penalty=self.length_penalty,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
+
+
+class CompletionBody(_Generation):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[_TokenId] | list[str] | list[list[_TokenId]]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20, description="Alternatives a token.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _some_prompts(cls, value: Any) -> Any:
+        if not value:
+            raise ValueError("the prompt is empty; give a text or token ids")
+        if isinstance(value, list) and not isinstance(value[0], int):
+            if len(value) > MOST_PROMPTS:
+                raise ValueError(f"at most {MOST_PROMPTS} prompts a request are supported; found {len(value)}")
+            if not all(value):
+                raise ValueError("one of the prompts is empty; give texts or token ids")
+        return value
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The most new tokens; `None` for as many as there is room for."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives a token; `None` for no log-probabilities."""
+        return self.logprobs
+
+
+class TextPart(Body):
+    """A part of a message's content; texts only."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A chat message. `content` is a text, or text parts, which are joined by line breaks as in vLLM."""
+
+    role: str = Field(pattern=r"^[a-z_]{1,32}$")
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def as_template_takes_it(self) -> dict[str, str]:
+        """The message for the tokenizer's chat template."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": content, **named}
+
+
+class ChatBody(_Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens differ: give one")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The most new tokens; `None` for as many as there is room for."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives a token; `None` for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class LoadBody(Body):
+    """`POST /v1/load_lora_adapter`.
+
+    Attributes:
+        lora_name: The adapter's name.
+        lora_path: Its folder, below the root of adapters; relative paths start there.
+        load_inplace: Whether an adapter of this name is replaced.
+    """
+
+    lora_name: str
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadBody(Body):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+    lora_int_id: int | None = Field(None, description="vLLM's; it has no effect.")
