@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from milora.backbone.loading import read_adapter_config
 from milora.backbone.vocabulary import PREFIX
 from milora.serving.requests import AdapterError
 from milora.tuners.milora.config import WEIGHT_CHANGING_INITIALISATIONS
+from milora_core.errors import MiLoraError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 KINDS = ("MILORA", "LORA")
@@ -112,6 +114,10 @@ class Admission:
         shapes = self._header(folder / SAFETENSORS_WEIGHTS_NAME)
         for key, shape in shapes.items():
             self._check_tensor(key, shape, config)
+        try:
+            read_adapter_config(folder)
+        except MiLoraError as error:
+            raise AdapterError(str(error)) from error
 
     def _check_links(self, folder: Path) -> None:
         assert self.root is not None

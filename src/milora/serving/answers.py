@@ -103,7 +103,9 @@ class Form:
             choices.append(self._choice(text.index, content, text, text.logprobs, 0, token_texts, text.route))
         return {**self._head(kind), "choices": choices, "usage": usage.to_dict()}
 
-    def chunk(self, text: Text, event: TokenEvent, offset: int, token_texts: TokenTexts) -> dict[str, Any] | None:
+    def chunk(
+        self, text: Text, event: TokenEvent, offset: int, token_texts: TokenTexts, *, is_first: bool
+    ) -> dict[str, Any] | None:
         """A chunk of a stream, with one event's share; `None` if the event shows nothing.
 
         Args:
@@ -111,8 +113,8 @@ class Form:
             event: What was generated.
             offset: Characters of the text before it.
             token_texts: The texts of token ids.
+            is_first: Whether the text has no chunk yet.
         """
-        is_first = text.tokens == len(event.tokens) and offset == 0
         shows = event.text or event.finish_reason or (self.with_logprobs and event.tokens)
         if not shows and event.route is None:
             return None

@@ -20,6 +20,7 @@ from milora.serving.exchange import Exchange
 from milora.serving.gate import Gate
 from milora.serving.logs import log
 from milora.serving.protocol import ChatBody, CompletionBody, LoadBody, UnloadBody
+from milora.serving.requests import AdapterError
 from milora.serving.service import Service, no_such_model
 from milora.serving.tenants import Tenant
 from milora_core.errors import MiLoraError
@@ -56,7 +57,6 @@ def build_app(service: Service) -> FastAPI:
         version=version("milora"),
         redoc_url=None,
         docs_url=None,
-        max_body_size=service.settings.body_bytes,
         responses=_ERRORS,
     )
     app.add_middleware(Gate, service=service)
@@ -144,12 +144,20 @@ async def _generate(service: Service, body: CompletionBody | ChatBody, request: 
     except ClientGoneError:
         notes["status"] = CLIENT_GONE
         return Response(status_code=CLIENT_GONE)
+    except AdapterError as error:
+        raise _failure(error) from error
     finally:
         if not is_handed_on:
             if events is not None:
                 await events.aclose()
             if exchange is not None:
                 _close(exchange, notes)
+
+
+def _failure(error: MiLoraError) -> ApiError:
+    if isinstance(error, AdapterError):
+        log("adapter_unavailable", level=40, reason=str(error))
+    return ApiError.of_generation(error)
 
 
 async def _whole(exchange: Exchange, events: AsyncGenerator[Any, None]) -> dict[str, Any]:
@@ -161,7 +169,6 @@ async def _whole(exchange: Exchange, events: AsyncGenerator[Any, None]) -> dict[
 
 
 async def _chunks(
-    service: Service,
     exchange: Exchange,
     events: AsyncGenerator[Any, None],
     first: Any,
@@ -170,15 +177,18 @@ async def _chunks(
     notes: dict[str, Any],
 ) -> AsyncGenerator[bytes, None]:
     shown = [0] * len(exchange.texts)
+    begun: set[int] = set()
     is_complete = False
     try:
         item = first
         while item is not None:
             text, event = item
             token_texts = await _texts_of(exchange, event.logprobs or ())
-            chunk = exchange.form.chunk(text, event, shown[text.index], token_texts)
+            is_first = text.index not in begun
+            chunk = exchange.form.chunk(text, event, shown[text.index], token_texts, is_first=is_first)
             shown[text.index] += len(event.text)
             if chunk is not None:
+                begun.add(text.index)
                 yield _event({**chunk, "usage": None} if with_usage else chunk)
             item = await anext(events, None)
         if with_usage:
@@ -186,7 +196,7 @@ async def _chunks(
         is_complete = True
         yield DONE
     except MiLoraError as error:
-        failure = ApiError.of(error)
+        failure = _failure(error)
         notes.update(status=failure.status, code=failure.code)
         is_complete = True
         yield _event(failure.body())

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from milora.serving.requests import ServingError
+from milora.serving.requests import AdapterError, ServingError
 from milora_core.errors import MiLoraError
 
 RETRY_SECONDS = 1
@@ -61,10 +61,26 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     @classmethod
+    def of_generation(cls, error: MiLoraError) -> ApiError:
+        """The response to an error that ended a text.
+
+        An adapter that cannot be read when it is needed is not the request's fault, and the engine's message has the
+        server's paths.
+        """
+        if isinstance(error, AdapterError):
+            return cls(
+                503,
+                "The adapter cannot be read at the moment; the server's log has the reason.",
+                "adapter_unavailable",
+                retry_after=RETRY_SECONDS,
+            )
+        return cls.of(error)
+
+    @classmethod
     def of(cls, error: MiLoraError) -> ApiError:
         """The response to an error of the engine or of the code that makes prompts."""
         kind = error.kind if isinstance(error, ServingError) else "invalid_request"
-        status, code = _OF_ENGINE.get(kind, (400, "invalid_value"))
+        status, code = _OF_ENGINE.get(kind, (500, "generation_failed"))
         return cls(status, str(error), code, retry_after=RETRY_SECONDS if status in (429, 503) else None)
 
     def body(self) -> dict[str, Any]:

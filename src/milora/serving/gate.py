@@ -6,6 +6,7 @@ import time
 import uuid
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from milora.serving.errors import ApiError
@@ -68,7 +69,7 @@ class Gate:
             if refusal := self._refusal(path, tenant):
                 await refusal.response()(scope, receive, answer)
             else:
-                await self._app(scope, receive, answer)
+                await self._app(scope, _limited(receive, self._service.settings.body_bytes), answer)
         finally:
             seconds = time.monotonic() - arrived
             status = notes.pop("status", status)
@@ -113,3 +114,18 @@ class Gate:
 def _authorization(scope: Scope) -> str | None:
     values = [value for name, value in scope["headers"] if name == b"authorization"]
     return values[0].decode("latin-1") if len(values) == 1 else None
+
+
+def _limited(receive: Receive, most: int) -> Receive:
+    """The same body, refused with 413 once it is larger than allowed."""
+    read = 0
+
+    async def limited() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > most:
+            raise HTTPException(413)
+        return message
+
+    return limited

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from milora.serving.requests import (
     EngineStatistics,
     Generation,
     GenerationRequest,
+    UnknownAdapterError,
 )
 from milora.serving.tenants import Tenant, Tenants
 from milora_core.errors import MiLoraError
@@ -114,27 +116,6 @@ class Service:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="milora-tokenizer")
         self._changing_adapters = asyncio.Lock()
 
-    def load_all(self, adapters: dict[str, Path]) -> list[str]:
-        """Loads adapters before the server starts; those that may not be loaded are logged and left out.
-
-        Returns:
-            The names of those that were loaded.
-        """
-        loaded = []
-        for name, folder in adapters.items():
-            try:
-                self._check_name(name)
-                resolved = self.admission.folder(str(folder))
-                self.admission.check(name, resolved)
-                self._prompts.add(name, resolved)
-                self.engine.load_adapter(name, resolved)
-            except MiLoraError as error:
-                self._prompts.remove(name)
-                log("adapter_refused", level=40, adapter=name, reason=str(error))
-            else:
-                loaded.append(name)
-        return loaded
-
     async def load_adapter(self, name: str, path: str, *, replace: bool) -> None:
         """Checks and loads an adapter while the server runs.
 
@@ -142,7 +123,7 @@ class Service:
             MiLoraError: If it may not be loaded, its name is taken, or the one of its name is in use.
         """
         async with self._changing_adapters:
-            self._check_name(name)
+            check_name(name, self.settings.model)
             folder = self.admission.folder(path)
             await asyncio.to_thread(self.admission.check, name, folder)
             before = next((each for each in self.engine.adapters() if each.name == name), None)
@@ -248,8 +229,11 @@ class Service:
                     deadline=time.monotonic() + self.settings.queue_seconds,
                 )
                 exchange.add(self.engine.submit(request))
-        except BaseException:
+        except BaseException as error:
             exchange.close()
+            if isinstance(error, UnknownAdapterError):
+                # The engine's message may name adapters of other tenants.
+                raise no_such_model(body.model) from error
             raise
         return exchange
 
@@ -265,12 +249,44 @@ class Service:
             room = min(room, (tenant.tokens_per_minute - asked) // texts)
         return max(room, 1)
 
-    def _check_name(self, name: str) -> None:
-        if name == self.settings.model:
-            raise AdapterError(f"{name!r} is the backbone's name here: call the adapter something else.")
-
     async def _in_tokenizer_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *arguments)
+
+
+def admitted(adapters: Mapping[str, Path], backbone: str, admission: Admission, prompts: Prompts) -> dict[str, Path]:
+    """The adapters that may be served, when a server starts; the others are logged and left out.
+
+    Args:
+        adapters: Folders by name.
+        backbone: The backbone's name for requests, which no adapter may have.
+        admission: What may be loaded.
+        prompts: Learns their tokenizers.
+
+    Returns:
+        The real folders by name.
+    """
+    result = {}
+    for name, folder in adapters.items():
+        try:
+            check_name(name, backbone)
+            real = admission.folder(str(folder.absolute()))
+            admission.check(name, real)
+            prompts.add(name, real)
+        except MiLoraError as error:
+            log("adapter_refused", level=logging.ERROR, adapter=name, reason=str(error))
+        else:
+            result[name] = real
+    return result
+
+
+def check_name(name: str, backbone: str) -> None:
+    """Refuses the backbone's name for an adapter.
+
+    Raises:
+        AdapterError: If it is.
+    """
+    if name == backbone:
+        raise AdapterError(f"{name!r} is the backbone's name here: call the adapter something else.")
 
 
 def no_such_model(model: str) -> ApiError:
