@@ -67,6 +67,12 @@ class NumericalError(ServingError):
     kind = "numerical"
 
 
+class FailedRequestError(ServingError):
+    """Computing this request raised an error, also when it was run alone."""
+
+    kind = "failed"
+
+
 class AdapterError(ServingError):
     """The folder holds no adapter that the engine can serve."""
 

@@ -126,6 +126,7 @@ class Scope:
     generation: Generation | None = None
     merged: object | None = None
     batch: Any = None
+    packed: Any = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,13 @@ from milora.tuners.context import ContextOwner, running
 
 
 class Plan(Protocol):
-    """How the adapted layers of a model compute one forward pass."""
+    """How the adapted layers of a model compute one forward pass.
+
+    Attributes:
+        is_packed: Whether the batch is one row with the tokens of many requests, so that each token is a row here.
+    """
+
+    is_packed: bool
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of an adapted layer.
@@ -34,6 +40,8 @@ class Plan(Protocol):
 
 class BasePlan:
     """Nothing is added: a merged route's experts are in the base layers' weights."""
+
+    is_packed = False
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See [`Plan.forward`]."""

@@ -130,6 +130,9 @@ class PromptHooks(ABC):
             enter(context)
 
     def _context(self, arguments: dict[str, Any]) -> ForwardContext | None:
+        packed = said(self.owner, "packed")
+        if packed is not None:
+            return ForwardContext(self.owner, packed, plan=packed.plan)
         cache = arguments.get("past_key_values")
         made = made_by(cache) if isinstance(cache, Cache) else None
         generation = generation_of(self.owner)

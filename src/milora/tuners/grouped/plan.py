@@ -34,6 +34,8 @@ class GroupedPlan(ABC):
         is_compiled: Whether the rows are to be where a compiled step reads them.
     """
 
+    is_packed = False
+
     def __init__(self, owner: GroupedOwner, kept: dict[Any, Any], *, is_compiled: bool) -> None:
         self.owner = owner
         self.kept = kept

@@ -26,6 +26,8 @@ class PlannedWrapper(PlannedModule):
         wrapper: Any = self
         rows = None
         if context is not None and args and not wrapper.disable_adapters:
+            if context.plan.is_packed:
+                return _forward_packed(wrapper, context.plan, *args, **kwargs)
             rows = context.plan.rows_of(args[0].shape[0])
         active = wrapper.active_adapters
         if rows is None or (active == list(rows) and len(rows[active[0]]) == len(args[0])):
@@ -60,6 +62,12 @@ def forward_by_row(
     places = sorted(range(len(order)), key=order.__getitem__)
     output = torch.cat(outputs)
     return output.index_select(0, torch.tensor(places, device=output.device))
+
+
+def _forward_packed(wrapper: Any, plan: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As [`forward_by_row`], for `x` of (1, tokens, ...) with the tokens of many requests."""
+    rows = plan.rows_of(x.shape[1])
+    return forward_by_row(wrapper, rows, x.flatten(0, 1), *args, **kwargs).unsqueeze(0)
 
 
 def _of_rows(x: Tensor, rows: list[int]) -> Tensor:

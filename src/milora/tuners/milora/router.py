@@ -13,6 +13,7 @@ from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, 
 from milora.tuners.context import ContextOwner, running
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.gradient import RouteGradient
+from milora.tuners.milora.packed import PackedTokens
 from milora.tuners.milora.routed import BlockRouting, RoutedPrompts, Selection, select
 from milora_core.errors import MiLoraError
 from milora_core.routing import (
@@ -122,6 +123,9 @@ class RouterLayer(BareTunerLayer):
                 f"{self.block} was called on its own: which tokens are the prompt is read where the whole model is "
                 "called. Call the model that get_peft_model returned."
             )
+        if isinstance(context.prompts, PackedTokens):
+            context.prompts.decide(self, hidden)
+            return hidden
         prompts: RoutedPrompts = context.prompts
         if self.block in prompts.routed_blocks:
             return hidden

@@ -39,6 +39,8 @@ class DecodePlan:
         steps: The generation's.
     """
 
+    is_packed = False
+
     def __init__(self, steps: PreparedExperts) -> None:
         self.steps = steps
 

@@ -21,6 +21,8 @@ class PassPlan:
         adapted: Adapter -> (rows, tokens), bool: the tokens that it changes; all where it is missing.
     """
 
+    is_packed = False
+
     def __init__(self, prompts: RoutedPrompts, adapted: Mapping[str, Tensor]) -> None:
         self.prompts = prompts
         self.adapted = adapted

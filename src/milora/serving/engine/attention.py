@@ -1,0 +1,219 @@
+"""The attention of a packed pass over the paged cache, as transformers' models call it.
+
+`AttentionInterface.register` is transformers' public way to give its models an attention of one's own. Each layer hands
+over the queries, keys and values of all tokens of the pass; keys and values are stored first, then single tokens attend
+to their cache in one call, and pieces of prompts one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from milora.serving.engine.cache import KeyValueCache
+from milora_core.errors import MiLoraError
+
+NAME = "milora_packed"
+"""The name under which transformers' models find the attention."""
+
+UNSUPPORTED = ("s_aux", "position_bias")
+"""Arguments of attention layers that change the result and are not supported: learned sinks, position biases."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Adjacent tokens of one text in a packed pass.
+
+    Args:
+        start: Place of the first in the pass.
+        count: How many.
+        past: How many tokens of the text the cache holds already.
+        pages: The text's pages, with those of its new tokens.
+    """
+
+    start: int
+    count: int
+    past: int
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a layer attends.
+
+    Args:
+        scaling: Factor of the products of queries and keys.
+        window: How many tokens a token attends to, itself included; `None` for all before it.
+        softcap: `c` of `c tanh(scores / c)`; `None` for the scores as they are.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_single: bool = False
+    ) -> Tensor:
+        """(rows, heads, tokens, size of a value) from `query` (rows, heads, tokens, size) and `key` and `value` with
+        fewer heads and as many tokens as `mask` has columns; without a mask causal, or all with `is_single`."""
+        groups = query.shape[1] // key.shape[1]
+        is_causal = mask is None and not is_single
+        if self.softcap is None:
+            return functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, scale=self.scaling, enable_gqa=groups > 1
+            )
+        scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * self.scaling
+        scores = torch.tanh(scores / self.softcap) * self.softcap
+        if is_causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        shares = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        return shares @ value.repeat_interleave(groups, dim=1)
+
+
+class PackedAttention:
+    """Where the tokens of one pass read and write the cache.
+
+    Args:
+        cache: The cache.
+        pieces: In the order of the tokens; single tokens come first.
+    """
+
+    def __init__(self, cache: KeyValueCache, pieces: Sequence[Piece]) -> None:
+        self.cache = cache
+        self._device = cache.keys[0].device
+        singles = [piece for piece in pieces if piece.count == 1]
+        self._singles = len(singles)
+        self._chunks = [
+            (piece, self._slots(piece.pages, 0, piece.past + piece.count)) for piece in pieces if piece.count > 1
+        ]
+        written = [self._slots(piece.pages, piece.past, piece.past + piece.count) for piece in pieces]
+        self._written = torch.cat(written)
+        self._lengths = [piece.past + 1 for piece in singles]
+        self._masks: dict[Any, Tensor | None] = {}
+        if singles:
+            longest = max(self._lengths)
+            read = [self._slots(piece.pages, 0, piece.past + 1) for piece in singles]
+            # Padded with slots of their own: others may hold anything, and 0 * NaN is NaN.
+            padded = [functional.pad(slots, (0, longest - len(slots)), value=int(slots[-1])) for slots in read]
+            self._read = torch.stack(padded)
+
+    def _slots(self, pages: Sequence[int], first: int, end: int) -> Tensor:
+        size = self.cache.pool.page_tokens
+        of_pages = torch.tensor(pages[first // size : -(-end // size)])
+        slots = (of_pages[:, None] * size + torch.arange(size)).flatten()
+        skipped = first - first // size * size
+        return slots[skipped : skipped + end - first].to(self._device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """Stores the new keys and values and attends to the cache.
+
+        Args:
+            layer: The layer's place in the cache.
+            query: (1, heads, tokens, size of a key).
+            key: (1, key-value heads, tokens, size of a key).
+            value: (1, key-value heads, tokens, size of a value).
+            options: How the layer attends.
+
+        Returns:
+            (1, tokens, heads, size of a value).
+        """
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, self._written, key[0].transpose(0, 1))
+        values.index_copy_(0, self._written, value[0].transpose(0, 1))
+        outputs = []
+        if self._singles:
+            outputs.append(self._attend_singles(query[0, :, : self._singles], keys, values, options))
+        for piece, slots in self._chunks:
+            of_piece = slice(piece.start, piece.start + piece.count)
+            if piece.past:
+                all_keys, all_values = (cached.index_select(0, slots).transpose(0, 1) for cached in (keys, values))
+            else:
+                all_keys, all_values = key[0, :, of_piece], value[0, :, of_piece]
+            mask = self._chunk_mask(piece, options.window)
+            attended = options.attend(query[:, :, of_piece], all_keys[None], all_values[None], mask)
+            outputs.append(attended[0].transpose(0, 1))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    def _attend_singles(self, query: Tensor, keys: Tensor, values: Tensor, options: Options) -> Tensor:
+        rows, longest = self._read.shape
+        flat = self._read.flatten()
+        of_rows = [
+            cached.index_select(0, flat).view(rows, longest, *cached.shape[1:]).transpose(1, 2)
+            for cached in (keys, values)
+        ]
+        key = ("singles", options.window)
+        if key not in self._masks:
+            places = torch.arange(longest)
+            lengths = torch.tensor(self._lengths)[:, None]
+            seen = places < lengths
+            if options.window is not None:
+                seen &= places >= lengths - options.window
+            self._masks[key] = None if bool(seen.all()) else seen[:, None, None].to(self._device)
+        attended = options.attend(
+            query.transpose(0, 1)[:, :, None], of_rows[0], of_rows[1], self._masks[key], is_single=True
+        )
+        return attended[:, :, 0]
+
+    def _chunk_mask(self, piece: Piece, window: int | None) -> Tensor | None:
+        """(tokens, cached and new tokens), bool; `None` for plain causal attention without a past."""
+        total = piece.past + piece.count
+        if not piece.past and (window is None or total <= window):
+            return None
+        key = (piece.start, window if window is not None and total > window else None)
+        if key not in self._masks:
+            queries = torch.arange(piece.past, total)[:, None]
+            places = torch.arange(total)
+            seen = places <= queries
+            if window is not None:
+                seen &= places > queries - window
+            self._masks[key] = seen.to(self._device)
+        return self._masks[key]
+
+
+_running: ContextVar[PackedAttention] = ContextVar("milora_packed_attention")
+
+
+@contextmanager
+def attending(attention: PackedAttention) -> Iterator[None]:
+    """Inside, models with the attention [`NAME`] use this one."""
+    token = _running.set(attention)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' attention layers call; see `AttentionInterface`.
+
+    Raises:
+        MiLoraError: If a layer asks for something that is not supported.
+    """
+    unknown = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if unknown or attention_mask is not None:
+        raise MiLoraError(f"{type(module).__name__} asks for {', '.join(unknown) or 'a mask'}, which is not supported.")
+    options = Options(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    return _running.get().attend(module.layer_idx, query, key, value, options), None
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,375 @@
+"""The engine: one thread that owns the model, and what others may ask of it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from milora.serving.engine.adapters import AdapterPool
+from milora.serving.engine.runner import Runner
+from milora.serving.engine.scheduler import Part, Scheduler
+from milora.serving.engine.sequence import Job
+from milora.serving.engine.settings import EngineSettings
+from milora.serving.engine.writer import Writer
+from milora.serving.requests import (
+    AdapterInfo,
+    DeadlineError,
+    EngineStatistics,
+    EngineStoppedError,
+    FailedRequestError,
+    Generation,
+    GenerationRequest,
+    InvalidRequestError,
+    PromptTooLongError,
+    QueueFullError,
+    ServingError,
+)
+
+_log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.2
+"""How often an idle engine looks for deadlines that have passed."""
+
+
+class Engine:
+    """Continuous batching of many tenants' requests on one backbone; its methods may be called from any thread.
+
+    Requests join and leave between steps. A step computes single tokens of texts that are being generated and pieces of
+    prompts side by side, each with its own adapter and route: MiLoRA, MiDoRA, LoRA and DoRA adapters and the bare
+    backbone in one batch. It serves decoder-only models that call transformers' attention interface with full or
+    sliding-window attention (Llama, Qwen, Mistral, Gemma and others), on a CPU or a GPU, and refuses others by name.
+
+    Args:
+        backbone: A Hugging Face causal language model without adapters, in eval mode; the engine's alone until
+            [`Engine.close`].
+        tokenizer: The backbone's.
+        adapters: Folders by name, whose weights are read when they are needed; none by default.
+        settings: Sizes and limits.
+
+    Raises:
+        MiLoraError: If the backbone cannot be served, or a folder holds no adapter that can.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        adapters: Mapping[str, str | Path] | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        self.settings = settings = settings or EngineSettings()
+        self._runner = Runner(backbone, settings.cache_bytes, settings.page_tokens)
+        self._cache = self._runner.cache
+        self._pool = AdapterPool(backbone, tokenizer, settings.adapters_in_memory)
+        for name, folder in (adapters or {}).items():
+            self._pool.publish(self._pool.open(name, folder))
+        self._scheduler = Scheduler(
+            self._cache.pool,
+            self._pool,
+            settings.most_texts,
+            settings.step_tokens,
+            shares_prefixes=settings.prefix_cache,
+        )
+        self._writer = Writer(self._scheduler, self._cache, _ends(backbone), self._pool.tokenizer_of, self._end)
+        self._changed = threading.Condition()
+        self._arrived: deque[Job] = deque()
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._numbers = itertools.count()
+        self._unfinished: set[Job] = set()
+        self._waiting = 0
+        self._counts = {"finished": 0, "failed": 0}
+        self._prompt_tokens: dict[str, int] = defaultdict(int)
+        self._is_draining = self._is_closing = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._work, name="milora-engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ any thread
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Queues a request.
+
+        Raises:
+            InvalidRequestError: If a value is out of range for this backbone.
+            PromptTooLongError: If prompt and new tokens do not fit the backbone's positions or the cache.
+            UnknownAdapterError: If there is no such adapter.
+            QueueFullError: If as many requests wait as may wait.
+            EngineStoppedError: If the engine is draining, closed, or has failed.
+        """
+        self._check(request)
+        with self._changed:
+            self._check_accepts()
+            adapter = None if request.adapter is None else self._pool.find(request.adapter)
+            if self._waiting >= self.settings.most_waiting:
+                raise QueueFullError(f"{self._waiting} requests wait already; try again later.")
+            generation = Generation(self._wake)
+            job = Job(request, generation, adapter, next(self._numbers))
+            if adapter is not None:
+                adapter.uses += 1
+            self._waiting += 1
+            self._prompt_tokens[request.tenant] += len(request.prompt)
+            self._unfinished.add(job)
+            self._arrived.append(job)
+            self._changed.notify_all()
+        return generation
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Loads an adapter between two steps, and returns when that has been done.
+
+        Raises:
+            AdapterError: If the folder holds no adapter that can be served on this backbone.
+            AdapterInUseError: If the name is taken.
+            EngineStoppedError: If the engine is closed or has failed.
+        """
+
+        def load() -> None:
+            adapter = self._pool.open(name, folder)
+            self._pool.load(adapter)
+            with self._changed:
+                self._pool.publish(adapter)
+
+        self._between_steps(load)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter.
+
+        Raises:
+            UnknownAdapterError: If there is none of this name.
+            AdapterInUseError: If a waiting or running request uses it.
+            EngineStoppedError: If the engine is closed or has failed.
+        """
+
+        def unload() -> None:
+            with self._changed:
+                adapter = self._pool.withdraw(name)
+            self._pool.unload(adapter)
+
+        self._between_steps(unload)
+
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """The adapters that there are, in the order in which they came."""
+        with self._changed:
+            return self._pool.describe()
+
+    def statistics(self) -> EngineStatistics:
+        """Counts and sizes of this moment."""
+        pages = self._cache.pool
+        with self._changed:
+            return EngineStatistics(
+                waiting=self._waiting,
+                running=sum(len(job.texts) for job in list(self._scheduler.running)),
+                cache_pages_used=pages.pages - pages.available,
+                cache_pages_cached=pages.idle,
+                cache_pages_total=pages.pages,
+                page_tokens=pages.page_tokens,
+                prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+                prompt_tokens=dict(self._prompt_tokens),
+                generated_tokens=dict(self._writer.generated),
+                steps=self._runner.steps,
+                finished=self._counts["finished"],
+                failed=self._counts["failed"],
+                preempted=self._scheduler.preempted,
+                adapters_in_memory=self._pool.in_memory,
+                adapters=len(self._pool),
+            )
+
+    def healthy(self) -> str | None:
+        """`None` while the engine works, or what is wrong."""
+        if self._failure is not None:
+            return self._failure
+        return None if self._thread.is_alive() else "The engine is closed."
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuses new requests and waits until all others have ended.
+
+        Args:
+            timeout: The most seconds to wait; `None` for any time.
+
+        Returns:
+            Whether all have ended.
+        """
+        with self._changed:
+            self._is_draining = True
+            return self._changed.wait_for(lambda: not self._unfinished, timeout)
+
+    def close(self) -> None:
+        """Stops the engine; requests that have not ended get [`EngineStoppedError`]. The backbone is free again."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt, sampling = request.prompt, request.sampling
+        if not prompt:
+            raise InvalidRequestError("The prompt has no tokens; there is nothing to continue.")
+        strange = next((token for token in prompt if not 0 <= token < self._runner.vocabulary), None)
+        if strange is not None:
+            raise InvalidRequestError(
+                f"The prompt has the token {strange}; the vocabulary ends at {self._runner.vocabulary}."
+            )
+        if sampling.n > self.settings.most_texts:
+            raise InvalidRequestError(
+                f"n is {sampling.n}; the engine generates {self.settings.most_texts} texts at most."
+            )
+        total, positions = len(prompt) + sampling.max_tokens, self._runner.positions
+        if positions is not None and total > positions:
+            raise PromptTooLongError(
+                f"The prompt has {len(prompt)} tokens, which with {sampling.max_tokens} new tokens exceeds the "
+                f"backbone's {positions} positions: shorten it, or lower max_tokens."
+            )
+        pages = self._cache.pool
+        needed = sampling.n * -(-total // pages.page_tokens)
+        if needed > pages.pages:
+            raise PromptTooLongError(
+                f"Prompt and new tokens take {needed} pages of the cache, which has {pages.pages}: shorten the prompt, "
+                "or lower max_tokens or n."
+            )
+
+    def _check_accepts(self) -> None:
+        if self._failure is not None:
+            raise EngineStoppedError(f"The engine has stopped: {self._failure}")
+        if self._is_closing or self._is_draining:
+            raise EngineStoppedError("The engine is closing and takes no more requests.")
+
+    def _between_steps(self, command: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+        with self._changed:
+            if self._failure is not None or self._is_closing:
+                raise EngineStoppedError(f"The engine has stopped: {self._failure or 'it was closed.'}")
+            self._commands.append((command, done))
+            self._changed.notify_all()
+        done.result()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    # ------------------------------------------------------- the engine's thread
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                self._run_commands()
+                self._take_arrived()
+                self._drop_ended()
+                self._step()
+        except BaseException as error:
+            _log.exception("The engine has stopped.")
+            self._failure = f"{type(error).__name__}: {error}"
+        finally:
+            self._stop()
+
+    def _wait(self) -> bool:
+        """Waits for something to do; whether the engine goes on."""
+        with self._changed:
+            if not (self._unfinished or self._commands or self._is_closing):
+                self._changed.wait(IDLE_SECONDS)
+            return not self._is_closing
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            command, done = self._commands.popleft()
+            try:
+                done.set_result(command())
+            except ServingError as error:
+                done.set_exception(error)
+
+    def _take_arrived(self) -> None:
+        while self._arrived:
+            self._scheduler.add(self._arrived.popleft())
+
+    def _drop_ended(self) -> None:
+        """Ends the requests that were cancelled, and those that wait beyond their deadline."""
+        now = time.monotonic()
+        for job in [*self._scheduler.waiting(), *self._scheduler.running]:
+            if job.generation.is_cancelled:
+                self._end(job, None)
+        for job in list(self._scheduler.waiting()):
+            deadline = job.request.deadline
+            if deadline is not None and now > deadline and job.cached_tokens is None:
+                self._end(job, DeadlineError("The request waited until its deadline; the engine is busy."))
+
+    def _step(self) -> None:
+        failed: list[tuple[Job, ServingError]] = []
+        parts = self._scheduler.plan(failed)
+        for job, error in failed:
+            self._end(job, error)
+        self._count_waiting()
+        if not parts:
+            return
+        try:
+            self._run(parts)
+        except Exception as error:
+            self._step_apart(parts, error)
+
+    def _run(self, parts: list[Part]) -> None:
+        undecided = [part.text.job for part in parts if not part.text.job.is_routed]
+        try:
+            logits = self._runner.run(parts, self._pool.owner)
+        except Exception:
+            self._runner.forget_decisions(parts)
+            raise
+        for job in undecided:
+            if job.is_routed and job.adapter is not None and job.route is not None:
+                self._pool.store_route(job.adapter, job.request.prompt, job.route)
+        self._writer.advance(parts, logits)
+
+    def _step_apart(self, parts: list[Part], error: Exception) -> None:
+        """After a step that failed: each request alone, so that only those end that fail by themselves."""
+        _log.warning("A step failed (%s); its requests are run alone.", error)
+        for job in dict.fromkeys(part.text.job for part in parts):
+            own = [part for part in parts if part.text.job is job]
+            try:
+                self._run(own)
+            except Exception as alone:
+                _log.exception("A request failed.")
+                self._end(job, alone if isinstance(alone, ServingError) else FailedRequestError(_one_line(alone)))
+
+    def _count_waiting(self) -> None:
+        with self._changed:
+            self._waiting = len(self._arrived) + sum(1 for _ in self._scheduler.waiting())
+
+    def _end(self, job: Job, error: ServingError | None) -> None:
+        self._scheduler.drop(job)
+        with self._changed:
+            if job.adapter is not None:
+                job.adapter.uses -= 1
+            self._unfinished.discard(job)
+            is_well = error is None and not job.generation.is_cancelled
+            self._counts["finished" if is_well else "failed"] += 1
+            self._changed.notify_all()
+        job.generation.end(error)
+
+    def _stop(self) -> None:
+        message = "The engine was closed." if self._failure is None else f"The engine has stopped: {self._failure}"
+        self._take_arrived()
+        for job in list(self._unfinished):
+            self._end(job, EngineStoppedError(message))
+        while self._commands:
+            self._commands.popleft()[1].set_exception(EngineStoppedError(message))
+        self._runner.close()
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"The request failed: {lines[0]}"
+
+
+def _ends(backbone: Any) -> frozenset[int]:
+    own = getattr(getattr(backbone, "generation_config", None), "eos_token_id", None)
+    return frozenset(own if isinstance(own, list | tuple) else [] if own is None else [own])

@@ -1,0 +1,162 @@
+"""Runs a step: the tokens of many texts in one packed pass of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora.backbone.positions import positions_of
+from milora.serving.engine.attention import NAME, PackedAttention, Piece, attending
+from milora.serving.engine.cache import KeyValueCache
+from milora.serving.engine.scheduler import Part
+from milora.tuners.context import ContextOwner, Scope, entered
+from milora.tuners.milora.packed import PackedRoute, PackedTokens, Segment
+from milora_core.errors import MiLoraError
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
+DYNAMIC_ROPE = ("dynamic", "longrope")
+"""Position embeddings that depend on the length of the whole batch."""
+
+CHECK_TOKENS = 12
+CHECK_TOLERANCE = 0.02
+"""Of the largest logit: how far the packed pass may be from the model's own, in any dtype."""
+
+
+class Runner:
+    """The backbone and its cache.
+
+    Args:
+        backbone: A Hugging Face causal language model, in eval mode.
+        budget: Bytes for the cache.
+        page_tokens: Tokens of a page.
+
+    Raises:
+        MiLoraError: If the backbone cannot be run in packed passes; the message says why.
+    """
+
+    def __init__(self, backbone: Any, budget: int, page_tokens: int) -> None:
+        self.backbone = backbone
+        config = backbone.config.get_text_config(decoder=True)
+        _check_architecture(backbone, config)
+        self.positions = positions_of(backbone)
+        self.vocabulary = int(config.vocab_size)
+        self.steps = 0
+        tokens = torch.randint(self.vocabulary, (1, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            own = backbone(input_ids=tokens.to(backbone.device), use_cache=True)
+        shapes = {(*layer.keys.shape[1::2], layer.values.shape[3]) for layer in own.past_key_values.layers}
+        if len(shapes) != 1:
+            raise MiLoraError(f"{_name(backbone)} has attention layers of different shapes, which is not supported.")
+        layers = len(own.past_key_values.layers)
+        self.cache = KeyValueCache(budget, page_tokens, layers, shapes.pop(), backbone.dtype, backbone.device)
+        self._own_attention = backbone.config._attn_implementation
+        backbone.set_attn_implementation(NAME)
+        self._check(tokens, own.logits[0].float())
+
+    def close(self) -> None:
+        """Gives the backbone its own attention back."""
+        self.backbone.set_attn_implementation(self._own_attention)
+
+    def run(self, parts: Sequence[Part], owner: ContextOwner) -> Tensor:
+        """Computes parts of texts, writes their keys and values, and lets the routers decide for prompts.
+
+        Args:
+            parts: What to compute; single tokens come first.
+            owner: Of the model's adapters.
+
+        Returns:
+            (texts, vocabulary), float32, on the CPU: the logits behind each part that ends its text.
+        """
+        pieces, segments, outputs = [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        for part in parts:
+            text, start = part.text, len(tokens)
+            end = text.computed + part.count
+            tokens += text.tokens[text.computed : end]
+            positions += range(text.computed, end)
+            pieces.append(Piece(start, part.count, text.computed, text.pages))
+            segments.append(_segment(part, start))
+            if part.gives_token:
+                outputs.append(len(tokens) - 1)
+        # Some models take the number 0 for all tokens, so one is asked for where none is needed.
+        packed = PackedTokens(segments, outputs or [len(tokens) - 1])
+        with entered(Scope(owner, packed=packed)):
+            logits = self._forward(tokens, positions, pieces, packed.outputs)
+        for part, segment in zip(parts, segments, strict=True):
+            if segment.deciding is not None:
+                part.text.job.is_routed = True
+        self.steps += 1
+        return logits if outputs else logits[:0]
+
+    def forget_decisions(self, parts: Sequence[Part]) -> None:
+        """Clears what routers decided in a pass that failed."""
+        for part in parts:
+            job = part.text.job
+            if job.route is not None and not job.is_routed:
+                job.route = PackedRoute(job.route.adapter)
+
+    def _forward(
+        self, tokens: Sequence[int], positions: Sequence[int], pieces: Sequence[Piece], outputs: Sequence[int]
+    ) -> Tensor:
+        device = self.backbone.device
+        with torch.inference_mode(), attending(PackedAttention(self.cache, pieces)):
+            logits: Tensor = self.backbone(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(outputs, device=device),
+            ).logits[0]
+            return logits.float().cpu()
+
+    def _check(self, tokens: Tensor, expected: Tensor) -> None:
+        """Compares a prompt in two chunks and single tokens with the model's own pass over it."""
+        size, ids = self.cache.pool.page_tokens, tokens[0].tolist()
+        pages = list(range(-(-len(ids) // size)))
+        if len(pages) > self.cache.pool.pages:
+            return  # Too small to serve anything.
+        logits = [
+            self._forward(ids[past:end], range(past, end), [Piece(0, end - past, past, pages)], range(end - past))
+            for past, end in ((0, 4), (4, 8), *((place, place + 1) for place in range(8, len(ids))))
+        ]
+        difference = float((torch.cat(logits) - expected.cpu()).abs().max())
+        if not difference <= CHECK_TOLERANCE * float(expected.abs().max()):
+            raise MiLoraError(
+                f"{_name(self.backbone)} gives other logits in packed passes than in its own (by {difference:.2g}), so "
+                "the engine does not serve it."
+            )
+
+
+def _segment(part: Part, start: int) -> Segment:
+    text, job = part.text, part.text.job
+    bare = min(max(job.bare_tokens - text.computed, 0), part.count)
+    deciding = job.deciding
+    if deciding is not None:
+        first, count = deciding[0] - text.computed, deciding[1]
+        deciding = (first, count) if first >= 0 and first + count <= part.count else None
+    return Segment(start, part.count, job.route, bare, deciding)
+
+
+def _check_architecture(backbone: Any, config: Any) -> None:
+    name = _name(backbone)
+    if getattr(backbone.config, "is_encoder_decoder", False):
+        raise MiLoraError(f"{name} is an encoder-decoder; the engine serves decoder-only models.")
+    if not getattr(backbone, "_supports_attention_backend", False):
+        raise MiLoraError(f"{name} does not call transformers' attention interface; the engine does not serve it.")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if others:
+        raise MiLoraError(f"{name} has layers of type {others[0]!r}; the engine serves {', '.join(LAYER_TYPES[:2])}.")
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for of_layers in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
+        if of_layers.get("rope_type") in DYNAMIC_ROPE:
+            raise MiLoraError(
+                f"{name} scales its position embeddings by the length of a batch ({of_layers['rope_type']}); the "
+                "engine does not serve it."
+            )
+
+
+def _name(backbone: Any) -> str:
+    return type(backbone).__name__

@@ -1,0 +1,293 @@
+"""Which requests run and what each step computes: fair between tenants, within the cache and a budget of tokens.
+
+Tenants are served by virtual token counters (Sheng et al. 2024, "Fairness in Serving Large Language Models"): each has
+a counter of what was computed for it, and of those who wait the one with the least is next. A tenant that comes back
+is lifted to the least of those that are busy, so nobody saves up. While all rows are taken, a waiting tenant with fewer
+rows than its equal part gets one of a tenant that has more: that tenant's latest request waits again. What it has
+computed stays in the prefix cache as long as there is room.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from milora.serving.engine.adapters import AdapterPool
+from milora.serving.engine.cache import PagePool
+from milora.serving.engine.sequence import Job, Text
+from milora.serving.requests import ServingError
+from milora_core.errors import MiLoraError
+
+NEW_TOKEN_COST = 2
+"""What a new token counts beside a prompt token's 1, as in the paper: it has a step of its own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step computes of a text: its next `count` tokens."""
+
+    text: Text
+    count: int
+
+    @property
+    def gives_token(self) -> bool:
+        """Whether the text's next token is known after the step."""
+        return self.count == self.text.remaining
+
+
+class Scheduler:
+    """Waiting and running requests; used by the engine's thread alone.
+
+    Args:
+        pages: The cache's.
+        adapters: The adapters.
+        most_rows: The most texts that are generated at once.
+        step_tokens: The most tokens of a step, unless a prompt's deciding tokens alone are more.
+        shares_prefixes: Whether the prefix cache is used.
+
+    Attributes:
+        running: Requests that have rows, in the order in which they began.
+        preempted: How many texts lost their rows or pages to others.
+        prefix_hit_tokens: Prompt tokens read from the prefix cache.
+    """
+
+    def __init__(
+        self, pages: PagePool, adapters: AdapterPool, most_rows: int, step_tokens: int, *, shares_prefixes: bool
+    ) -> None:
+        self._pages = pages
+        self._adapters = adapters
+        self._most_rows = most_rows
+        self._step_tokens = step_tokens
+        self._shares_prefixes = shares_prefixes
+        self._waiting: dict[str, deque[Job]] = {}
+        self._service: dict[str, float] = defaultdict(float)
+        self.running: list[Job] = []
+        self.preempted = 0
+        self.prefix_hit_tokens = 0
+
+    # ------------------------------------------------------------------ queue
+
+    def add(self, job: Job) -> None:
+        """A new request."""
+        busy = [self._service[tenant] for tenant in self._busy()]
+        if job.tenant not in self._busy() and busy:
+            self._service[job.tenant] = max(self._service[job.tenant], min(busy))
+        self._waiting.setdefault(job.tenant, deque()).append(job)
+
+    def waiting(self) -> Iterator[Job]:
+        """All requests that wait."""
+        for queue in list(self._waiting.values()):
+            yield from list(queue)
+
+    def drop(self, job: Job) -> None:
+        """Takes a request out, with its rows and pages."""
+        if job in self.running:
+            self._stop(job)
+            return
+        queue = self._waiting.get(job.tenant)
+        if queue is not None and job in queue:
+            queue.remove(job)
+            if not queue:
+                del self._waiting[job.tenant]
+
+    def charge(self, part: Part) -> None:
+        """Counts what a step computed for a tenant."""
+        self._service[part.text.job.tenant] += NEW_TOKEN_COST if part.count == 1 else part.count
+
+    def release(self, text: Text) -> None:
+        """Gives the pages of a text back."""
+        self._pages.release(text.pages)
+        text.pages, text.computed, text.known, text.node = [], 0, 0, None
+
+    def _busy(self) -> set[str]:
+        return {*self._waiting, *(job.tenant for job in self.running)}
+
+    # ------------------------------------------------------------------- step
+
+    def plan(self, failed: list[tuple[Job, ServingError]]) -> list[Part]:
+        """What the next step computes.
+
+        Args:
+            failed: Gets the requests that cannot begin, with the reason.
+        """
+        self._admit(failed)
+        parts: list[Part] = []
+        decoding = [text for job in self.running for text in job.texts if text.remaining == 1]
+        for text in decoding:
+            if text.job in self.running and self._make_room(text, 1):
+                parts.append(Part(text, 1))
+        budget = self._step_tokens - len(parts)
+        has_prompt = False
+        for job in sorted(self.running, key=lambda each: self._service[each.tenant]):
+            for text in job.texts:
+                if text.remaining <= 1 or job not in self.running or (budget <= 0 and has_prompt):
+                    continue
+                count = min(text.remaining, max(budget, 1))
+                needed = self._deciding_tokens(text)
+                if needed is not None and count < needed:
+                    if has_prompt:
+                        continue  # It waits for a step that is its own.
+                    count = needed
+                if self._make_room(text, count):
+                    parts.append(Part(text, count))
+                    budget -= count
+                    has_prompt = True
+        # Without requests that lost their rows after they had been planned; single tokens first.
+        planned = [part for part in parts if part.text.job in self.running]
+        return sorted(planned, key=lambda part: part.count > 1)
+
+    @staticmethod
+    def _deciding_tokens(text: Text) -> int | None:
+        """How many tokens the text's next piece must have at least, for the routers to read what they decide by."""
+        deciding = text.job.deciding
+        if deciding is None or deciding[1] == 1:
+            return None
+        return deciding[0] + deciding[1] - text.computed
+
+    def _admit(self, failed: list[tuple[Job, ServingError]]) -> None:
+        blocked: set[str] = set()
+        is_full = False
+        while candidates := [tenant for tenant in self._waiting if tenant not in blocked]:
+            tenant = min(candidates, key=lambda each: self._service[each])
+            job = self._waiting[tenant][0]
+            is_poor = self._rows(tenant) + job.rows <= self._equal_part()
+            if not self._has_adapter(job) or (is_full and not is_poor):
+                blocked.add(tenant)
+            elif not self._has_rows(job, is_poor=is_poor) or not self._has_pages(job):
+                # Others that have their part of the rows wait too, or a request for many rows would never get them.
+                blocked.add(tenant)
+                is_full = True
+            else:
+                self.drop(job)
+                try:
+                    self._begin(job)
+                except ServingError as error:
+                    failed.append((job, error))
+
+    def _rows(self, tenant: str | None = None) -> int:
+        return sum(job.rows for job in self.running if tenant is None or job.tenant == tenant)
+
+    def _equal_part(self) -> int:
+        """How many rows each tenant has if all have as many."""
+        return max(self._most_rows // len(self._busy()), 1)
+
+    def _has_rows(self, job: Job, *, is_poor: bool) -> bool:
+        """Whether there are rows for a request; one of a tenant with few is given those of a tenant with more."""
+        while self._rows() + job.rows > self._most_rows:
+            richest = max((other.tenant for other in self.running), key=self._rows)
+            if not is_poor or richest == job.tenant or self._rows(richest) <= self._equal_part():
+                return False
+            self._preempt(next(other for other in reversed(self.running) if other.tenant == richest))
+        return True
+
+    def _has_adapter(self, job: Job) -> bool:
+        return job.adapter is None or self._adapters.is_loaded(job.adapter) or self._adapters.can_load()
+
+    def _has_pages(self, job: Job) -> bool:
+        """Whether the cache has room for what a request has to compute before its next token."""
+        size = self._pages.page_tokens
+        needed = sum(-(-len(text.tokens) // size) for text in job.texts)
+        return not self.running or needed <= self._pages.available
+
+    def _begin(self, job: Job) -> None:
+        if job.adapter is not None:
+            self._adapters.load(job.adapter)
+            if job.route is None:
+                try:
+                    prompt = job.request.prompt
+                    job.route, job.is_routed = self._adapters.new_route(job.adapter, job.request.route, prompt)
+                except MiLoraError as error:
+                    raise ServingError(str(error)) from error
+            job.adapter.running += 1
+        self.running.append(job)
+        for text in job.texts:
+            self._read_prefix(text)
+        if job.cached_tokens is None:
+            job.cached_tokens = job.texts[0].computed
+            self.prefix_hit_tokens += job.cached_tokens
+
+    def _stop(self, job: Job) -> None:
+        self.running.remove(job)
+        for text in job.texts:
+            self.release(text)
+        if job.adapter is not None:
+            job.adapter.running -= 1
+
+    # ------------------------------------------------------------------ cache
+
+    def _read_prefix(self, text: Text) -> None:
+        """Takes over what the prefix cache has of a text; the last token is computed at any rate."""
+        salt = text.job.salt()
+        if salt is None:
+            return
+        limit = text.job.cacheable(len(text.tokens) - 1) if self._shares_prefixes else 0
+        text.pages, text.node = self._pages.match(salt, text.tokens, limit)
+        for page in text.pages:
+            self._pages.share(page)
+        text.known = len(text.pages)
+        text.computed = len(text.pages) * self._pages.page_tokens
+
+    def remember(self, text: Text) -> None:
+        """Makes the full pages that a step has computed known to the prefix cache."""
+        salt = text.job.salt()
+        if salt is None or not self._shares_prefixes:
+            return
+        size = self._pages.page_tokens
+        if not text.known:
+            text.node = self._pages.root(salt)
+        while (end := (text.known + 1) * size) <= text.job.cacheable(text.computed):
+            tokens = text.tokens[text.known * size : end]
+            text.node = self._pages.remember(text.pages[text.known], text.node, tokens)
+            text.known += 1
+
+    def _make_room(self, text: Text, count: int) -> bool:
+        """Gives a text the pages for its next tokens; others lose theirs if need be. Whether it has been done."""
+        size = self._pages.page_tokens
+        needed = -(-(text.computed + count) // size)
+        while needed - len(text.pages) > self._pages.available:
+            victim = self._victim()
+            self._preempt(victim)
+            if victim is text.job:
+                return False
+        while len(text.pages) < needed:
+            text.pages.append(self._pages.take())
+        return True
+
+    def _victim(self, spared: Job | None = None) -> Job:
+        """The latest request of the tenant with the most rows."""
+        others = [job for job in self.running if job is not spared]
+        richest = max((job.tenant for job in others), key=self._rows)
+        return next(job for job in reversed(others) if job.tenant == richest)
+
+    def _preempt(self, job: Job) -> None:
+        self.preempted += len(job.texts)
+        self._stop(job)
+        self._waiting.setdefault(job.tenant, deque()).appendleft(job)
+
+    def fork(self, text: Text, copies: int) -> tuple[list[Text], list[tuple[int, int]]]:
+        """Texts that continue a text, with its full pages in common.
+
+        Args:
+            text: The text, which becomes the first of them.
+            copies: How many there are then.
+
+        Returns:
+            The texts, and pages to copy, (from, to): the last page of a text is its own.
+        """
+        size = self._pages.page_tokens
+        copied: list[tuple[int, int]] = []
+        texts = [text]
+        for index in range(1, copies):
+            whole = text.computed // size
+            other = Text(text.job, index, list(text.tokens), text.computed, list(text.pages[:whole]))
+            other.known, other.node = min(text.known, whole), text.node
+            for page in other.pages:
+                self._pages.share(page)
+            texts.append(other)
+            if text.computed % size:
+                while not self._pages.available:
+                    self._preempt(self._victim(text.job))
+                other.pages.append(self._pages.take())
+                copied.append((text.pages[whole], other.pages[whole]))
+        return texts, copied

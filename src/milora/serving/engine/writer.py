@@ -1,0 +1,160 @@
+"""What follows from a step's logits: new tokens, events for the readers, and texts that end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from milora.serving.engine.cache import KeyValueCache
+from milora.serving.engine.detokenizer import Detokenizer
+from milora.serving.engine.sampler import Sampler, token_logprobs
+from milora.serving.engine.scheduler import Part, Scheduler
+from milora.serving.engine.sequence import Job, Text
+from milora.serving.requests import NumericalError, ServingError, TokenEvent, TokenLogprob
+
+Ending = Callable[[Job, ServingError | None], None]
+"""Ends a request, with an error or without."""
+
+
+class Writer:
+    """Turns logits into texts; used by the engine's thread alone.
+
+    Args:
+        scheduler: The engine's.
+        cache: The engine's.
+        ends: The tokens that end every text, by the model's settings.
+        tokenizer_of: Gives the tokenizer of an adapter, or of the backbone for `None`.
+        end: Ends a request.
+
+    Attributes:
+        generated: New tokens, by tenant.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: KeyValueCache,
+        ends: frozenset[int],
+        tokenizer_of: Callable[[Any], Any],
+        end: Ending,
+    ) -> None:
+        self._scheduler = scheduler
+        self._cache = cache
+        self._ends = ends
+        self._tokenizer_of = tokenizer_of
+        self._end = end
+        self.generated: dict[str, int] = defaultdict(int)
+
+    def advance(self, parts: Sequence[Part], logits: Tensor) -> None:
+        """Takes in what a step computed.
+
+        Args:
+            parts: What was computed.
+            logits: (texts, vocabulary): behind the parts that end their texts, in their order.
+        """
+        rows = [part.text for part in parts if part.gives_token]
+        for part in parts:
+            part.text.computed += part.count
+            self._scheduler.remember(part.text)
+            self._scheduler.charge(part)
+        if not rows:
+            return
+        most, best = logits.max(dim=-1)
+        is_right, likeliest = most.isfinite().tolist(), best.tolist()
+        chosen: list[tuple[Text, int, int]] = []
+        for row, text in enumerate(rows):
+            if text.job not in self._scheduler.running:
+                continue  # Another text of the request has failed.
+            if not is_right[row]:
+                message = "The model gave NaN or infinity for this request: look at its adapter's weights."
+                self._end(text.job, NumericalError(message))
+                continue
+            for each in self._forked(text):
+                assert each.sampler is not None
+                token = (
+                    likeliest[row]
+                    if each.sampler.is_plain
+                    else each.sampler.draw(logits[row], each.job.request.prompt, each.new_tokens)
+                )
+                chosen.append((each, row, token))
+        logprobs = self._logprobs(chosen, logits)
+        for number, (text, _, token) in enumerate(chosen):
+            if text.job in self._scheduler.running:
+                self._write(text, token, logprobs.get(number))
+
+    def _forked(self, text: Text) -> list[Text]:
+        """The texts that begin with the prompt's logits, or the one that goes on."""
+        job = text.job
+        if job.is_forked:
+            return [text]
+        job.is_forked = True
+        sampling = job.request.sampling
+        job.texts, copied = self._scheduler.fork(text, sampling.n)
+        for source, target in copied:
+            self._cache.copy(source, target)
+        for each in job.texts:
+            each.sampler = Sampler(sampling, each.index)
+            each.detokenizer = Detokenizer(
+                self._tokenizer_of(job.adapter), sampling.stop, keep_stop=sampling.include_stop_str_in_output
+            )
+        return list(job.texts)
+
+    @staticmethod
+    def _logprobs(chosen: Sequence[tuple[Text, int, int]], logits: Tensor) -> dict[int, TokenLogprob]:
+        wanted = [
+            (number, row, token, text.job.request.sampling.logprobs)
+            for number, (text, row, token) in enumerate(chosen)
+            if text.job.request.sampling.logprobs is not None
+        ]
+        return {
+            number: token_logprobs(logits[row : row + 1], [token], count or 0)[0]
+            for number, row, token, count in wanted
+        }
+
+    def _write(self, text: Text, token: int, logprob: TokenLogprob | None) -> None:
+        job, sampling, detokenizer = text.job, text.job.request.sampling, text.detokenizer
+        assert detokenizer is not None
+        text.tokens.append(token)
+        self.generated[job.tenant] += 1
+        reason: str | None = None
+        cause: int | str | None = None
+        piece = ""
+        if token in sampling.stop_token_ids:
+            reason, cause = "stop", token
+        elif not sampling.ignore_eos and self._is_end(token, job):
+            reason = "stop"
+        else:
+            piece = detokenizer.add(token)
+        if reason is None and len(text.new_tokens) >= sampling.max_tokens:
+            reason = "length"
+        if reason is not None:
+            piece += detokenizer.finish()
+        if detokenizer.stopped_by is not None:
+            reason, cause = "stop", detokenizer.stopped_by
+        logprobs = None if logprob is None else (logprob,)
+        self._send(job, TokenEvent(text.index, piece, (token,), logprobs, reason, cause))
+        if reason is not None:
+            self._finish(text)
+
+    def _is_end(self, token: int, job: Job) -> bool:
+        return token in self._ends or token == self._tokenizer_of(job.adapter).eos_token_id
+
+    @staticmethod
+    def _send(job: Job, event: TokenEvent) -> None:
+        route = None
+        if not job.has_begun:
+            job.has_begun = True
+            route = job.route.route() if job.route is not None and job.request.return_route else None
+        job.generation.put(replace(event, cached_tokens=job.cached_tokens or 0, route=route))
+
+    def _finish(self, text: Text) -> None:
+        job = text.job
+        job.texts.remove(text)
+        job.finished += 1
+        self._scheduler.release(text)
+        if not job.texts:
+            self._end(job, None)

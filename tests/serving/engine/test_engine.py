@@ -1,0 +1,37 @@
+"""Each text of the engine equals what `generate` alone writes, whatever else runs beside it."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serving.engine.tenants import Alone, engine_on, greedy, prompt_of, read, saved_adapters
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gemma2", "gemma3"])
+def test_staggered_requests_of_all_kinds_equal_generate(backbone: str, tmp_path: Path) -> None:
+    folders = saved_adapters(tmp_path, backbone)
+    alone = Alone(backbone, folders)
+    generator = random.Random(backbone)
+    kinds: list[Any] = [None, *folders]
+    with engine_on(backbone, folders, step_tokens=16, most_texts=8) as engine:
+        running = []
+        for number in range(3 * len(kinds)):
+            adapter = kinds[number % len(kinds)]
+            prompt = prompt_of(generator, generator.randrange(1, 40))
+            tokens = generator.randrange(1, 20)
+            running.append((engine.submit(greedy(prompt, adapter, tokens)), adapter, prompt, tokens))
+            time.sleep(generator.random() * 0.02)
+        for generation, adapter, prompt, tokens in running:
+            assert read(generation).tokens == [alone(adapter, prompt, tokens)], (adapter, len(prompt), tokens)
+        statistics = engine.statistics()
+    assert statistics.finished == len(running)
+    assert statistics.cache_pages_used == 0
