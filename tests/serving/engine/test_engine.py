@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from serving.engine.tenants import Alone, engine_on, greedy, prompt_of, read, saved_adapters
+from support.tenants import Alone, engine_on, greedy, prompt_of, read, saved_adapters
 
 
 @pytest.fixture(autouse=True)
