@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from milora_cli import options
+from milora_cli import bench_serve, options
 from milora_cli.bench_options import (
     Batch,
     Dtype,
@@ -170,6 +170,9 @@ def traffic(
             batch=batch, beams=beams, context=context, device="cpu", **models.settings()
         )
         print_result(benchmark.traffic(settings))
+
+
+app.command("serve")(bench_serve.command)
 
 
 @app.command("markdown")
