@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, route, train
+from milora_cli import bench, demo, evaluate, export, generate, lm_eval, params, route, serve, train
 from milora_cli.streams import OUTPUT, close_progress_bars, drop_output
 from milora_core.errors import MiLoraError
 from milora_core.files import is_disk_full
@@ -23,6 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "train": train,
     "generate": generate,
+    "serve": serve,
     "evaluate": evaluate,
     "lm-eval": lm_eval,
     "params": params,

@@ -19,9 +19,12 @@ try:
 except SystemExit as end:
     status = end.code
 heavy = {"milora", "torch", "numpy", "transformers", "peft", "trl", "datasets", "matplotlib", "lm_eval"}
+heavy |= {"fastapi", "uvicorn"}
 print("loaded:", *sorted(heavy & set(sys.modules)))
 sys.exit(status)
 """
+
+WITH_JSON = [command for command in COMMANDS if command not in ("train", "bench", "serve")]
 
 
 def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -41,8 +44,14 @@ def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
         (["bench", "decod"], 2, "decode"),
         (["bench", "decode", "--beam"], 2, "--beams"),
         (["evaluate"], 2, "--task"),
-        *[([command, "--help"], 0, "--json") for command in COMMANDS if command not in ("train", "bench")],
-        *[([command, "--frobnicate"], 2, "--frobnicate") for command in COMMANDS if command not in ("train", "bench")],
+        (["serve", "--help"], 0, "--admin-key-file"),
+        (["serve"], 2, "--backbone"),
+        *[([command, "--help"], 0, "--json") for command in COMMANDS if command not in ("train", "bench", "serve")],
+        *[
+            ([command, "--frobnicate"], 2, "--frobnicate")
+            for command in COMMANDS
+            if command not in ("train", "bench", "serve")
+        ],
     ],
 )
 def test_help_and_mistakes_load_nothing(arguments: list[str], status: int, shown: str) -> None:

@@ -126,12 +126,13 @@ def build_app(service: Service) -> FastAPI:
 
 async def _generate(service: Service, body: CompletionBody | ChatBody, request: Request) -> Response:
     tenant, notes = request.state.tenant, request.state.notes
-    notes.update(model=body.model, stream=body.stream)
     exchange: Exchange | None = None
     events: AsyncGenerator[Any, None] | None = None
     is_handed_on = False
     try:
         exchange = await service.begin(body, tenant, request.state.arrived)
+        # Only now is it known to be a model's name, and no text.
+        notes.update(model=body.model, stream=body.stream)
         events = exchange.events()
         if not body.stream:
             answer = await unless_gone(request.receive, _whole(exchange, events))

@@ -33,6 +33,7 @@ _OF_ENGINE: Mapping[str, tuple[int, str]] = {
     "deadline": (503, "queue_timeout"),
     "engine_stopped": (503, "engine_stopped"),
     "numerical": (500, "numerical_error"),
+    "failed": (500, "generation_failed"),
     "invalid_adapter": (400, "invalid_adapter"),
     "adapter_in_use": (409, "adapter_in_use"),
 }

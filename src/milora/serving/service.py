@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from milora.serving.admission import Admission
 from milora.serving.answers import Form
+from milora.serving.engine import Engine
 from milora.serving.errors import ApiError
 from milora.serving.exchange import Exchange
 from milora.serving.logs import log
@@ -24,8 +25,6 @@ from milora.serving.requests import (
     AdapterError,
     AdapterInfo,
     AdapterInUseError,
-    EngineStatistics,
-    Generation,
     GenerationRequest,
     UnknownAdapterError,
 )
@@ -33,34 +32,6 @@ from milora.serving.tenants import Tenant, Tenants
 from milora_core.errors import MiLoraError
 
 T = TypeVar("T")
-
-
-class ServingEngine(Protocol):
-    """What the server needs of an engine; its methods may be called from any thread."""
-
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Begins a request."""
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Loads an adapter, and returns when it can be used."""
-
-    def unload_adapter(self, name: str) -> None:
-        """Unloads an adapter that no request uses."""
-
-    def adapters(self) -> tuple[AdapterInfo, ...]:
-        """The adapters."""
-
-    def statistics(self) -> EngineStatistics:
-        """A moment of the engine."""
-
-    def healthy(self) -> str | None:
-        """`None`, or why not."""
-
-    def drain(self, timeout: float) -> bool:
-        """Waits until all requests have ended; accepts no new ones."""
-
-    def close(self) -> None:
-        """Ends the engine."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +70,7 @@ class Service:
 
     def __init__(
         self,
-        engine: ServingEngine,
+        engine: Engine,
         prompts: Prompts,
         tenants: Tenants,
         admission: Admission,
