@@ -44,7 +44,7 @@ def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
         (["bench", "decod"], 2, "decode"),
         (["bench", "decode", "--beam"], 2, "--beams"),
         (["evaluate"], 2, "--task"),
-        (["serve", "--help"], 0, "--admin-key-file"),
+        (["serve", "--help"], 0, "--keys"),
         (["serve"], 2, "--backbone"),
         *[([command, "--help"], 0, "--json") for command in COMMANDS if command not in ("train", "bench", "serve")],
         *[

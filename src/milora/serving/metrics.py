@@ -41,7 +41,7 @@ class Metrics:
 
     def __init__(self, statistics: Callable[[], EngineStatistics], draining: Callable[[], bool]) -> None:
         # When each series began is of no use here, and doubles the answer.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         tenant = ["tenant"]
         self.requests = Counter(
