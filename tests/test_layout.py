@@ -18,6 +18,7 @@ FLOORS = [
     ["milora.markdown", "milora.records", "milora.locks", "milora.plugins"],
     ["milora_core.kernels"],
     ["milora_core.routing"],
+    ["milora_vllm"],
     ["milora.backbone"],
     ["milora.tuners"],
     ["milora.methods"],

@@ -15,6 +15,7 @@ struct plan {
     int64_t pieces, rank, d_in, d_out;
     int64_t b_stride;           /* elements from one row of B to the next */
     int64_t threads;
+    int64_t y_stride;           /* elements from one row of the result to the next */
     const int64_t *starts;      /* (pieces + 1): where each piece's entries begin */
     const int64_t *rows;        /* (entries): a row of x and of the result */
     const float *gates;         /* (entries) */
@@ -128,7 +129,7 @@ static inline lanes halved_2(lanes a, lanes b)
         for (int64_t entry = plan->starts[piece]; entry < plan->starts[piece + 1]; entry++) {                          \
             const float *low = plan->low + entry * rank;                                                               \
             const float gate = plan->gates[entry], scaling = plan->scalings[piece];                                    \
-            X *of_row = y + plan->rows[entry] * d_out;                                                                 \
+            X *of_row = y + plan->rows[entry] * plan->y_stride;                                                        \
             float sums[FEATURES];                                                                                      \
             int64_t o = first;                                                                                         \
             if (rank % LANES == 0)                                                                                     \

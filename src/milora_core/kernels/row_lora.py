@@ -78,7 +78,7 @@ class RowLora:
         ]
         self._low = (ctypes.c_float * (len(rows) * rank))()
         self._plan = _Plan(
-            *(len(pieces), rank, self._d_in, self._d_out, pieces[0].b.stride(0), torch.get_num_threads()),
+            *(len(pieces), rank, self._d_in, self._d_out, pieces[0].b.stride(0), torch.get_num_threads(), self._d_out),
             *(ctypes.addressof(array) for array in self._arrays),
             None if bias is None else bias.data_ptr(),
             ctypes.addressof(self._low),
@@ -102,8 +102,9 @@ class RowLora:
         """One step.
 
         Args:
-            result: (rows, d_out), changed in place; dimensions of 1 may lie between.
-            x: (rows, d_in), likewise.
+            result: (rows, d_out), changed in place; dimensions of 1 may lie between. Its rows may have gaps between
+                them, as the columns of a larger result have, if it has two dimensions.
+            x: (rows, d_in), contiguous; dimensions of 1 may lie between.
 
         Returns:
             Whether it has been done. It cannot where the two have gaps, are elsewhere, have types that differ or are
@@ -113,11 +114,12 @@ class RowLora:
             result.dtype != x.dtype
             or x.dtype not in self._functions
             or not (x.is_cpu and result.is_cpu)
-            or not (x.is_contiguous() and result.is_contiguous())
+            or not (x.is_contiguous() and (result.is_contiguous() or _has_whole_rows(result)))
             or x.numel() < self._least_rows * self._d_in
             or x.numel() * self._d_out != result.numel() * self._d_in
         ):
             return False
+        self._plan.y_stride = self._d_out if result.is_contiguous() else result.stride(0)
         self._functions[x.dtype](self._address, result.data_ptr(), x.data_ptr())
         return True
 
@@ -126,10 +128,14 @@ class _Plan(ctypes.Structure):
     """`struct plan` of the C file."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("pieces", "rank", "d_in", "d_out", "b_stride", "threads")),
+        *((name, ctypes.c_int64) for name in ("pieces", "rank", "d_in", "d_out", "b_stride", "threads", "y_stride")),
         *((name, ctypes.c_void_p) for name in ("starts", "rows", "gates", "scalings", "a", "b", "factors", "bias")),
         ("low", ctypes.c_void_p),
     ]
+
+
+def _has_whole_rows(result: Tensor) -> bool:
+    return result.dim() == 2 and result.stride(1) == 1 and result.stride(0) >= result.shape[1]
 
 
 def _fits(piece: Piece, first: Piece) -> bool:

@@ -77,6 +77,17 @@ def test_it_is_the_loop_over_rows(case: tuple[Tensor, Tensor, list[Piece], Tenso
     assert torch.equal(result[idle], before[idle])
 
 
+@pytest.mark.parametrize("kind", list(TOLERANCE))
+def test_it_adds_to_columns_of_a_larger_result(kind: torch.dtype) -> None:
+    pieces = [small_piece([2, 0], kind), small_piece([1], kind)]
+    x, whole = normal(3, 96, dtype=kind), normal(3, 300, dtype=kind)
+    expected = whole.double()
+    expected[:, 64:264] = by_rows(whole[:, 64:264], x, pieces, None)
+    assert RowLora(pieces).add_to(whole[:, 64:264], x)
+    tolerance = TOLERANCE[kind]
+    torch.testing.assert_close(whole.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def small_piece(rows: list[int], dtype: torch.dtype = torch.float32, d_in: int = 96, d_out: int = 200) -> Piece:
     a, b = normal(32, d_in, dtype=dtype), normal(d_out, 32, dtype=dtype)
     return Piece(rows, [1.0] * len(rows), 0.5, a, b)

@@ -1,0 +1,136 @@
+"""What a step computes for each request, and which rows of it an adapter changes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from milora_vllm.adapter import Routing, request_routing
+from milora_vllm.routers import LayerRouter, Route
+from milora_vllm.scheduling import KNOWN_ROUTES
+
+
+class Chunk(NamedTuple):
+    """The tokens of one request in a step.
+
+    Attributes:
+        request: Its id.
+        lora: Its `LoRARequest`, or `None`.
+        prompt: Its prompt's tokens.
+        parameters: Its `SamplingParams`.
+        first: The step's row that holds its first token.
+        end: The row after its last one.
+        computed: How many of its tokens were computed before.
+    """
+
+    request: str
+    lora: Any
+    prompt: Sequence[int]
+    parameters: Any
+    first: int
+    end: int
+    computed: int
+
+
+class Rows(NamedTuple):
+    """Rows of a step that one adapter changes with one route."""
+
+    first: int
+    end: int
+    slot: int
+    route: Route
+
+
+class Decision(NamedTuple):
+    """A route that this step decides: the rows whose block inputs the routers read."""
+
+    first: int
+    end: int
+    route: Route
+    routers: dict[int, LayerRouter]
+
+
+@dataclass
+class Step:
+    """The step that runs.
+
+    Attributes:
+        rows: What adapters change.
+        decisions: The routes that its layers decide.
+        prepared: What the linear modules worked out; kept while the same rows are adapted by the same routes.
+    """
+
+    rows: list[Rows] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    prepared: dict[Any, Any] = field(default_factory=dict)
+
+
+class Routes:
+    """The routes of running requests, and of prompts seen before.
+
+    Args:
+        new_route: Makes a route that is yet to be decided.
+    """
+
+    def __init__(self, new_route: Callable[[], Route]) -> None:
+        self._new_route = new_route
+        self._routings: dict[str, Routing] = {}
+        self._of_request: dict[str, Route] = {}
+        self._by_key: OrderedDict[bytes, Route] = OrderedDict()
+
+    def forget(self, request: str) -> None:
+        """Drops what is kept of a request that ended or was preempted."""
+        self._routings.pop(request, None)
+        self._of_request.pop(request, None)
+
+    def follow(self, chunk: Chunk, slot: int, routers: dict[int, LayerRouter]) -> tuple[Rows | None, Decision | None]:
+        """The adapted rows of a chunk of a MiLoRA request, and the decision if its route is decided with it.
+
+        Raises:
+            RuntimeError: If the scheduler cut the tokens that decide the route, or the cache held them without it.
+        """
+        routing = self._routings.get(chunk.request)
+        if routing is None:
+            routing = self._routings[chunk.request] = _routing(chunk)
+        computed, after = chunk.computed, chunk.computed + chunk.end - chunk.first
+        route = self._of_request.get(chunk.request)
+        decision = None
+        if route is None:
+            route, is_new = self._route(routing, computed, after)
+            if route is None:
+                return None, None
+            self._of_request[chunk.request] = route
+            if is_new:
+                shift = chunk.first - computed
+                decision = Decision(routing.first + shift, routing.end + shift, route, routers)
+        first = chunk.first + max(0, routing.adapted - computed)
+        return (Rows(first, chunk.end, slot, route) if first < chunk.end else None), decision
+
+    def _route(self, routing: Routing, computed: int, after: int) -> tuple[Route | None, bool]:
+        known = self._by_key.get(routing.key)
+        if known is not None:
+            self._by_key.move_to_end(routing.key)
+            return known, False
+        if after <= routing.first:
+            return None, False
+        if computed > routing.first or after < routing.end:
+            raise RuntimeError(
+                f"MiLoRA's scheduling failed: tokens {computed} to {after} were scheduled, and the route is decided by "
+                f"{routing.first} to {routing.end} in one step."
+            )
+        route = self._by_key[routing.key] = self._new_route()
+        # More than the scheduler counts on.
+        if len(self._by_key) > 2 * KNOWN_ROUTES:
+            self._by_key.popitem(last=False)
+        return route, True
+
+
+def _routing(chunk: Chunk) -> Routing:
+    routing = request_routing(
+        SimpleNamespace(lora_request=chunk.lora, prompt_token_ids=chunk.prompt, sampling_params=chunk.parameters)
+    )
+    assert routing is not None
+    return routing

@@ -1,0 +1,71 @@
+"""Which options of vLLM do not work with MiLoRA adapters; the loading of an adapter is refused with their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from milora_core.errors import MiLoraError
+from milora_vllm.adapter import AdapterFile
+
+EAGER = (
+    "torch.compile: pass --enforce-eager, or on a GPU --compilation-config "
+    '\'{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}\''
+)
+
+
+def check_options(config: Any, file: AdapterFile, name: str) -> None:
+    """Checks that a vLLM with these options can serve a MiLoRA adapter.
+
+    Args:
+        config: The `VllmConfig`.
+        file: The adapter.
+        name: Its name.
+
+    Raises:
+        MiLoraError: It cannot; the message names each option to change.
+    """
+    problems = unsupported(config) + _too_small(config, file)
+    if problems:
+        raise MiLoraError(f"MiLoRA adapter {name!r} cannot be served with: {'; '.join(problems)}.")
+
+
+def unsupported(config: Any) -> list[str]:
+    """The options of a `VllmConfig` that do not work with any MiLoRA adapter, by their flags."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.platforms import current_platform
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    parallel, compilation, model = config.parallel_config, config.compilation_config, config.model_config
+    scheduler, device = config.scheduler_config.get_scheduler_cls(), current_platform.device_type
+    is_compiled = compilation.mode not in (None, CompilationMode.NONE)
+    graphs = (None, CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+    found = {
+        "--speculative-config": config.speculative_config is not None,
+        "--kv-transfer-config": config.kv_transfer_config is not None,
+        "--fully-sharded-loras": config.lora_config.fully_sharded_loras,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size > 1,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size > 1,
+        "--enable-dbo and --ubatch-size": parallel.use_ubatching,
+        "--runner pooling": model.runner_type != "generate",
+        "--scheduler-cls that is not derived from vLLM's Scheduler": not issubclass(scheduler, Scheduler),
+        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
+        f"the device {device} (only CPUs and CUDA GPUs are supported)": device not in ("cpu", "cuda"),
+        EAGER: is_compiled or compilation.cudagraph_mode not in graphs,
+    }
+    return [flag for flag, is_set in found.items() if is_set]
+
+
+def _too_small(config: Any, file: AdapterFile) -> list[str]:
+    """Whether a step has room for the tokens that decide the longest prompt's route, beside one of each other request.
+
+    Without that room such a prompt would wait for ever.
+    """
+    scheduler, longest = config.scheduler_config, config.model_config.max_model_len - 1
+    needed = file.span(longest) + scheduler.max_num_seqs
+    if scheduler.max_num_batched_tokens >= needed:
+        return []
+    return [
+        f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: its route is decided by up to "
+        f"{file.span(longest)} tokens in one step; pass --max-num-batched-tokens {needed}, or a smaller --max-model-len"
+    ]

@@ -1,0 +1,128 @@
+"""The scheduler's part: a prompt is not cut inside the tokens that decide its route, and cached blocks are reused only
+where the route that made them is the request's own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from milora_vllm.adapter import Routing, request_routing
+
+KNOWN_ROUTES = 16384
+"""How many routes the scheduler counts on. Workers keep twice as many, so none that it counts on is missing there."""
+
+_UNSET = object()
+
+
+def routing_of(request: Any) -> Routing | None:
+    """The routing of one of vLLM's requests, worked out once."""
+    found = request.__dict__.get("_milora_routing", _UNSET)
+    if found is _UNSET:
+        found = request._milora_routing = request_routing(request)
+    return found  # type: ignore[no-any-return]
+
+
+def with_routes(extra_keys: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's `generate_block_hash_extra_keys`, aware of routes.
+
+    - All tokens adapted: the first block's hash contains what decides the route, and with it those of all others.
+    - Late adaptation: blocks that lie wholly before the last prompt token are hashed as the base model's, so all
+      adapters and the base share them. The others contain the adapter and the prompt's length.
+    """
+
+    def routed(request: Any, start: int, end: int, start_mm: int) -> Any:
+        keys, next_mm = extra_keys(request, start, end, start_mm)
+        routing = routing_of(request)
+        if routing is None:
+            return keys, next_mm
+        if routing.late and end <= routing.adapted:
+            keys = tuple(key for key in keys or () if key[0] != "lora")
+        elif routing.late or start == 0:
+            keys = (*(keys or ()), ("cache_salt", routing.cache_key))
+        return keys or None, next_mm
+
+    return routed
+
+
+class RoutedScheduling:
+    """Mixed into vLLM's scheduler. It changes nothing until the first request with a MiLoRA adapter."""
+
+    _known: OrderedDict[bytes, int] | None = None
+    """Key of a route -> the step in which it was decided or last used; `None` before the first such request."""
+
+    def add_request(self, request: Any) -> None:
+        """See vLLM's `Scheduler`."""
+        if self._known is None and routing_of(request) is not None:
+            self._begin()
+        super().add_request(request)  # type: ignore[misc]
+
+    def _begin(self) -> None:
+        self._known = OrderedDict()
+        # The hook below is then asked for every chunk. Its own work remains for models that need it.
+        self._aligns = self.need_mamba_block_aligned_split  # type: ignore[has-type]
+        self.need_mamba_block_aligned_split = True
+        # Applied by the hook instead, which spares the tokens that decide a route.
+        config = self.scheduler_config  # type: ignore[attr-defined]
+        self._threshold = config.long_prefill_token_threshold
+        config.long_prefill_token_threshold = 0
+
+    def _is_known(self, routing: Routing) -> bool:
+        """Whether an earlier step decided the route; the running one may fail to be scheduled as planned."""
+        assert self._known is not None
+        step: int = self.current_step  # type: ignore[attr-defined]
+        return self._known.get(routing.key, step) < step
+
+    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+        """Reads the cache past the tokens that decide the route only if the workers have that route."""
+        routing = routing_of(request)
+        if routing is not None:
+            # At least the last token is always computed.
+            could_skip = request.num_tokens - 1 > routing.first
+            request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (
+                could_skip and not self._is_known(routing)
+            )
+        return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+
+    def _mamba_block_aligned_split(self, request: Any, tokens: int, local: int = 0, external: int = 0) -> int:
+        """How many of the next `tokens` of a request to compute; 0 makes it wait for a step with more room."""
+        start, routing = request.num_computed_tokens + local + external, routing_of(request)
+        needed = 0
+        if routing is not None and start <= routing.first < start + tokens and not self._is_known(routing):
+            needed = routing.end - start
+            if tokens < needed:
+                return 0
+        limit = self._long_prefill_threshold()
+        if limit and tokens > limit:
+            tokens = max(limit, needed)
+        if self._aligns:
+            tokens = super()._mamba_block_aligned_split(request, tokens, local, external)  # type: ignore[misc]
+        return tokens
+
+    def _long_prefill_threshold(self) -> int:
+        """vLLM's own rule for `--long-prefill-token-threshold`."""
+        requests = sum(self.get_request_counts())  # type: ignore[attr-defined]
+        if requests <= 1 or not self._threshold:
+            return 0
+        threshold: int = self._threshold
+        if self.adaptive_long_prefill_threshold:  # type: ignore[attr-defined]
+            threshold = max(threshold, self.max_num_scheduled_tokens // requests)  # type: ignore[attr-defined]
+        return threshold
+
+    def _update_after_schedule(self, output: Any) -> None:
+        """Notes the routes that this step decides or uses: only now is it certain which chunks are in it."""
+        if self._known is not None:
+            for name, tokens in output.num_scheduled_tokens.items():
+                request = self.requests[name]  # type: ignore[attr-defined]
+                routing, start = routing_of(request), request.num_computed_tokens
+                if routing is not None and start < request.num_prompt_tokens and start + tokens >= routing.end:
+                    self._note(routing)
+        super()._update_after_schedule(output)  # type: ignore[misc]
+
+    def _note(self, routing: Routing) -> None:
+        assert self._known is not None
+        # A key that is known keeps its step: its requests may be scheduled again at once.
+        self._known.setdefault(routing.key, self.current_step)  # type: ignore[attr-defined]
+        self._known.move_to_end(routing.key)
+        if len(self._known) > KNOWN_ROUTES:
+            self._known.popitem(last=False)
