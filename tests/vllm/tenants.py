@@ -185,9 +185,7 @@ def plain_lora(backbone: nn.Module, folder: Path | None) -> Iterator[None]:
             if "lora_A" in key:
                 b = tensors[key.replace("lora_A", "lora_B")]
                 module = backbone.get_submodule(key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
-                hooks.append(
-                    module.register_forward_hook(lambda m, args, out, a=a, b=b: out + args[0] @ a.T @ b.T)
-                )
+                hooks.append(module.register_forward_hook(lambda m, args, out, a=a, b=b: out + args[0] @ a.T @ b.T))
     try:
         yield
     finally:
