@@ -144,6 +144,10 @@ class AdapterPool:
         """How many adapters are in memory."""
         return len(self._loaded)
 
+    def close(self) -> None:
+        """Takes all adapters and PEFT's layers out of the backbone."""
+        self.model.unload()
+
     def describe(self) -> tuple[AdapterInfo, ...]:
         """All adapters."""
         return tuple(

@@ -362,6 +362,7 @@ class Engine:
             self._end(job, EngineStoppedError(message))
         while self._commands:
             self._commands.popleft()[1].set_exception(EngineStoppedError(message))
+        self._pool.close()
         self._runner.close()
 
 
