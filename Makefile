@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM := .venv-vllm
+QUANTIZATION := .quantization
 VLLM_INSTALLED := $(VLLM)/.installed
 
-.PHONY: demo report docs test test-fast test-lowest lint types setup pretrain smollm2 clean test-vllm setup-vllm
+.PHONY: demo report docs test test-fast test-lowest test-quantized lint types setup pretrain smollm2 clean test-vllm setup-vllm
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
@@ -30,6 +31,14 @@ test-lowest:  ## The fast tests with the lowest versions that pyproject.toml all
 
 docs: $(INSTALLED)  ## The documentation in out/site; a broken link or a warning fails, nothing is downloaded
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+test-quantized: $(QUANTIZATION)/.installed  ## The tests of quantized backbones, with bitsandbytes and torchao beside the environment
+	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -q tests/tuners/test_quantized.py tests/training/test_quantized.py
+
+# Not in the environment itself: transformers imports what it finds, and these print to standard error when imported.
+$(QUANTIZATION)/.installed: $(INSTALLED) requirements-quantization.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target $(QUANTIZATION) --requirement requirements-quantization.txt
+	touch $@
 
 test-vllm: $(VLLM_INSTALLED)  ## The tests of the vLLM plugin, in an environment of their own with vLLM's CPU build (Python 3.11 or later)
 	$(VLLM)/bin/python -m pytest -q -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm
@@ -69,4 +78,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lowest $(VLLM) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(QUANTIZATION) .venv-lowest $(VLLM) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
