@@ -82,9 +82,9 @@ def command(
         from milora.serving import logs, process
     logs.configure(log_level)
     tenants = process.read_tenants(keys, admin_key_file)
-    if tenants.is_open and host not in ("127.0.0.1", "::1", "localhost"):
-        logs.log("open_to_all", level=30, host=host, fix="give --keys FILE, so that requests need an API key")
     with process.Address(host, port).bind() as listening:
+        if tenants.is_open and host not in ("127.0.0.1", "::1", "localhost"):
+            logs.log("open_to_all", level=30, host=host, fix="give --keys FILE, so that requests need an API key")
         import torch
 
         from milora.backbone.loading import load_backbone
