@@ -28,7 +28,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 def packages() -> list[str]:
     """The packages with modules of their own, public ones first: a page of the reference each."""
     found = []
-    for layer in ("milora", "milora_core"):
+    for layer in ("milora", "milora_core", "milora_vllm"):
         for marker in sorted((ROOT / "src" / layer).rglob("__init__.py")):
             found.append(".".join(marker.parent.relative_to(ROOT / "src").parts))
     return found
