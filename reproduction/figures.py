@@ -9,7 +9,7 @@ from typing import Any
 from milora.methods import method
 from milora.plots import COLORS, label_cells, new_figure, save_figure, short_experts
 from reproduction.experiments import Section
-from reproduction.statistics import Measurements, Shares, Summary
+from reproduction.measurements import Measurements, Shares, Summary
 
 SERIES = (("#08519c", "o"), ("#d95f0e", "s"), ("0.35", "^"), ("#756bb1", "D"))
 """Colour and marker of each line: distinct for the colour-blind and in grey print."""

@@ -19,7 +19,7 @@ from reproduction import published
 from reproduction.experiments import Row, Section
 from reproduction.figures import line_figure, share_figure
 from reproduction.grid import Grid
-from reproduction.statistics import Measurements, shares
+from reproduction.measurements import Measurements, shares
 from reproduction.store import Record, full_settings
 
 NAME = "report.md"

@@ -25,7 +25,7 @@ from milora.methods import METHODS, parameter_counts
 from milora.training import DataArguments, MethodArguments, TrainingArguments, train
 from milora.training.checkpoints import last_checkpoint
 from milora.training.result import RESULT_FILE, versions
-from milora.training.run import load_for_training
+from milora.training.training_run import load_for_training
 from milora.tuners.milora import MiLoraConfig
 from milora_core.errors import MiLoraError
 from reproduction.adapter_tests import AdapterTests

@@ -13,7 +13,7 @@ from support.grids import grid, record
 from reproduction import figures
 from reproduction.figures import line_figure, share_figure
 from reproduction.grid import Grid
-from reproduction.statistics import Measurements, shares
+from reproduction.measurements import Measurements, shares
 
 Accuracies = Mapping[tuple[str, str, float], Sequence[float]]
 """By method, task and place on the axis, for each seed."""

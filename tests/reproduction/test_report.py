@@ -15,8 +15,8 @@ from support.grids import grid, record
 from reproduction import __main__ as command
 from reproduction import inputs
 from reproduction.grid import Grid
+from reproduction.measurements import Summary
 from reproduction.report import write_report
-from reproduction.statistics import Summary
 
 ROOT = Path(__file__).parents[2]
 Accuracies = dict[tuple[str, str], list[float | None]]

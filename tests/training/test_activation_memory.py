@@ -15,7 +15,7 @@ from milora.training import TrainingArguments
 from milora.training import activation_memory as memory
 from milora.training import arguments as arguments_module
 from milora.training.activation_memory import activations_fit, saved_bytes
-from milora.training.run import _choose_checkpointing
+from milora.training.training_run import _choose_checkpointing
 
 
 def _adapted(config: Any) -> Any:

@@ -249,7 +249,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(
 def test_a_hub_that_cannot_be_reached_is_one_line_before_the_backbone_is_loaded(
     backbone: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora.training.run.load_for_training", None)
+    monkeypatch.setattr("milora.training.training_run.load_for_training", None)
     assert train(backbone, chats, tmp_path / "out", push_to_hub=True, hub_model_id="me/x") == 2
     error = capsys.readouterr().err
     assert "me/x cannot be written to" in error

@@ -96,7 +96,7 @@ def perplexity(backbone: Path, adapter: str, dev: list[dict[str, str]]) -> float
 
 
 def held_out(folder: Path, seed: int = 1) -> list[dict[str, str]]:
-    from milora.training.rows import read_sources
+    from milora.training.training_rows import read_sources
 
     dev = next(iter(read_sources(DataArguments("tiny", data=[rows(folder)]), seed).values())).dev
     return [{"prompt": str(row.prompt), "completion": str(row.completion)} for row in dev]

@@ -8,8 +8,8 @@ with importing("train", "Training"):
     from milora.training.callbacks import RoutingLogger
     from milora.training.method import MethodArguments
     from milora.training.result import TrainingResult
-    from milora.training.run import train
     from milora.training.trainer import MiLoraTrainer
+    from milora.training.training_run import train
 
 __all__ = [
     "BilevelActivations",

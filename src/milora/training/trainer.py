@@ -25,7 +25,7 @@ from milora.training.checkpoints import KEPT, STATE_FILE
 from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.likelihood import LikelihoodSum, check_loss, plain_likelihood, row_likelihoods
-from milora.training.routes import draw_routes
+from milora.training.route_picture import draw_routes
 from milora.training.stopping import OpenStructure
 from milora.training.supervised_positions import score_supervised_positions_only
 from milora.training.template import give_template
@@ -245,7 +245,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def draw_routes(self, counts: Mapping[str, int], path: Path) -> bool:
-        """Draws what the routers choose on the dev set; see [`milora.training.routes.draw_routes`].
+        """Draws what the routers choose on the dev set; see [`milora.training.route_picture.draw_routes`].
 
         Args:
             counts: Dev rows of each source, in the order of `eval_dataset`.

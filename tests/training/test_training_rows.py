@@ -11,7 +11,7 @@ from support.tokenizer import character_tokenizer, save_backbone
 
 from milora import MiLoraError
 from milora.training import DataArguments, MethodArguments, TrainingArguments, train
-from milora.training.rows import mix, read_sources
+from milora.training.training_rows import mix, read_sources
 
 
 def file_of(folder: Path, name: str, rows: list[tuple[str, str]]) -> str:

@@ -30,9 +30,9 @@ from milora.training.method import MethodArguments
 from milora.training.method_callbacks import method_callbacks
 from milora.training.quantized import keep_trainable, loading_arguments
 from milora.training.result import RESULT_FILE, TrainingResult, versions
-from milora.training.rows import Mixture, mix, read_sources
 from milora.training.template import give_end, give_template
 from milora.training.trainer import MiLoraTrainer
+from milora.training.training_rows import Mixture, mix, read_sources
 from milora_core.errors import MiLoraError
 from milora_core.files import write_text, writing
 
