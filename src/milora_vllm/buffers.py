@@ -109,5 +109,6 @@ class BufferedLinear:
         start = 0
         for place, (a, b, size) in enumerate(zip(lora_a, lora_b, output_slices, strict=True)):
             target = y[:, None, start : start + size]
-            add_grouped_lora(target, x[:, None], self._buffers.slots[:tokens], gates[place] * scale, a[:, 0], b[:, 0])
+            weights = gates[place] if scale == 1 else gates[place] * scale
+            add_grouped_lora(target, x[:, None], self._buffers.slots[:tokens], weights, a[:, 0], b[:, 0])
             start += size

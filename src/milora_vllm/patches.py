@@ -82,6 +82,7 @@ def _patch_scheduler() -> None:
 def _patch_requests() -> None:
     """Refuses what cannot be served where that fails one request only, and tells the prompt of a beam from the rest."""
     from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     def get_prompt(original: Any) -> Any:
@@ -96,16 +97,18 @@ def _patch_requests() -> None:
     def process_inputs(original: Any) -> Any:
         def checked(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, request_id, prompt, *args, **kwargs)
-            file = adapter_file(request.lora_request)
-            if file is not None:
-                check_options(self.vllm_config, file, request.lora_request.lora_name)
-                _check_request(request)
-                if isinstance(prompt, dict) and PROMPT_TOKENS in prompt:
-                    request.sampling_params.extra_args = {
-                        **(request.sampling_params.extra_args or {}),
-                        PROMPT_TOKENS: prompt[PROMPT_TOKENS],
-                    }
-                request_routing(request)
+            try:
+                file = adapter_file(request.lora_request)
+                if file is not None:
+                    check_options(self.vllm_config, file, request.lora_request.lora_name)
+                    _check_request(request)
+                    if isinstance(prompt, dict) and PROMPT_TOKENS in prompt:
+                        arguments = request.sampling_params.extra_args or {}
+                        request.sampling_params.extra_args = {**arguments, PROMPT_TOKENS: prompt[PROMPT_TOKENS]}
+                    request_routing(request)
+            except MiLoraError as error:
+                # The server answers it with status 400.
+                raise VLLMValidationError(str(error)) from error
             return request
 
         return checked

@@ -21,6 +21,11 @@ BLOCK = re.compile(r"(.*?\.\d+)\.")
 """A module's path begins with its block's: up to the first number."""
 
 
+def uses_buffers(device: torch.device) -> bool:
+    """Whether a step's slots and gates lie in buffers: where the host must not wait for the device."""
+    return device.type != "cpu"
+
+
 class ServedModel:
     """Made when a worker loads its first MiLoRA adapter; from then on all LoRA of the model goes through it.
 
@@ -47,7 +52,7 @@ class ServedModel:
         self._loaded: tuple[Any, ...] = ()
         self._outside: set[str] = set()
         self.buffers: Buffers | None = None
-        if self._device.type != "cpu":
+        if uses_buffers(self._device):
             scheduler = config.scheduler_config
             tokens = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
             self.buffers = Buffers(*self._shape, tokens, scheduler.max_num_seqs, self._device)

@@ -65,6 +65,7 @@ def _shrink(
 def _expand(
     result, low, adapters, gates, lora_b,
     rows, tokens, d_out, rank, pieces,
+    result_row, result_token,
     TOKENS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr, DOT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """result[row, token, block of d_out] += gate * sum over pieces of low[piece, row, token, :] B[adapter]^T."""
@@ -90,7 +91,7 @@ def _expand(
         delta = tl.dot(total.to(b.dtype), tl.trans(b), input_precision="ieee")
     else:
         delta = tl.sum(total * b.to(tl.float32), axis=1)[None, :]
-    place = (row.to(tl.int64) * tokens + token[:, None]) * d_out + o[None, :]
+    place = row.to(tl.int64) * result_row + token[:, None].to(tl.int64) * result_token + o[None, :]
     mask = (token[:, None] < tokens) & (o[None, :] < d_out)
     before = tl.load(result + place, mask=mask, other=0.0)
     tl.store(result + place, (before.to(tl.float32) + delta).to(before.dtype), mask=mask)
@@ -103,7 +104,7 @@ def add_grouped_lora_on_gpu(
     (rows, tokens, d_in), rank, d_out = x.shape, lora_a.shape[1], lora_b.shape[1]
     if 0 in (rows, tokens, d_out, rank, d_in):
         return
-    if not result.is_contiguous():
+    if result.stride(2) != 1:
         whole = result.contiguous()
         add_grouped_lora_on_gpu(whole, x, adapters, gates, lora_a, lora_b)
         result.copy_(whole)
@@ -133,5 +134,6 @@ def add_grouped_lora_on_gpu(
         _expand[(rows, token_blocks, triton.cdiv(d_out, block_out))](
             result, low, adapters, gates, lora_b,
             rows, tokens, d_out, rank, pieces,
+            result.stride(0), result.stride(1),
             TOKENS=block_tokens, RANK=block_rank, OUT=block_out, DOT=use_dot, UPCAST=upcast,
         )  # fmt: skip
