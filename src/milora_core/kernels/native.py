@@ -23,7 +23,7 @@ from threading import Lock
 _log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("row_lora.c", "routing.c"))
+SOURCES = tuple(FOLDER / name for name in ("row_lora.c", "routing.c", "paged_attention.c"))
 HEADER = FOLDER / "numbers.h"
 SWITCH = "MILORA_NATIVE"
 """Environment variable: `0` for torch's operators alone."""

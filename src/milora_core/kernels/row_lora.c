@@ -171,3 +171,80 @@ DEFINE(bfloat16_bfloat16, bfloat16, read_bfloat16, write_bfloat16, bfloat16, rea
 DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_float32, lanes_of_float32)
 DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16, lanes_of_bfloat16)
 DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32, lanes_of_float32)
+
+/* One adapter in one module, as it lies. */
+struct part {
+    const void *a, *b;      /* (rank, d_in), (d_out, rank); a is NULL where the adapter has no part in the module */
+    const float *factors;   /* (d_out), or NULL for LoRA */
+    int64_t rank, b_stride;
+    float scaling;
+};
+
+struct module {
+    const struct part *parts; /* by the adapter's number */
+    const float *bias;        /* (d_out), or NULL */
+    int64_t d_in, d_out;
+    int64_t column;           /* of the module's gates */
+};
+
+struct packed {
+    int64_t rows, threads;
+    const int64_t *tokens;   /* (rows): a row of x and of the result */
+    const int64_t *adapters; /* (rows); the rows of an adapter follow each other */
+    const float *gates;      /* (rows, gates_stride) */
+    int64_t gates_stride;
+    int64_t *entries;        /* room for (rows) */
+    int64_t *starts;         /* room for (rows + 1) */
+    float *weights;          /* room for (rows) */
+    float *scalings;         /* room for (rows) */
+    const void **pointers;   /* room for (3, rows) */
+    float *low;              /* room for (rows, the largest rank) */
+};
+
+#define PACKED(NAME)                                                                                                   \
+    void add_packed_##NAME(const struct packed *of, const struct module *module, void *result, const void *x)          \
+    {                                                                                                                  \
+        const int64_t most = of->rows;                                                                                 \
+        int64_t first = 0;                                                                                             \
+        /* Adapters of one shape that follow each other are computed together; those between them by a call more. */   \
+        while (first < most) {                                                                                         \
+            struct plan plan = {0};                                                                                    \
+            int64_t entries = 0, row = first;                                                                          \
+            for (; row < most; row++) {                                                                                \
+                const struct part *part = module->parts + of->adapters[row];                                           \
+                const float gate = of->gates[row * of->gates_stride + module->column];                                 \
+                if (!part->a || gate == 0)                                                                             \
+                    continue;                                                                                          \
+                if (plan.pieces && (part->rank != plan.rank || part->b_stride != plan.b_stride))                       \
+                    break;                                                                                             \
+                if (!entries || of->adapters[row] != of->adapters[of->entries[entries - 1]]) {                         \
+                    plan.rank = part->rank, plan.b_stride = part->b_stride;                                            \
+                    of->starts[plan.pieces] = entries;                                                                 \
+                    of->scalings[plan.pieces] = part->scaling;                                                         \
+                    of->pointers[plan.pieces] = part->a;                                                               \
+                    of->pointers[most + plan.pieces] = part->b;                                                        \
+                    of->pointers[2 * most + plan.pieces] = part->factors;                                              \
+                    plan.pieces++;                                                                                     \
+                }                                                                                                      \
+                of->entries[entries] = row;                                                                            \
+                of->weights[entries++] = gate;                                                                         \
+            }                                                                                                          \
+            first = row;                                                                                               \
+            if (!entries)                                                                                              \
+                return;                                                                                                \
+            of->starts[plan.pieces] = entries;                                                                         \
+            for (int64_t entry = 0; entry < entries; entry++)                                                          \
+                of->entries[entry] = of->tokens[of->entries[entry]];                                                   \
+            plan.d_in = module->d_in, plan.d_out = plan.y_stride = module->d_out;                                      \
+            plan.starts = of->starts, plan.rows = of->entries, plan.gates = of->weights, plan.threads = of->threads;   \
+            plan.scalings = of->scalings, plan.bias = module->bias, plan.low = of->low;                                \
+            plan.a = of->pointers, plan.b = of->pointers + most;                                                       \
+            plan.factors = (const float *const *)(of->pointers + 2 * most);                                            \
+            add_##NAME(&plan, result, x);                                                                              \
+        }                                                                                                              \
+    }
+
+PACKED(bfloat16_bfloat16)
+PACKED(bfloat16_float32)
+PACKED(float32_bfloat16)
+PACKED(float32_float32)

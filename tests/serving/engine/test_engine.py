@@ -15,8 +15,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", "gemma2", "gemma3"])
-def test_staggered_requests_of_all_kinds_equal_generate(backbone: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("backbone", "native"),
+    [("llama", "1"), ("qwen3", "1"), ("gemma2", "1"), ("gemma3", "1"), ("llama", "0"), ("gemma2", "0")],
+)
+def test_staggered_requests_of_all_kinds_equal_generate(
+    backbone: str, native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILORA_NATIVE", native)
     folders = saved_adapters(tmp_path, backbone)
     alone = Alone(backbone, folders)
     generator = random.Random(backbone)

@@ -14,14 +14,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from milora.backbone.adapter_tokenizer import adapter_tokenizer
 from milora.backbone.loading import read_adapter_config
 from milora.inference.plain_lora import add_lora
-from milora.inference.together import serve_together
 from milora.serving.requests import AdapterError, AdapterInfo, AdapterInUseError, UnknownAdapterError
 from milora.tuners.grouped import GroupedOwner
 from milora.tuners.milora import MiLoraConfig
 from milora.tuners.milora.packed import PackedRoute
+from milora.tuners.milora.packed_rows import PackedModules
 from milora.tuners.milora.routed import BlockRouting
 from milora.tuners.milora.router import follow
 from milora_core.errors import MiLoraError, did_you_mean
+from milora_core.kernels.native import library
 from milora_core.routing import Route
 
 KINDS = ("MILORA", "LORA")
@@ -117,6 +118,10 @@ class AdapterPool:
         backbone: The model, which gets PEFT's layers.
         tokenizer: The backbone's.
         most: How many adapters are in memory at most.
+
+    Attributes:
+        model: The backbone with PEFT's layers.
+        packed: The adapters for the native kernel; `None` where there is none.
     """
 
     def __init__(self, backbone: Any, tokenizer: Any, most: int) -> None:
@@ -127,7 +132,8 @@ class AdapterPool:
         self._loaded: OrderedDict[Adapter, None] = OrderedDict()
         self.model: PeftModel = get_peft_model(backbone, MiLoraConfig(r=1, top_k=1), adapter_name="empty").eval()
         self.model.delete_adapter("empty")
-        serve_together(self.model, capacity=most)
+        is_native = backbone.device.type == "cpu" and library() is not None
+        self.packed = PackedModules(backbone, most) if is_native else None
         self._routes: OrderedDict[Hashable, PackedRoute] = OrderedDict()
 
     def __len__(self) -> int:
@@ -198,6 +204,8 @@ class AdapterPool:
         """Takes an adapter's weights out of memory."""
         if adapter in self._loaded:
             del self._loaded[adapter]
+            if self.packed is not None:
+                self.packed.remove(adapter.inner_name)
             self._discard(adapter)
 
     def is_loaded(self, adapter: Adapter) -> bool:
@@ -232,7 +240,8 @@ class AdapterPool:
             raise AdapterError(f"The adapter {adapter.name!r} cannot be loaded: {reason}") from error
         self.model.eval()
         self._loaded[adapter] = None
-        self.owner.refresh()
+        if self.packed is not None:
+            self.packed.add(adapter.inner_name)
 
     def tokenizer_of(self, adapter: Adapter | None) -> Any:
         """The tokenizer that an adapter's texts are decoded with."""

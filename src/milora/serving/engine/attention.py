@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from milora.serving.engine.cache import KeyValueCache
 from milora_core.errors import MiLoraError
+from milora_core.kernels.paged_attention import PagedAttention
 
 NAME = "milora_packed"
 """The name under which transformers' models find the attention."""
@@ -83,36 +84,29 @@ class Options:
 class PackedAttention:
     """Where the tokens of one pass read and write the cache.
 
+    On a CPU with the native kernel, single tokens read their pages where they lie; elsewhere these are gathered.
+
     Args:
         cache: The cache.
         pieces: In the order of the tokens; single tokens come first.
     """
 
     def __init__(self, cache: KeyValueCache, pieces: Sequence[Piece]) -> None:
-        self.cache = cache
+        self._cache = cache
         self._device = cache.keys[0].device
-        singles = [piece for piece in pieces if piece.count == 1]
-        self._singles = len(singles)
+        self._singles = [piece for piece in pieces if piece.count == 1]
         self._chunks = [
             (piece, self._slots(piece.pages, 0, piece.past + piece.count)) for piece in pieces if piece.count > 1
         ]
-        written = [self._slots(piece.pages, piece.past, piece.past + piece.count) for piece in pieces]
-        self._written = torch.cat(written)
-        self._lengths = [piece.past + 1 for piece in singles]
+        size = cache.pool.page_tokens
+        singles = [piece.pages[piece.past // size] * size + piece.past % size for piece in self._singles]
+        self._written = torch.cat(
+            [torch.tensor(singles, dtype=torch.long, device=self._device)]
+            + [slots[piece.past :] for piece, slots in self._chunks]
+        )
         self._masks: dict[Any, Tensor | None] = {}
-        if singles:
-            longest = max(self._lengths)
-            read = [self._slots(piece.pages, 0, piece.past + 1) for piece in singles]
-            # Padded with slots of their own: others may hold anything, and 0 * NaN is NaN.
-            padded = [functional.pad(slots, (0, longest - len(slots)), value=int(slots[-1])) for slots in read]
-            self._read = torch.stack(padded)
-
-    def _slots(self, pages: Sequence[int], first: int, end: int) -> Tensor:
-        size = self.cache.pool.page_tokens
-        of_pages = torch.tensor(pages[first // size : -(-end // size)])
-        slots = (of_pages[:, None] * size + torch.arange(size)).flatten()
-        skipped = first - first // size * size
-        return slots[skipped : skipped + end - first].to(self._device)
+        self._native: PagedAttention | None = None
+        self._read: Tensor | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """Stores the new keys and values and attends to the cache.
@@ -127,12 +121,27 @@ class PackedAttention:
         Returns:
             (1, tokens, heads, size of a value).
         """
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, self._written, key[0].transpose(0, 1))
-        values.index_copy_(0, self._written, value[0].transpose(0, 1))
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         outputs = []
-        if self._singles:
-            outputs.append(self._attend_singles(query[0, :, : self._singles], keys, values, options))
+        if self._singles and query.dtype == keys.dtype and PagedAttention.serves(keys, values, query.shape[1]):
+            if self._native is None:
+                self._native = self._prepared()
+            attended = self._native.attend(
+                keys,
+                values,
+                query[0],
+                key[0],
+                value[0],
+                scaling=options.scaling,
+                window=options.window,
+                softcap=options.softcap,
+            )
+            outputs.append(attended)
+        else:
+            keys.index_copy_(0, self._written, key[0].transpose(0, 1))
+            values.index_copy_(0, self._written, value[0].transpose(0, 1))
+            if self._singles:
+                outputs.append(self._attend_singles(query[0, :, : len(self._singles)], keys, values, options))
         for piece, slots in self._chunks:
             of_piece = slice(piece.start, piece.start + piece.count)
             if piece.past:
@@ -140,29 +149,44 @@ class PackedAttention:
             else:
                 all_keys, all_values = key[0, :, of_piece], value[0, :, of_piece]
             mask = self._chunk_mask(piece, options.window)
-            attended = options.attend(query[:, :, of_piece], all_keys[None], all_values[None], mask)
-            outputs.append(attended[0].transpose(0, 1))
+            of_chunk = options.attend(query[:, :, of_piece], all_keys[None], all_values[None], mask)
+            outputs.append(of_chunk[0].transpose(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
+    def _slots(self, pages: Sequence[int], first: int, end: int) -> Tensor:
+        size = self._cache.pool.page_tokens
+        of_pages = torch.tensor(pages[first // size : -(-end // size)])
+        slots = (of_pages[:, None] * size + torch.arange(size)).flatten()
+        skipped = first % size
+        return slots[skipped : skipped + end - first].to(self._device)
+
+    def _prepared(self) -> PagedAttention:
+        longest = max(len(piece.pages) for piece in self._singles)
+        pages = [[*piece.pages, *[0] * (longest - len(piece.pages))] for piece in self._singles]
+        lengths = torch.tensor([piece.past + 1 for piece in self._singles])
+        return PagedAttention(self._written, lengths, torch.tensor(pages), self._cache.pool.page_tokens)
+
     def _attend_singles(self, query: Tensor, keys: Tensor, values: Tensor, options: Options) -> Tensor:
-        rows, longest = self._read.shape
-        flat = self._read.flatten()
+        lengths = [piece.past + 1 for piece in self._singles]
+        longest = max(lengths)
+        if self._read is None:
+            read = [self._slots(piece.pages, 0, piece.past + 1) for piece in self._singles]
+            # Padded with slots of their own: others may hold anything, and 0 * NaN is NaN.
+            padded = [functional.pad(slots, (0, longest - len(slots)), value=int(slots[-1])) for slots in read]
+            self._read = torch.cat(padded)
         of_rows = [
-            cached.index_select(0, flat).view(rows, longest, *cached.shape[1:]).transpose(1, 2)
+            cached.index_select(0, self._read).view(len(lengths), longest, *cached.shape[1:]).transpose(1, 2)
             for cached in (keys, values)
         ]
         key = ("singles", options.window)
         if key not in self._masks:
-            places = torch.arange(longest)
-            lengths = torch.tensor(self._lengths)[:, None]
-            seen = places < lengths
+            places, ends = torch.arange(longest), torch.tensor(lengths)[:, None]
+            seen = places < ends
             if options.window is not None:
-                seen &= places >= lengths - options.window
+                seen &= places >= ends - options.window
             self._masks[key] = None if bool(seen.all()) else seen[:, None, None].to(self._device)
-        attended = options.attend(
-            query.transpose(0, 1)[:, :, None], of_rows[0], of_rows[1], self._masks[key], is_single=True
-        )
-        return attended[:, :, 0]
+        queries = query.transpose(0, 1)[:, :, None]
+        return options.attend(queries, of_rows[0], of_rows[1], self._masks[key], is_single=True)[:, :, 0]
 
     def _chunk_mask(self, piece: Piece, window: int | None) -> Tensor | None:
         """(tokens, cached and new tokens), bool; `None` for plain causal attention without a past."""

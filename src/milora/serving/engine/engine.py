@@ -65,7 +65,9 @@ class Engine:
         settings: EngineSettings | None = None,
     ) -> None:
         self.settings = settings = settings or EngineSettings()
-        self._runner = Runner(backbone, settings.cache_bytes, settings.page_tokens)
+        self._runner = Runner(
+            backbone, settings.cache_bytes, settings.page_tokens, packs_weights=settings.packs_weights
+        )
         self._cache = self._runner.cache
         self._pool = AdapterPool(backbone, tokenizer, settings.adapters_in_memory)
         for name, folder in (adapters or {}).items():
@@ -320,7 +322,7 @@ class Engine:
     def _run(self, parts: list[Part]) -> None:
         undecided = [part.text.job for part in parts if not part.text.job.is_routed]
         try:
-            logits = self._runner.run(parts, self._pool.owner)
+            logits = self._runner.run(parts, self._pool)
         except Exception:
             self._runner.forget_decisions(parts)
             raise

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from milora.backbone.positions import positions_of
+from milora.serving.engine.adapters import AdapterPool
 from milora.serving.engine.attention import NAME, PackedAttention, Piece, attending
 from milora.serving.engine.cache import KeyValueCache
 from milora.serving.engine.scheduler import Part
-from milora.tuners.context import ContextOwner, Scope, entered
+from milora.tuners.context import Scope, entered
 from milora.tuners.milora.packed import PackedRoute, PackedTokens, Segment
 from milora_core.errors import MiLoraError
+from milora_core.kernels.packed_linear import PackedLinear
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 DYNAMIC_ROPE = ("dynamic", "longrope")
@@ -32,12 +34,13 @@ class Runner:
         backbone: A Hugging Face causal language model, in eval mode.
         budget: Bytes for the cache.
         page_tokens: Tokens of a page.
+        packs_weights: See [`milora.serving.engine.settings.EngineSettings`].
 
     Raises:
         MiLoraError: If the backbone cannot be run in packed passes; the message says why.
     """
 
-    def __init__(self, backbone: Any, budget: int, page_tokens: int) -> None:
+    def __init__(self, backbone: Any, budget: int, page_tokens: int, *, packs_weights: bool = True) -> None:
         self.backbone = backbone
         config = backbone.config.get_text_config(decoder=True)
         _check_architecture(backbone, config)
@@ -52,20 +55,25 @@ class Runner:
             raise MiLoraError(f"{_name(backbone)} has attention layers of different shapes, which is not supported.")
         layers = len(own.past_key_values.layers)
         self.cache = KeyValueCache(budget, page_tokens, layers, shapes.pop(), backbone.dtype, backbone.device)
+        self._packed = [module for module in backbone.modules() if packs_weights and PackedLinear.serves(module)]
+        for linear in self._packed:
+            linear.forward = PackedLinear(linear)
         self._own_attention = backbone.config._attn_implementation
         backbone.set_attn_implementation(NAME)
         self._check(tokens, own.logits[0].float())
 
     def close(self) -> None:
-        """Gives the backbone its own attention back."""
+        """Gives the backbone its own attention and products back."""
+        for linear in self._packed:
+            del linear.forward
         self.backbone.set_attn_implementation(self._own_attention)
 
-    def run(self, parts: Sequence[Part], owner: ContextOwner) -> Tensor:
+    def run(self, parts: Sequence[Part], adapters: AdapterPool) -> Tensor:
         """Computes parts of texts, writes their keys and values, and lets the routers decide for prompts.
 
         Args:
             parts: What to compute; single tokens come first.
-            owner: Of the model's adapters.
+            adapters: The model's adapters.
 
         Returns:
             (texts, vocabulary), float32, on the CPU: the logits behind each part that ends its text.
@@ -83,8 +91,8 @@ class Runner:
             if part.gives_token:
                 outputs.append(len(tokens) - 1)
         # Some models take the number 0 for all tokens, so one is asked for where none is needed.
-        packed = PackedTokens(segments, outputs or [len(tokens) - 1])
-        with entered(Scope(owner, packed=packed)):
+        packed = PackedTokens(segments, outputs or [len(tokens) - 1], adapters.packed)
+        with entered(Scope(adapters.owner, packed=packed)):
             logits = self._forward(tokens, positions, pieces, packed.outputs)
         for part, segment in zip(parts, segments, strict=True):
             if segment.deciding is not None:

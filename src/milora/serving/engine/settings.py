@@ -19,6 +19,8 @@ class EngineSettings:
         page_tokens: Tokens of a page of the cache; prompts share whole pages.
         prefix_cache: Whether prompts with the same beginning share what was computed of it.
         most_waiting: The most requests that wait; more are refused.
+        packs_weights: On a CPU, whether the linear layers' weights are kept a second time, in the layout in which small
+            batches are multiplied fastest.
         adapters_in_memory: The most adapters in memory; the others are read from disk when they are needed.
 
     Raises:
@@ -30,10 +32,11 @@ class EngineSettings:
     cache_bytes: int = 2**30
     page_tokens: int = 16
     prefix_cache: bool = True
+    packs_weights: bool = True
     most_waiting: int = 1024
     adapters_in_memory: int = 32
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1 and name != "prefix_cache":
+            if not isinstance(value, bool) and value < 1:
                 raise MiLoraError(f"{name} must be at least 1; found {value}.")

@@ -9,12 +9,13 @@ tokens that are adapted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from milora.tuners.milora.packed_rows import PackedModules, PackedRows
 from milora.tuners.milora.plans.formulas import add_expert, dora_scale
 from milora.tuners.milora.routed import BlockRouting
 from milora_core.routing import Route
@@ -81,22 +82,22 @@ class Segment:
     deciding: tuple[int, int] | None = None
 
 
-@dataclass
 class PackedTokens:
     """The tokens of a packed pass.
 
     Args:
         segments: In the order of the tokens, without gaps.
         outputs: Places of the tokens whose logits are computed, which the language model's head is given alone.
+        modules: The model's adapters for the native kernel; without them torch's operators compute all.
     """
 
-    segments: Sequence[Segment]
-    outputs: Sequence[int]
-    plan: PackedPlan = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.plan = PackedPlan(self)
-        self.deciding = [segment for segment in self.segments if segment.deciding is not None]
+    def __init__(
+        self, segments: Sequence[Segment], outputs: Sequence[int], modules: PackedModules | None = None
+    ) -> None:
+        self.segments = segments
+        self.outputs = outputs
+        self.plan = PackedPlan(self, modules)
+        self._deciding = [segment for segment in segments if segment.deciding is not None]
 
     def decide(self, router: Any, hidden: Tensor) -> None:
         """Asks the router of a block, from the block's input (1, tokens, hidden), for the prompts that it decides.
@@ -105,7 +106,7 @@ class PackedTokens:
             router: The block's [`milora.tuners.milora.router.RouterLayer`].
             hidden: The input of the block.
         """
-        for segment in self.deciding:
+        for segment in self._deciding:
             route, deciding = segment.route, segment.deciding
             assert route is not None
             assert deciding is not None
@@ -115,6 +116,7 @@ class PackedTokens:
             prompt = torch.ones(1, count, dtype=torch.bool, device=hidden.device)
             decision = router.decide(route.adapter, hidden[:, first : first + count], prompt)
             route.decided(router.block, BlockRouting(router.experts[route.adapter], decision, []))
+            self.plan.decided(route)
 
 
 class PackedPlan:
@@ -122,49 +124,65 @@ class PackedPlan:
 
     Args:
         tokens: The tokens of the pass.
+        modules: See [`PackedTokens`].
     """
 
     is_packed = True
 
-    def __init__(self, tokens: PackedTokens) -> None:
+    def __init__(self, tokens: PackedTokens, modules: PackedModules | None) -> None:
         self.tokens = tokens
-        self.parts = [
-            (segment.start + segment.bare, segment.start + segment.count, segment.route)
-            for segment in tokens.segments
-            if segment.route is not None and segment.bare < segment.count
-        ]
+        self._modules = modules
+        self._singles: list[tuple[int, PackedRoute]] = []
+        self._spans: list[tuple[int, int, PackedRoute]] = []
+        for segment in tokens.segments:
+            first, count = segment.start + segment.bare, segment.count - segment.bare
+            if segment.route is not None and count == 1:
+                self._singles.append((first, segment.route))
+            elif segment.route is not None and count > 1:
+                self._spans.append((first, count, segment.route))
+        self._rows: PackedRows | None = None
+        if modules is not None and self._singles:
+            self._rows = PackedRows(modules, *zip(*self._singles, strict=True))
+
+    def decided(self, route: PackedRoute) -> None:
+        """Takes in what a router has decided."""
+        if self._rows is not None:
+            self._rows.decided(route)
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See [`milora.tuners.plan.Plan.forward`]."""
         result: Tensor = layer.base_layer(x, *args, **kwargs)
-        if not self.parts:
+        if not self._singles and not self._spans:
             return result
         if result.data_ptr() == x.data_ptr():
             result = result.clone()  # A base layer may return its input.
         flat, inputs = result.view(-1, result.shape[-1]), x.reshape(-1, x.shape[-1])
-        singles: dict[str, tuple[list[int], list[float]]] = {}
-        for first, end, route in self.parts:
+        for first, count, route in self._spans:
             gate = route.gate(layer)
-            if gate == 0:
-                continue
-            if end - first == 1:
-                rows, gates = singles.setdefault(route.adapter, ([], []))
-                rows.append(first)
-                gates.append(gate)
-            else:
-                count = end - first
+            if gate != 0:
                 part = flat.narrow(0, first, count)
-                self._add(layer, route.adapter, inputs.narrow(0, first, count), part, None, [gate] * count)
-        for adapter, (rows, gates) in singles.items():
-            self._add(layer, adapter, inputs, flat, torch.tensor(rows, device=flat.device), gates)
+                _add(layer, route.adapter, inputs.narrow(0, first, count), part, None, [gate] * count)
+        if self._singles:
+            is_added = self._rows is not None and self._rows.add_to(layer, flat, inputs)
+            for adapter, (rows, gates) in self._singles_without_kernel(layer, is_added=is_added).items():
+                _add(layer, adapter, inputs, flat, torch.tensor(rows, device=flat.device), gates)
         return result
 
-    @staticmethod
-    def _add(layer: Any, adapter: str, x: Tensor, result: Tensor, index: Tensor | None, gates: Sequence[float]) -> None:
-        gate = None if all(value == 1 for value in gates) else torch.tensor(gates, device=x.device)
-        changed = add_expert(layer, adapter, x, result, index, gate, dora_scale)
-        if changed.data_ptr() != result.data_ptr():
-            result.copy_(changed)
+    def _singles_without_kernel(self, layer: Any, *, is_added: bool) -> dict[str, tuple[list[int], list[float]]]:
+        """Adapter -> its single tokens and their gates, of those that torch's operators add in a layer."""
+        modules = self._modules
+        by_adapter: dict[str, tuple[list[int], list[float]]] = {}
+        if is_added and modules is not None and not modules.has_others(layer):
+            return by_adapter
+        for first, route in self._singles:
+            if is_added and modules is not None and modules.is_served(layer, route.adapter):
+                continue
+            gate = route.gate(layer)
+            if gate != 0:
+                rows, gates = by_adapter.setdefault(route.adapter, ([], []))
+                rows.append(first)
+                gates.append(gate)
+        return by_adapter
 
     def rows_of(self, rows: int) -> dict[str, list[int]]:
         """See [`milora.tuners.plan.Plan.rows_of`]; here each token is a row.
@@ -180,3 +198,10 @@ class PackedPlan:
             if route is not None:
                 by_adapter.setdefault(route.adapter, []).append(row)
         return by_adapter
+
+
+def _add(layer: Any, adapter: str, x: Tensor, result: Tensor, index: Tensor | None, gates: Sequence[float]) -> None:
+    gate = None if all(value == 1 for value in gates) else torch.tensor(gates, device=x.device)
+    changed = add_expert(layer, adapter, x, result, index, gate, dora_scale)
+    if changed.data_ptr() != result.data_ptr():
+        result.copy_(changed)

@@ -1,0 +1,62 @@
+"""Linear layers on a CPU with their weights in the layout that oneDNN's products read fastest.
+
+A product of few rows with a matrix is bound by how the matrix is read. torch's own call leaves the weight as it lies;
+oneDNN's blocked layout makes a float32 product of 16 rows 1.6 times as fast (measured on an AVX-512 machine with the
+sizes of SmolLM2-135M: 140 us instead of 219 for 576 x 576). The operators are those that `torch.compile` uses when it
+freezes a model; they are private to torch, and touched here only.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+ROWS = 32
+"""The number of rows that the layout is chosen for; others are right too."""
+
+
+@cache
+def has_packed_linear() -> bool:
+    """Whether this build of torch has the operators, and they compute what `linear` does."""
+    try:
+        x, weight = torch.randn(3, 8), torch.randn(16, 8)
+        found = torch.ops.mkldnn._linear_pointwise(x, _pack(weight), None, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return bool(torch.allclose(found, x @ weight.T, atol=1e-4))
+
+
+def _pack(weight: Tensor) -> Any:
+    with torch.no_grad():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+
+
+class PackedLinear:
+    """`x W^T + b` with a copy of a linear layer's weight in the fast layout.
+
+    Args:
+        linear: The layer, on the CPU; later changes of its weight are not seen.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._weight = _pack(linear.weight)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Whether a module is a linear layer that can be packed."""
+        return (
+            type(module) is nn.Linear
+            and module.weight.device.type == "cpu"
+            and module.weight.dtype in PACKED_DTYPES
+            and has_packed_linear()
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out), both of the weight's type."""
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return result

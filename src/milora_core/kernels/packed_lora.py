@@ -1,0 +1,175 @@
+"""The LoRA and DoRA of a packed pass's single tokens on a CPU: one call a module, and nothing prepared for it.
+
+A serving engine's batch changes at almost every step. [`milora_core.kernels.row_lora.RowLora`] prepares a call for each
+module of each batch; here a module's adapters are known by number, and a batch is which token has which number and
+which gates, for all modules at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_core.kernels.native import library
+from milora_core.kernels.row_lora import KERNEL_DTYPES
+
+
+class PackedModule:
+    """The adapters of one module, by number, read where they lie.
+
+    Args:
+        capacity: How many numbers there are.
+        column: The module's column in the gates of a batch.
+        sizes: (d_in, d_out).
+        dtype: Of the adapters, one of [`KERNEL_DTYPES`].
+        bias: (d_out), the base layer's, which DoRA leaves as it is.
+    """
+
+    def __init__(
+        self, capacity: int, column: int, sizes: tuple[int, int], dtype: torch.dtype, bias: Tensor | None
+    ) -> None:
+        self.dtype = dtype
+        self.sizes = sizes
+        self.most_rank = 0
+        self._bias = None if bias is None else bias.detach().float().contiguous()
+        self._parts = (_Part * capacity)()
+        self._kept: dict[int, tuple[Tensor, ...]] = {}
+        pointer = None if self._bias is None else self._bias.data_ptr()
+        self.struct = _Module(ctypes.addressof(self._parts), pointer, *sizes, column)
+
+    def set(self, number: int, a: Tensor, b: Tensor, scaling: float, factors: Tensor | None = None) -> bool:
+        """Gives an adapter its number.
+
+        Args:
+            number: The number.
+            a: (r, d_in).
+            b: (d_out, r).
+            scaling: LoRA's.
+            factors: (d_out): DoRA's `m / n`; `None` for LoRA.
+
+        Returns:
+            Whether it has been done; it is not for weights of another type, elsewhere, or with gaps.
+        """
+        is_right = (
+            a.dtype == b.dtype == self.dtype
+            and a.device.type == b.device.type == "cpu"
+            and (a.shape[1], b.shape[0]) == self.sizes
+            and a.is_contiguous()
+            and (b.stride(1) == 1 or b.shape[1] == 1)
+        )
+        if not is_right:
+            return False
+        kept = (a, b) if factors is None else (a, b, factors.detach().float().contiguous())
+        self._kept[number] = kept
+        pointers = [tensor.data_ptr() for tensor in kept] + [None] * (3 - len(kept))
+        self._parts[number] = _Part(*pointers, a.shape[0], b.stride(0), scaling)
+        self.most_rank = max(self.most_rank, a.shape[0])
+        return True
+
+    def clear(self, number: int) -> None:
+        """Takes an adapter out."""
+        self._parts[number] = _Part()
+        self._kept.pop(number, None)
+
+
+class PackedLora:
+    """The single tokens of one pass.
+
+    Args:
+        tokens: Each one's place in the pass.
+        adapters: Each one's number; the tokens of an adapter follow each other.
+        gates: (tokens, columns), float32, contiguous: each token's gate in each module, 0 where the module was not
+            chosen. It may change between the calls.
+        most_rank: The largest rank of the adapters.
+
+    Raises:
+        RuntimeError: If there is no native kernel.
+    """
+
+    def __init__(self, tokens: Sequence[int], adapters: Sequence[int], gates: Tensor, most_rank: int) -> None:
+        kernels = library()
+        if kernels is None:
+            raise RuntimeError("There is no native kernel on this machine.")
+        rows = len(tokens)
+        self._functions: dict[Any, Any] = {}
+        for x, of_x in KERNEL_DTYPES.items():
+            for weights, of_weights in KERNEL_DTYPES.items():
+                function = getattr(kernels, f"add_packed_{of_x}_{of_weights}")
+                function.argtypes, function.restype = [ctypes.c_void_p] * 4, None
+                self._functions[x, weights] = function
+        self._least_tokens = max(tokens) + 1
+        self._gates = gates
+        self._arrays: list[Any] = [
+            (ctypes.c_int64 * rows)(*tokens),
+            (ctypes.c_int64 * rows)(*adapters),
+            (ctypes.c_int64 * rows)(),
+            (ctypes.c_int64 * (rows + 1))(),
+            (ctypes.c_float * rows)(),
+            (ctypes.c_float * rows)(),
+            (ctypes.c_void_p * (3 * rows))(),
+            (ctypes.c_float * (rows * max(most_rank, 1)))(),
+        ]
+        of_tokens, of_adapters, *room = map(ctypes.addressof, self._arrays)
+        self._struct = _Packed(
+            *(rows, torch.get_num_threads(), of_tokens, of_adapters, gates.data_ptr(), gates.stride(0)), *room
+        )
+        self._address = ctypes.addressof(self._struct)
+
+    def add_to(self, module: PackedModule, result: Tensor, x: Tensor) -> bool:
+        """Adds the adapters of a module to its output, in place.
+
+        Args:
+            module: The module.
+            result: (..., d_out), the pass's tokens; changed in place.
+            x: (..., d_in), likewise.
+
+        Returns:
+            Whether it has been done; it is not where the two have gaps, are elsewhere, or have types that the kernel
+            does not serve.
+        """
+        function = self._functions.get((x.dtype, module.dtype))
+        d_in, d_out = module.sizes
+        if (
+            function is None
+            or result.dtype != x.dtype
+            or not (x.is_cpu and x.is_contiguous() and result.is_contiguous())
+            or x.numel() < self._least_tokens * d_in
+            or x.numel() * d_out != result.numel() * d_in
+        ):
+            return False
+        function(self._address, ctypes.addressof(module.struct), result.data_ptr(), x.data_ptr())
+        return True
+
+
+class _Part(ctypes.Structure):
+    """`struct part` of the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "factors")),
+        *((name, ctypes.c_int64) for name in ("rank", "b_stride")),
+        ("scaling", ctypes.c_float),
+    ]
+
+
+class _Module(ctypes.Structure):
+    """`struct module` of the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("parts", "bias")),
+        *((name, ctypes.c_int64) for name in ("d_in", "d_out", "column")),
+    ]
+
+
+class _Packed(ctypes.Structure):
+    """`struct packed` of the C file."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "adapters", "gates")),
+        ("gates_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("entries", "starts", "weights", "scalings", "pointers", "low")),
+    ]
