@@ -93,16 +93,17 @@ def write_tenants(folder: Path, kind: str) -> None:
     model.save_pretrained(folder / "backbone")
     _write_tokenizer(folder / "backbone")
     for seed, (name, settings) in enumerate(SETTINGS.items()):
-        config = _config(folder, **settings)
-        _write_adapter(folder / name, config, random_adapter(model, "model.layers", config, seed))
+        config = adapter_config(folder, **settings)
+        write_adapter(folder / name, config, random_adapter(model, "model.layers", config, seed))
     modules = ["q_proj", "v_proj", "gate_proj", "down_proj"]
-    config = {**_config(folder), "peft_type": "LORA", "target_modules": modules}
+    config = {**adapter_config(folder), "peft_type": "LORA", "target_modules": modules}
     tensors = random_adapter(model, "model.layers", config, seed=99)
     plain = {key: tensor for key, tensor in tensors.items() if any(f".{name}.lora" in key for name in modules)}
-    _write_adapter(folder / PLAIN, config, plain)
+    write_adapter(folder / PLAIN, config, plain)
 
 
-def _config(folder: Path, **settings: Any) -> dict[str, Any]:
+def adapter_config(folder: Path, **settings: Any) -> dict[str, Any]:
+    """The configuration of an adapter for the backbone of a folder."""
     config = {
         "peft_type": "MILORA",
         "base_model_name_or_path": str(folder / "backbone"),
@@ -126,7 +127,8 @@ def _config(folder: Path, **settings: Any) -> dict[str, Any]:
     return {**config, "target_modules": [name.rpartition(".")[2] for name in config["experts"]]}
 
 
-def _write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes an adapter in PEFT's layout."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
