@@ -57,6 +57,7 @@ def build_app(service: Service) -> FastAPI:
         version=version("milora"),
         redoc_url=None,
         docs_url=None,
+        redirect_slashes=False,
         responses=_ERRORS,
     )
     app.add_middleware(Gate, service=service)

@@ -14,7 +14,7 @@ from milora.serving.logs import log
 from milora.serving.service import Service
 from milora.serving.tenants import Tenant
 
-OPEN_PATHS = ("/health", "/version", "/openapi.json", "/docs")
+OPEN_PATHS = ("/health", "/version", "/openapi.json")
 """What needs no key: nothing of a tenant is there."""
 
 ROUTES = (

@@ -51,8 +51,12 @@ class Address:
                 self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
             bound = socket.socket(family, kind, protocol)
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(place)
+            try:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                bound.bind(place)
+            except OSError:
+                bound.close()
+                raise
         except OSError as error:
             raise MiLoraError(
                 f"The server cannot listen on {self.host}:{self.port}: {error.strerror or error}. Choose another "
