@@ -7,10 +7,13 @@ VLLM := .venv-vllm
 QUANTIZATION := .quantization
 VLLM_INSTALLED := $(VLLM)/.installed
 
-.PHONY: demo report docs test test-fast test-lowest test-quantized lint types setup pretrain smollm2 clean test-vllm setup-vllm
+.PHONY: demo serve-demo report docs test test-fast test-lowest test-quantized lint types setup pretrain smollm2 clean test-vllm setup-vllm
 
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
+
+serve-demo: $(INSTALLED)  ## Train three tenants in seconds, serve them, and ask each with curl (BACKBONE=... for another one, STAY=1 to go on)
+	$(BIN)/python scripts/serve_demo.py $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(STAY),--stay)
 
 report: $(INSTALLED)  ## Make the tables of docs/results in out/report (hours; a second process shares the work)
 	$(BIN)/python -m reproduction --settings reproduction/bundled.yaml --output out/report
