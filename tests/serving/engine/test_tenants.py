@@ -296,6 +296,30 @@ def test_more_adapters_than_memory_come_and_go(folders: dict[str, Path], alone: 
         assert (statistics.adapters, statistics.adapters_in_memory) == (len(names), 3)
 
 
+def test_an_adapter_takes_the_place_of_one_of_the_same_shapes(tmp_path: Path) -> None:
+    """Its weights are written over the other's; DoRA's factors are worked out anew."""
+    kinds = {"a": {}, "b": {}, "dora-a": {"use_dora": True}, "dora-b": {"use_dora": True}, "rank": {"r": 2}}
+    folders = saved_adapters(tmp_path, "llama", kinds)
+    alone = Alone("llama", folders)
+    assert len({tuple(alone(name, DOCUMENT, 8)) for name in folders}) == len(folders)
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["a"], broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with engine_on("llama", {**folders, "broken": broken}, adapters_in_memory=2) as engine:
+        made = []
+        original = engine._pool.slots.make
+        engine._pool.slots.make = lambda adapter: (made.append(adapter.name), original(adapter))[1]
+        for name in ["a", "dora-a", *["b", "dora-b", "a", "dora-a"] * 2]:
+            assert read(engine.submit(greedy(DOCUMENT, name, 8))).tokens == [alone(name, DOCUMENT, 8)], name
+        assert made == ["a", "dora-a"]
+        with pytest.raises(AdapterError, match="NaN"):
+            read(engine.submit(greedy(DOCUMENT, "broken", 8)))
+        for name in ["rank", "lora", "a", "b", "dora"]:
+            assert read(engine.submit(greedy(DOCUMENT, name, 8))).tokens == [alone(name, DOCUMENT, 8)], name
+
+
 def test_files_that_changed_since_loading_are_not_taken_for_the_old_ones(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

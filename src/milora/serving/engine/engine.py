@@ -364,7 +364,7 @@ class Engine:
             self._end(job, EngineStoppedError(message))
         while self._commands:
             self._commands.popleft()[1].set_exception(EngineStoppedError(message))
-        self._pool.close()
+        self._pool.slots.close()
         self._runner.close()
 
 

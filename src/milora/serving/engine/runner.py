@@ -91,8 +91,8 @@ class Runner:
             if part.gives_token:
                 outputs.append(len(tokens) - 1)
         # Some models take the number 0 for all tokens, so one is asked for where none is needed.
-        packed = PackedTokens(segments, outputs or [len(tokens) - 1], adapters.packed)
-        with entered(Scope(adapters.owner, packed=packed)):
+        packed = PackedTokens(segments, outputs or [len(tokens) - 1], adapters.slots.packed)
+        with entered(Scope(adapters.slots.owner, packed=packed)):
             logits = self._forward(tokens, positions, pieces, packed.outputs)
         for part, segment in zip(parts, segments, strict=True):
             if segment.deciding is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from milora.serving.engine.adapters import AdapterPool
 from milora.serving.engine.cache import PagePool
 from milora.serving.engine.sequence import Job, Text
-from milora.serving.requests import ServingError
+from milora.serving.requests import InvalidRequestError, ServingError
 from milora_core.errors import MiLoraError
 
 NEW_TOKEN_COST = 2
@@ -198,7 +198,8 @@ class Scheduler:
                     prompt = job.request.prompt
                     job.route, job.is_routed = self._adapters.new_route(job.adapter, job.request.route, prompt)
                 except MiLoraError as error:
-                    raise ServingError(str(error)) from error
+                    raise InvalidRequestError(str(error)) from error
+            job.route.adapter = job.adapter.slot
             job.adapter.running += 1
         self.running.append(job)
         for text in job.texts:

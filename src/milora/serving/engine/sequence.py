@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from milora.serving.engine.adapters import Adapter
+from milora.serving.engine.adapter import Adapter
 from milora.serving.engine.detokenizer import Detokenizer
 from milora.serving.engine.sampler import Sampler
 from milora.serving.requests import Generation, GenerationRequest
