@@ -69,6 +69,9 @@ class Alone:
             self._models[name] = PeftModel.from_pretrained(ARCHITECTURES[backbone](), folder).eval()
 
     def __call__(self, adapter: str | None, prompt: tuple[int, ...], new_tokens: int, **options: Any) -> list[int]:
+        return self.all(adapter, prompt, new_tokens, **options)[0]
+
+    def all(self, adapter: str | None, prompt: tuple[int, ...], new_tokens: int, **options: Any) -> list[list[int]]:
         with torch.no_grad():
             output = self._models[adapter].generate(
                 input_ids=torch.tensor([prompt]),
@@ -77,7 +80,7 @@ class Alone:
                 do_sample=False,
                 **options,
             )
-        return output[0, len(prompt) :].tolist()
+        return output[:, len(prompt) :].tolist()
 
     def model(self, adapter: str | None) -> Any:
         return self._models[adapter]

@@ -160,6 +160,47 @@ def test_text_that_only_begins_a_stop_text_is_given_in_the_end(engine: Engine, a
     assert read(engine.submit(greedy(PROMPT, "soft", 20, stop=(whole[-2:] + "never",)))).texts == [whole]
 
 
+@pytest.mark.parametrize("adapter", [None, "milora", "late"])
+@pytest.mark.parametrize(
+    ("beams", "length_penalty", "ends"),
+    [(2, 1.0, ()), (3, 1.0, (END,)), (4, 0.0, (END, 7)), (4, 2.0, (3, 8, 12)), (3, -1.0, (5, 6))],
+)
+def test_beams_are_generates(
+    folders: dict[str, Path],
+    alone: Alone,
+    adapter: str | None,
+    beams: int,
+    length_penalty: float,
+    ends: tuple[int, ...],
+) -> None:
+    """Of several lengths, so that texts end early and late; with few pages, so that beams are taken off their rows."""
+    options = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": length_penalty}
+    generator = random.Random(beams)
+    prompts = [prompt_of(generator, size) for size in (1, 6, 11, 16)]
+    with engine_on("llama", folders, cache_bytes=40 * 2**10, step_tokens=16) as engine:
+        sampling = Sampling(
+            14,
+            n=beams,
+            use_beam_search=True,
+            length_penalty=length_penalty,
+            ignore_eos=True,
+            stop_token_ids=ends,
+        )
+        running = [engine.submit(GenerationRequest(prompt, sampling, adapter)) for prompt in prompts]
+        for prompt, generation in zip(prompts, running, strict=True):
+            expected = alone.all(adapter, prompt, 14, eos_token_id=list(ends) or None, pad_token_id=0, **options)
+            answer = read(generation)
+            expected = [
+                tokens[: min((tokens.index(end) + 1 for end in ends if end in tokens), default=14)]
+                for tokens in expected
+            ]
+            assert answer.tokens == expected
+            assert answer.reasons == [
+                ("stop", tokens[-1]) if tokens[-1] in ends else ("length", None) for tokens in expected
+            ]
+            assert answer.texts == [text_of(tokens[:-1] if tokens[-1] in ends else tokens) for tokens in expected]
+
+
 @pytest.mark.parametrize("adapter", ["milora", "soft", "late"])
 def test_routes_are_returned_and_followed(engine: Engine, alone: Alone, adapter: str) -> None:
     expected = alone.model(adapter).route(torch.tensor([PROMPT]))

@@ -10,7 +10,7 @@ computed stays in the prefix cache as long as there is room.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from milora.serving.engine.adapters import AdapterPool
@@ -98,7 +98,7 @@ class Scheduler:
     def release(self, text: Text) -> None:
         """Gives the pages of a text back."""
         self._pages.release(text.pages)
-        text.pages, text.computed, text.known, text.node = [], 0, 0, None
+        text.pages, text.computed, text.known, text.node, text.logits = [], 0, 0, None, None
 
     def _busy(self) -> set[str]:
         return {*self._waiting, *(job.tenant for job in self.running)}
@@ -266,29 +266,39 @@ class Scheduler:
         self._stop(job)
         self._waiting.setdefault(job.tenant, deque()).appendleft(job)
 
-    def fork(self, text: Text, copies: int) -> tuple[list[Text], list[tuple[int, int]]]:
-        """Texts that continue a text, with its full pages in common.
+    def branch(self, parents: Sequence[Text]) -> list[tuple[int, int]]:
+        """Gives a request new texts that continue its texts, with their full pages in common.
 
         Args:
-            text: The text, which becomes the first of them.
-            copies: How many there are then.
+            parents: The text that each new one continues. All tokens of all of the request's texts are computed.
 
         Returns:
-            The texts, and pages to copy, (from, to): the last page of a text is its own.
+            Pages to copy, (from, to): the last page of a text, if it is not full, is its own.
         """
-        size = self._pages.page_tokens
+        job, size = parents[0].job, self._pages.page_tokens
+        for text in job.texts:
+            if text not in parents:
+                self.release(text)
         copied: list[tuple[int, int]] = []
-        texts = [text]
-        for index in range(1, copies):
-            whole = text.computed // size
-            other = Text(text.job, index, list(text.tokens), text.computed, list(text.pages[:whole]))
-            other.known, other.node = min(text.known, whole), text.node
-            for page in other.pages:
+        texts: list[Text] = []
+        taken: set[Text] = set()
+        for index, parent in enumerate(parents):
+            whole = parent.computed // size
+            text = Text(job, index, list(parent.tokens), parent.computed, list(parent.pages[:whole]))
+            text.known, text.node = parent.known, parent.node
+            if parent.computed % size:
+                if parent in taken:
+                    while not self._pages.available:
+                        self._preempt(self._victim(job))
+                    text.pages.append(self._pages.take())
+                    copied.append((parent.pages[whole], text.pages[whole]))
+                else:
+                    text.pages.append(parent.pages[whole])
+            for page in text.pages if parent not in taken else text.pages[:whole]:
                 self._pages.share(page)
-            texts.append(other)
-            if text.computed % size:
-                while not self._pages.available:
-                    self._preempt(self._victim(text.job))
-                other.pages.append(self._pages.take())
-                copied.append((text.pages[whole], other.pages[whole]))
-        return texts, copied
+            taken.add(parent)
+            texts.append(text)
+        for parent in taken:
+            self.release(parent)
+        job.texts = texts
+        return copied

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from milora.serving.engine.adapter import Adapter
+from milora.serving.engine.beams import BeamSearch
 from milora.serving.engine.detokenizer import Detokenizer
 from milora.serving.engine.sampler import Sampler
 from milora.serving.requests import Generation, GenerationRequest
@@ -24,7 +27,7 @@ class Text:
         pages: The pages of the cache, in order.
         known: How many full pages the prefix cache knows.
         node: The prefix cache's node of the last of these.
-        logprob: Sum of the new tokens' log-probabilities (beam search).
+        logits: (vocabulary): what follows, while other beams of the request are still to be computed.
     """
 
     job: Job
@@ -34,7 +37,7 @@ class Text:
     pages: list[int] = field(default_factory=list)
     known: int = 0
     node: Hashable = None
-    logprob: float = 0.0
+    logits: Tensor | None = None
     sampler: Sampler | None = None
     detokenizer: Detokenizer | None = None
 
@@ -65,6 +68,7 @@ class Job:
         cached_tokens: Tokens of the prompt that the prefix cache held.
         is_forked: Whether the prompt has been read and each text goes its own way.
         has_begun: Whether the reader has had an event.
+        search: The beam search, if it is one.
     """
 
     request: GenerationRequest
@@ -78,6 +82,7 @@ class Job:
     cached_tokens: int | None = None
     is_forked: bool = False
     has_begun: bool = False
+    search: BeamSearch | None = None
 
     def __post_init__(self) -> None:
         self.texts = [Text(self, 0, list(self.request.prompt))]

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from milora.serving.engine.beams import BeamSearch
 from milora.serving.engine.cache import KeyValueCache
 from milora.serving.engine.detokenizer import Detokenizer
 from milora.serving.engine.sampler import Sampler, token_logprobs
@@ -73,6 +75,10 @@ class Writer:
                 message = "The model gave NaN or infinity for this request: look at its adapter's weights."
                 self._end(text.job, NumericalError(message))
                 continue
+            if text.job.request.sampling.use_beam_search:
+                text.logits = logits[row]
+                self._search(text.job)
+                continue
             for each in self._forked(text):
                 assert each.sampler is not None
                 token = (
@@ -93,15 +99,50 @@ class Writer:
             return [text]
         job.is_forked = True
         sampling = job.request.sampling
-        job.texts, copied = self._scheduler.fork(text, sampling.n)
-        for source, target in copied:
-            self._cache.copy(source, target)
+        self._branch([text] * sampling.n)
         for each in job.texts:
             each.sampler = Sampler(sampling, each.index)
             each.detokenizer = Detokenizer(
                 self._tokenizer_of(job.adapter), sampling.stop, keep_stop=sampling.include_stop_str_in_output
             )
         return list(job.texts)
+
+    def _branch(self, parents: Sequence[Text]) -> None:
+        for source, target in self._scheduler.branch(parents):
+            self._cache.copy(source, target)
+
+    def _search(self, job: Job) -> None:
+        """One step of a beam search, when the logits of all beams are there."""
+        rows = [text.logits for text in job.texts if text.logits is not None]
+        if len(rows) < len(job.texts):
+            return
+        sampling = job.request.sampling
+        if job.search is None:
+            job.search = BeamSearch(sampling, self._ends_of(job))
+        following = job.search.step(torch.stack(rows))
+        if not job.search.is_over:
+            self._branch([job.texts[beam] for beam in following])
+            for text, (_, tokens) in zip(job.texts, job.search.beams, strict=True):
+                text.tokens.append(tokens[-1])
+            job.is_forked = True
+            return
+        for index, found in enumerate(job.search.finished):
+            self.generated[job.tenant] += len(found.tokens)
+            has_ended = found.tokens[-1] in self._ends_of(job)
+            shown = found.tokens[:-1] if has_ended else found.tokens
+            text = self._tokenizer_of(job.adapter).decode(list(shown), skip_special_tokens=True)
+            cause = found.tokens[-1] if found.tokens[-1] in sampling.stop_token_ids else None
+            reason = "stop" if has_ended else "length"
+            self._send(job, TokenEvent(index, text, found.tokens, None, reason, cause))
+        self._end(job, None)
+
+    def _ends_of(self, job: Job) -> frozenset[int]:
+        """The tokens that end a request's texts."""
+        sampling = job.request.sampling
+        if sampling.ignore_eos:
+            return frozenset(sampling.stop_token_ids)
+        own = self._tokenizer_of(job.adapter).eos_token_id
+        return self._ends | {*sampling.stop_token_ids} | ({own} if own is not None else set())
 
     @staticmethod
     def _logprobs(chosen: Sequence[tuple[Text, int, int]], logits: Tensor) -> dict[int, TokenLogprob]:
@@ -123,10 +164,8 @@ class Writer:
         reason: str | None = None
         cause: int | str | None = None
         piece = ""
-        if token in sampling.stop_token_ids:
-            reason, cause = "stop", token
-        elif not sampling.ignore_eos and self._is_end(token, job):
-            reason = "stop"
+        if token in self._ends_of(job):
+            reason, cause = "stop", token if token in sampling.stop_token_ids else None
         else:
             piece = detokenizer.add(token)
         if reason is None and len(text.new_tokens) >= sampling.max_tokens:
@@ -139,9 +178,6 @@ class Writer:
         self._send(job, TokenEvent(text.index, piece, (token,), logprobs, reason, cause))
         if reason is not None:
             self._finish(text)
-
-    def _is_end(self, token: int, job: Job) -> bool:
-        return token in self._ends or token == self._tokenizer_of(job.adapter).eos_token_id
 
     @staticmethod
     def _send(job: Job, event: TokenEvent) -> None:
