@@ -46,6 +46,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+
 def build_app(service: Service) -> FastAPI:
     """The application of a server.
 
@@ -64,12 +67,12 @@ def build_app(service: Service) -> FastAPI:
     _add_error_handlers(app)
     bearer = [Depends(HTTPBearer(auto_error=False))]
 
-    @app.post("/v1/completions", dependencies=bearer)
+    @app.post("/v1/completions", dependencies=bearer, responses=_STREAM)
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continues prompts."""
         return await _generate(service, body, request)
 
-    @app.post("/v1/chat/completions", dependencies=bearer)
+    @app.post("/v1/chat/completions", dependencies=bearer, responses=_STREAM)
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         """Answers a chat."""
         return await _generate(service, body, request)
@@ -87,7 +90,7 @@ def build_app(service: Service) -> FastAPI:
                 return card
         raise no_such_model(model)
 
-    @app.post("/v1/load_lora_adapter", dependencies=bearer)
+    @app.post("/v1/load_lora_adapter", dependencies=bearer, response_class=PlainTextResponse)
     async def load_lora_adapter(body: LoadBody, request: Request) -> PlainTextResponse:
         """Loads an adapter; needs the admin key."""
         _require_admin(service, request)
@@ -95,7 +98,7 @@ def build_app(service: Service) -> FastAPI:
         request.state.notes["adapter"] = body.lora_name
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter", dependencies=bearer)
+    @app.post("/v1/unload_lora_adapter", dependencies=bearer, response_class=PlainTextResponse)
     async def unload_lora_adapter(body: UnloadBody, request: Request) -> PlainTextResponse:
         """Unloads an adapter; needs the admin key."""
         _require_admin(service, request)
@@ -112,7 +115,7 @@ def build_app(service: Service) -> FastAPI:
             return JSONResponse({"status": "failed"}, 503)
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics", dependencies=bearer)
+    @app.get("/metrics", dependencies=bearer, response_class=PlainTextResponse)
     def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -287,4 +290,5 @@ def _of_framework(error: HTTPException) -> ApiError:
     messages = {404: "There is no such route.", 405: "This route takes another method.", 413: "The body is too large."}
     codes = {404: "no_such_route", 405: "method_not_allowed", 413: "body_too_large"}
     status = error.status_code
-    return ApiError(status, messages.get(status, str(error.detail)), codes.get(status, "invalid_request"))
+    allow = (error.headers or {}).get("Allow")
+    return ApiError(status, messages.get(status, str(error.detail)), codes.get(status, "invalid_request"), allow=allow)

@@ -49,10 +49,18 @@ class ApiError(Exception):
         code: A word for programs, such as `model_not_found`.
         param: The field of the request that was wrong.
         retry_after: Seconds after which the same request may succeed.
+        allow: The methods that the route takes.
     """
 
     def __init__(
-        self, status: int, message: str, code: str, *, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -60,6 +68,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
 
     @classmethod
     def of_generation(cls, error: MiLoraError) -> ApiError:
@@ -90,8 +99,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The response, with `Retry-After` and `WWW-Authenticate` where they belong."""
+        """The response, with the headers that belong to it."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)

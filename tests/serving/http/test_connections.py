@@ -149,3 +149,10 @@ def test_a_request_is_a_line_of_json_without_its_prompt(client: TestClient, engi
     assert (second["route"], second["status"], second["code"]) == ("other", 404, "no_such_route")
     lines = [JsonFormatter().format(record) for record in caplog.records]
     assert not any(word in line for line in lines for word in ("hey", "yes", "hidden", "secret"))
+
+
+def test_other_methods_and_other_routes(client: TestClient) -> None:
+    refused = client.put("/v1/completions", json={})
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert refused.json()["error"]["code"] == "method_not_allowed"
+    assert client.post("/v1/completions/", json={}).status_code == 404
