@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from milora.serving.engine.adapters import AdapterPool
+from milora.serving.engine.checks import check_request
 from milora.serving.engine.runner import Runner
 from milora.serving.engine.scheduler import Part, Scheduler
 from milora.serving.engine.sequence import Job
 from milora.serving.engine.settings import EngineSettings
-from milora.serving.engine.writer import Writer
+from milora.serving.engine.writer import Writer, failed
 from milora.serving.requests import (
     AdapterInfo,
     DeadlineError,
     EngineStatistics,
     EngineStoppedError,
-    FailedRequestError,
     Generation,
     GenerationRequest,
-    InvalidRequestError,
-    PromptTooLongError,
     QueueFullError,
     ServingError,
 )
@@ -105,7 +103,7 @@ class Engine:
             QueueFullError: If as many requests wait as may wait.
             EngineStoppedError: If the engine is draining, closed, or has failed.
         """
-        self._check(request)
+        check_request(request, self.settings, self._runner)
         with self._changed:
             self._check_accepts()
             adapter = None if request.adapter is None else self._pool.find(request.adapter)
@@ -215,33 +213,6 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check(self, request: GenerationRequest) -> None:
-        prompt, sampling = request.prompt, request.sampling
-        if not prompt:
-            raise InvalidRequestError("The prompt has no tokens; there is nothing to continue.")
-        strange = next((token for token in prompt if not 0 <= token < self._runner.vocabulary), None)
-        if strange is not None:
-            raise InvalidRequestError(
-                f"The prompt has the token {strange}; the vocabulary ends at {self._runner.vocabulary}."
-            )
-        if sampling.n > self.settings.most_texts:
-            raise InvalidRequestError(
-                f"n is {sampling.n}; the engine generates {self.settings.most_texts} texts at most."
-            )
-        total, positions = len(prompt) + sampling.max_tokens, self._runner.positions
-        if positions is not None and total > positions:
-            raise PromptTooLongError(
-                f"The prompt has {len(prompt)} tokens, which with {sampling.max_tokens} new tokens exceeds the "
-                f"backbone's {positions} positions: shorten it, or lower max_tokens."
-            )
-        pages = self._cache.pool
-        needed = sampling.n * -(-total // pages.page_tokens)
-        if needed > pages.pages:
-            raise PromptTooLongError(
-                f"Prompt and new tokens take {needed} pages of the cache, which has {pages.pages}: shorten the prompt, "
-                "or lower max_tokens or n."
-            )
-
     def _check_accepts(self) -> None:
         if self._failure is not None:
             raise EngineStoppedError(f"The engine has stopped: {self._failure}")
@@ -339,8 +310,7 @@ class Engine:
             try:
                 self._run(own)
             except Exception as alone:
-                _log.exception("A request failed.")
-                self._end(job, alone if isinstance(alone, ServingError) else FailedRequestError(_one_line(alone)))
+                self._end(job, failed(alone))
 
     def _count_waiting(self) -> None:
         with self._changed:
@@ -358,6 +328,8 @@ class Engine:
         job.generation.end(error)
 
     def _stop(self) -> None:
+        with self._changed:
+            self._is_closing = True  # Nothing arrives from here on.
         message = "The engine was closed." if self._failure is None else f"The engine has stopped: {self._failure}"
         self._take_arrived()
         for job in list(self._unfinished):
@@ -366,11 +338,6 @@ class Engine:
             self._commands.popleft()[1].set_exception(EngineStoppedError(message))
         self._pool.slots.close()
         self._runner.close()
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"The request failed: {lines[0]}"
 
 
 def _ends(backbone: Any) -> frozenset[int]:

@@ -114,18 +114,14 @@ def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     raise AssertionError("All tokens were sorted.")
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """The log-probabilities of chosen tokens and of the most probable ones, from the logits as they are.
+def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    """The log-probabilities of a chosen token and of the most probable ones, from the logits as they are.
 
     Args:
-        logits: (texts, vocabulary), float32.
-        tokens: The chosen token of each text.
+        logits: (vocabulary), float32.
+        token: The chosen token.
         count: How many of the most probable ones.
     """
     logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    values, places = (part.tolist() for part in logprobs.topk(count, dim=-1)) if count else ([[]] * len(tokens),) * 2
-    return [
-        TokenLogprob(token, logprob, tuple(zip(of_places, of_values, strict=True)))
-        for token, logprob, of_places, of_values in zip(tokens, chosen, places, values, strict=True)
-    ]
+    values, tokens = logprobs.topk(count)
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,10 +14,12 @@ from torch import Tensor
 from milora.serving.engine.beams import BeamSearch
 from milora.serving.engine.cache import KeyValueCache
 from milora.serving.engine.detokenizer import Detokenizer
-from milora.serving.engine.sampler import Sampler, token_logprobs
+from milora.serving.engine.sampler import Sampler, token_logprob
 from milora.serving.engine.scheduler import Part, Scheduler
 from milora.serving.engine.sequence import Job, Text
-from milora.serving.requests import NumericalError, ServingError, TokenEvent, TokenLogprob
+from milora.serving.requests import FailedRequestError, NumericalError, ServingError, TokenEvent, TokenLogprob
+
+_log = logging.getLogger(__name__)
 
 Ending = Callable[[Job, ServingError | None], None]
 """Ends a request, with an error or without."""
@@ -67,30 +70,39 @@ class Writer:
             return
         most, best = logits.max(dim=-1)
         is_right, likeliest = most.isfinite().tolist(), best.tolist()
-        chosen: list[tuple[Text, int, int]] = []
         for row, text in enumerate(rows):
             if text.job not in self._scheduler.running:
-                continue  # Another text of the request has failed.
-            if not is_right[row]:
-                message = "The model gave NaN or infinity for this request: look at its adapter's weights."
-                self._end(text.job, NumericalError(message))
-                continue
-            if text.job.request.sampling.use_beam_search:
-                text.logits = logits[row]
-                self._search(text.job)
-                continue
-            for each in self._forked(text):
-                assert each.sampler is not None
-                token = (
-                    likeliest[row]
-                    if each.sampler.is_plain
-                    else each.sampler.draw(logits[row], each.job.request.prompt, each.new_tokens)
-                )
-                chosen.append((each, row, token))
-        logprobs = self._logprobs(chosen, logits)
-        for number, (text, _, token) in enumerate(chosen):
-            if text.job in self._scheduler.running:
-                self._write(text, token, logprobs.get(number))
+                continue  # Another text of the request has failed, or the request has lost its rows to another.
+            try:
+                if not is_right[row]:
+                    raise NumericalError("The model gave NaN or infinity for this request: look at its adapter.")
+                self._continue(text, logits[row], likeliest[row])
+            except Exception as error:
+                self._end(text.job, failed(error))
+
+    def _continue(self, text: Text, logits: Tensor, likeliest: int) -> None:
+        """Continues a text by a token, or a prompt by the first one of each of its texts.
+
+        Args:
+            text: The text.
+            logits: (vocabulary): what follows it.
+            likeliest: The token with the largest of them.
+        """
+        job = text.job
+        sampling = job.request.sampling
+        if sampling.use_beam_search:
+            text.logits = logits
+            self._search(job)
+            return
+        for each in self._forked(text):
+            assert each.sampler is not None
+            token = likeliest
+            if not each.sampler.is_plain:
+                token = each.sampler.draw(logits, job.request.prompt, each.new_tokens)
+            logprobs = None
+            if sampling.logprobs is not None:
+                logprobs = (token_logprob(logits, token, sampling.logprobs),)
+            self._write(each, token, logprobs)
 
     def _forked(self, text: Text) -> list[Text]:
         """The texts that begin with the prompt's logits, or the one that goes on."""
@@ -144,19 +156,7 @@ class Writer:
         own = self._tokenizer_of(job.adapter).eos_token_id
         return self._ends | {*sampling.stop_token_ids} | ({own} if own is not None else set())
 
-    @staticmethod
-    def _logprobs(chosen: Sequence[tuple[Text, int, int]], logits: Tensor) -> dict[int, TokenLogprob]:
-        wanted = [
-            (number, row, token, text.job.request.sampling.logprobs)
-            for number, (text, row, token) in enumerate(chosen)
-            if text.job.request.sampling.logprobs is not None
-        ]
-        return {
-            number: token_logprobs(logits[row : row + 1], [token], count or 0)[0]
-            for number, row, token, count in wanted
-        }
-
-    def _write(self, text: Text, token: int, logprob: TokenLogprob | None) -> None:
+    def _write(self, text: Text, token: int, logprobs: tuple[TokenLogprob] | None) -> None:
         job, sampling, detokenizer = text.job, text.job.request.sampling, text.detokenizer
         assert detokenizer is not None
         text.tokens.append(token)
@@ -174,7 +174,6 @@ class Writer:
             piece += detokenizer.finish()
         if detokenizer.stopped_by is not None:
             reason, cause = "stop", detokenizer.stopped_by
-        logprobs = None if logprob is None else (logprob,)
         self._send(job, TokenEvent(text.index, piece, (token,), logprobs, reason, cause))
         if reason is not None:
             self._finish(text)
@@ -194,3 +193,12 @@ class Writer:
         self._scheduler.release(text)
         if not job.texts:
             self._end(job, None)
+
+
+def failed(error: Exception) -> ServingError:
+    """What to tell the reader of a request that raised an error."""
+    if isinstance(error, ServingError):
+        return error
+    _log.error("A request failed.", exc_info=error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return FailedRequestError(f"The request failed: {lines[0]}")

@@ -1,0 +1,38 @@
+"""What the engine refuses before a request is queued."""
+
+from __future__ import annotations
+
+from milora.serving.engine.runner import Runner
+from milora.serving.engine.settings import EngineSettings
+from milora.serving.requests import GenerationRequest, InvalidRequestError, PromptTooLongError
+
+
+def check_request(request: GenerationRequest, settings: EngineSettings, runner: Runner) -> None:
+    """Checks a request against the backbone and the engine's sizes.
+
+    Raises:
+        InvalidRequestError: If the prompt is empty or has a token that the backbone has not, or `n` is too large.
+        PromptTooLongError: If prompt and new tokens do not fit the backbone's positions or the cache.
+    """
+    prompt, sampling = request.prompt, request.sampling
+    if not prompt:
+        raise InvalidRequestError("The prompt has no tokens; there is nothing to continue.")
+    size = runner.vocabulary
+    strange = next((token for token in prompt if not 0 <= token < size), None)
+    if strange is not None:
+        raise InvalidRequestError(f"The prompt has the token {strange}; the vocabulary has {size} tokens.")
+    if sampling.n > settings.most_texts:
+        raise InvalidRequestError(f"n is {sampling.n}; the engine generates {settings.most_texts} texts at most.")
+    total, positions = len(prompt) + sampling.max_tokens, runner.positions
+    if positions is not None and total > positions:
+        raise PromptTooLongError(
+            f"The prompt has {len(prompt)} tokens, which with {sampling.max_tokens} new tokens exceeds the backbone's "
+            f"{positions} positions: shorten it, or lower max_tokens."
+        )
+    pages = runner.cache.pool
+    needed = sampling.n * -(-total // pages.page_tokens)
+    if needed > pages.pages:
+        raise PromptTooLongError(
+            f"Prompt and new tokens take {needed} pages of the cache, which has {pages.pages}: shorten the prompt, or "
+            "lower max_tokens or n."
+        )
