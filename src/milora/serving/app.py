@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -145,7 +146,7 @@ async def _generate(service: Service, body: CompletionBody | ChatBody, request: 
         first = await unless_gone(request.receive, anext(events))
         chunks = _chunks(exchange, events, first, with_usage=_wants_usage(body), notes=notes)
         is_handed_on = True
-        return EventStream(chunks, service.settings.stall_seconds)
+        return EventStream(chunks, service.settings.stall_seconds, partial(_end_stream, exchange, notes))
     except ClientGoneError:
         notes["status"] = CLIENT_GONE
         return Response(status_code=CLIENT_GONE)
@@ -183,7 +184,6 @@ async def _chunks(
 ) -> AsyncGenerator[bytes, None]:
     shown = [0] * len(exchange.texts)
     begun: set[int] = set()
-    is_complete = False
     try:
         item = first
         while item is not None:
@@ -198,19 +198,19 @@ async def _chunks(
             item = await anext(events, None)
         if with_usage:
             yield _event(exchange.form.last(exchange.usage))
-        is_complete = True
-        yield DONE
     except MiLoraError as error:
         failure = _failure(error)
         notes.update(status=failure.status, code=failure.code)
-        is_complete = True
         yield _event(failure.body())
-        yield DONE
     finally:
-        if not is_complete:
-            notes.setdefault("status", CLIENT_GONE)
         await events.aclose()
-        _close(exchange, notes)
+    yield DONE
+
+
+def _end_stream(exchange: Exchange, notes: dict[str, Any], is_gone: bool) -> None:
+    if is_gone:
+        notes.setdefault("status", CLIENT_GONE)
+    _close(exchange, notes)
 
 
 async def _texts_of(exchange: Exchange, logprobs: Any) -> TokenTexts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -55,31 +55,39 @@ class EventStream(Response):
     """A response of server-sent events.
 
     Args:
-        chunks: The events. It is closed in any case.
+        chunks: The events; closed in any case.
         stall_seconds: How long the client may leave the connection full before it counts as gone.
+        ended: Called once at the end, in any case, with whether the client was gone. A generator that was never begun
+            runs no `finally`, so what belongs to the request is released here.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], stall_seconds: float) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], stall_seconds: float, ended: Callable[[bool], None]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
         self._stall_seconds = stall_seconds
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes the events; ends when the client is gone."""
-        with suppress(ClientGoneError):
-            await unless_gone(receive, self._write(send))
-
-    async def _write(self, send: Send) -> None:
+        is_gone = False
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for chunk in self._chunks:
-                with anyio.move_on_after(self._stall_seconds) as patience:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                if patience.cancelled_caught:
-                    raise ClientGoneError
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await unless_gone(receive, self._write(send))
+        except ClientGoneError:
+            is_gone = True
         finally:
             await self._chunks.aclose()
+            self._ended(is_gone)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for chunk in self._chunks:
+            with anyio.move_on_after(self._stall_seconds) as patience:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if patience.cancelled_caught:
+                raise ClientGoneError
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx2
@@ -15,6 +16,7 @@ from fastapi.testclient import TestClient
 from support.fake_engine import FakeEngine, spelled
 
 from milora.serving.app import build_app
+from milora.serving.connection import EventStream
 from milora.serving.logs import JsonFormatter
 from milora.serving.requests import TokenEvent
 from milora.serving.service import Service
@@ -80,6 +82,22 @@ def test_a_client_that_stops_reading_counts_as_gone(
     body = {"model": "ada", "prompt": "hey"}
     assert httpx2.post(f"{address}/v1/completions", json=body).json()["choices"][0]["text"] == "yes"
     connection.close()
+
+
+def test_a_stream_that_is_never_begun_ends_its_request_too() -> None:
+    ended: list[bool] = []
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield b"never read"
+
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(60)
+
+    asyncio.run(EventStream(chunks(), 60, ended.append)({"type": "http"}, gone, send))
+    assert ended == [True]
 
 
 def test_the_openai_client(make_service: MakeService, serve: Serve, engine: FakeEngine) -> None:
