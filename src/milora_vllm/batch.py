@@ -84,7 +84,9 @@ class Routes:
     def forget(self, request: str) -> None:
         """Drops what is kept of a request that ended or was preempted."""
         self._routings.pop(request, None)
-        self._of_request.pop(request, None)
+        route = self._of_request.pop(request, None)
+        if route is not None:
+            route.release()
 
     def follow(self, chunk: Chunk, slot: int, routers: dict[int, LayerRouter]) -> tuple[Rows | None, Decision | None]:
         """The adapted rows of a chunk of a MiLoRA request, and the decision if its route is decided with it.

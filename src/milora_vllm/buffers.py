@@ -1,6 +1,6 @@
-"""LoRA with gates on a GPU: the step's slots and gates lie in fixed buffers, which CUDA graphs can read.
+"""LoRA with gates on a GPU: the step's slots and gates lie in fixed buffers on it, so the host never waits for it.
 
-Nothing here waits for the GPU. The tests run it on a CPU, where the same operators have other kernels.
+The tests run it on a CPU, where the same operators have other kernels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BufferedLinear:
 
     A step of few rows, such as decoding, uses milora's grouped kernel with a row a token: it reads a row's weights only
     if its gate is not 0. A larger step uses vLLM's kernels and multiplies what lies between A and B, which is float32,
-    by the gates. Which of the two depends on the shape alone, as CUDA graphs need.
+    by the gates.
 
     Args:
         wrapped: vLLM's punica wrapper.

@@ -7,10 +7,8 @@ from typing import Any
 from milora_core.errors import MiLoraError
 from milora_vllm.adapter import AdapterFile
 
-EAGER = (
-    "torch.compile: pass --enforce-eager, or on a GPU --compilation-config "
-    '\'{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}\''
-)
+EAGER = "torch.compile or CUDA graphs (pass --enforce-eager)"
+"""Routers decide in hooks of the blocks, which neither a compiled model nor a replayed graph calls."""
 
 
 def check_options(config: Any, file: AdapterFile, name: str) -> None:
@@ -38,7 +36,7 @@ def unsupported(config: Any) -> list[str]:
     parallel, compilation, model = config.parallel_config, config.compilation_config, config.model_config
     scheduler, device = config.scheduler_config.get_scheduler_cls(), current_platform.device_type
     is_compiled = compilation.mode not in (None, CompilationMode.NONE)
-    graphs = (None, CUDAGraphMode.NONE, CUDAGraphMode.FULL_DECODE_ONLY)
+    has_graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
     found = {
         "--speculative-config": config.speculative_config is not None,
         "--kv-transfer-config": config.kv_transfer_config is not None,
@@ -51,7 +49,7 @@ def unsupported(config: Any) -> list[str]:
         "--scheduler-cls that is not derived from vLLM's Scheduler": not issubclass(scheduler, Scheduler),
         "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
         f"the device {device} (only CPUs and CUDA GPUs are supported)": device not in ("cpu", "cuda"),
-        EAGER: is_compiled or compilation.cudagraph_mode not in graphs,
+        EAGER: is_compiled or has_graphs,
     }
     return [flag for flag, is_set in found.items() if is_set]
 

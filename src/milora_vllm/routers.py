@@ -31,6 +31,10 @@ class Route:
         self.gates = gates
         self._rows: dict[int, list[float]] = {}
 
+    def release(self) -> None:
+        """Drops the numbers that [`of_layer`] keeps, when no running request needs them."""
+        self._rows.clear()
+
     def of_layer(self, layer: int) -> list[float]:
         """The gates of a layer whose router has decided, as numbers; on a CPU only, where that is free."""
         row = self._rows.get(layer)

@@ -81,6 +81,16 @@ class ServedModel:
         return modules
 
     def _attach(self, modules: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+        blocks = {layer: self.manager.model.get_submodule(path) for path, layer in self._blocks.items()}
+        for block in blocks.values():
+            if "hidden_states" not in inspect.signature(block.forward).parameters:
+                raise MiLoraError(
+                    f"MiLoRA cannot read the input of {type(block).__name__}: it has no argument hidden_states. The "
+                    "backbone is not supported on vLLM."
+                )
+        for layer, block in blocks.items():
+            hook = partial(self._before_block, layer, inspect.signature(block.forward))
+            block.register_forward_pre_hook(hook, with_kwargs=True)
         for path, module in self.manager.modules.items():
             wrapped = module.punica_wrapper
             if path in modules:
@@ -91,15 +101,6 @@ class ServedModel:
                     module.set_mapping(BufferedLinear(wrapped, layer, columns, self.buffers))
             elif BLOCK.match(path) is None and self.buffers is None:
                 module.set_mapping(IdleSkipped(wrapped, partial(self._outside.__contains__, path)))
-        for path, layer in self._blocks.items():
-            block = self.manager.model.get_submodule(path)
-            if "hidden_states" not in inspect.signature(block.forward).parameters:
-                raise MiLoraError(
-                    f"MiLoRA cannot read the input of {type(block).__name__}: it has no argument hidden_states. The "
-                    "backbone is not supported on vLLM."
-                )
-            hook = partial(self._before_block, layer, inspect.signature(block.forward))
-            block.register_forward_pre_hook(hook, with_kwargs=True)
 
     def read_routers(self, file: AdapterFile) -> dict[int, LayerRouter]:
         """The routers of an adapter of this model; see [`milora_vllm.routers.read_routers`]."""
@@ -171,9 +172,10 @@ class ServedModel:
             router = decision.routers.get(layer)
             if router is None:
                 continue
-            rows = slice(decision.first, decision.end)
-            # vLLM's blocks hand the residual stream on in two parts.
-            of_rows = hidden[rows] if residual is None else hidden[rows] + residual[rows]
+            # vLLM's own models have no batch dimension; those that it takes from transformers have one of 1.
+            of_rows = hidden.flatten(0, -2)[decision.first : decision.end]
+            if residual is not None:  # vLLM's blocks hand the residual stream on in two parts.
+                of_rows = of_rows + residual.flatten(0, -2)[decision.first : decision.end]
             router.decide(of_rows, decision.route.gates[layer])
         if self.buffers is not None:
             self.buffers.decided(layer, step.rows)

@@ -28,7 +28,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
     "--runner": ("model_config", "runner_type", "pooling"),
     "--scheduler-cls": ("scheduler_config", "scheduler_cls", dict),
     "--enforce-eager": ("compilation_config", "mode", CompilationMode.VLLM_COMPILE),
-    "cudagraph_mode": ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE),
+    "CUDA graphs": ("compilation_config", "cudagraph_mode", CUDAGraphMode.FULL_DECODE_ONLY),
 }
 
 
