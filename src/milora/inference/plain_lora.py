@@ -45,7 +45,8 @@ def add_lora(model: PeftModel, adapter: str, folder: str | Path) -> None:
         raise MiLoraError(f"{folder} holds a {config.peft_type} adapter; add_lora adds LoRA adapters.")
     check_adapter_file(Path(folder), config.modules_to_save)
     weights = load_peft_weights(str(folder), device="cpu")
-    modules = {key.partition(".lora_")[0].removeprefix(PREFIX) for key in weights}
+    # Others are of modules that the adapter saves whole.
+    modules = {key.partition(".lora_")[0].removeprefix(PREFIX) for key in weights if ".lora_" in key}
     experts: dict[str, list[str]] = {}
     for block in find_blocks(model.base_model.model):
         of_block = [name for name in block.linears if f"{block.path}.{name}" in modules]

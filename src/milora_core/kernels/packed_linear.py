@@ -35,16 +35,23 @@ def _pack(weight: Tensor) -> Any:
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
 
 
-class PackedLinear:
-    """`x W^T + b` with a copy of a linear layer's weight in the fast layout.
+class _Packed:
+    """A weight in the fast layout; a copy of the layer starts without one, as its weight may then be changed."""
 
-    Args:
-        linear: The layer, on the CPU; later changes of its weight are not seen.
-    """
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = _pack(weight)
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self._weight = _pack(linear.weight)
-        self._bias = None if linear.bias is None else linear.bias.detach()
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class PackedLinear(nn.Linear):
+    """`x W^T + b` with a copy of the weight in the fast layout; made of a linear layer, and back, in place."""
+
+    packed: _Packed | None
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
@@ -56,7 +63,23 @@ class PackedLinear:
             and has_packed_linear()
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def pack(linear: nn.Linear) -> None:
+        """Packs a linear layer; later changes of its weight are not seen."""
+        packed = _Packed(linear.weight)
+        linear.__class__ = PackedLinear
+        linear.packed = packed  # type: ignore[assignment]
+
+    @staticmethod
+    def unpack(linear: nn.Module) -> None:
+        """Makes a packed layer a plain one again."""
+        del linear.packed
+        linear.__class__ = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out), both of the weight's type."""
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        if self.packed is None:
+            return super().forward(x)
+        weight, bias = self.packed.weight, None if self.bias is None else self.bias.detach()
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result

@@ -1,5 +1,9 @@
 """Linear layers with packed weights against torch's own."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -23,7 +27,26 @@ def test_products_are_torchs(dtype: torch.dtype, tolerance: float, bias: bool, s
     x = torch.randn(shape).to(dtype)
     assert PackedLinear.serves(linear)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=tolerance, rtol=tolerance)
+        expected = linear(x)
+        PackedLinear.pack(linear)
+        torch.testing.assert_close(linear(x), expected, atol=tolerance, rtol=tolerance)
+        PackedLinear.unpack(linear)
+        assert type(linear) is torch.nn.Linear
+        assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.skipif(not has_packed_linear(), reason="no packed products here")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_use_their_own_weights(copied: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    """PEFT copies a module that an adapter saves whole, and trains or loads the copy."""
+    linear, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
+    PackedLinear.pack(linear)
+    other = copied(linear)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), linear(x))
+        other.weight.mul_(2)
+        other.bias.mul_(2)
+        torch.testing.assert_close(other(x), 2 * linear(x))
 
 
 def test_other_modules_are_left_alone() -> None:

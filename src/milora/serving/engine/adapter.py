@@ -42,6 +42,11 @@ class Adapter:
         self.kind = str(getattr(config.peft_type, "value", config.peft_type))
         if self.kind not in KINDS:
             raise AdapterError(f"{folder} holds a {self.kind} adapter; the engine serves {' and '.join(KINDS)}.")
+        if config.trainable_token_indices:
+            raise AdapterError(
+                f"{folder} trains single tokens of the embedding (trainable_token_indices), which PEFT cannot keep "
+                "beside other adapters; train the embedding whole (modules_to_save)."
+            )
         self.name, self.folder, self.number = name, folder, number
         self.slot = ""
         self.uses = self.running = 0
@@ -50,7 +55,7 @@ class Adapter:
         self.files = self._state_of_files()
         is_routed = self.kind == "MILORA"
         self.is_late = is_routed and config.adapted_tokens == "completion"
-        self.is_shared = self.is_late and not config.modules_to_save and not config.trainable_token_indices
+        self.is_shared = self.is_late and not config.modules_to_save
         self._window: int | None = config.router_window if is_routed else None
         self._reads_last = is_routed and config.pooler == "last" and self._window is None
 

@@ -15,7 +15,7 @@ from milora.serving.requests import AdapterError, AdapterInfo, AdapterInUseError
 from milora.tuners.milora.packed import PackedRoute
 from milora.tuners.milora.routed import BlockRouting
 from milora.tuners.milora.router import follow
-from milora_core.errors import MiLoraError, did_you_mean
+from milora_core.errors import did_you_mean
 from milora_core.routing import Route
 
 MOST_ROUTES = 1024
@@ -124,7 +124,7 @@ class AdapterPool:
         try:
             adapter.tokenizer = adapter.tokenizer or adapter_tokenizer(adapter.folder) or self._tokenizer
             self._put(adapter)
-        except (MiLoraError, ValueError, RuntimeError, KeyError, OSError) as error:
+        except Exception as error:
             reason = str(error).splitlines()[0]
             raise AdapterError(f"The adapter {adapter.name!r} cannot be loaded: {reason}") from error
         self._loaded[adapter] = None

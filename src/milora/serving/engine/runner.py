@@ -57,7 +57,7 @@ class Runner:
         self.cache = KeyValueCache(budget, page_tokens, layers, shapes.pop(), backbone.dtype, backbone.device)
         self._packed = [module for module in backbone.modules() if packs_weights and PackedLinear.serves(module)]
         for linear in self._packed:
-            linear.forward = PackedLinear(linear)
+            PackedLinear.pack(linear)
         self._own_attention = backbone.config._attn_implementation
         backbone.set_attn_implementation(NAME)
         self._check(tokens, own.logits[0].float())
@@ -65,7 +65,7 @@ class Runner:
     def close(self) -> None:
         """Gives the backbone its own attention and products back."""
         for linear in self._packed:
-            del linear.forward
+            PackedLinear.unpack(linear)
         self.backbone.set_attn_implementation(self._own_attention)
 
     def run(self, parts: Sequence[Part], adapters: AdapterPool) -> Tensor:

@@ -34,7 +34,7 @@ NOT_OF_SHAPES = (
 
 
 class AdapterSlots:
-    """The backbone as a MiLoRA model of PEFT, without adapters at first.
+    """The backbone as a MiLoRA model of PEFT, without requests' adapters at first.
 
     PEFT takes 0.3 s and more to add an adapter to a model of 30 blocks, and the longer the more it has. An adapter
     whose configuration and tensors have the shapes of one that goes is written into its place instead.
@@ -49,8 +49,8 @@ class AdapterSlots:
     """
 
     def __init__(self, backbone: Any, most: int) -> None:
+        # It stays the active adapter, as PEFT cannot wrap whole modules while there is none; no request uses it.
         self.model: PeftModel = get_peft_model(backbone, MiLoraConfig(r=1, top_k=1), adapter_name="empty").eval()
-        self.model.delete_adapter("empty")
         is_native = backbone.device.type == "cpu" and library() is not None
         self.packed = PackedModules(backbone, most) if is_native else None
         self._numbers = itertools.count()
