@@ -1,4 +1,4 @@
-"""What any engine needs to serve MiLoRA, on torch alone: errors, files, routing and kernels.
+"""The parts that any engine needs to serve MiLoRA: errors, files, routing and kernels. They require only torch.
 
 Nothing here imports transformers or PEFT.
 """

@@ -1,4 +1,4 @@
-"""Python's UTF-8 mode, for commands in a locale that knows ASCII alone."""
+"""Python's UTF-8 mode, for commands in an ASCII-only locale."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 
 
 def use_utf8() -> None:
-    """Starts the process again in UTF-8 mode if its locale is ASCII, as Python itself does unless it is told not to.
+    """Restarts the process in UTF-8 mode if its locale is ASCII, as Python does by default.
 
-    Libraries, torch among them, open their own files in the locale's encoding and fail at the first other character.
+    Libraries, including torch, open their files in the locale's encoding and fail at the first other character.
     """
     is_ascii = codecs.lookup(locale.getpreferredencoding(False)).name == "ascii"
     if is_ascii and not sys.flags.utf8_mode:

@@ -1,4 +1,4 @@
-"""What `milora` raises when the user, not the program, has to change something."""
+"""Errors that the user, not the program, can fix."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 
 class MiLoraError(ValueError):
-    """A user's mistake: the message, one line, names the thing, what was found, and the fix."""
+    """A user's mistake. The message is one line: what is wrong, what was found, and the fix."""
 
 
 class MissingExtraError(MiLoraError, ImportError):
-    """A library that only some uses need is not installed; the message names the extra that installs it."""
+    """An optional library is not installed. The message names the extra that installs it."""
 
 
 class DataError(MiLoraError):
-    """Rows that cannot be read as training or evaluation data: the message names the file and the line or row."""
+    """Rows cannot be read as training or evaluation data. The message names the file and the line or row."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -31,7 +31,7 @@ def importing(extra: str, purpose: str) -> Iterator[None]:
 
     Args:
         extra: As in `pip install "milora[extra]"`.
-        purpose: Who needs it; the start of the message.
+        purpose: What needs it; the beginning of the message.
 
     Raises:
         MissingExtraError: A module that is not part of this project cannot be found.

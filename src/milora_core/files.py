@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all, and a full disk as a user's error.
+"""Files that are written completely or not at all, and errors for full disks.
 
-What grows by a line at a time is written by [`milora.records`].
+[`milora.records`] writes files that grow line by line.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any
 from milora_core.errors import MiLoraError
 
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
-"""How libraries that are written in Rust, such as safetensors, say what the system said."""
+"""How libraries written in Rust, such as safetensors, report a system error."""
 
 _NOT_TO_ITS_END = ("PytorchStreamWriter failed", "basic_ios::clear", "unexpected pos")
-"""How `torch.save`, which does not say what the system said, says that a file could not be written to its end."""
+"""How `torch.save`, which hides the system error, reports a file that could not be written completely."""
 
 
 @contextmanager
 def writing(path: Path, kept: str = "") -> Iterator[None]:
-    """Turns what the system raises while something is written (a full disk, no permission) into a user's error.
+    """Turns system errors while writing (a full disk, no permission) into a user's error.
 
     Args:
         path: The file or folder.
-        kept: What is not lost, and how to go on; the end of the message.
+        kept: What is kept and how to continue; the end of the message.
 
     Raises:
         MiLoraError: It cannot be written.
@@ -50,25 +50,25 @@ def writing(path: Path, kept: str = "") -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path, kept: str = "") -> Iterator[Path]:
-    """Yields a name beside `path` to write to; when the block ends, that file takes the place of `path`.
+    """Yields a temporary path beside `path` to write to, and renames it to `path` when the block ends.
 
-    Whoever opens `path`, at whatever time, finds the old file or the new one, never a part of one:
+    A reader of `path` always finds the old file or the new one, never a partial one:
 
-    - an exception or an interruption in the block leaves the old file, and takes away what was written;
-    - so does a full disk, also where the system says so only when the last bytes are to be on the disk;
-    - a process that is killed leaves the old file, and beside it a hidden one that ends in `.partial`, which nobody
-      reads and anybody may delete;
-    - after a power cut it is either of the two: contents are on the disk before the new file has its name (`fsync`, a
-      few milliseconds, which no file here is written often enough to feel).
+    - an exception or an interruption in the block keeps the old file and deletes the temporary one;
+    - so does a full disk, even if the system reports it only when the last bytes are flushed;
+    - a killed process leaves the old file and a hidden `.partial` file beside it, which nothing reads and you may
+    delete;
+    - after a power cut it is either of the two: contents are flushed to the disk before the rename (`fsync`, a few
+    milliseconds).
 
-    Of several processes that write the same file the last one's stays. A link is replaced, not followed.
+    If several processes write the same file, the last one wins. A link is replaced, not followed.
 
     Args:
-        path: The file; folders above it are made.
-        kept: As of [`writing`].
+        path: The file; missing parent folders are created.
+        kept: See [`writing`].
 
     Raises:
-        MiLoraError: It cannot be written. Any other exception of the block is passed on as it is.
+        MiLoraError: It cannot be written. Other exceptions of the block are raised unchanged.
     """
     partial = _beside(path)
     with writing(path, kept):
@@ -83,14 +83,14 @@ def whole_file(path: Path, kept: str = "") -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path, kept: str = "") -> Iterator[Path]:
-    """As [`whole_file`], for a folder: yields an empty one to write to, which then takes the place of `path`.
+    """Like [`whole_file`] for a folder: yields an empty folder to write to and renames it to `path` at the end.
 
     Args:
         path: A folder that does not exist, or is empty.
-        kept: As of [`writing`].
+        kept: See [`writing`].
 
     Raises:
-        MiLoraError: It cannot be written, or is there and not empty.
+        MiLoraError: It cannot be written, or exists and is not empty.
     """
     partial = _beside(path)
     with writing(path, kept):
@@ -106,7 +106,7 @@ def whole_folder(path: Path, kept: str = "") -> Iterator[Path]:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes a folder, and checks that files can be written to it, before the work on what they hold.
+    """Creates a folder and checks that files can be written to it, before their contents are computed.
 
     Raises:
         MiLoraError: They cannot.
@@ -118,7 +118,7 @@ def require_writable(folder: Path) -> None:
 
 
 def require_vacant(folder: Path) -> None:
-    """Checks that [`whole_folder`] can write a folder, before the work on its contents.
+    """Checks that [`whole_folder`] can write a folder, before its contents are computed.
 
     Raises:
         MiLoraError: It exists and is not an empty folder.
@@ -130,7 +130,7 @@ def require_vacant(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, kept: str = "") -> None:
-    """Writes a text in UTF-8, by way of [`whole_file`].
+    """Writes a text in UTF-8 with [`whole_file`].
 
     Raises:
         MiLoraError: It cannot be written.
@@ -140,19 +140,19 @@ def write_text(path: Path, text: str, kept: str = "") -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes results as JSON that people can read too, by way of [`whole_file`].
+    """Writes results as indented JSON with [`whole_file`].
 
     Raises:
         MiLoraError: It cannot be written.
-        ValueError: A number is not finite, which JSON cannot say.
+        ValueError: A number is not finite, which JSON cannot represent.
     """
     write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, says that there is no room left on a disk.
+    """Whether an exception, or one of its causes, reports a full disk.
 
-    Of one by `torch.save` it is taken for granted.
+    An incomplete write of `torch.save` counts as one.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -175,7 +175,7 @@ def _number_in_words(error: BaseException) -> int | None:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder, and so on the same disk, that no other writer has."""
+    """A unique hidden name in the same folder, and so on the same disk."""
     return path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
 
 

@@ -25,12 +25,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def handle_signals() -> None:
-    """Installs handlers for the process of a command, in its main thread.
+    """Installs the signal handlers of a command, in the main thread.
 
-    They raise [`Interrupted`], so `finally` blocks remove what is half written. While modules are imported they end the
-    process at once instead: C extensions turn an exception into an `ImportError` there, and a bare `except` drops it.
+    They raise [`Interrupted`], so `finally` blocks remove incomplete files. During imports they end the process at
+    once: C extensions would turn the exception into an `ImportError`, and a bare `except` would drop it.
 
-    A signal that the parent process ignores (`nohup`, background jobs of a script) stays ignored.
+    Signals that the parent process ignores (`nohup`, background jobs of a script) stay ignored.
     """
     owner = os.getpid()
 
@@ -50,7 +50,7 @@ def handle_signals() -> None:
 
 
 def end_on_signals() -> None:
-    """From here on a signal ends the process at once: the command is done, and Python cleans up."""
+    """From now on a signal ends the process at once: the command is done, and Python cleans up."""
     global _ending
     _ending = True
 

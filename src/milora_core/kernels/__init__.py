@@ -1,4 +1,4 @@
-"""Operators in plain torch, in C for CPUs and in Triton; imports nothing of the project but its errors."""
+"""Operators in plain torch, in C for CPUs, and in Triton. This package imports only the project's errors."""
 
 from milora_core.kernels.grouped_lora import add_grouped_lora, grouped_lora, grouped_lora_reference
 from milora_core.kernels.grouped_lora_cpu import OneToken, one_token

@@ -1,4 +1,4 @@
-"""The LoRA of a batch whose rows have different adapters and different routes, as one operator of torch.
+"""The LoRA of a batch whose rows have different adapters and routes, as one torch operator.
 
     result[i] += gates[i] * (x[i] A[adapters[i]]^T) B[adapters[i]]^T
 
@@ -6,8 +6,8 @@ A row without an adapter (index -1) and a row whose gate is 0 cost nothing: thei
 grouped multiplication of Punica (Chen et al. 2023) and S-LoRA (Sheng et al. 2023), with a gate for each row.
 
 `torch.ops.milora.add_grouped_lora` writes into its first argument. It has an implementation for CPUs, one in Triton for
-all types but float64, a fake one for `torch.compile`, and asks the device nothing on a GPU, so that CUDA graphs can
-hold it.
+all dtypes except float64, and a fake one for `torch.compile`. On a GPU it never synchronises with the host, so CUDA
+graphs can capture it.
 """
 
 # mypy: allow-untyped-calls
@@ -44,7 +44,7 @@ def grouped_lora(
         gates: (rows), float32.
         lora_a: (adapters, r, d_in).
         lora_b: (adapters, d_out, r).
-        result: (rows, tokens, d_out); zeros of the type of `x` if `None`.
+        result: (rows, tokens, d_out); zeros of the dtype of `x` if `None`.
 
     Returns:
         (rows, tokens, d_out), of the type of `result`.
@@ -64,8 +64,8 @@ def add_grouped_lora(
     Args:
         result: (rows, tokens, d_out), the output of the base layer; of the type of `x` or another.
         x: (rows, tokens, d_in), the module's input.
-        adapters: (rows), int32 or int64: each row's place in the stacks, -1 for a row without an adapter. On a GPU
-            values beyond the stacks are not noticed.
+        adapters: (rows), int32 or int64: each row's index in the stacks, -1 for a row without an adapter. On a GPU
+            out-of-range values are not detected.
         gates: (rows), float32: each row's weight, LoRA's scaling in it; 0 for a row that did not choose the module.
         lora_a: (adapters, r, d_in), contiguous. Adapters of a smaller rank are padded with zeros.
         lora_b: (adapters, d_out, r), contiguous.
@@ -75,7 +75,7 @@ def add_grouped_lora(
 
     Raises:
         MiLoraError: If the shapes or types do not fit each other.
-        RuntimeError: If a gradient is asked for.
+        RuntimeError: If a gradient is required.
     """
     if not torch.compiler.is_compiling():
         _check(result, x, adapters, gates, lora_a, lora_b)
@@ -88,7 +88,7 @@ def grouped_lora_reference(
 ) -> Tensor:
     """What [`add_grouped_lora`] computes, in plain torch and in float32 at least, as a new tensor.
 
-    It reads the weights of every row, whether they are needed or not; devices without a kernel use it.
+    It reads the weights of every row, needed or not. Devices without a kernel use it.
     """
     active = (adapters >= 0) & (gates != 0)
     index = adapters.clamp(min=0).long()
@@ -128,7 +128,7 @@ def _check(result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: T
 
 
 def _on_gpu(result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    # The kernel sums in float32, which is not what float64 is asked for.
+    # The kernel accumulates in float32, which is too little for float64.
     if not has_triton() or torch.float64 in (result.dtype, x.dtype, lora_a.dtype):
         _elsewhere(result, x, adapters, gates, lora_a, lora_b)
         return

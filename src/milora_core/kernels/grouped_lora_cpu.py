@@ -1,4 +1,4 @@
-"""`grouped_lora` on a CPU: rows of one adapter are multiplied together, inactive rows not at all."""
+"""`grouped_lora` on a CPU: rows of one adapter are multiplied together, inactive rows are skipped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_grouped_lora_on_cpu(
 ) -> None:
     """See [`milora_core.kernels.grouped_lora.add_grouped_lora`].
 
-    What lies between A and B has the type of the stacks; each product is accumulated in float32.
+    The result of A has the dtype of the stacks; each product accumulates in float32.
 
     Raises:
         IndexError: If a row's adapter is beyond the stacks.
@@ -31,20 +31,20 @@ def add_grouped_lora_on_cpu(
 
 
 class OneToken(Protocol):
-    """`grouped_lora` for one token a row, prepared for the many calls of a batch's decode steps."""
+    """`grouped_lora` for one token per row, prepared for the many decode steps of a batch."""
 
     def add_to(self, result: Tensor, x: Tensor) -> bool:
         """Changes `result`, (rows, 1, d_out) and contiguous, in place; `x` is (rows, 1, d_in).
 
         Returns:
-            Whether it has been done; it is not where the two have types that this cannot serve.
+            Whether it was done; `False` if the dtypes are not supported.
         """
 
 
 def one_token(adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> OneToken:
-    """Prepares decode steps of one batch; the arguments are those of `add_grouped_lora`.
+    """Prepares the decode steps of one batch; the arguments are those of `add_grouped_lora`.
 
-    The native kernel where there is one, else torch's products.
+    Uses the native kernel if available, else torch's matrix products.
     """
     pieces = _pieces(_groups(adapters, gates), lora_a, lora_b)
     return RowLora(pieces) if RowLora.serves(pieces) else PackedRows(adapters, gates, lora_a, lora_b)
@@ -55,11 +55,11 @@ def _pieces(groups: list[tuple[int, list[int], list[float]]], lora_a: Tensor, lo
 
 
 class PackedRows:
-    """[`OneToken`] with torch's products: the weights that the batch needs, side by side.
+    """[`OneToken`] with torch's matrix products, on contiguous copies of the weights that the batch needs.
 
-    A decode step multiplies each adapter with one token, so that a call an adapter costs more than the reading of its
-    weights. Side by side they are multiplied in two calls. They are copies of what the stacks hold of the active rows,
-    unless that lies side by side already; changes of the stacks are not seen.
+    A decode step multiplies each adapter with one token, so one call per adapter would cost more than reading its
+    weights. Contiguous weights need two calls in total. They are copies of the active rows' part of the stacks, unless
+    that part is contiguous already; later changes of the stacks have no effect.
 
     Args:
         adapters: See [`milora_core.kernels.grouped_lora.add_grouped_lora`].
@@ -70,7 +70,7 @@ class PackedRows:
 
     def __init__(self, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         groups = sorted(_groups(adapters, gates))
-        # Rows of one adapter are multiplied together as far as all groups can be cut into pieces of one size.
+        # Rows of one adapter are multiplied together if all groups can be split into pieces of one size.
         self.size = math.gcd(*(len(rows) for _, rows, _ in groups))
         order = [row for _, rows, _ in groups for row in rows]
         weights = [weight for _, _, of_rows in groups for weight in of_rows]
@@ -79,7 +79,7 @@ class PackedRows:
         if self.is_idle:
             return
         self.rows = None if order == list(range(len(adapters))) else torch.tensor(order)
-        # One weight for all, which hard gates have, is part of the last product.
+        # A weight that all rows share, as with hard gates, is folded into the last product.
         self.weight = weights[0] if len(set(weights)) == 1 else 1.0
         self.weights = None if len(set(weights)) == 1 else torch.tensor(weights).view(len(places), 1, self.size)
         adjacent = places == list(range(places[0], places[0] + len(places)))
@@ -88,7 +88,7 @@ class PackedRows:
         )
 
     def add_to(self, result: Tensor, x: Tensor) -> bool:
-        """See [`OneToken.add_to`]; it serves all types."""
+        """See [`OneToken.add_to`]; supports all dtypes."""
         if not self.is_idle:
             self._add_to(result, x)
         return True
@@ -96,7 +96,7 @@ class PackedRows:
     def _add_to(self, result: Tensor, x: Tensor) -> None:
         part = x if self.rows is None else x.index_select(0, self.rows)
         part = part.reshape(-1, self.size, x.shape[-1]).to(self.a.dtype)
-        # From the weights' side, which reads them as they lie: (pieces, r, d_in) (pieces, d_in, size).
+        # Weights first, which reads them in memory order: (pieces, r, d_in) (pieces, d_in, size).
         low = torch.bmm(self.a, part.transpose(1, 2))
         if self.weights is not None:
             low *= self.weights.to(low.dtype)
@@ -112,7 +112,7 @@ class PackedRows:
 
 
 def _groups(adapters: Tensor, gates: Tensor) -> list[tuple[int, list[int], list[float]]]:
-    """Each adapter that is at work, with its rows and their gates."""
+    """Each active adapter with its rows and their gates."""
     groups: dict[int, tuple[list[int], list[float]]] = {}
     for row, (adapter, gate) in enumerate(zip(adapters.tolist(), gates.tolist(), strict=True)):
         if adapter >= 0 and gate != 0:
@@ -125,7 +125,7 @@ def _groups(adapters: Tensor, gates: Tensor) -> list[tuple[int, list[int], list[
 def _add(result: Tensor, x: Tensor, rows: list[int], weights: list[float], a: Tensor, b: Tensor) -> None:
     first, count, tokens = rows[0], len(rows), x.shape[1]
     adjacent = rows[-1] - first + 1 == count
-    # A view of adjacent rows (of one prompt's beams, or of a single row) is changed where it lies.
+    # Adjacent rows (one prompt's beams, or a single row) are a view and are changed in place.
     part = x.narrow(0, first, count) if adjacent else x[rows]
     low = part.reshape(count * tokens, -1) @ a.t()
     if any(weight != weights[0] for weight in weights):

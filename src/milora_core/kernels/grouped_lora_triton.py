@@ -1,11 +1,11 @@
 """`grouped_lora` in Triton: one kernel shrinks `x` to the rank, one expands it into the result.
 
-A program looks at its row's adapter and gate first, and leaves if there is nothing to do: such a row's weights are
-never read. The shrinking sum over d_in is cut into pieces, so that a batch of few tokens fills the GPU; the pieces are
-summed by the expanding kernel in a fixed order, so that results do not vary from run to run.
+A program reads its row's adapter and gate first and exits if there is nothing to do, so the weights of such a row are
+never read. The shrinking sum over d_in is split into pieces, so a batch of few tokens fills the GPU. The expanding
+kernel adds the pieces in a fixed order, so results are the same in every run.
 
-Triton compiles a variant of a kernel for integers that are 1 or divisible by 16. Those that vary from prompt to prompt
-are excepted, so that nothing is compiled for a length or a number of rows while serving.
+Triton compiles variants of a kernel for integers that are 1 or divisible by 16. Integers that vary between prompts are
+excluded, so no length or number of rows triggers a compilation while serving.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -19,7 +19,7 @@ from torch import Tensor
 from milora_core.kernels.triton_support import is_interpreted
 
 MAX_PIECES = 8
-"""Pieces at most into which the sum over d_in is cut."""
+"""The maximum number of pieces of the sum over d_in."""
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "steps"])
@@ -100,7 +100,8 @@ def _expand(
 def add_grouped_lora_on_gpu(
     result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor
 ) -> None:
-    """See [`milora_core.kernels.grouped_lora.add_grouped_lora`]. No host synchronisation: CUDA graphs can hold it."""
+    """See [`milora_core.kernels.grouped_lora.add_grouped_lora`]. No host synchronisation, so CUDA graphs can capture
+    it."""
     (rows, tokens, d_in), rank, d_out = x.shape, lora_a.shape[1], lora_b.shape[1]
     if 0 in (rows, tokens, d_out, rank, d_in):
         return
@@ -111,7 +112,7 @@ def add_grouped_lora_on_gpu(
         return
     x = x if x.stride(2) == 1 else x.contiguous()
     lora_a, lora_b = lora_a.contiguous(), lora_b.contiguous()
-    # The tensor cores take 16 tokens and more; a single token is multiplied without them.
+    # Tensor cores need at least 16 tokens; fewer are multiplied without them.
     use_dot = tokens > 1
     # Triton's interpreter multiplies the bits of bfloat16 as integers.
     upcast = use_dot and is_interpreted()
@@ -123,7 +124,7 @@ def add_grouped_lora_on_gpu(
     pieces = 1 if use_dot else min(MAX_PIECES, steps_in_all)
     token_blocks = triton.cdiv(tokens, block_tokens)
     low = torch.empty(pieces, rows, tokens, rank, device=x.device, dtype=torch.float32)
-    # Triton launches on the current device, which need not be this module's where a model lies on several.
+    # Triton launches on the current device, which may not be this module's if a model is on several devices.
     with torch.cuda.device_of(x):
         _shrink[(rows, token_blocks, pieces)](
             x, adapters, gates, lora_a, low,

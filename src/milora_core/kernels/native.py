@@ -1,9 +1,9 @@
-"""Builds the kernels that are written in C, for the CPU that runs them, when they are first needed.
+"""Compiles the C kernels for this machine's CPU on first use.
 
-A decode step multiplies matrices so thin that preparing a call of a BLAS costs more than the product, and a router is
-many small operators whose calls cost more than what they do. The C files beside this one have loops for that; they take
-a second or two to build with the machine's own C compiler, once: the library is kept in the user's cache. Where there
-is no compiler, or `MILORA_NATIVE=0` is set, torch's operators are used.
+The matrices of a decode step are so thin that a BLAS call costs more than the product, and a router consists of many
+small operators whose overhead exceeds their work. The C files in this folder replace them with loops. The machine's C
+compiler builds them once in a second or two, and the library is kept in the user's cache. Without a compiler, or with
+`MILORA_NATIVE=0`, torch's operators are used.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("row_lora.c", "routing.c", "paged_attention.c"))
 HEADER = FOLDER / "numbers.h"
 SWITCH = "MILORA_NATIVE"
-"""Environment variable: `0` for torch's operators alone."""
+"""Environment variable: `0` selects torch's operators."""
 
 FLAGS = (
     ("-O3", "-march=native", "-fopenmp"),
-    # Apple's clang has no OpenMP, and some compilers do not know the machine: one thread, and plain code.
+    # Apple's clang has no OpenMP, and some compilers lack the native target: one thread and generic code.
     ("-O3", "-march=native", "-Wno-unknown-pragmas"),
     ("-O3", "-Wno-unknown-pragmas"),
 )
@@ -39,7 +39,7 @@ _building = Lock()
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, built if they have not been yet; `None` where they cannot be or are switched off."""
+    """The kernels, built on first use; `None` if they cannot be built or are disabled."""
     if os.environ.get(SWITCH) == "0":
         return None
     with _building:
@@ -50,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 def _library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
-        _log.info("There is no C compiler: on the CPU, routers and decode steps use torch's operators.")
+        _log.info("No C compiler found: on the CPU, routers and decode steps use torch's operators.")
         return None
     for flags in FLAGS:
         try:
@@ -67,7 +67,7 @@ def _compiler() -> str | None:
 
 
 def _built(compiler: str, flags: tuple[str, ...]) -> Path:
-    """The library's file, from the cache or new; two processes that build at once both get a whole one."""
+    """The library's file, cached or newly built; two processes that build at once both get a complete one."""
     folder = _cache()
     path = folder / f"kernels-{_digest(compiler, flags)}.so"
     if path.is_file():
@@ -84,7 +84,7 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
 
 
 def _digest(compiler: str, flags: tuple[str, ...]) -> str:
-    """Names what the library depends on: its sources, how it is built, and the processor that it is built for."""
+    """A digest of what the library depends on: sources, build flags and processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS).stdout
     digest = hashlib.blake2b(digest_size=10)
     sources = [source.read_bytes() for source in (HEADER, *SOURCES)]
@@ -94,7 +94,7 @@ def _digest(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """A cache may be in a home that machines of several kinds share."""
+    """Machines with different processors may share the home folder of the cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -104,7 +104,7 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    """A folder that only this user can write to, as what lies in it is run."""
+    """A folder that only this user can write to, because its contents are executed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "milora"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def _cache() -> Path:
 
 @cache
 def _own_folder() -> Path:
-    """For this process alone."""
+    """For this process only."""
     return Path(_temporary().name)
 
 

@@ -1,4 +1,4 @@
-"""A router's pooling and rational activation on a CPU: one call each, where torch's operators take many."""
+"""A router's pooling and rational activation on a CPU, in one call each instead of many torch operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None, *, normalize: bool
     """`sum_t a_t x_t` over the tokens of the mask, with `a = softmax_t(weight . x_t)`.
 
     `x` is `hidden`, or `hidden_t * rsqrt(mean(hidden_t^2) + 1e-6)` with `normalize`. Tokens outside the mask are not
-    read: they may hold anything, and the result does not depend on where they are.
+    read: they may have any value and any position.
 
     Args:
         hidden: (batch, tokens, hidden).
@@ -24,8 +24,8 @@ def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None, *, normalize: bool
         normalize: Divide each token by its root mean square first.
 
     Returns:
-        (batch, hidden), float32; `None` where there is no kernel for it: other devices, dtypes and shapes, gaps in
-        `hidden`, a gradient that is wanted, a trace, no C compiler.
+        (batch, hidden), float32; `None` if there is no kernel for it: other devices, dtypes and shapes, gaps in
+        `hidden`, required gradients, tracing, no C compiler.
     """
     weights = () if weight is None else (weight,)
     kernels = _kernels(hidden, mask, *weights)
@@ -89,7 +89,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor | None
 
 
 def _kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, for plain tensors in this machine's memory from which no gradient is wanted."""
+    """The kernels, for plain CPU tensors that require no gradient."""
     # Not `is_compiling()`, which is also true in threads that run eagerly while another one compiles.
     if torch.compiler.is_dynamo_compiling() or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

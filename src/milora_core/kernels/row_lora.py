@@ -1,4 +1,4 @@
-"""The LoRA and DoRA of decode steps on a CPU: each row with its adapter, its gate, and nothing copied."""
+"""The LoRA and DoRA of decode steps on a CPU: each row with its adapter and gate, without copies."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Piece(NamedTuple):
 
 
 class RowLora:
-    """`result[i] += g s B A x[i]` for the rows of a module's pieces, as often as it is wanted.
+    """Computes `result[i] += g s B A x[i]` for the rows of a module's pieces, once per call.
 
     With DoRA's factors f in a piece it is `result[i] += g ((f - 1) (result[i] - bias) + f s B A x[i])`. The weights are
-    read where they lie, so that changes in place are seen, and what lies between A and B stays in float32. A row has at
-    most one piece. Steps of one object come one after the other.
+    read in place, so in-place changes take effect, and the result of A stays in float32. A row has at most one piece.
+    Steps of one object must not run concurrently.
 
     Args:
         pieces: At least one.
         bias: (d_out), the base layer's, which DoRA leaves as it is.
 
     Raises:
-        RuntimeError: If there is no native kernel for it; see [`RowLora.serves`].
+        RuntimeError: If there is no native kernel for these pieces; see [`RowLora.serves`].
     """
 
     def __init__(self, pieces: Sequence[Piece], bias: Tensor | None = None) -> None:
@@ -107,8 +107,8 @@ class RowLora:
             x: (rows, d_in), contiguous; dimensions of 1 may lie between.
 
         Returns:
-            Whether it has been done. It cannot where the two have gaps, are elsewhere, have types that differ or are
-            not the kernel's, or rows that do not fit each other or the pieces.
+            Whether it was done. It is not if the two have gaps, are on another device, have different or unsupported
+            dtypes, or if their rows do not match each other or the pieces.
         """
         if (
             result.dtype != x.dtype

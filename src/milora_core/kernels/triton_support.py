@@ -1,4 +1,4 @@
-"""Whether Triton is there, and whether it interprets its kernels on the CPU."""
+"""Whether Triton is installed, and whether it interprets its kernels on the CPU."""
 
 from __future__ import annotations
 

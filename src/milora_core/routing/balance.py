@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 def load_balancing_loss(probabilities: Tensor) -> Tensor:
-    """How unevenly a router spreads the prompts of a batch over its experts.
+    """The load-balancing loss: how unevenly a router spreads the prompts of a batch over its experts.
 
     `L = N_mod * sum_i f_i p_i`, with `f_i` the share of prompts whose most probable expert is i (a constant for the
     gradient) and `p_i` the mean probability of expert i. 1 when the load is even, N_mod when one expert takes all.

@@ -17,20 +17,20 @@ def root_mean_square_norm(x: Tensor) -> Tensor:
 
 
 class Pooler(KeepFloat32):
-    """Pools (batch, tokens, hidden) to (batch, hidden) over the tokens of the prompt; padding never enters.
+    """Pools (batch, tokens, hidden) to (batch, hidden) over the prompt's tokens; padding is ignored.
 
     Call it with `hidden` (batch, tokens, hidden) of any floating dtype and `mask` (batch, tokens), true where a token
     belongs to the prompt, at least once a row. With `normalize`, each token is divided by its root mean square first
     ([`root_mean_square_norm`]). The result is float32.
 
     Attributes:
-        center: The running mean of the vectors pooled in training, shape (hidden), float32, zeros before; `None` unless
-            [`build_pooler`] was called with `centered`.
+        center: The running mean of the vectors pooled in training, shape (hidden), float32, initially zero; `None`
+            unless [`build_pooler`] was called with `centered`.
     """
 
     center: Tensor | None
     momentum = 0.1
-    """How far a batch moves the running mean towards its own."""
+    """How far a batch moves the running mean towards its own mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,19 +54,19 @@ class Pooler(KeepFloat32):
         if not learn:
             return pooled - self.center
         mean = pooled.detach().mean(dim=0)
-        # Asked of the device without waiting for its answer.
+        # Computed on the device without synchronisation.
         center = torch.where(self.center.any(), self.center, mean)
         with torch.no_grad():
             self.center.copy_(torch.lerp(center, mean, self.momentum))
         return pooled - center
 
     def pooled_at_once(self, hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor | None:
-        """The result by a kernel that does all of it, where there is one."""
+        """The result of a fused kernel, or `None` if there is none."""
         return None
 
     def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Each token's share in the pooled vector: (batch, tokens), zero outside the mask."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it weights tokens.")
+        raise NotImplementedError(f"{type(self).__name__} does not define how it weights tokens.")
 
 
 class MeanPooler(Pooler):
@@ -104,8 +104,8 @@ class MaxPooler(Pooler):
 class AttentionPooler(Pooler):
     """Self-attention pooling, the paper's default (equation 8).
 
-    `U = H w_sa`, `A = softmax over the prompt's tokens of U`, `p = A^T H`. It starts with `w_sa` = 0, as the mean: a
-    random start would let the few features of large magnitude that pretrained models have decide for one token.
+    `U = H w_sa`, `A = softmax over the prompt's tokens of U`, `p = A^T H`. `w_sa` is initialised to 0, which is the
+    mean. A random initialisation would let the few large features of pretrained models select one token.
 
     Attributes:
         weight: `w_sa` transposed, shape (1, hidden), float32.
@@ -126,9 +126,9 @@ class AttentionPooler(Pooler):
 
 
 def prompt_states(hidden: Tensor, mask: Tensor, normalize: bool) -> Tensor:
-    """The hidden states in float32, zero outside the mask, each divided by its root mean square if wanted."""
-    # Zeroed and not only weighted by zero: padding may hold NaN, and 0 * NaN is NaN. Before the cast, where it is half
-    # as much to write.
+    """The hidden states in float32, zero outside the mask, optionally divided by their root mean square."""
+    # Set to zero, not only weighted by zero: padding may hold NaN, and 0 * NaN is NaN. Before the cast there is half as
+    # much to write.
     hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0).float()
     return root_mean_square_norm(hidden) if normalize else hidden
 
@@ -137,12 +137,12 @@ POOLERS: tuple[str, ...] = ("attention", "mean", "max", "last")
 
 
 def build_pooler(name: str, hidden_size: int, *, centered: bool = False) -> Pooler:
-    """The pooler that a configuration names, one of [`POOLERS`].
+    """Builds the pooler that a configuration names.
 
     Args:
         name: One of [`POOLERS`].
         hidden_size: Size of what is pooled.
-        centered: Whether it keeps a running mean to subtract ([`Pooler.centered`]).
+        centered: Whether to keep a running mean and subtract it ([`Pooler.centered`]).
 
     Raises:
         MiLoraError: If the name is unknown.

@@ -1,4 +1,4 @@
-"""Modules whose parameters stay in float32 whatever the model around them is cast to."""
+"""Modules whose parameters stay in float32 when the model is cast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class KeepFloat32(nn.Module):
         def on_device_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if tensor.is_floating_point() and moved.dtype != tensor.dtype:
-                # From the original, so that nothing has been rounded on the way.
+                # From the original, so nothing is rounded in between.
                 return tensor.to(moved.device)
             return moved
 

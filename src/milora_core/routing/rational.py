@@ -20,20 +20,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda x: x,
 }
-"""The fixed activations by name; each can also be the function that a rational starts from."""
+"""The fixed activations by name; a rational can be initialised to any of them."""
 
 FIT_INTERVAL = 3.0
-"""The fit covers [-3, 3], where pooled and normalised hidden states lie; outside, the rational is free to drift."""
+"""The fit covers [-3, 3], where pooled and normalised hidden states lie; outside, the rational may drift."""
 
 
 @lru_cache(maxsize=32)
 def fit_rational(target: str, orders: tuple[int, int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Least-squares coefficients of `P(x) / (1 + |Q(x)|)` for a fixed activation on [-3, 3].
 
-    The problem is linearised as `P(x) - f(x) s(x) Q(x) = f(x)`, where `s` is the sign that `Q` had in the step before,
-    and each step is weighted by the denominator of the step before (Sanathanan and Koerner 1963), so that the residual
-    approaches that of the rational itself. It starts from a `Q` without a sign change and from one with a change at 0,
-    and the best step is kept: where `Q` changes its sign the iteration may cycle.
+    The problem is linearised as `P(x) - f(x) s(x) Q(x) = f(x)`, where `s` is the sign of `Q` in the previous step. Each
+    step is weighted by the denominator of the previous step (Sanathanan and Koerner 1963), so the residual approaches
+    that of the rational itself. The fit starts once from a `Q` without a sign change and once from a `Q` with a sign
+    change at 0, and the best step is kept, because the iteration may cycle where `Q` changes its sign.
 
     Args:
         target: One of [`ACTIVATIONS`].
@@ -71,7 +71,7 @@ class RationalActivation(KeepFloat32):
 
     Args:
         orders: Degrees `(m, n)`, at least 1 each; the paper's are (6, 5).
-        target: The activation that it approximates at the start, one of [`ACTIVATIONS`].
+        target: The activation that it approximates initially, one of [`ACTIVATIONS`].
 
     Attributes:
         numerator: `a_0..a_m`, shape (m + 1), float32.
@@ -117,10 +117,10 @@ class FixedActivation(KeepFloat32):
 
 
 def build_activation(name: str, orders: tuple[int, int] = (6, 5)) -> RationalActivation | FixedActivation:
-    """The activation that a configuration names.
+    """Builds the activation that a configuration names.
 
     Args:
-        name: `rational` (starting as GeLU), `rational-relu` or another start after the hyphen, or one of
+        name: `rational` (initialised to GeLU), `rational-relu` or another initialisation after the hyphen, or one of
             [`ACTIVATIONS`], fixed.
         orders: Degrees of the rational; ignored by the fixed ones.
 

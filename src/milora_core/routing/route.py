@@ -1,4 +1,4 @@
-"""A route: what the routers of a model decided for the prompts of a batch, as a value."""
+"""A route: the routers' decisions for the prompts of a batch, as a value."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ FORMAT = "milora-route-1"
 class Route:
     """Which experts serve each prompt of a batch, in every routed block.
 
-    A route can be computed (`model.route(**inputs)`), looked at, saved, forced (`with model.use_route(route):`),
-    expanded for beams, cut and concatenated by row.
+    You can compute a route (`model.route(**inputs)`), inspect, save and force it (`with model.use_route(route):`),
+    expand it for beams, and cut and concatenate it by row.
 
     Attributes:
         gates: (blocks, batch, experts), float32: the weight of each expert's LoRA in the output, 0 where not chosen.
-        probabilities: (blocks, batch, experts), float32: what the routers' softmax gave.
+        probabilities: (blocks, batch, experts), float32: the routers' softmax.
         experts: The modules' paths relative to their block, in the order of the last dimension. Where blocks differ it
-            is their union, and an expert that a block lacks has gate and probability 0 there.
+            is their union; an expert that a block lacks has gate and probability 0 there.
         blocks: The blocks' paths in the backbone, in the order of the first dimension.
 
     Raises:
-        MiLoraError: If the shapes do not agree with each other and with the names.
+        MiLoraError: If the shapes do not match each other and the names.
     """
 
     gates: Tensor
@@ -57,17 +57,17 @@ class Route:
 
     @property
     def batch_size(self) -> int:
-        """How many prompts it routes."""
+        """The number of prompts."""
         return int(self.gates.shape[1])
 
     @property
     def chosen(self) -> Tensor:
-        """(blocks, batch, experts), bool: where an expert is at work."""
+        """(blocks, batch, experts), bool: which experts are active."""
         return self.gates != 0
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return self.gates.device
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Route:
         return self._with(self.gates[:, rows], self.probabilities[:, rows])
 
     def expand(self, copies: int) -> Route:
-        """Each row `copies` times in succession, as beam search and several return sequences lay out their batch.
+        """Repeats each row `copies` times in succession, as beam search and several return sequences order their batch.
 
         Raises:
             MiLoraError: If `copies` is below 1.
@@ -134,7 +134,7 @@ class Route:
         )
 
     def chosen_experts(self, row: int = 0) -> dict[str, list[str]]:
-        """The names of the experts at work for one row: block path -> experts, in the experts' order."""
+        """The names of the active experts of one row: block path -> experts, in the experts' order."""
         chosen = self[row].chosen[:, 0].tolist()
         return {
             block: [expert for expert, is_chosen in zip(self.experts, of_block, strict=True) if is_chosen]
@@ -175,7 +175,7 @@ class Route:
         return cls(gates, probabilities, tuple(values["experts"]), tuple(values["blocks"]))
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all.
+        """Writes a safetensors file, completely or not at all.
 
         Raises:
             MiLoraError: If it cannot be written.
@@ -191,7 +191,7 @@ class Route:
 
     @classmethod
     def load(cls, path: str | Path) -> Route:
-        """Reads what [`Route.save`] wrote.
+        """Reads a file that [`Route.save`] wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.

@@ -18,22 +18,22 @@ ROUTER_NORMS: tuple[str, ...] = ("centered", "tokens", "pooled", "none")
 """Where the router's input is divided by its root mean square, `x * rsqrt(mean(x^2) + 1e-6)` in float32, which has no
 parameters. `tokens`: each token of the prompt, before the pooler. `centered`: as `tokens`, then the running mean of the
 pooled vectors seen in training is subtracted ([`milora_core.routing.pooling.Pooler.centered`]). `pooled`: the pooled
-vector. `none`: nowhere, which is what the paper says.
+vector. `none`: nowhere, as in the paper.
 
-The first token of a pretrained model is often a hundred times as long as the others. With `pooled` and `none` it
-decides alone, so every prompt gets nearly the same route. With `tokens`, the pooled vectors of all prompts still point
-in nearly the same direction; `centered` keeps only how they differ."""
+The first token of a pretrained model is often a hundred times as long as the others. With `pooled` and `none` this
+token alone decides, so all prompts get nearly the same route. With `tokens`, the pooled vectors of all prompts still
+point in nearly the same direction; `centered` keeps only their difference."""
 
 
 class Decision(NamedTuple):
-    """What a router decided for each prompt of a batch."""
+    """A router's decision for each prompt of a batch."""
 
     gates: Tensor
     """(batch, experts), float32: each expert's weight in the output, zero where it was not chosen."""
     probabilities: Tensor
     """(batch, experts), float32, rows summing to one."""
     chosen: Tensor
-    """(batch, experts), bool: exactly k true a row."""
+    """(batch, experts), bool: exactly k true per row."""
 
 
 class RouterProjection(KeepFloat32):
@@ -91,7 +91,7 @@ def choose(probabilities: Tensor, top_k: int, gate: str = "hard") -> Decision:
 
     Gates of the chosen experts: `hard`: exactly 1, with the gradient of `p_i` passed straight through; `softmax`:
     `p_i`; `renormalized`: `p_i / sum of the chosen`. Experts that were not chosen have gate 0 and no gradient. With
-    `hard` and k = experts nothing is decided: the gates are a constant 1, and the method is LoRA.
+    `hard` and k = experts there is nothing to decide: all gates are 1, and the method is LoRA.
 
     Args:
         probabilities: (batch, experts), float32.
@@ -103,7 +103,7 @@ def choose(probabilities: Tensor, top_k: int, gate: str = "hard") -> Decision:
     """
     experts = probabilities.shape[-1]
     check_top_k(top_k, experts)
-    # A stable sort keeps equal values in their order; torch.topk does not promise which of them it returns.
+    # A stable sort keeps the order of equal values; torch.topk does not guarantee which of them it returns.
     order = probabilities.detach().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, order, True)
     mask = chosen.to(probabilities.dtype)
@@ -177,7 +177,7 @@ class Router(nn.Module):
         self.top_k, self.gate, self.norm = top_k, gate, norm
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Decision:
-        """Decides for each prompt: `hidden` (batch, tokens, hidden), `mask` (batch, tokens) true on the prompt."""
+        """Routes each prompt: `hidden` is (batch, tokens, hidden), `mask` is (batch, tokens), true on the prompt."""
         probabilities = expert_probabilities(
             hidden, mask, self.pooler, self.activation, self.projection, norm=self.norm
         )
