@@ -1,1 +1,1 @@
-"""The command line: a file a sub-command, each with a function `command`, collected in `milora_cli.main`."""
+"""The command line: one file per sub-command, each with a function `command`; `milora_cli.main` collects them."""

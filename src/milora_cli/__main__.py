@@ -12,7 +12,8 @@ from milora_core.interruption import end_on_signals, handle_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs [`milora_cli.main.main`] with the process's signals and streams, or says which extra the command line needs.
+    """Runs [`milora_cli.main.main`] with signal handlers and safe streams, or names the extra that the command line
+    needs.
 
     Args:
         arguments: The arguments after `milora`; by default the process's.

@@ -1,4 +1,4 @@
-"""`milora bench`: how fast the methods are and what memory they take, measured side by side."""
+"""`milora bench`: speed and memory of the methods, measured side by side."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def train(
     *,
     models: RunningModels,
     batch: Batch = 8,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Of each row; the first half has no loss.")] = 256,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens per row; the first half has no loss.")] = 256,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Run blocks a second time in the backward pass.")
+        bool, typer.Option("--gradient-checkpointing", help="Recompute blocks in the backward pass.")
     ] = False,
     measurement: Measurement,
 ) -> None:
@@ -102,9 +102,7 @@ def tenants(
     number: Annotated[
         str, typer.Option("--tenants", metavar="16", help="Numbers of adapters that share a batch.")
     ] = "16",
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Rows; by default as many as there are tenants.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows; by default one per tenant.")] = None,
     generation: TenantsGeneration,
     measurement: Measurement,
 ) -> None:
@@ -127,12 +125,12 @@ def tenants(
 def kernel(
     *,
     batches: Annotated[
-        str, typer.Option("--batches", metavar="1,8,32,64", help="Numbers of rows, each with an adapter of its own.")
+        str, typer.Option("--batches", metavar="1,8,32,64", help="Numbers of rows, each with its own adapter.")
     ] = "1,8,32,64",
     d_in: Annotated[int, typer.Option("--d-in", min=1, help="Size of the module's input.")] = 4096,
     d_out: Annotated[int, typer.Option("--d-out", min=1, help="Size of the module's output.")] = 4096,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 32,
-    active: Annotated[int, typer.Option("--active", min=1, help="Every how-manyth row chose the module.")] = 2,
+    active: Annotated[int, typer.Option("--active", min=1, help="One row in N selects the module.")] = 2,
     dtype: Dtype = "bfloat16",
     measurement: Measurement,
 ) -> None:
@@ -162,7 +160,7 @@ def traffic(
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens whose keys and values are read.")] = 96,
     as_json: options.AsJson = False,
 ) -> None:
-    """Bytes and operations that a decode step needs, by formula; nothing is measured."""
+    """Bytes and operations of a decode step, by formula; nothing is measured."""
     with _printing(as_json) as print_result:
         from milora import benchmark
 
@@ -179,7 +177,7 @@ app.command("serve")(bench_serve.command)
 def markdown(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json printed, a file each.")],
 ) -> None:
-    """Print results that were kept as JSON as Markdown tables."""
+    """Print saved JSON results as Markdown tables."""
     from milora.benchmark.tables import markdown as as_markdown
 
     for path in files:
@@ -188,14 +186,14 @@ def markdown(
             text = as_markdown(result)
         except (ValueError, KeyError, TypeError) as error:
             raise MiLoraError(
-                f"{path} is no result of milora bench --json ({type(error).__name__}: {error})."
+                f"{path} is not a result of milora bench --json ({type(error).__name__}: {error})."
             ) from error
         typer.echo(text)
 
 
 @contextmanager
 def _printing(as_json: bool, threads: int | None = None) -> Iterator[Callable[[Result], None]]:
-    """Yields what prints a result, as a table or as JSON; meanwhile nothing else is on standard output."""
+    """Yields a function that prints the result as a table or JSON; nothing else is written to standard output."""
     with json_only(as_json) as print_json:
         import torch
 

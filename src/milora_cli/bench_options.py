@@ -1,4 +1,4 @@
-"""What the sub-commands of `milora bench` can be told, each option spelled and explained once."""
+"""Options of the sub-commands of `milora bench`, each defined once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typer
 from milora_cli import options
 from milora_core.errors import MiLoraError
 
-Dtype = Annotated[str, typer.Option("--dtype", help="The backbone's: float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the backbone: float32, bfloat16 or float16.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Prompts a batch.")]
 Beams = Annotated[str, typer.Option("--beams", metavar="1,3", help="Widths of the search; 1 is greedy.")]
-NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate, the first included.")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate, including the first.")]
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class Models:
         ),
     ] = None
     layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Transformer blocks, instead of the shape's own.")
+        int | None, typer.Option("--layers", min=1, help="Number of Transformer blocks; by default the shape's.")
     ] = None
     methods: Annotated[
         str | None,
-        typer.Option("--methods", metavar="A,B", help="Methods, with commas between, in the order of turns."),
+        typer.Option("--methods", metavar="A,B", help="Methods, separated by commas, in measuring order."),
     ] = None
     dtype: Dtype = "bfloat16"
     adapter_dtype: Annotated[
         str | None,
         typer.Option(
             "--adapter-dtype",
-            help="The adapters': the backbone's (default for inference), or float32 (default for training).",
+            help="Dtype of the adapters: the backbone's (default for inference) or float32 (default for training).",
         ),
     ] = None
 
     def settings(self) -> dict[str, Any]:
-        """Fields of a benchmark's settings; `methods` only where some are named, for each benchmark has its own."""
+        """Fields of a benchmark's settings; `methods` only if given, because each benchmark has its own default."""
         named = dict(vars(self))
         methods = named.pop("methods")
         if methods is not None:
@@ -56,7 +56,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Shapes(Models):
-    """A backbone of which nothing but the shape is needed."""
+    """A backbone of which only the shape is needed."""
 
     backbone: Annotated[
         str | None,
@@ -82,7 +82,7 @@ class Generation:
     new_tokens: NewTokens = 32
     round_seconds: Annotated[
         float,
-        typer.Option("--round-seconds", help="Methods that would take longer for a run write fewer tokens in it."),
+        typer.Option("--round-seconds", help="Methods that would exceed this time per run generate fewer tokens."),
     ] = 120.0
     compile: Annotated[
         bool,
@@ -96,7 +96,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class TenantsGeneration(Generation):
-    """The same, of many tenants."""
+    """The same for many tenants."""
 
     beams: Beams = "1"
     new_tokens: NewTokens = 16
@@ -104,14 +104,14 @@ class TenantsGeneration(Generation):
 
 @dataclass(frozen=True)
 class Measurement:
-    """Where it is measured and how often, and how the result is printed."""
+    """Where and how often to measure, and how to print the result."""
 
     rounds: Annotated[
         int, typer.Option("--rounds", min=1, help="Measurements of each method, in turn with the others.")
     ] = 5
     device: options.Device = None
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="torch's threads; its own choice by default.")
+        int | None, typer.Option("--threads", min=1, help="Number of torch threads; by default torch's choice.")
     ] = None
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of the weights and the prompts.")
@@ -124,15 +124,15 @@ class Measurement:
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
-    """What an option lists with commas between.
+    """The values of an option, separated by commas.
 
     Raises:
-        MiLoraError: If it lists none, or something else than whole numbers.
+        MiLoraError: If there is none, or one is not a whole number.
     """
     try:
         found = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        raise MiLoraError(f"{option} takes whole numbers with commas between, such as 1,3; found {text!r}.") from error
+        raise MiLoraError(f"{option} takes whole numbers separated by commas, such as 1,3; found {text!r}.") from error
     if not found:
-        raise MiLoraError(f"{option} names no number; give some, such as 1,3.")
+        raise MiLoraError(f"{option} has no numbers; give some, such as 1,3.")
     return found

@@ -1,4 +1,4 @@
-"""`milora bench serve`: a load on OpenAI-compatible servers, and how they bear it."""
+"""`milora bench serve`: load tests of OpenAI-compatible servers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def command(
     paths = output or []
     for path in paths:
         if path.suffix.lower() not in (".json", ".png", ".svg", ".pdf"):
-            raise MiLoraError(f"--output {path}: end it in .json, .png, .svg or .pdf.")
+            raise MiLoraError(f"--output {path}: the name must end in .json, .png, .svg or .pdf.")
     with json_only(as_json) as print_json, ExitStack() as outputs:
         with importing("serve", "milora bench serve"):
             from milora.benchmark.serve import Endpoint, ServeSettings, serve_load

@@ -21,7 +21,7 @@ def command(
         str,
         typer.Option(
             "--backbone",
-            help="tiny, the bundled one, or a model folder or hub name: a pretrained model learns a shop's tasks.",
+            help="tiny (bundled), a model folder or a hub name; pretrained models train on the shop tasks.",
         ),
     ] = "tiny",
     steps: Annotated[
@@ -38,9 +38,9 @@ def command(
     from rich.progress import track
     from rich.table import Table
 
-    # Libraries print to standard output, some when they are imported; only the result belongs there.
+    # Libraries print to standard output, some on import; only the result belongs there.
     with contextlib.redirect_stdout(sys.stderr):
-        # First, as it names the extra if the libraries of training are missing.
+        # First, because it names the extra if the libraries of training are missing.
         from milora.demo import DemoSettings, run_demo
         from milora.locks import writing_alone
 
@@ -49,7 +49,7 @@ def command(
         from milora_core.files import writing
 
         quiet_libraries()
-        # Of preparing a few thousand rows; the trainer's own bar stays.
+        # Bars of preparing a few thousand rows; the trainer's own bar stays.
         disable_progress_bars()
 
         progress = Console(stderr=True)
@@ -57,13 +57,13 @@ def command(
         def watch(items: Any, what: str, count: int) -> Any:
             return track(items, description=what, total=count, console=progress, transient=True)
 
-        with writing_alone(output, "wait until it ends, or give another --output"), writing(output):
+        with writing_alone(output, "wait until it ends, or use another --output"), writing(output):
             settings = DemoSettings.for_backbone(backbone, steps=steps, test_rows=test_rows, seed=seed)
             result = run_demo(output, settings, progress.print, watch)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
-    table = Table(title=f"Test accuracy, beam {settings.beams}, {test_rows} rows a task")
+    table = Table(title=f"Test accuracy, beam {settings.beams}, {test_rows} rows per task")
     for name, justify in (("task", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for task, accuracy in result.tasks.items():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from milora.tasks.task import Task
 
-BUSY = "wait until it ends, or give another --output-dir"
+BUSY = "wait until it ends, or use another --output-dir"
 INTERVAL = "95 % interval"
 
 
@@ -29,7 +29,7 @@ def command(
     ],
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", metavar="DIR", help="Folder or hub id of an adapter; without, the bare backbone."),
+        typer.Option("--adapter", metavar="DIR", help="Folder or hub id of an adapter; by default the bare backbone."),
     ] = None,
     backbone: options.Backbone = None,
     data_dir: options.DataDirectory = None,
@@ -41,7 +41,7 @@ def command(
             "--seed",
             min=0,
             max=options.LARGEST_SEED,
-            help="Of the order of rows, and so of what --limit takes, and of what is drawn.",
+            help="Seed of the order of rows (and so of what --limit takes) and of sampling.",
         ),
     ] = 0,
     shots: Annotated[
@@ -55,21 +55,27 @@ def command(
         typer.Option(
             "--output-dir",
             metavar="DIR",
-            help="Predictions, one file per task, and results.json. The same command resumes; another one adds tasks "
-            "and figures. One process at a time.",
+            help="Folder for predictions, one file per task, and results.json. The same command resumes; another one "
+            "adds tasks and figures. One process at a time.",
         ),
     ] = None,
     beams: Annotated[
         int | None,
-        typer.Option("--beams", min=1, help="Beams; 3, as in the paper, and for MT-Bench FastChat's temperatures."),
+        typer.Option(
+            "--beams",
+            min=1,
+            help="Beams; by default 3, and for MT-Bench sampling at FastChat's temperatures.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="By default what each task needs.")
+        int | None, typer.Option("--max-new-tokens", min=1, help="Maximum length; by default each task's.")
     ] = None,
     batch_size: options.BatchSize = 8,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure the gold completions' too.")] = False,
+    perplexity: Annotated[
+        bool, typer.Option("--perplexity", help="Also measure the perplexity of the gold completions.")
+    ] = False,
     generate: Annotated[
-        bool, typer.Option("--generate/--no-generate", help="Whether to generate answers, or measure perplexity alone.")
+        bool, typer.Option("--generate/--no-generate", help="Generate answers, or measure only perplexity.")
     ] = True,
     judge_url: Annotated[
         str | None,
@@ -83,7 +89,7 @@ def command(
     judge_workers: Annotated[int, typer.Option("--judge-workers", min=1, help="Requests at a time.")] = 4,
     compare_with: Annotated[
         Path | None,
-        typer.Option("--compare-with", metavar="FILE", help="Another model's mt-bench answers, for pairwise judging."),
+        typer.Option("--compare-with", metavar="FILE", help="Another model's mt-bench answers, for pairwise grades."),
     ] = None,
     model_id: Annotated[
         str | None, typer.Option("--model-id", help="Name in mt-bench's files; by default the adapter's folder.")
@@ -94,7 +100,7 @@ def command(
 ) -> None:
     """Evaluate an adapter, or a bare backbone, on tasks.
 
-    Answers are generated with beam search and read as each task reads them; one that cannot be read is wrong.
+    Answers are generated with beam search and read by each task's parser; an unreadable answer is wrong.
     """
     with json_only(as_json) as print_result:
         tasks = find_tasks(task, data_dir, shots)
@@ -125,7 +131,7 @@ def command(
                 workers=judge_workers,
             ),
         )
-        # A mistake in the last task's data should not show after hours with the others.
+        # An error in the last task's data should not appear after hours with the others.
         for of_task in tasks:
             check_rows(of_task, settings)
         adapters = {} if adapter is None else {"default": adapter}
@@ -158,11 +164,10 @@ def command(
 
 
 def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = None) -> list[Task]:
-    """The tasks of `--task` options, each of one name or of several between commas.
+    """The tasks of the `--task` options, each with one or several names.
 
     Raises:
-        MiLoraError: If there is no task of a name, or none at all, or one has no solved examples and `shots` are asked
-            for.
+        MiLoraError: If a task does not exist, no task is named, or `shots` is given for a task without solved examples.
     """
     from milora.evaluation.results import shots_of
     from milora.tasks import registry
@@ -170,14 +175,14 @@ def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = 
     separate = [name.strip() for listed in names for name in listed.split(",")]
     found = [registry.get(name, data_dir) for name in dict.fromkeys(separate) if name]
     if not found:
-        raise MiLoraError(f"--task names no task; there are {', '.join(registry.names())}.")
+        raise MiLoraError(f"--task has no names; tasks: {', '.join(registry.names())}.")
     if shots is None:
         return found
     for of_task in found:
         if shots_of(of_task) is None:
             able = [name for name in registry.names() if shots_of(registry.get(name, data_dir)) is not None]
             raise MiLoraError(
-                f"--shots is for {' and '.join(able)}: {of_task.name} has no solved examples, evaluate it apart."
+                f"--shots is for {' and '.join(able)}: {of_task.name} has no solved examples; evaluate it separately."
             )
     return [registry.get(of_task.name, data_dir, shots=shots) for of_task in found]
 
@@ -185,7 +190,7 @@ def find_tasks(names: Sequence[str], data_dir: Path | None, shots: int | None = 
 def table(
     results: Mapping[str, Mapping[str, Any]], mean: float | None, llm_adapters_mean: float | None = None
 ) -> Table:
-    """A row a task; columns that say nothing of any task are left out."""
+    """One row per task; columns without values are left out."""
     from rich.table import Table
 
     by_their_rule = [_share((result.get("llm_adapters") or {}).get("accuracy")) for result in results.values()]

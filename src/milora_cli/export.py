@@ -29,15 +29,15 @@ def command(
         Path | None,
         typer.Option("--route", metavar="FILE", help="Freeze a route that milora route wrote (.safetensors or .json)."),
     ] = None,
-    row: Annotated[int, typer.Option("--row", min=0, help="Which prompt's route of the file, from 0.")] = 0,
+    row: Annotated[int, typer.Option("--row", min=0, help="Index of the prompt in the route file, from 0.")] = 0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Freeze one route of a MiLoRA adapter into a plain LoRA adapter, which any engine with LoRA can serve."""
+    """Freeze one route of a MiLoRA adapter into a plain LoRA adapter, for any engine with LoRA support."""
     with json_only(as_json) as print_result, ExitStack() as lock:
         if (prompt is None) == (route is None):
-            raise MiLoraError("Give either --prompt TEXT or --route FILE: a LoRA adapter is one route, frozen.")
+            raise MiLoraError("Give either --prompt TEXT or --route FILE: the LoRA adapter holds one frozen route.")
 
         from milora.backbone.loading import load_for_inference
         from milora.inference.routing import route_prompts
@@ -51,7 +51,7 @@ def command(
         prompts = [] if prompt is None else [request.prompt for request in read_requests([prompt], None)]
         require_routers(adapter)
         require_vacant(output)
-        lock.enter_context(writing_file_alone(output, "wait until it ends, or give another --output"))
+        lock.enter_context(writing_file_alone(output, "wait until it ends, or use another --output"))
         model, tokenizer = load_for_inference(adapter, backbone, dtype=dtype, device=device)
         if frozen is None:
             frozen = route_prompts(model, tokenizer, prompts)
@@ -66,7 +66,7 @@ def _read_route(path: Path, row: int) -> Route:
     """A row of a saved route.
 
     Raises:
-        MiLoraError: If the file is no route, or has no such row.
+        MiLoraError: If the file is not a route, or has no such row.
     """
     from milora.tasks.files import read_json
     from milora_core.routing import Route

@@ -1,4 +1,4 @@
-"""`milora generate`: texts for prompts, with what share of them is right where the answers are known."""
+"""`milora generate`: texts for prompts, and the accuracy if the answers are known."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_ADAPTER = "default"
 def command(
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="[NAME=]DIR", help="Adapter; repeat as NAME=DIR for rows that name theirs."),
+        typer.Option("--adapter", metavar="[NAME=]DIR", help="Adapter; repeat as NAME=DIR if rows name their adapter."),
     ] = None,
     backbone: options.Backbone = None,
     prompt: options.Prompts = None,
@@ -44,7 +44,7 @@ def command(
     data_dir: options.DataDirectory = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="Read answers as this task does; by default the task of --data."),
+        typer.Option("--task", help="Read answers with this task's parser; by default the task of --data."),
     ] = None,
     limit: options.Limit = None,
     beams: Annotated[
@@ -53,7 +53,7 @@ def command(
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, help="By default what the task needs, else 128."),
+        typer.Option("--max-new-tokens", min=1, help="Maximum length; by default the task's, else 128."),
     ] = None,
     temperature: Annotated[
         float | None,
@@ -63,15 +63,13 @@ def command(
         float | None,
         typer.Option("--top-p", help="Sample from the tokens that make up this probability."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of the random numbers, when sampling.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Seed of sampling.")] = 0,
     batch_size: options.BatchSize = 8,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE.jsonl", help="Append a row a prompt; what is there already is kept."),
+        typer.Option("--output", metavar="FILE.jsonl", help="Append one row per prompt; existing rows are kept."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -101,12 +99,12 @@ def command(
         )
         quiet_libraries()
         outputs.enter_context(reserved([output] if output else [], "texts.jsonl"))
-        # Rows name their adapter where there is a choice.
+        # With several adapters, rows name theirs.
         named = [
             replace(request, adapter=None if name in ("", DEFAULT_ADAPTER) else name)
             for request, name in zip(requests, names, strict=True)
         ]
-        # Whose texts a file may hold is known by the weights alone, which may have changed under the same names.
+        # The weights identify the run, because they may have changed under the same names.
         model, tokenizer = load_for_inference(adapters, backbone, dtype=dtype, device=device)
         run = "" if output is None else _run(model, list(adapters), decoding, seed)
         predictions = Predictions(named, judge_task, output, run)
@@ -144,36 +142,38 @@ def command(
 
 
 def parse_adapters(values: Sequence[str]) -> dict[str, str]:
-    """`--adapter` options by name: `DIR` alone is the default one, several are `NAME=DIR`.
+    """`--adapter` options by name: a single `DIR` is the default adapter, several are `NAME=DIR`.
 
     Raises:
-        MiLoraError: If one of several has no name, or two share one.
+        MiLoraError: If one of several has no name, or two have the same name.
     """
     adapters: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
         if not separator or Path(value).exists():
             if len(values) > 1:
-                raise MiLoraError(f"--adapter {value}: of several adapters each needs a name, --adapter NAME={value}.")
+                raise MiLoraError(
+                    f"--adapter {value}: with several adapters each needs a name: --adapter NAME={value}."
+                )
             name, path = DEFAULT_ADAPTER, value
         if not name or not path:
             raise MiLoraError(f"--adapter {value}: give it as DIR or NAME=DIR.")
         if name in adapters:
-            raise MiLoraError(f"--adapter {value}: there is an adapter {name!r} already, {adapters[name]}.")
+            raise MiLoraError(f"--adapter {value}: the name {name!r} is already used for {adapters[name]}.")
         adapters[name] = path
     return adapters
 
 
 def adapter_of_each(requests: Sequence[Request], adapters: Mapping[str, str]) -> list[str]:
-    """The adapter of each request: the one it names, or the only one (an empty name where there is none at all).
+    """The adapter of each request: the one it names, or the only one (an empty name if there are no adapters).
 
     Raises:
-        MiLoraError: If a request names an adapter that is not there, or none where there are several.
+        MiLoraError: If a request names an unknown adapter, or names none and there are several.
     """
     only = next(iter(adapters), "") if len(adapters) < 2 else None
     names = []
     for number, request in enumerate(requests, start=1):
-        # One adapter without a name serves whatever the rows say; they may come from a file for several.
+        # A single unnamed adapter serves all rows, even if they name adapters: the file may be for several.
         name = only if only in ("", DEFAULT_ADAPTER) else request.adapter or only
         if name is None:
             raise MiLoraError(
@@ -196,7 +196,7 @@ def _task(name: str | None, data: str | None, data_dir: Path | None) -> Task | N
 
 
 def _run(model: Any, adapters: Sequence[str], decoding: Decoding, seed: int) -> str:
-    """A digest of what decides the texts besides the prompts: the weights and their dtype, adapters, decoding."""
+    """A digest of what determines the texts besides the prompts: weights, dtype, adapters, decoding."""
     from milora.evaluation.fingerprint import model_fingerprint, run_fingerprint
 
     settings = {

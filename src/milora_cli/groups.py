@@ -1,4 +1,4 @@
-"""Groups of options: a dataclass that a sub-command takes as one parameter, and whose fields are options."""
+"""Groups of options: a dataclass that a sub-command takes as one parameter; its fields become options."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, get_type_hints
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The same command for Typer, which knows no dataclasses: each is replaced by its fields where it stands.
+    """Adapts a command to Typer, which does not support dataclasses: each is replaced by its fields in place.
 
-    `@app.command("name")` above, `@with_groups` below. A group's fields are annotated as parameters are, and each has a
-    default; a sub-class that names a field again gives it another default, or another help.
+    Write `@app.command("name")` above `@with_groups`. A group's fields are annotated like parameters, and each has a
+    default. A subclass may redefine a field with another default or help.
 
     Args:
-        command: A function whose parameters can all be given by name.
+        command: A function whose parameters can all be passed by name.
 
     Raises:
         ValueError: If two options have one name.
@@ -37,7 +37,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     flat.__name__, flat.__doc__ = command.__name__, command.__doc__
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    # What Typer reads; `inspect` takes it as it is.
+    # Typer reads the signature with `inspect`, which uses this attribute.
     vars(flat)["__signature__"] = inspect.Signature(parameters)
     return flat
 

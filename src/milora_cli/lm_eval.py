@@ -31,23 +31,23 @@ def command(
     num_fewshot: Annotated[
         int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question; by default the task's.")
     ] = None,
-    limit: Annotated[
-        float | None, typer.Option("--limit", help="Rows of each task, or with a value below 1 their share.")
-    ] = None,
+    limit: Annotated[float | None, typer.Option("--limit", help="Rows per task, or their share if below 1.")] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="A number, auto, or auto:N.")] = "1",
     max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", min=1, help="Of auto.")] = None,
     device: options.Device = None,
     gen_kwargs: Annotated[
         str | None,
-        typer.Option("--gen-kwargs", metavar="KEY=VALUE[,...]", help="Of generation, such as max_gen_toks=64."),
+        typer.Option(
+            "--gen-kwargs", metavar="KEY=VALUE[,...]", help="Arguments of generation, such as max_gen_toks=64."
+        ),
     ] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Prompts are conversations in the tokenizer's template.")
+        bool, typer.Option("--apply-chat-template", help="Format prompts with the tokenizer's chat template.")
     ] = False,
     fewshot_as_multiturn: Annotated[
         bool,
         typer.Option(
-            "--fewshot-as-multiturn/--fewshot-as-one-turn", help="With a chat template, an example is a turn."
+            "--fewshot-as-multiturn/--fewshot-as-one-turn", help="With a chat template, make each example a turn."
         ),
     ] = True,
     system_instruction: Annotated[
@@ -55,27 +55,29 @@ def command(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of every generator; by default lm-eval's seeds."),
+        typer.Option(
+            "--seed", min=0, max=options.LARGEST_SEED, help="Seed of all generators; by default lm-eval's seeds."
+        ),
     ] = None,
     use_cache: Annotated[
-        str | None, typer.Option("--use-cache", metavar="PATH", help="Keeps the model's responses in a database.")
+        str | None, typer.Option("--use-cache", metavar="PATH", help="Cache the model's responses in a database.")
     ] = None,
     output_path: Annotated[
-        Path | None, typer.Option("--output-path", metavar="DIR", help="Saves the results, as lm-eval does.")
+        Path | None, typer.Option("--output-path", metavar="DIR", help="Save the results in lm-eval's format.")
     ] = None,
     log_samples: Annotated[bool, typer.Option("--log-samples", help="Saves every request there too.")] = False,
     write_out: Annotated[bool, typer.Option("--write-out", help="Shows the first prompts.")] = False,
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="Allows tasks that run code a model wrote.")
+        bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run model-written code.")
     ] = False,
-    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the tasks' names, and do nothing.")] = False,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the tasks' names and exit.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Evaluate on lm-eval's tasks; prompts are routed on the context alone.
+    """Evaluate on lm-eval's tasks; prompts are routed on the context only.
 
-    Tasks with `_local` behind their names (`mmlu_local`, `bbh_local`, `gsm8k_local`) read the files in --data-dir.
+    Tasks whose name ends in `_local` (`mmlu_local`, `bbh_local`, `gsm8k_local`) read the files in --data-dir.
     """
-    # lm-eval prints to standard output, also when it is imported; only the result belongs there.
+    # lm-eval prints to standard output, also on import; only the result belongs there.
     with contextlib.redirect_stdout(sys.stderr):
         from milora.evaluation.lm_eval import run, task_names
 
@@ -85,7 +87,7 @@ def command(
         return
     names = [name.strip() for given in tasks or [] for name in given.split(",") if name.strip()]
     if not names:
-        raise MiLoraError("Which tasks are meant? Pass --tasks NAME[,NAME...]; --list-tasks prints their names.")
+        raise MiLoraError("No tasks given: pass --tasks NAME[,NAME...]; --list-tasks prints their names.")
     if limit is not None and not limit > 0:
         raise MiLoraError(f"--limit must be more than 0; found {limit}.")
     seeds = {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
@@ -120,7 +122,7 @@ def command(
     else:
         _print_tables(results)
     if output_path is not None and not any(map(_is_whole, _files(output_path) - before)):
-        # It logs why, and goes on.
+        # lm-eval logs the reason and continues.
         typer.echo(f"milora: lm-eval could not save the results above in {output_path}.", err=True)
         raise typer.Exit(1)
 

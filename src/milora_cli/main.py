@@ -1,4 +1,4 @@
-"""`milora`: its sub-commands, and the one place that turns a user's mistake into a line and a status."""
+"""`milora`: its sub-commands, and the one place that turns a user's mistake into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ COMMANDS: dict[str, ModuleType] = {
     "route": route,
     "export": export,
 }
-"""The sub-commands in the order of `milora --help`: modules with a function `command`, and where it parses its own
-arguments with `SETTINGS` for `Typer.command`; or with an `app` of sub-commands of their own. They are imported at
-every start, so they import nothing of `milora`, which loads torch and PEFT, before the command runs."""
+"""The sub-commands in the order of `milora --help`: modules with a function `command` (and `SETTINGS` for
+`Typer.command` if it parses its own arguments), or with an `app` of sub-commands. They are imported at every start, so
+they must not import `milora`, which loads torch and PEFT, before the command runs."""
 
 BROKEN_PIPE = 141
-"""The status of a program that SIGPIPE ends."""
+"""The status of a program that SIGPIPE ended."""
 
-# Typer carries its own copy of click since 0.2x and used the real one before; both have this class in this place.
+# Typer has its own copy of click since 0.2x and used the real one before; both have this class here.
 _UsageError: Any = typer.BadParameter.__base__
 
 DEBUG = "--debug"
 COMPLETION = "_MILORA_COMPLETE"
-"""The variable in which a shell asks for completions."""
+"""The environment variable with which a shell requests completions."""
 
 app = typer.Typer(
     name="milora",
@@ -63,7 +63,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def milora(
     debug: Annotated[
-        bool, typer.Option(DEBUG, envvar="MILORA_DEBUG", help="Show a traceback for user mistakes too; goes anywhere.")
+        bool,
+        typer.Option(
+            DEBUG, envvar="MILORA_DEBUG", help="Show a traceback for user mistakes too; allowed at any position."
+        ),
     ] = False,
     show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Show the version and exit.")
@@ -87,20 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 on success, 1 if a part of the work failed (the rest is kept), 2 after a user's mistake (one
-        line on standard error), 128 + signal after SIGINT, SIGTERM or SIGHUP, 141 if nobody reads standard output.
+        line on standard error), 128 + signal after SIGINT, SIGTERM or SIGHUP, 141 if standard output is closed by its
+        reader.
 
     Raises:
         Exception: Anything that is not a user's mistake, so Python prints its traceback and exits with 1. With
-            `--debug` or `MILORA_DEBUG=1` mistakes too.
+            `--debug` or `MILORA_DEBUG=1` also mistakes.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in arguments or os.environ.get("MILORA_DEBUG", "0") not in ("", "0", "false")
-    # Removed by hand, so it can be added at the end of a command that just failed.
+    # Removed here, so it can be appended to a command that just failed.
     arguments = [argument for argument in arguments if argument != DEBUG] or ["--help"]
     try:
         with warnings.catch_warnings():
             if not debug:
-                # Users of the command cannot act on what libraries tell developers.
+                # Users of the command cannot act on deprecation warnings.
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
             status = _invoke(arguments)
@@ -113,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except SystemExit as ended:
-        if isinstance(ended.__context__, BrokenPipeError):  # how rich answers a broken pipe
+        if isinstance(ended.__context__, BrokenPipeError):  # rich's reaction to a broken pipe
             return BROKEN_PIPE
         raise
     except (MiLoraError, OSError) as error:
@@ -127,14 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug or not is_disk_full(error):
             raise
-        return _complain(f"No space left on a disk, make room: {error}", 2)
+        return _complain(f"No space left on a disk; free some space: {error}", 2)
     return status
 
 
 def _invoke(arguments: list[str]) -> int:
     if COMPLETION in os.environ:
         app(prog_name="milora")
-    # Not by `app(...)`, which replaces an interruption and a broken pipe by statuses of its own.
+    # Not with `app(...)`, which replaces the statuses of an interruption and a broken pipe.
     command = typer.main.get_command(app)
     try:
         with command.make_context("milora", arguments) as context:
@@ -151,7 +155,7 @@ def _message(error: Exception) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    # With a full or broken standard error there is nobody to tell, and the status still counts.
+    # If standard error is full or broken, the message is dropped and the status still counts.
     with suppress(OSError):
         close_progress_bars()
         print(f"milora: {' '.join(message.split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Options that several sub-commands share, each spelled and explained once."""
+"""Options that several sub-commands share, each defined once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 
 def _expanded(path: Path | None) -> Path | None:
-    # The shell leaves the `~` of an environment variable as it is.
+    # The shell does not expand `~` in an environment variable.
     return None if path is None else path.expanduser()
 
 
@@ -23,7 +23,7 @@ Prompts = Annotated[
     typer.Option("--prompt", metavar="TEXT", help="A prompt; can be repeated."),
 ]
 LARGEST_SEED = 2**32 - 1
-"""What NumPy takes."""
+"""The largest seed that NumPy accepts."""
 
 Split = Annotated[str, typer.Option("--split", help="Split of a task, folder or hub dataset.")]
 DataDirectory = Annotated[
@@ -33,7 +33,7 @@ DataDirectory = Annotated[
         metavar="DIR",
         envvar="MILORA_DATA_DIR",
         callback=_expanded,
-        help="Folder of the benchmarks' files, in LLM-Adapters' layout; without one they come from the hub.",
+        help="Folder of the benchmarks' files in LLM-Adapters' layout; by default they come from the hub.",
     ),
 ]
 Limit = Annotated[
@@ -43,13 +43,13 @@ Limit = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts a batch.")]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="Such as cpu or cuda:1; by default the GPU where there is one."),
+    typer.Option("--device", help="Such as cpu or cuda:1; by default a GPU if there is one."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as the backbone was saved), float32, bfloat16 or float16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
 
 
 def is_from_environment(context: typer.Context, parameter: str) -> bool:
-    """Whether a parameter has its value from an environment variable, which a file of settings comes before."""
+    """Whether a parameter's value comes from an environment variable; a settings file takes precedence over it."""
     source = context.get_parameter_source(parameter)
     return source is not None and source.name == "ENVIRONMENT"

@@ -1,4 +1,4 @@
-"""What goes where: results to standard output, everything else to standard error."""
+"""Output streams: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from rich.table import Table
 from milora_core.errors import MiLoraError
 
 WIDEST = 1000
-"""Columns of characters, more than any table has."""
+"""A width in characters that exceeds any table."""
 
 PrintResult: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
 def json_only(active: bool) -> Iterator[PrintResult]:
-    """With `--json`, keeps standard output free for one JSON object, whatever libraries print meanwhile.
+    """With `--json`, reserves standard output for one JSON object, whatever libraries print.
 
     Yields:
-        A function that prints the result as JSON, and does nothing when not `active`.
+        A function that prints the result as JSON if `active`, and does nothing otherwise.
     """
     if not active:
         yield lambda result: None
@@ -37,7 +37,7 @@ def json_only(active: bool) -> Iterator[PrintResult]:
     is_unicode = codecs.lookup(stdout.encoding or "utf-8").name.startswith("utf")
 
     def print_result(result: Mapping[str, Any]) -> None:
-        # NaN is not JSON: better a failure here than in the program that reads it.
+        # NaN is not valid JSON: fail here, not in the program that reads it.
         print(json.dumps(result, ensure_ascii=not is_unicode, allow_nan=False), file=stdout, flush=True)
 
     with redirect_stdout(sys.stderr):
@@ -46,13 +46,13 @@ def json_only(active: bool) -> Iterator[PrintResult]:
 
 @contextmanager
 def reserved(outputs: Sequence[Path], example: str) -> Iterator[None]:
-    """Keeps other processes from the files of `--output` while the block runs; fails before the work, not after it.
+    """Locks the files of `--output` against other processes while the block runs; fails before the work, not after.
 
     Devices and pipes may be shared.
 
     Args:
         outputs: The files.
-        example: A file's name, for the error when one is a folder.
+        example: An example file name for the error if one is a folder.
 
     Raises:
         MiLoraError: If one is a folder, in use by another process, or in a folder that cannot be written to.
@@ -62,19 +62,19 @@ def reserved(outputs: Sequence[Path], example: str) -> Iterator[None]:
     with ExitStack() as locks:
         for path in {Path(os.path.realpath(path)): path for path in outputs}.values():
             if path.is_dir():
-                raise MiLoraError(f"--output {path} is a folder: name a file in it, such as {path / example}.")
+                raise MiLoraError(f"--output {path} is a folder: give a file, such as {path / example}.")
             if path.is_file() or not path.exists():
-                locks.enter_context(writing_file_alone(path, "wait until it ends, or give another --output"))
+                locks.enter_context(writing_file_alone(path, "wait until it ends, or use another --output"))
         yield
 
 
 def print_table(table: Table) -> None:
-    """Prints a table on standard output without cutting a word: in a narrow terminal it is wider than the window."""
+    """Prints a table on standard output without cutting words, even if it is wider than the terminal."""
     console = Console()
     wide = Console(width=WIDEST)
     for column in table.columns:
         if column.no_wrap:
-            # rich cuts these before it lets a table be too wide.
+            # rich would cut these columns before exceeding the width.
             texts = [column.header, *column.cells, column.footer]
             column.min_width = max(wide.measure(text).maximum for text in texts)
     wanted = wide.measure(table)
@@ -83,7 +83,7 @@ def print_table(table: Table) -> None:
 
 
 def progress_bar() -> Progress:
-    """A progress bar on standard error that leaves nothing behind; silent where that is no terminal."""
+    """A transient progress bar on standard error; silent if that is not a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
@@ -97,7 +97,7 @@ def progress_bar() -> Progress:
 
 
 def quiet_libraries() -> None:
-    """Takes progress bars and advice of the libraries off standard error, where a user's mistake gets one line."""
+    """Silences progress bars and advice of the libraries, so a user's mistake is one line on standard error."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""`milora params`: how many parameters each method trains, and how many serve a token."""
+"""`milora params`: how many parameters each method trains and how many are active per token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def command(
         ),
     ] = "llama-2-7b",
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B", help="Methods, with commas between; by default all.")
+        str | None, typer.Option("--methods", metavar="A,B", help="Methods, separated by commas; by default all.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -34,7 +34,7 @@ def command(
         config = shape_config(backbone)
         names = list(METHODS) if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
         if not names:
-            raise MiLoraError(f"--methods names no method; give some of {', '.join(METHODS)}.")
+            raise MiLoraError(f"--methods has no names; give some of {', '.join(METHODS)}.")
         titles = {name: method(name).title for name in names}
         rows: list[dict[str, Any]] = []
         with progress_bar() as progress:

@@ -1,4 +1,4 @@
-"""From the options of a command to prompts, with what each row says beside its prompt."""
+"""The prompts that a command's options select, with each row's other fields."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def read_requests(
     data_dir: Path | None = None,
     limit: int | None = None,
 ) -> list[Request]:
-    """The prompts of `--prompt`, of `--data`, or of standard input, one a line.
+    """The prompts of `--prompt`, of `--data`, or of standard input, one per line.
 
     The rows of a file, a pipe or, with `--data -`, of standard input need no completion. They may name their `adapter`.
 
     Raises:
-        MiLoraError: If both options are given, there is no prompt at all, or one is empty.
+        MiLoraError: If both options are given, there is no prompt, or a prompt is empty.
         DataError: If the data cannot be read.
     """
     if prompts and data is not None:
-        raise MiLoraError("--prompt and --data are both given; keep one of them.")
+        raise MiLoraError("Give --prompt or --data, not both.")
     if data is None and not prompts and sys.stdin is not None and sys.stdin.isatty():
-        raise MiLoraError("There is nothing to read: give --prompt TEXT, --data FILE, or lines on standard input.")
+        raise MiLoraError("No prompt: give --prompt TEXT, --data FILE, or lines on standard input.")
 
     from milora.evaluation.predictions import Request
     from milora.tasks.files import STANDARD_INPUT, read_text_lines
@@ -48,21 +48,21 @@ def read_requests(
     if not requests:
         raise MiLoraError("Standard input is empty: give --prompt TEXT, --data FILE, or lines on standard input.")
     if any(isinstance(request.prompt, str) and not request.prompt.strip() for request in requests):
-        raise MiLoraError("A --prompt is empty; the routers read the prompt, so it needs at least one word.")
+        raise MiLoraError("A --prompt is empty: the routers need at least one word.")
     return requests[:limit]
 
 
 def _argument(text: str) -> str:
-    """An argument of the process as text: in UTF-8, whatever the locale is.
+    """A process argument as UTF-8 text, in any locale.
 
     Raises:
-        MiLoraError: If it is in another encoding.
+        MiLoraError: If it is not UTF-8.
     """
     try:
         text.encode()
         return text
     except UnicodeEncodeError:
-        # Python keeps bytes that the locale's encoding lacks as surrogates.
+        # Python keeps bytes that the locale cannot decode as surrogates.
         try:
             return os.fsencode(text).decode()
         except UnicodeError as error:
@@ -89,7 +89,7 @@ def _rows(record: object, where: str) -> list[Row]:
     from milora.tasks.rows import read_records
 
     if isinstance(record, Mapping) and "prompt" in record and record.get("completion") is None:
-        # To generate, no completion is needed; a stand-in gets the row through the strict reading of training rows.
+        # Generation needs no completion; a placeholder satisfies the strict reader of training rows.
         text = [{"role": "assistant", "content": "?"}] if isinstance(record["prompt"], list) else "?"
         record = {**record, "completion": text}
     return read_records([(where, record)], where)

@@ -52,16 +52,16 @@ def command(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show which experts an adapter's routers choose, by block.
-
-    For one prompt its choice with the probabilities, for several the share of prompts that chose each expert.
+    """Show which experts an adapter's routers choose, by block. For one prompt this prints the choice and its
+    probabilities, for several the share of prompts that chose each expert.
     """
     with json_only(as_json) as print_result, ExitStack() as outputs:
         for path in output or []:
             if path.suffix.lower() not in FORMATS:
-                raise MiLoraError(f"--output {path}: end it in one of {', '.join(FORMATS)}.")
+                raise MiLoraError(f"--output {path}: the name must end in one of {', '.join(FORMATS)}.")
         prompts: dict[str, list[Text]] = {}
-        # Several sources are read one by one; none means --prompt, or standard input.
+        # Several sources are read one after the other; without a source the prompts come from --prompt or standard
+        # input.
         sources: list[str | None] = [*data] if data else [None]
         for source in sources:
             requests = read_requests(prompt or [], source, split=split, data_dir=data_dir, limit=limit)
@@ -94,21 +94,23 @@ def command(
 
 
 def require_routers(adapter: str) -> None:
-    """Checks, before a backbone is loaded, that an adapter has routers.
+    """Checks that an adapter has routers, before the backbone is loaded.
 
     Raises:
-        MiLoraError: If it is an adapter of another method, or there is none.
+        MiLoraError: If there is no adapter, or it is of another method.
     """
     from milora.backbone.loading import read_adapter_config
     from milora.tuners.milora import MiLoraConfig
 
     config = read_adapter_config(adapter)
     if not isinstance(config, MiLoraConfig):
-        raise MiLoraError(f"{adapter} is an adapter of {config.peft_type.value}, which has no routers; MILORA has.")
+        raise MiLoraError(
+            f"{adapter} is a {config.peft_type.value} adapter, which has no routers; give a MILORA adapter."
+        )
 
 
 def table(route: Route, title: str) -> Table:
-    """A route as a table: a row a block, a column an expert."""
+    """A route as a table: one row per block, one column per expert."""
     from rich.table import Table
 
     from milora.plots import short_blocks, short_experts

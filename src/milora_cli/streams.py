@@ -11,7 +11,7 @@ OUTPUT = "standard output"
 
 
 class _Output(io.FileIO):
-    """Standard output whose errors say that it is standard output."""
+    """Standard output whose errors name it."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -22,14 +22,14 @@ class _Output(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Makes standard input, output and error safe to use, whatever they are.
+    """Makes standard input, output and error safe to use.
 
-    - A closed descriptor is filled, so no other file is opened in its place. Printing to a closed standard output
+    - A closed descriptor is replaced, so no other file gets its number. Printing to a closed standard output
       fails; messages for a closed standard error are dropped.
-    - Text that the encoding of standard output lacks is printed as a backslash escape.
+    - Text that standard output cannot encode is printed as backslash escapes.
     - An `OSError` of standard output has [`OUTPUT`] as its file name.
     """
-    # The modes make reading a closed input and writing to a closed output fail as they would have (gnulib's stdopen).
+    # With these modes, reading a closed input and writing to a closed output still fail (as in gnulib's stdopen).
     for descriptor, mode in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
@@ -48,7 +48,7 @@ def prepare_streams() -> None:
 
 
 def close_progress_bars() -> None:
-    """Ends the libraries' bars on standard error, so a message after them has its own line and stays the last one."""
+    """Ends the libraries' progress bars on standard error, so the next message has its own line and stays last."""
     tqdm = sys.modules.get("tqdm")
     for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
         bar.leave = True
@@ -56,5 +56,5 @@ def close_progress_bars() -> None:
 
 
 def drop_output() -> None:
-    """Sends what standard output could not take to nowhere, so Python does not try it again when it ends."""
+    """Discards unwritten output, so Python does not try to write it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,4 +1,4 @@
-"""`milora train`: TRL's flags and YAML, plus the data's and the method's."""
+"""`milora train`: TRL's flags and YAML, plus flags for data and method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     "add_help_option": False,
 }
-"""All flags are left for TRL's parser."""
+"""TRL's parser reads all flags."""
 
 
 def command(context: typer.Context) -> None:
@@ -35,7 +35,7 @@ def command(context: typer.Context) -> None:
     if "--help" in flags or "-h" in flags or "--help-all" in flags:
         _print_help(everything="--help-all" in flags)
         raise typer.Exit
-    # Libraries print to standard output, some when they are imported; only the result belongs there.
+    # Libraries print to standard output, some on import; only the result belongs there.
     with contextlib.redirect_stdout(sys.stderr):
         data, method, arguments = parse(flags)
         from milora.training import train
@@ -47,7 +47,7 @@ def command(context: typer.Context) -> None:
         typer.echo(json.dumps(result.to_dict()))
         return
     for name, counts in result.rows.items():
-        no_room = f" (of {counts['no_room']} the prompt alone)" if counts["no_room"] else ""
+        no_room = f" ({counts['no_room']} of them for the prompt alone)" if counts["no_room"] else ""
         typer.echo(
             f"{name}: {counts['train']} training rows, {counts['dev']} dev rows, "
             f"{counts['too_long'] + counts['no_room']} left out for their length{no_room}"
@@ -62,10 +62,10 @@ def command(context: typer.Context) -> None:
 
 
 def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArguments]:
-    """The arguments that flags, and the YAML file they may name, stand for.
+    """Parses flags and the YAML file that they may name.
 
     Raises:
-        MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is not there or no YAML
+        MiLoraError: For an unknown flag or key, a value of the wrong type, or a file that is missing or not a YAML
             mapping.
     """
     from milora.tasks.files import read_yaml
@@ -79,7 +79,7 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
         if name not in names:
             raise MiLoraError(f"Unknown flag {spelled}{did_you_mean(name, sorted(names))}")
     if file is not None:
-        read_yaml(Path(file))  # TRL's parser lets a repeated key win, and names no file in its errors
+        read_yaml(Path(file))  # TRL's parser accepts repeated keys and does not name the file in errors
     try:
         parsed: Any = parser.parse_args_and_config(flags, return_remaining_strings=False)
     except MiLoraError:
@@ -93,10 +93,10 @@ def parse(flags: list[str]) -> tuple[DataArguments, MethodArguments, TrainingArg
 
 
 def _apart_from_file(flags: list[str]) -> tuple[list[str], str | None]:
-    """Flags in which `--config=FILE` is `--config FILE`, as TRL's parser wants it, and the file.
+    """The flags with `--config=FILE` split into `--config FILE`, as TRL's parser requires, and the file.
 
     Raises:
-        MiLoraError: If there is `--config` and no file.
+        MiLoraError: If `--config` has no file.
     """
     apart = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if "--config" not in apart:
@@ -108,7 +108,7 @@ def _apart_from_file(flags: list[str]) -> tuple[list[str], str | None]:
 
 
 def _parser() -> Any:
-    # First, as it names the extra if TRL is missing.
+    # First, because it names the extra if TRL is missing.
     from milora.training import DataArguments, MethodArguments, TrainingArguments
 
     from trl import TrlParser  # isort: skip
@@ -116,11 +116,11 @@ def _parser() -> Any:
     class Parser(TrlParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
             if "required" in message and "--backbone" in message:
-                message = "No --backbone is given: name a model folder, a hub id, or 'tiny', the bundled one"
+                message = "No --backbone given: pass a model folder, a hub id, or 'tiny' (bundled)"
             raise MiLoraError(f"{message}. See milora train --help.")
 
         def set_defaults_with_config(self, **values: Any) -> list[str]:
-            # A file may use a flag's other names too.
+            # A file may also use a flag's aliases.
             names = {option.lstrip("-"): action.dest for action in self._actions for option in action.option_strings}
             values = {names.get(name, name): value for name, value in values.items()}
             for name, value in values.items():
@@ -131,7 +131,7 @@ def _parser() -> Any:
             return remaining
 
         def _takes_no(self, name: str) -> bool:
-            """Whether `no` is one of a setting's choices, as of the strategies to evaluate, save and log by."""
+            """Whether `no` is one of a setting's choices, as for the evaluation, save and log strategies."""
             return name == "report_to" or any(
                 "no" in (action.choices or ()) for action in self._actions if action.dest == name
             )
@@ -139,7 +139,7 @@ def _parser() -> Any:
     parser = Parser((DataArguments, MethodArguments, TrainingArguments), prog="milora train", allow_abbrev=False)
     for action in parser._actions:
         if action.option_strings[0].startswith("--no_"):
-            # transformers gives it the help of the switch that it turns off, and a default that means nothing.
+            # transformers gives it the help text of the positive switch and a meaningless default.
             action.help, action.default = f"Turn --{action.dest} off.", argparse.SUPPRESS
     return parser
 
@@ -159,7 +159,7 @@ def _print_help(*, everything: bool) -> None:
         return
 
     own = [name for kind in (DataArguments, MethodArguments, TrainingArguments) for name in kind.__annotations__]
-    # A switch that is on has an action of its own that turns it off, after the one that sets it.
+    # A switch that is on by default has a second action that turns it off, after the first one.
     by_name = {action.dest: action for action in reversed(parser._actions)}
     typer.echo("Usage: milora train --backbone NAME --task NAME[,NAME...] [--method NAME] [--output-dir DIR] ...\n")
     typer.echo("  --config FILE  YAML with any of these; flags override it\n  --json  print the result as JSON")
