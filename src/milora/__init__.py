@@ -1,6 +1,6 @@
 """MiLoRA: mixture of LoRA experts, routed once per prompt (Zhang et al., EMNLP 2024 Findings, arXiv 2410.18035).
 
-Importing this package makes its methods known to PEFT: MiLoRA, and the baselines of the paper that PEFT does not have.
+Importing this package registers its methods with PEFT: MiLoRA and the paper's baselines that PEFT does not have.
 """
 
 import sys

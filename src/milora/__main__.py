@@ -1,4 +1,4 @@
-"""`python -m milora`, the same as `milora`, but slower to start: Python imports the package first, and PEFT with it."""
+"""`python -m milora`, the same as `milora` but slower to start: Python imports the package and PEFT first."""
 
 import sys
 

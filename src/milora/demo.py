@@ -1,4 +1,4 @@
-"""The main job, small enough for two cores: what `make demo` and `milora demo` run."""
+"""The demo that `make demo` and `milora demo` run, small enough for two cores."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from milora_core.routing import Route
 
 ASSISTANT = "assistant"
 BRISK = "brisk"
-"""The demo's two tenants: one learns all tasks, the other to answer one of them in another manner."""
+"""The demo's two tenants: one learns all tasks, the other one task in another style."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the demo teaches a backbone.
+    """The tasks that the demo trains.
 
     Attributes:
-        tasks: What the first tenant learns.
-        prefix: What the tasks' names begin with; left out in the picture.
+        tasks: Tasks of the first tenant.
+        prefix: Prefix of the tasks' names; left out in the picture.
         settings: Fields of `MiLoraConfig`.
-        brisk_task: What the second tenant learns.
-        manner: The completion that the second tenant learns, of the task's own.
+        brisk_task: Task of the second tenant.
+        manner: Maps a task's completion to the second tenant's.
     """
 
     tasks: Mapping[str, Task]
@@ -66,17 +66,17 @@ SHOP = Stage(
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much the demo does; the defaults take some minutes on two cores.
+    """Size of the demo; the defaults take some minutes on two cores.
 
     Args:
-        backbone: `tiny`, which learns the bundled tasks, or a pretrained model, which learns those of a shop.
+        backbone: `tiny`, which learns the bundled tasks, or a pretrained model, which learns the shop tasks.
         steps: Optimiser steps of the first tenant.
         brisk_steps: Optimiser steps of the second.
-        batch_size: Rows a step.
-        learning_rate: Peak learning rate; far above the paper's, as the backbone is small and the steps are few.
+        batch_size: Rows per step.
+        learning_rate: Peak learning rate; far above the paper's, because the backbone is small and there are few steps.
         test_rows: Test rows of each task, before and after.
         beams: Width of the beam search.
-        seed: Of the data, the adapters' start and the order of the rows.
+        seed: Seed of the data, the adapters' initialisation and the order of the rows.
     """
 
     backbone: str = TINY
@@ -90,27 +90,27 @@ class DemoSettings:
 
     @classmethod
     def for_backbone(cls, backbone: str, **settings: Any) -> DemoSettings:
-        """The settings that suit a backbone, except those given that are not `None`."""
+        """The default settings for a backbone, overridden by the given ones that are not `None`."""
         of_pretrained = {"steps": 90, "brisk_steps": 12, "beams": 1, "batch_size": 8, "learning_rate": 1e-3}
         given = {name: value for name, value in settings.items() if value is not None}
         return cls(backbone, **{**({} if backbone == TINY else of_pretrained), **given})
 
     @property
     def stage(self) -> Stage:
-        """What the backbone learns."""
+        """The tasks for this backbone."""
         return BUNDLED if self.backbone == TINY else SHOP
 
 
 @dataclass
 class DemoResult:
-    """What the demo measured.
+    """The results of the demo.
 
     Attributes:
         tasks: Task -> test accuracy `before` and `after` fine-tuning.
-        seconds: Wall-clock seconds of the whole.
+        seconds: Wall-clock seconds in total.
         adapter: Folder of the first tenant's adapter.
         heat_map: The picture of the routes.
-        tenants: A prompt, and what each tenant and the bare backbone answered in one batch.
+        tenants: A prompt and the answers of each tenant and the bare backbone in one batch.
     """
 
     tasks: dict[str, dict[str, float]]
@@ -131,15 +131,15 @@ def run_demo(
 
     Args:
         output: Folder for the adapters and the picture.
-        settings: How much.
-        say: Told in a line what comes next, and what came out.
+        settings: Size of the demo.
+        say: Called with a line about the next step or a result.
         watch: Shows progress.
 
     Raises:
         MiLoraError: If `output` is a file.
     """
     if output.exists() and not output.is_dir():
-        raise MiLoraError(f"{output} is a file; give a folder for the demo's adapters and picture.")
+        raise MiLoraError(f"{output} is a file; use a folder for the demo's adapters and picture.")
     started = time.monotonic()
     set_seed(settings.seed)
     tasks = settings.stage.tasks
@@ -170,9 +170,7 @@ def run_demo(
     routes = {name: _route(model, tokenizer, examples) for name, examples in tests.items()}
     short = {name.removeprefix(settings.stage.prefix): route for name, route in routes.items()}
     route_heat_map(short, heat_map, "Share of prompts that chose each expert, by task")
-    say(
-        f"Routes drawn in {heat_map}; a second tenant learns to answer in another manner: {settings.brisk_steps} steps."
-    )
+    say(f"Routes drawn in {heat_map}; a second tenant learns another style of answer: {settings.brisk_steps} steps.")
     tenants = _two_tenants(model, tokenizer, settings, output)
     return DemoResult(
         tasks={name: {"before": before[name], "after": after[name]} for name in tests},
@@ -231,7 +229,8 @@ def _route(model: Any, tokenizer: Any, examples: Sequence[Example]) -> Route:
 
 
 def _two_tenants(model: Any, tokenizer: Any, settings: DemoSettings, output: Path) -> dict[str, Any]:
-    """Trains the second tenant, then answers one prompt for both and for none, as three rows of one batch."""
+    """Trains the second tenant, then answers one prompt with both adapters and with none, as three rows of one
+    batch."""
     stage = settings.stage
     task = stage.tasks[stage.brisk_task]
     examples = task.examples("train", settings.brisk_steps * settings.batch_size, settings.seed + 1)

@@ -1,4 +1,4 @@
-"""Keeps a second process out of a folder or a file that one process writes to."""
+"""Locks a folder or a file against a second writing process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from milora_core.errors import MiLoraError
 
 FOLDER_LOCK = ".lock"
-"""The lock's file in the folder. It stays there; on its own it means nothing."""
+"""The lock's file in the folder. It is not deleted; its existence alone has no meaning."""
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -28,18 +28,19 @@ def writing_alone(
 ) -> Iterator[None]:
     """Reserves a folder for this process while the block runs.
 
-    The lock is the system's (`filelock.FileLock`), so a killed process leaves none behind. Every call counts: a second
-    one in the same process is refused too. Where several processes work together, one of them takes the lock.
+    The operating system holds the lock (`filelock.FileLock`), so a killed process leaves none behind. A second lock by
+    the same process is refused too. If several processes work together, one of them takes the lock.
 
     On a file system without locks it logs a warning and runs the block anyway.
 
     Args:
-        folder: The folder; it is made if it is missing.
+        folder: The folder; it is created if missing.
         advice: How to resolve the conflict; the end of the error.
         name: The lock's file in the folder. `Trainer.push_to_hub` leaves out files whose names begin with `_`.
 
     Raises:
-        MiLoraError: Another process has the folder (the error names it), or the folder cannot be made or written to.
+        MiLoraError: Another process uses the folder (the error names it), or the folder cannot be created or written
+            to.
     """
     with _reserved(folder, folder / name, advice):
         yield
@@ -47,9 +48,9 @@ def writing_alone(
 
 @contextmanager
 def writing_file_alone(path: Path, advice: str = "wait until it ends, or name another output") -> Iterator[None]:
-    """As [`writing_alone`], for a file, or a folder that is written whole: its lock is a hidden file beside it.
+    """Like [`writing_alone`] for a file, or a folder that is written at once: the lock is a hidden file beside it.
 
-    The lock's file is removed at the end. filelock copes: a process that waited for the removed file tries again.
+    The lock's file is removed at the end. A process that waited for the removed file tries again.
     """
     path = Path(os.path.realpath(path))
     lock = path.parent / f".{path.name}.lock"
@@ -75,9 +76,9 @@ def _reserved(what: Path, path: Path, advice: str) -> Iterator[None]:
             raise MiLoraError(f"{what} cannot be written to: {error.strerror or error}.") from error
         _log.warning("%s: the file system has no locks; do not start a second process that writes to it.", what)
     else:
-        # filelock replaces its class where the file system has no flock. Its file then is the lock and stays as it is.
+        # filelock changes its class if the file system has no flock. Then its file is the lock and must not be changed.
         if not isinstance(lock, SoftFileLock):
-            # The lock holds without the name too, for example on a full disk.
+            # The lock also works without the name, for example on a full disk.
             with suppress(OSError):
                 path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     try:
@@ -87,7 +88,7 @@ def _reserved(what: Path, path: Path, advice: str) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    # Windows lets no other process read a locked file.
+    # On Windows no other process can read a locked file.
     with suppress(OSError, UnicodeDecodeError):
         return " ".join(path.read_text(encoding="utf-8").split()) or "another process"
     return "another process"

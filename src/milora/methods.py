@@ -1,4 +1,4 @@
-"""The paper's thirteen methods by name, at the paper's settings, and how many parameters each trains and uses."""
+"""The paper's thirteen methods by name, at the paper's settings, and their parameter counts."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from milora.tuners.ssp import SSPConfig
 from milora_core.errors import MiLoraError, did_you_mean
 
 RANK = 32
-"""Of the LoRAs in every method that has some (section 4.2 of Zhang et al. 2024)."""
+"""Rank of the LoRAs in every method with LoRAs (section 4.2 of Zhang et al. 2024)."""
 
 ALLOCATION_INTERVAL = 10
 """Steps between AdaLoRA's allocations."""
 
 MAGNITUDES = "lora_magnitude_vector"
-"""DoRA's magnitudes, which the paper's figures for DoRA and MiDoRA leave out."""
+"""DoRA's magnitudes, which the paper does not count for DoRA and MiDoRA."""
 
 Values = dict[str, Any]
 Inject = Callable[..., Any]
-"""Puts a method's adapter into a model on the meta device; takes fields of its configuration to set otherwise."""
+"""Adds a method's adapter to a model on the meta device; takes overrides of its configuration."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Counts:
     """Numbers of parameters of a method on a backbone.
 
     Attributes:
-        tunable: What is trained, as the paper counts it.
-        activated_mean: What serves a token, in the mean over inputs.
-        activated_max: The most that serves a token.
+        tunable: Trained parameters, as the paper counts them.
+        activated_mean: Active parameters per token, mean over inputs.
+        activated_max: Active parameters per token, maximum.
     """
 
     tunable: int
@@ -55,7 +55,7 @@ class Counts:
 
 
 def block_linears(backbone: nn.Module) -> str:
-    """A regular expression for PEFT's `target_modules`: the linear modules of the blocks, and not the head."""
+    """A regular expression for PEFT's `target_modules`: the linear modules of the blocks, without the head."""
     blocks = find_blocks(backbone)
     path = re.escape(blocks[0].path.rpartition(".")[0])
     names = dict.fromkeys(re.escape(name) for block in blocks for name in block.linears)
@@ -83,7 +83,7 @@ def _dora(backbone: nn.Module, overrides: Values) -> Values:
 
 
 def _adalora(backbone: nn.Module, overrides: Values) -> Values:
-    """Twice the rank at the start, of which half is pruned; where the pruning begins and ends is our choice."""
+    """Twice the rank initially, half of which is pruned; begin and end of the pruning are our choice."""
     total = overrides.get("total_step")
     if total is None:
         raise MiLoraError(
@@ -94,7 +94,7 @@ def _adalora(backbone: nn.Module, overrides: Values) -> Values:
     return {
         "init_r": first,
         "target_r": first // 2,
-        # PEFT divides by the initial rank, however much of it is left.
+        # PEFT divides by the initial rank, also after pruning.
         "lora_alpha": 2 * first,
         "tinit": total // 10,
         "tfinal": 3 * total // 10,
@@ -108,7 +108,7 @@ def _adalora(backbone: nn.Module, overrides: Values) -> Values:
 
 
 def _trained(module: nn.Module, part: str = "") -> int:
-    """The parameters of a module that train, without magnitudes; with `part` only those that have it in their name."""
+    """The trainable parameters of a module without magnitudes; with `part` only those whose name contains it."""
     return sum(p.numel() for n, p in module.named_parameters() if p.requires_grad and part in n and MAGNITUDES not in n)
 
 
@@ -123,7 +123,7 @@ def _count(inject: Inject) -> Counts:
 def _count_after_pruning(inject: Inject) -> Counts:
     model = inject()
     config = model.peft_config["default"]
-    # Each of a module's ranks costs the same: a row of A, a column of B, a singular value.
+    # Each rank of a module costs the same: a row of A, a column of B, a singular value.
     return _always_active(_trained(model) * config.target_r // config.init_r)
 
 
@@ -169,8 +169,8 @@ class Method:
     Attributes:
         title: Its name in the paper's tables.
         config_class: Its `PeftConfig`.
-        settings: What the paper sets in it, given the backbone and what the caller sets; the defaults of our own
-            configurations are the paper's settings.
+        settings: The paper's settings for a backbone and the caller's overrides; the defaults of our own configurations
+            are the paper's settings.
         count: Counts its parameters.
         paper_tunable: Its tunable parameters on Llama-2 7B in the paper's Table 1; `None` for others' methods.
     """
@@ -183,7 +183,7 @@ class Method:
 
 
 PAPER_BACKBONE = "llama-2-7b"
-"""The shape that the paper's Table 1 is about."""
+"""The shape of the paper's Table 1."""
 
 METHODS: Mapping[str, Method] = {
     "parallel-adapter": Method("Parallel-Adapter", ParallelAdapterConfig, paper_tunable=83_900_000),
@@ -202,7 +202,7 @@ METHODS: Mapping[str, Method] = {
     "milora": Method("MiLoRA", MiLoraConfig, count=_count_routed_by_prompt, paper_tunable=80_900_000),
     "midora": Method("MiDoRA", MiLoraConfig, _midora, _count_routed_by_prompt, paper_tunable=80_900_000),
 }
-"""By the names that configurations and commands use, in the order of the paper's Table 1."""
+"""The methods by the names that configurations and commands use, in the order of the paper's Table 1."""
 
 
 def method_names() -> list[str]:
@@ -215,10 +215,10 @@ def method_names() -> list[str]:
 
 
 def method(name: str) -> Method:
-    """The method of a name.
+    """The method with this name.
 
     Raises:
-        MiLoraError: If there is none; the message has all names and the nearest. Or if another distribution's method
+        MiLoraError: If there is none (the message lists all names and the closest), or if another distribution's method
             cannot be loaded.
     """
     known: dict[str, Method] = {**plugins(METHOD_GROUP), **METHODS}
@@ -233,8 +233,8 @@ def config_for(name: str, backbone: nn.Module, **overrides: Any) -> PeftConfig:
 
     Args:
         name: One of `METHODS`.
-        backbone: What `get_peft_model` will be given, or a model of the same structure.
-        **overrides: Fields of the configuration to set otherwise; `total_step` must be given for AdaLoRA.
+        backbone: The model for `get_peft_model`, or one with the same structure.
+        **overrides: Overrides of the configuration's fields; AdaLoRA needs `total_step`.
 
     Raises:
         MiLoraError: If there is no such method or field, AdaLoRA has no `total_step`, or a value is refused.
@@ -248,24 +248,24 @@ def config_for(name: str, backbone: nn.Module, **overrides: Any) -> PeftConfig:
 
 
 def parameter_counts(name: str, backbone: Any, **overrides: Any) -> Counts:
-    """Counts the parameters of a method's adapter, which is put into a model without weights for it.
+    """Counts the parameters of a method's adapter in a model without weights.
 
-    Tunable is every parameter that trains, except that
+    Every trained parameter is tunable, with these exceptions:
 
-    - DoRA's and MiDoRA's magnitudes are left out, as in the paper;
-    - AdaLoRA's are those that are left after pruning, if every module keeps the mean rank;
-    - SSP's are those of a structure that fits its budget;
-    - Learned-Adapter's are those of what its search can find, in the mean over the operations.
+    - the magnitudes of DoRA and MiDoRA are not counted, as in the paper;
+    - AdaLoRA is counted after pruning, if every module keeps the mean rank;
+    - SSP is counted for a structure that fits its budget;
+    - Learned-Adapter is counted as the mean over the operations that its search can find.
 
-    Activated is for most methods what is tunable. For MiLoRA and MiDoRA it is the routers, which serve every prompt,
-    and the LoRAs of each block's k chosen modules: in the mean over uniformly distributed choices, and at most, with
-    the k largest modules chosen. (Of the paper's own figures on Llama-2 7B, 12.3M in Table 2 is this mean for k = 1,
-    16.4M "at most" is this maximum for k = 1, and 25.2M in Table 1 is three attention modules without routers.) For
-    MOELoRA it is the routers and each module's chosen experts, which are all of one size.
+    For most methods all tunable parameters are active. For MiLoRA and MiDoRA the active parameters are the routers,
+    which serve every prompt, and the LoRAs of each block's k chosen modules: the mean over uniformly distributed
+    choices, and the maximum with the k largest modules. (Of the paper's own figures on Llama-2 7B, 12.3M in Table 2 is
+    this mean for k = 1, 16.4M "at most" is this maximum for k = 1, and 25.2M in Table 1 is three attention modules
+    without routers.) For MOELoRA they are the routers and each module's chosen experts, which all have one size.
 
     Args:
         name: One of `METHODS`.
-        backbone: A transformers configuration, or what [`milora.backbone.shapes.shape_config`] takes.
+        backbone: A transformers configuration, or an argument of [`milora.backbone.shapes.shape_config`].
         **overrides: As for [`config_for`].
 
     Raises:
@@ -279,8 +279,7 @@ def parameter_counts(name: str, backbone: Any, **overrides: Any) -> Counts:
     def inject(**values: Any) -> Any:
         model = from_config(config)
         adapter = config_for(name, model, **{**overrides, **values})
-        # For the adapter neither is memory taken or anything drawn at random. PEFT's own switch alone has tensors made
-        # and then thrown away.
+        # The adapter needs neither memory nor random numbers. PEFT's own switch alone would create and discard tensors.
         with torch.device("meta"):
             return get_peft_model(model, adapter, low_cpu_mem_usage=True)
 

@@ -1,4 +1,4 @@
-"""Pictures of what routers decide. Needs matplotlib: `pip install "milora[plot]"`."""
+"""Pictures of routes. Needs matplotlib: `pip install "milora[plot]"`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from milora_core.files import whole_file
 from milora_core.routing import Route
 
 COLORS = "Blues"
-"""One hue from near-white (nobody) to dark (everybody): safe for the colour-blind and in grey print."""
+"""One hue from near-white (0 %) to dark (100 %): readable with colour blindness and in greyscale."""
 
 MOST_BLOCKS_WITH_VALUES = 40
-"""With more blocks than these, numbers in the cells would be too small to read."""
+"""With more blocks than this, numbers in the cells would be too small to read."""
 
 
 def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title: str | None = None) -> None:
-    """Draws the share of prompts that chose each expert, by block: a panel for each route, side by side.
+    """Draws the share of prompts that chose each expert by block, one panel per route.
 
     Args:
         routes: A route, or several by label, such as one for each task.
-        path: Where to write; the ending (`.png`, `.svg`, `.pdf`) decides the format. Written whole or not at all.
-        title: Above the panels; by default says what is drawn.
+        path: Where to write; the suffix (`.png`, `.svg`, `.pdf`) sets the format. Written completely or not at all.
+        title: Title above the panels; by default a description.
 
     Raises:
         MiLoraError: If matplotlib is missing or cannot write the format, there is no route, or routes are over
@@ -60,7 +60,7 @@ def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title:
 
 
 def short_experts(experts: Sequence[str]) -> list[str]:
-    """Each expert by the last part of its path, or by more of it where that would not tell them apart."""
+    """Each expert by the last part of its path, or by more parts where the last one is ambiguous."""
     return [_shortest(expert, experts) for expert in experts]
 
 
@@ -86,7 +86,7 @@ def _alike(panels: Mapping[str, Route]) -> Route:
     for label, route in others:
         if (route.blocks, route.experts) != (first.blocks, first.experts):
             raise MiLoraError(
-                f"The routes {first_label!r} and {label!r} are over different blocks or experts; draw them apart."
+                f"The routes {first_label!r} and {label!r} have different blocks or experts; draw them separately."
             )
     empty = next((label for label, route in panels.items() if len(route) == 0), None)
     if empty is not None:
@@ -107,7 +107,7 @@ def _count(route: Route) -> str:
 
 
 def new_figure(layout: Literal["constrained"] | None = None) -> Any:
-    """A figure of matplotlib, with a canvas of its own.
+    """A matplotlib figure with its own canvas.
 
     Args:
         layout: The layout engine; none by default.
@@ -118,7 +118,7 @@ def new_figure(layout: Literal["constrained"] | None = None) -> Any:
     with importing("plot", "A picture"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    # Without pyplot: neither the backend nor the current figure of whoever calls is touched.
+    # Without pyplot, so the caller's backend and current figure do not change.
     figure = Figure(layout=layout)
     FigureCanvasAgg(figure)
     return figure
@@ -141,7 +141,7 @@ def label_cells(axes: Any, experts: Sequence[str], blocks: Sequence[str] | None)
 
 
 def _write_values(axes: Any, route: Route, share: Tensor) -> None:
-    """The share in each cell; of a single prompt, where it is all or nothing, the probability."""
+    """The share in each cell, or the probability for a single prompt."""
     one = len(route) == 1
     numbers = (route.probabilities[:, 0].cpu() if one else share).tolist()
     for row, (of_block, shares) in enumerate(zip(numbers, share.tolist(), strict=True)):
@@ -152,7 +152,7 @@ def _write_values(axes: Any, route: Route, share: Tensor) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure in the format of the path's ending, whole or not at all.
+    """Writes a figure in the format of the path's suffix, completely or not at all.
 
     Raises:
         MiLoraError: If matplotlib cannot write that format, or the file cannot be written.
@@ -161,7 +161,7 @@ def save_figure(figure: Any, path: Path) -> None:
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise MiLoraError(
-            f"{path}: pictures are written as {', '.join(sorted(known))}; found the ending {path.suffix!r}."
+            f"{path}: the suffix of a picture must be one of {', '.join(sorted(known))}; found {path.suffix!r}."
         )
     with whole_file(path) as partial:
         figure.savefig(partial, format=kind, dpi=160, facecolor="white")

@@ -1,4 +1,4 @@
-"""Append-only files of JSON lines, which a later run goes on with where an earlier one was cut off."""
+"""Append-only files of JSON lines, which a later run continues after an interruption."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from milora_core.errors import DataError
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a line in one write, so that processes and threads that share the file do not mix theirs.
+    """Appends a line in one write, so processes and threads that share the file do not mix their lines.
 
     Raises:
-        OSError: If the disk is full; what was written of the line is taken back.
+        OSError: If the disk is full; the incomplete line is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
@@ -31,10 +31,10 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a file, each with the place it stands at; half a line at the end is passed over.
+    """The records of a file, each with its location; an incomplete last line is skipped.
 
     Raises:
-        DataError: If there is no such file, or a whole line is no JSON object.
+        DataError: If there is no such file, or a complete line is not a JSON object.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -50,7 +50,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def drop_half_line(path: Path) -> None:
-    """Cuts off what a killed process left of its last line; for a process that has the file to itself."""
+    """Removes an incomplete last line of a killed process; only for a process with exclusive access to the file."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -60,7 +60,7 @@ def test_without_a_configuration_the_longest_list_with_linear_modules() -> None:
 def test_by_hand() -> None:
     model = Plain()
     model.heads = nn.ModuleList(nn.ModuleDict({"out": nn.Linear(4, 2)}) for _ in range(2))
-    with pytest.raises(MiLoraError, match="Could not tell"):
+    with pytest.raises(MiLoraError, match="Could not find"):
         find_blocks(model)
     assert [list(block.linears) for block in find_blocks(model, "heads")] == [["out"], ["out"]]
 

@@ -145,7 +145,7 @@ def test_a_bare_backbone_and_perplexity_alone(capsys: pytest.CaptureFixture[str]
     ("arguments", "said"),
     [
         (["--task", "bundled-choise", "--adapter", "a"], "did you mean 'bundled-choice'"),
-        (["--task", ",", "--adapter", "a"], "names no task"),
+        (["--task", ",", "--adapter", "a"], "has no names"),
         (["--adapter", "a"], "--task"),
         (["--task", "bundled-choice", "--adapter", "aa"], "did you mean 'a'"),
         (["--task", "bundled-choice"], "--backbone"),

@@ -25,8 +25,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mi
         (["--tasks", "x", "--log_samples"], "pass --output-path too"),
         (["--tasks", "x", "--output-path", "list.yaml/a"], "list.yaml"),
         (["--nonsense", "1"], "--nonsense"),
-        ([], "Pass --tasks"),
-        (["--tasks", ","], "Pass --tasks"),
+        ([], "pass --tasks"),
+        (["--tasks", ","], "pass --tasks"),
     ],
 )
 def test_a_mistake_is_one_line(

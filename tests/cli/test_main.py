@@ -88,7 +88,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["route", "--prompt", "x"], "--adapter"),
         (["generate", "--prompt", "x"], "--backbone"),
         (["generate", "--adapter", "aa", "--prompt", "x"], "did you mean 'a'"),
-        (["generate", "--adapter", "base", "--prompt", "x"], "backbone and no adapter"),
+        (["generate", "--adapter", "base", "--prompt", "x"], "backbone, not an adapter"),
         (["generate", "--backbone", "a", "--prompt", "x"], "pass it as --adapter"),
         (["generate", "--backbone", "./none", "--prompt", "x"], "no such backbone"),
         (["generate", "--backbone", "owner/none", "--prompt", "x"], "works offline"),

@@ -75,7 +75,7 @@ def test_another_backbone_has_none(
     [
         (["--backbone", "llama-7b"], "no backbone shape 'llama-7b'"),
         (["--methods", "lora,mlora"], "no method 'mlora'"),
-        (["--methods", ","], "--methods names no method"),
+        (["--methods", ","], "--methods has no names"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def test_missing_bitsandbytes_is_named(
         (["--r", "4", "--config"], "--config needs a file"),
         (["--config", "--r", "4"], "--config needs a file"),
         (["--config="], "--config needs a file"),
-        (["--task", "bundled-choice"], "No --backbone is given: name a model folder, a hub id, or 'tiny'"),
+        (["--task", "bundled-choice"], "No --backbone given: pass a model folder, a hub id, or 'tiny'"),
     ],
 )
 def test_the_flag_that_is_wrong_is_blamed(

@@ -1,1 +1,1 @@
-"""What there is to know about a Hugging Face model: its blocks, its shapes, and the bundled one."""
+"""Facts about a Hugging Face model: its blocks, shapes, and the bundled backbone."""

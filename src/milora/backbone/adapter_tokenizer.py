@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to an adapter: its chat template, its added tokens and its end of sequence."""
+"""The tokenizer of an adapter: its chat template, added tokens and end of sequence."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def only_tokenizer(tokenizers: Mapping[str, Any]) -> Any:
     """The tokenizer of several adapters on one model.
 
     Args:
-        tokenizers: Each adapter's own, or the backbone's where it has none, by name.
+        tokenizers: By name, each adapter's own tokenizer, or the backbone's if it has none.
 
     Raises:
         MiLoraError: If two of them give different tokens for the same prompt, or end texts differently.
@@ -46,14 +46,14 @@ def only_tokenizer(tokenizers: Mapping[str, Any]) -> Any:
     for name, other in others:
         if found := difference(tokenizer, other):
             raise MiLoraError(
-                f"The adapters {first!r} and {name!r} have different tokenizers ({found}), and one process uses one: "
-                "load them separately."
+                f"The adapters {first!r} and {name!r} have different tokenizers ({found}), but one model uses one "
+                "tokenizer: load them separately."
             )
     return tokenizer
 
 
 def difference(tokenizer: Any, other: Any) -> str:
-    """What two tokenizers differ in, as far as prompts and ends of texts depend on it; empty if in nothing."""
+    """Differences of two tokenizers that affect prompts and ends of texts; empty if there are none."""
     if tokenizer is other:
         return ""
     for attribute, words in (
@@ -65,12 +65,12 @@ def difference(tokenizer: Any, other: Any) -> str:
             return words
     if tokenizer.get_vocab() != other.get_vocab():
         return "the vocabulary"
-    # Whether special tokens are added around a text is known by trying.
+    # Only a trial shows whether special tokens are added around a text.
     return "" if tokenizer("a")["input_ids"] == other("a")["input_ids"] else "the special tokens around a text"
 
 
 def add_end(model: Any, tokenizer: Any) -> None:
-    """Makes the tokenizer's end of sequence end the model's texts, beside the tokens that end them already."""
+    """Adds the tokenizer's end of sequence to the tokens that end the model's texts."""
     config = getattr(model, "generation_config", None)
     end = tokenizer.eos_token_id
     if config is None or end is None:

@@ -11,13 +11,13 @@ from torch import nn
 from milora_core.errors import MiLoraError
 
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate", "wg", "gate_weight"})
-"""What the routers of mixture-of-experts backbones are called: linear layers that are no experts of ours."""
+"""Names of the routers of mixture-of-experts backbones: linear layers that are not our experts."""
 
 SPARSE_EXPERTS = "experts"
-"""The child under which mixture-of-experts backbones keep the experts that see only some of a prompt's tokens."""
+"""The child that holds the sparse experts of mixture-of-experts backbones, which see only some of a prompt's tokens."""
 
 OWN_ROUTER = "milora_router"
-"""The child under which a routed block keeps our own router."""
+"""The child that holds our router in a routed block."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Block:
 def find_blocks(model: nn.Module, path: str | None = None) -> list[Block]:
     """The Transformer blocks of a decoder.
 
-    Without `path`, the blocks are the one list of modules that has the configuration's `num_hidden_layers` entries (or,
-    for models without a configuration, the longest), that lies in no other such list, in the model's decoder where it
-    names one. Linear modules that adapters already wrap count as the module they wrap.
+    Without `path`, the blocks are the only list of modules with the configuration's `num_hidden_layers` entries
+    (without a configuration, the longest list) that is not inside another such list; if the model names its decoder,
+    only lists in the decoder count. A linear module wrapped by an adapter counts as the module itself.
 
     Args:
         model: A Hugging Face model, with or without adapters in it.
-        path: The path of the list of blocks (`model.layers`), for models that cannot be read.
+        path: The path of the list of blocks (`model.layers`), for models where it cannot be found.
 
     Raises:
         MiLoraError: If there is no such list, more than one, or one without linear modules.
@@ -47,13 +47,10 @@ def find_blocks(model: nn.Module, path: str | None = None) -> list[Block]:
     try:
         layers = model.get_submodule(chosen)
     except AttributeError as error:
-        raise MiLoraError(
-            f"The blocks were said to be at {chosen!r}, but {_name(model)} has no such module."
-        ) from error
+        raise MiLoraError(f"blocks={chosen!r}: {_name(model)} has no such module.") from error
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise MiLoraError(
-            f"The blocks were said to be at {chosen!r} of {_name(model)}, which is a {_name(layers)} and not a "
-            "ModuleList with entries."
+            f"blocks={chosen!r}: in {_name(model)} this is a {_name(layers)}, not a ModuleList with entries."
         )
     blocks = [Block(f"{chosen}.{index}", module, dict(_linears(module))) for index, module in enumerate(layers)]
     if not any(block.linears for block in blocks):
@@ -67,7 +64,7 @@ def is_linear(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return True
-    # Quantised layers of the various back-ends share no class, but they name both sizes and have no children.
+    # Quantised layers of different back-ends have no common class, but all name both sizes and have no children.
     sizes = ("in_features", "out_features"), ("infeatures", "outfeatures")
     return any(all(isinstance(getattr(module, size, None), int) for size in pair) for pair in sizes)
 
@@ -111,8 +108,8 @@ def _find_list(model: nn.Module) -> str:
     looked_for = "a list of modules with linear layers" if depth is None else f"one list of {depth} modules"
     found = f"found {sorted(outermost)}" if outermost else "found none"
     raise MiLoraError(
-        f"Could not tell which modules of {_name(model)} are its Transformer blocks: looked for {looked_for}, {found}. "
-        "Name the list by hand, for example MiLoraConfig(blocks='model.layers')."
+        f"Could not find the Transformer blocks of {_name(model)}: looked for {looked_for}, {found}. Name the list of "
+        "blocks, for example MiLoraConfig(blocks='model.layers')."
     )
 
 
@@ -140,7 +137,7 @@ def hidden_size(model: nn.Module, block: Block) -> int:
     """The size of a block's hidden states.
 
     Raises:
-        MiLoraError: If neither the configuration nor the block's norms tell it.
+        MiLoraError: If neither the configuration nor the block's norms define it.
     """
     config: Any = getattr(model, "config", None)
     if config is not None:
@@ -150,18 +147,18 @@ def hidden_size(model: nn.Module, block: Block) -> int:
         if isinstance(size, int):
             return size
     raise MiLoraError(
-        f"{_name(model)} does not say the size of its hidden states (config.hidden_size), which the router of "
+        f"{_name(model)} does not define the size of its hidden states (config.hidden_size), which the router of "
         f"{block.path} needs."
     )
 
 
 def in_features(module: nn.Module) -> int:
-    """The size of what a linear module, or the adapter around it, is called with."""
+    """The input size of a linear module or of the adapter around it."""
     return _features(module)[0]
 
 
 def out_features(module: nn.Module) -> int:
-    """The size of what a linear module, or the adapter around it, returns."""
+    """The output size of a linear module or of the adapter around it."""
     return _features(module)[1]
 
 
@@ -174,4 +171,4 @@ def _features(module: nn.Module) -> tuple[int, int]:
         sizes = tuple(getattr(linear, name, None) for name in names)
         if all(isinstance(size, int) for size in sizes):
             return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
-    raise MiLoraError(f"{_name(linear)} does not say its sizes, so it cannot be adapted. Leave it out.")
+    raise MiLoraError(f"{_name(linear)} does not define its sizes, so it cannot be adapted. Exclude it.")

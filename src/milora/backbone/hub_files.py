@@ -13,7 +13,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def adapter_file(adapter: str | os.PathLike[str], name: str) -> Path | None:
-    """A file of an adapter, downloaded where it is on the hub; `None` if there is none of that name.
+    """A file of an adapter, downloaded if it is on the hub; `None` if it does not exist.
 
     Args:
         adapter: The adapter's folder or hub id.
@@ -28,12 +28,12 @@ def adapter_file(adapter: str | os.PathLike[str], name: str) -> Path | None:
     try:
         return Path(hf_hub_download(os.fspath(adapter), name))
     except EntryNotFoundError:
-        # Offline, a file that is not in the cache counts as one that there is not.
+        # Offline, a file that is not cached counts as missing.
         return None
 
 
 def commit_of(backbone: str, revision: str) -> str | None:
-    """The commit that a revision of a backbone on the hub stands for now: branches move, and tags can be moved.
+    """The current commit of a revision of a backbone on the hub: branches and tags can move.
 
     Args:
         backbone: The hub id.

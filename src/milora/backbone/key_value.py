@@ -1,4 +1,4 @@
-"""How an attention module makes its keys and values, up to their rotation by position, and what it reads."""
+"""How an attention module computes its keys and values, before their rotation by position."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from milora.backbone.blocks import Block, out_features
 from milora_core.errors import MiLoraError
 
 INPUT_NORMS = ("input_layernorm", "ln_1", "self_attn_layer_norm", "operator_norm")
-"""What architectures call the norm between a block's input and its attention."""
+"""Names of the norm between a block's input and its attention."""
 
 KEY_NORMS = ("k_norm", "k_layernorm")
-"""What they call the norm of the keys."""
+"""Names of the norm of the keys."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class KeysAndValues:
 
 
 def find_keys_and_values(attention: nn.Module, path: str) -> KeysAndValues:
-    """The keys and values of an attention module: by modules of their own, or cut out of one that makes queries too.
+    """The keys and values of an attention module, from separate modules or from one that also computes the queries.
 
     Raises:
-        MiLoraError: If the module has none that are known, as multi-head latent attention.
+        MiLoraError: If its layout is not known, as in multi-head latent attention.
     """
     head_dim = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
     if isinstance(head_dim, int):
@@ -52,7 +52,7 @@ def find_keys_and_values(attention: nn.Module, path: str) -> KeysAndValues:
                 return found
     children = ", ".join(name for name, _ in attention.named_children())
     raise MiLoraError(
-        f"Could not tell how {path} ({type(attention).__name__}) makes its keys and values: looked for k_proj and "
+        f"Could not find how {path} ({type(attention).__name__}) computes its keys and values: looked for k_proj and "
         f"v_proj, c_attn, qkv_proj or query_key_value of known layouts, found {children}. Choose a method that adapts "
         "linear modules, such as MiLoRA."
     )
@@ -64,15 +64,15 @@ def project_keys_and_values(attention: nn.Module, path: str, hidden: Tensor) -> 
     Args:
         attention: The attention module.
         path: Its path, for messages.
-        hidden: What the module would read of them, (batch, tokens, hidden).
+        hidden: The module's input for them, (batch, tokens, hidden).
 
     Raises:
-        MiLoraError: If its keys and values are not found, or normalised in an unknown way.
+        MiLoraError: If its keys and values are not found, or are normalised in an unknown way.
     """
     found = find_keys_and_values(attention, path)
     key, value = found.project(hidden)
     norm = _key_norm(attention)
-    # A key norm spans all heads (OLMo 2) or each by itself.
+    # A key norm covers all heads (OLMo 2) or each head separately.
     spans_heads = norm is not None and norm.weight.shape[-1] == found.size != found.head_dim
     if norm is not None and spans_heads:
         key = norm(key)
@@ -83,7 +83,7 @@ def project_keys_and_values(attention: nn.Module, path: str, hidden: Tensor) -> 
 
 
 def check_projection(attention: nn.Module, path: str) -> None:
-    """Checks that [`project_keys_and_values`] knows all that happens to a module's keys and values.
+    """Checks that [`project_keys_and_values`] supports a module.
 
     Raises:
         MiLoraError: If it does not.
@@ -94,8 +94,8 @@ def check_projection(attention: nn.Module, path: str) -> None:
     known = norm is None or (isinstance(weight, Tensor) and weight.shape[-1] in (found.size, found.head_dim))
     if not known or hasattr(attention, "v_norm"):
         raise MiLoraError(
-            f"{path} ({type(attention).__name__}) normalises its keys or values in a way that is not known here, so "
-            "tokens cannot be given keys and values as it would. P-tuning v2 learns them directly."
+            f"{path} ({type(attention).__name__}) normalises its keys or values in an unknown way, so keys and values "
+            "cannot be computed for soft tokens. Use P-tuning v2, which learns them directly."
         )
 
 
@@ -103,17 +103,17 @@ def find_input_norm(block: Block) -> str | None:
     """The path, relative to the block, of the norm between its input and its attention; `None` if there is none.
 
     Raises:
-        MiLoraError: If the block has norms, and none that is known to stand there.
+        MiLoraError: If the block has norms, but none with a known name.
     """
     children = [name for name, _ in block.module.named_children()]
-    # OPT can have its norms after the sub-layers, under the same names; OLMo 2 calls them by their place.
+    # OPT can have its norms after the sub-layers, with the same names; OLMo 2 names them by position.
     is_after = getattr(block.module, "do_layer_norm_before", True) is False
     if is_after or {"post_attention_layernorm", "post_feedforward_layernorm"} == {n for n in children if "norm" in n}:
         return None
     found = next((name for name in INPUT_NORMS if name in children), None)
     if found is None:
         raise MiLoraError(
-            f"Could not tell which norm of {block.path} ({type(block.module).__name__}) stands before its attention: "
+            f"Could not find the norm before the attention of {block.path} ({type(block.module).__name__}): "
             f"looked for {', '.join(INPUT_NORMS)}, found {', '.join(children)}."
         )
     return found
@@ -124,7 +124,7 @@ def _key_norm(attention: nn.Module) -> Any:
 
 
 def _separate(attention: nn.Module, head_dim: int) -> KeysAndValues | None:
-    """Modules of their own."""
+    """Separate modules."""
     key, value = getattr(attention, "k_proj", None), getattr(attention, "v_proj", None)
     if not isinstance(key, nn.Module) or not isinstance(value, nn.Module):
         return None
@@ -144,7 +144,7 @@ def _thirds(attention: nn.Module, head_dim: int) -> KeysAndValues | None:
 
 
 def _in_a_row(attention: nn.Module, head_dim: int) -> KeysAndValues | None:
-    """All queries, then the keys and the values, of which there may be fewer (Phi-3)."""
+    """All queries, then the keys and values, which may be fewer (Phi-3)."""
     fused = getattr(attention, "qkv_proj", None)
     config = getattr(attention, "config", None)
     heads = getattr(config, "num_key_value_heads", None)

@@ -1,4 +1,4 @@
-"""Loads a backbone with its tokenizer, and the adapters on it; what cannot be loaded is said in one line."""
+"""Loads a backbone with its tokenizer and adapters; errors are one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-"""What transformers and PEFT raise for files that are missing, broken or for something else."""
+"""Exceptions of transformers and PEFT for files that are missing, broken or of another kind."""
 
 
 def load_backbone(
@@ -48,8 +48,8 @@ def load_backbone(
     Args:
         name_or_path: `tiny` (the bundled backbone), a folder, or a hub id.
         dtype: `auto` keeps the dtype in which the model was saved.
-        device: The GPU where there is one by default.
-        revision: Branch, tag or commit, of model and tokenizer, on the hub; a folder has none.
+        device: By default a GPU if there is one.
+        revision: Branch, tag or commit of model and tokenizer on the hub; not for folders.
         **model_arguments: For `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -75,18 +75,18 @@ def load_backbone(
         ) from error
     _prepare(tokenizer, model)
     if "quantization_config" not in model_arguments:
-        # A quantised model is where it was made, and cannot be moved.
+        # A quantised model cannot be moved to another device.
         model = model.to(target)
     return model.eval(), tokenizer
 
 
 def load_adapter(model: Any, path: str | os.PathLike[str], name: str = "default") -> Any:
-    """Puts an adapter on a backbone, or one more on a model that has some; the one that is active stays so.
+    """Loads an adapter onto a backbone, or another one onto a model with adapters; the active adapter does not change.
 
     Args:
-        model: What [`load_backbone`] or this function returned.
-        path: The adapter's folder or hub id, of any of PEFT's methods or ours.
-        name: What to call it in the model.
+        model: A model that [`load_backbone`] or this function returned.
+        path: The adapter's folder or hub id, of any method of PEFT or milora.
+        name: The adapter's name in the model.
 
     Returns:
         The `PeftModel`, in eval mode.
@@ -97,9 +97,9 @@ def load_adapter(model: Any, path: str | os.PathLike[str], name: str = "default"
     path = os.fspath(path)
     read_adapter_config(path)
     if name in getattr(model, "peft_config", {}):
-        # PEFT would put the new weights into the old adapter, under its settings.
+        # PEFT would load the new weights into the old adapter, with its settings.
         raise MiLoraError(
-            f"The model has an adapter {name!r} already: give {path} another name, or call "
+            f"The model already has an adapter {name!r}: give {path} another name, or call "
             f"model.delete_adapter({name!r}) first."
         )
     try:
@@ -110,7 +110,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], name: str = "default"
     except MiLoraError:
         raise
     except _UNREADABLE as error:
-        raise MiLoraError(f"The adapter {path} cannot be put on this backbone: {_reason(error)}.") from error
+        raise MiLoraError(f"The adapter {path} cannot be loaded onto this backbone: {_reason(error)}.") from error
     return model.eval()
 
 
@@ -121,24 +121,22 @@ def load_for_inference(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> tuple[Any, Any]:
-    """A backbone with adapters, and the tokenizer to generate with.
-
-    What belongs to an adapter is used: the revision of its backbone, the tokenizer saved with it (chat template, added
-    tokens, end of sequence), and embeddings that were resized.
+    """A backbone with adapters, and the tokenizer to generate with. It uses the revision of the adapter's backbone, the
+    tokenizer saved with the adapter (chat template, added tokens, end of sequence), and embeddings that were resized.
 
     Args:
         adapters: An adapter's folder or hub id, or several by name, the first of which is active; an empty mapping
             gives the bare backbone.
-        backbone: The backbone to put them on; by default the one that the adapters name.
-        dtype: As for [`load_backbone`].
-        device: As for [`load_backbone`].
+        backbone: The backbone for them; by default the one that the adapters name.
+        dtype: See [`load_backbone`].
+        device: See [`load_backbone`].
 
     Raises:
         MiLoraError: If a part cannot be loaded, the adapters name different backbones or none, or they have different
             tokenizers.
     """
     named = adapters if isinstance(adapters, Mapping) else {"default": adapters}
-    # Every adapter is looked at before: a backbone can take minutes to load.
+    # All adapters are checked first: a backbone can take minutes to load.
     base = backbone_of(named, backbone)
     revision = revision_of(named, base)
     own = {name: adapter_tokenizer(path) for name, path in named.items()}
@@ -153,7 +151,7 @@ def load_for_inference(
 
 
 def backbone_of(adapters: Mapping[str, str | os.PathLike[str]], backbone: str | os.PathLike[str] | None = None) -> str:
-    """The backbone to put adapters on: the one given, or the one that they name.
+    """The backbone for adapters: the given one, or the one that they name.
 
     Raises:
         MiLoraError: If there is no such adapter, or the adapters name different backbones or none.
@@ -163,11 +161,11 @@ def backbone_of(adapters: Mapping[str, str | os.PathLike[str]], backbone: str | 
 
 
 def revision_of(adapters: Mapping[str, str | os.PathLike[str]], backbone: str) -> str | None:
-    """The revision of a backbone that adapters were trained on; `None` for the hub's default one, and for a folder.
+    """The revision of a backbone that adapters were trained on; `None` for the hub's default revision and for a folder.
 
     Args:
         adapters: Folders or hub ids by name.
-        backbone: The backbone that they are put on; of another than an adapter's own nothing is known.
+        backbone: The backbone to load; nothing is known if it is not the adapter's own.
 
     Raises:
         MiLoraError: If the adapters were trained on different revisions.
@@ -193,11 +191,11 @@ def read_adapter_config(path: str | os.PathLike[str]) -> Any:
     folder = Path(path).expanduser()
     if not (folder / CONFIG_NAME).is_file():
         if (folder / "config.json").is_file():
-            raise MiLoraError(f"{path} is a backbone and no adapter: it has a config.json but no {CONFIG_NAME}.")
+            raise MiLoraError(f"{path} is a backbone, not an adapter: it has a config.json but no {CONFIG_NAME}.")
         if folder.is_dir():
             inner = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
             hint = f"; there is one in {inner[-1]}" if inner else ""
-            raise MiLoraError(f"{path} holds no adapter: it has no {CONFIG_NAME}{hint}.")
+            raise MiLoraError(f"{path} contains no adapter: it has no {CONFIG_NAME}{hint}.")
         if not _could_be_hub_id(path) or "/" not in path:
             raise MiLoraError(
                 f"{path}: there is no such adapter; give a folder with an {CONFIG_NAME}, or a hub id, owner/name"
@@ -214,7 +212,7 @@ def read_adapter_config(path: str | os.PathLike[str]) -> Any:
 
 
 def base_of(adapter: str | os.PathLike[str]) -> str | None:
-    """The backbone that an adapter was made for, as its configuration names it.
+    """The backbone that an adapter's configuration names.
 
     Raises:
         MiLoraError: If there is no such adapter.
@@ -222,27 +220,27 @@ def base_of(adapter: str | os.PathLike[str]) -> str | None:
     base = read_adapter_config(adapter).base_model_name_or_path
     if base is None:
         return None
-    # An adapter of the bundled backbone names the place of the installation that trained it.
+    # An adapter of the bundled backbone names the folder of the installation that trained it.
     is_bundled = Path(base).parts[-3:] == TINY_BACKBONE.parts[-3:]
     return TINY if is_bundled else str(base)
 
 
 def _only_base(bases: Mapping[str, str | None]) -> str:
     if not bases:
-        raise MiLoraError("Neither a backbone nor an adapter is given: pass --backbone NAME or --adapter DIR.")
+        raise MiLoraError("No backbone or adapter given: pass --backbone NAME or --adapter DIR.")
     found = {base for base in bases.values() if base is not None}
     if not found:
         raise MiLoraError(f"The adapter {next(iter(bases))} does not name its backbone: pass --backbone NAME.")
     if len(found) > 1:
         raise MiLoraError(
-            f"The adapters are for different backbones ({', '.join(sorted(found))}), and one process serves one: load "
-            "them apart, or say with --backbone which it is."
+            f"The adapters are for different backbones ({', '.join(sorted(found))}), but one model has one backbone: "
+            "load them separately, or choose one with --backbone."
         )
     return found.pop()
 
 
 def locate(name: str) -> str:
-    """What `from_pretrained` loads a backbone from: a folder, also that of the bundled one, or a hub id.
+    """The argument of `from_pretrained` for a backbone: a folder (also for the bundled one) or a hub id.
 
     Raises:
         MiLoraError: If there is no such backbone.
@@ -255,9 +253,9 @@ def locate(name: str) -> str:
     if (path / "config.json").is_file():
         return str(path)
     if (path / CONFIG_NAME).is_file():
-        raise MiLoraError(f"{name} is an adapter and no backbone: pass it as --adapter.")
+        raise MiLoraError(f"{name} is an adapter, not a backbone: pass it as --adapter.")
     if path.is_dir():
-        raise MiLoraError(f"{name} holds no backbone: it has no config.json.")
+        raise MiLoraError(f"{name} contains no backbone: it has no config.json.")
     if path.exists() or not _could_be_hub_id(name):
         raise MiLoraError(
             f"{name}: there is no such backbone; give {TINY!r}, a folder with a config.json, or a hub id"
@@ -267,7 +265,7 @@ def locate(name: str) -> str:
 
 
 def _prepare(tokenizer: Any, model: Any) -> None:
-    """Makes a tokenizer pad on the left, with a token that the model knows, and its end of sequence the model's."""
+    """Makes a tokenizer pad on the left with a token of the model, and its end of sequence end the model's texts."""
     padding_within(model, tokenizer)
     tokenizer.padding_side = "left"
     add_end(model, tokenizer)
@@ -293,7 +291,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
-    """A device by its name; by default the GPU where there is one.
+    """A device by its name; by default a GPU if there is one.
 
     Raises:
         MiLoraError: If there is none of that name.
@@ -310,7 +308,7 @@ def device_of(device: str | torch.device | None) -> torch.device:
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of a library's message, in which the rest is advice about its own functions."""
+    """The first sentence of a library's message; the rest is advice about its own functions."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return text.rstrip(".: ")
@@ -320,5 +318,5 @@ def _hub_hint(source: str) -> str:
     path = Path(source).expanduser()
     if path.is_dir():
         return ""
-    hint = " Check the hub id, and that the hub can be reached (or was, so that it is cached); a folder works offline"
+    hint = " Check the hub id and the connection to the hub; offline, use a folder or a cached model"
     return f"{hint}{_neighbours(path)}"

@@ -1,9 +1,9 @@
-"""Extra keys and values in front of a layer's own, which every query sees: the one place that meets attention.
+"""Extra keys and values in front of a layer's own, which every query attends to: the only file that changes attention.
 
-The cache holds what it would hold without them, and positions, beams and padding are none of their business: they are
-joined to the keys and values just before attention is computed. That place is public in transformers
-(`AttentionInterface`): a layer's configuration is told to use an implementation of ours, which joins the prefix, widens
-the mask, and calls the implementation that the layer had. For layers without a prefix it does nothing else.
+They are joined to the keys and values just before attention is computed, so cache, positions, beams and padding do not
+change. transformers has a public interface for this (`AttentionInterface`): a layer's configuration selects our
+implementation, which joins the prefix, widens the mask, and calls the layer's original implementation. For layers
+without a prefix it only calls the original.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from milora_core.errors import MiLoraError
 
 WITH_PREFIX = {"sdpa": "sdpa_with_prefix", "eager": "eager_with_prefix"}
-"""The implementations that can be given a prefix, and what they are called when they have been."""
+"""The implementations that support a prefix, and their names with one."""
 
 _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
-"""What every model file of transformers that takes part calls the table of implementations, and its own eager one."""
+"""The names of the table of implementations and of the eager one in transformers' model files."""
 
 
 class PrefixSource:
-    """What gives an attention module its prefix; found among the module's children, so that it is copied with it."""
+    """Provides an attention module's prefix; a child of the module, so it is copied with it."""
 
     def prefix(self, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor] | None:
         """The extra keys and values of a call.
@@ -90,7 +90,7 @@ def disallow_prefixes(model: nn.Module) -> None:
 
 
 def _choose(config: Any, implementation: str) -> None:
-    # A mapping, because a plain name would also be set for the other parts of a composite model.
+    # A mapping, because a plain name would also apply to the other parts of a composite model.
     config._attn_implementation = {"": implementation}
 
 
@@ -116,7 +116,7 @@ def _attend(
         own_name: The implementation that computes the attention.
         attention: The module.
         query: (batch, heads, queries, head_dim).
-        key: (batch, key-value heads, keys, head_dim), what the cache holds included.
+        key: (batch, key-value heads, keys, head_dim), including the cache.
         value: As `key`.
         attention_mask: (batch, 1 or heads, queries, keys), bool or added to the scores; `None` where none is needed.
         *args: Passed on.
@@ -138,10 +138,10 @@ def _attend(
 
 
 def _causal_mask(attention: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
-    """The mask that scaled dot-product attention does without: (1, 1, queries, keys), bool, or `None` for no mask.
+    """The mask that scaled dot-product attention omits: (1, 1, queries, keys), bool, or `None` for no mask.
 
-    Transformers leaves it away for a single query, and where the first query stands at the first key: with no cache,
-    with an empty one, or with an empty static one, whose keys after the last query are still to be filled.
+    transformers omits it for a single query, and if the first query is at the first key: without a cache, or with an
+        empty dynamic or static cache (whose keys after the last query are still to be filled).
     """
     queries, keys = query.shape[2], key.shape[2]
     causal = getattr(attention, "is_causal", True) if is_causal is None else is_causal
@@ -151,7 +151,7 @@ def _causal_mask(attention: nn.Module, query: Tensor, key: Tensor, is_causal: bo
 
 
 def _widened(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """The mask with columns for the prefix in front, which every query sees."""
+    """The mask with columns for the prefix in front, which every query attends to."""
     if attention_mask is None:
         return None
     shape = (*attention_mask.shape[:-1], length)

@@ -1,4 +1,4 @@
-"""Backbones by the sizes that were published, with random weights: to count and to time, without a download."""
+"""Backbones of published sizes with random weights, for counting and timing without a download."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ def shape_config(name: str | Path) -> Any:
 def build(
     name: str | Path, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Any:
-    """A causal language model of a shape, in eval mode, with random weights, or on `meta` with none and for no memory.
+    """A causal language model of a shape in eval mode, with random weights, or without weights and memory on `meta`.
 
     Args:
         name: As for [`shape_config`].
-        device: Where its weights are made: `meta`, `cpu`, `cuda`.
+        device: Device of its weights: `meta`, `cpu`, `cuda`.
         dtype: Of the weights.
         **settings: Fields of the configuration to change, such as `num_hidden_layers=2`.
 
     Raises:
-        MiLoraError: If there is no such shape, or a setting is none of its configuration's.
+        MiLoraError: If there is no such shape, or a setting is not a field of its configuration.
     """
     config = shape_config(name)
     for field, value in settings.items():

@@ -1,4 +1,4 @@
-"""Finds the two sub-layers of a Transformer block, attention and feed-forward, as places to put an adapter beside."""
+"""Finds the two sub-layers of a Transformer block, attention and feed-forward, to which adapters are added."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ SUBLAYER_NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("self_attn", "self_attention", "attention", "attn", "linear_attn"),
     "feed_forward": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "moe"),
 }
-"""By kind, what the child of a block is called that is the sub-layer; the first that a block has is taken."""
+"""By kind, the names of the block's child that is the sub-layer; the first existing one is used."""
 
 FEED_FORWARD_PAIRS = (("fc1", "fc2"),)
-"""The first and the last module of feed-forward sub-layers that have no module of their own (OPT)."""
+"""The first and the last module of feed-forward sub-layers without their own module (OPT)."""
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A sub-layer of a block: whose input it reads and whose output it returns, by path relative to the block.
+    """A sub-layer of a block: the modules whose input it reads and whose output it returns, by path relative to the
+    block.
 
-    The two are one module where the sub-layer is one, and its output may be a tensor or a tuple that begins with one.
-    Some backbones (Bloom, MPT) add the residual inside: what is added to the output is then added to the sum.
+    Both are the same module if the sub-layer is one module. Its output may be a tensor or a tuple that begins with one.
+    Some backbones (Bloom, MPT) add the residual inside; an addition to the output is then added to the sum.
     """
 
     kind: str
@@ -35,8 +36,8 @@ class Sublayer:
 def find_sublayers(block: Block) -> dict[str, Sublayer]:
     """The sub-layers of a block by kind, `attention` first.
 
-    A kind is left out where the block has something else in its place, as the convolutions of LFM2 or the state-space
-    layers of hybrid models.
+    A kind is missing if the block has another layer instead, such as the convolutions of LFM2 or the state-space layers
+    of hybrid models.
 
     Raises:
         MiLoraError: If the block has neither.
@@ -54,7 +55,7 @@ def find_sublayers(block: Block) -> dict[str, Sublayer]:
             found[kind] = Sublayer(kind, *pair)
     if not found:
         raise MiLoraError(
-            f"Could not tell the attention and the feed-forward of {block.path} ({type(block.module).__name__}): "
+            f"Could not find the attention and the feed-forward of {block.path} ({type(block.module).__name__}): "
             f"looked for {', '.join(name for names in SUBLAYER_NAMES.values() for name in names)} or fc1 with fc2, "
             f"found {', '.join(children) or 'nothing'}. Choose a method that adapts linear modules, such as MiLoRA."
         )

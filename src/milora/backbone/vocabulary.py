@@ -1,4 +1,4 @@
-"""The vocabulary of a backbone: the tokens that it has embeddings for, and those that an adapter brings with it."""
+"""The vocabulary of a backbone: tokens with embeddings, and tokens that an adapter adds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from milora.backbone.hub_files import adapter_file
 from milora_core.errors import MiLoraError
 
 PREFIX = "base_model.model."
-"""What the names of a PEFT file start with."""
+"""Prefix of the names in a PEFT file."""
 
 
 def embedded_tokens(model: Any) -> int | None:
-    """How many tokens a model has input embeddings for; `None` if it does not say."""
+    """The number of a model's input embeddings; `None` if unknown."""
     get = getattr(model, "get_input_embeddings", None)
     weight = getattr(get() if get is not None else None, "weight", None)
     return None if weight is None else int(weight.shape[0])
 
 
 def check_tokens(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> None:
-    """Checks that a model has an embedding for every token of some rows.
+    """Checks that a model has an embedding for every token of the rows.
 
     Raises:
         MiLoraError: If the tokenizer gives a token beyond the model's vocabulary.
@@ -36,14 +36,14 @@ def check_tokens(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> N
         largest = max(tokens, default=0)
         if largest >= count:
             raise MiLoraError(
-                f"The tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, and the backbone "
-                f"has embeddings for {count} tokens only: use the backbone's own tokenizer, or a backbone whose "
+                f"The tokenizer gives {tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, but the backbone "
+                f"has embeddings for only {count} tokens: use the backbone's own tokenizer, or a backbone whose "
                 "embeddings were resized and saved."
             )
 
 
 def padding_within(model: Any, tokenizer: Any) -> None:
-    """Gives the tokenizer a padding token that the model has an embedding for: its own, else the end of sequence."""
+    """Sets a padding token that the model has an embedding for: the tokenizer's own, else the end of sequence."""
     count = embedded_tokens(model)
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and (count is None or token < count):
@@ -51,18 +51,17 @@ def padding_within(model: Any, tokenizer: Any) -> None:
                 tokenizer.pad_token = tokenizer.eos_token
             return
     if tokenizer.pad_token_id is not None:
-        # Padding is masked, so that any token will do.
+        # Padding is masked, so any token works.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
 
 
 def fit_embeddings(model: Any, adapters: Mapping[str, str | os.PathLike[str]]) -> None:
     """Resizes a backbone's embeddings to those that an adapter was saved with, before the adapter is loaded.
 
-    PEFT saves the embeddings with an adapter when they were resized for tokens that were added, and loads them into the
-    backbone.
+    PEFT saves embeddings that were resized for added tokens with the adapter, and loads them into the backbone.
 
     Raises:
-        MiLoraError: If there are several adapters and one brings embeddings, which would be every adapter's.
+        MiLoraError: If there are several adapters and one has embeddings, which would apply to all of them.
     """
     found = {name: rows for name, path in adapters.items() if (rows := _saved_embeddings(model, path)) is not None}
     for name, rows in found.items():
@@ -70,7 +69,7 @@ def fit_embeddings(model: Any, adapters: Mapping[str, str | os.PathLike[str]]) -
             continue
         if len(adapters) > 1:
             raise MiLoraError(
-                f"The adapter {name!r} brings embeddings of {rows} tokens for the whole backbone, whose own are of "
+                f"The adapter {name!r} has embeddings of {rows} tokens for the whole backbone, which has "
                 f"{embedded_tokens(model)}: load it without other adapters."
             )
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -1,4 +1,4 @@
-"""Texts from prompts, in batches: what the command line and evaluation generate with."""
+"""Generates texts from prompts in batches, for the command line and evaluation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from milora_core.routing import Route
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are generated; beam search with 3 beams, as the paper's tables, by default.
+    """How texts are generated; by default beam search with 3 beams, as in the paper's tables.
 
     Args:
-        max_new_tokens: Length at which a text is cut.
+        max_new_tokens: Maximum length of a text.
         beams: Width of the beam search; 1 is greedy.
-        temperature: Draws tokens at this temperature instead of searching.
-        top_p: Draws from the most probable tokens that together have this probability.
+        temperature: Samples at this temperature instead of beam search.
+        top_p: Samples from the most probable tokens that together have this probability.
 
     Raises:
-        MiLoraError: If a value is out of range, or beams are combined with drawing.
+        MiLoraError: If a value is out of range, or beams are combined with sampling.
     """
 
     max_new_tokens: int = 128
@@ -49,25 +49,23 @@ class Decoding:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise MiLoraError(f"top_p must lie in (0, 1]; found {self.top_p}.")
         if self.samples and self.beams > 1:
-            raise MiLoraError(
-                f"temperature and top_p draw one text, beams search for the best: use 1 beam, not {self.beams}."
-            )
+            raise MiLoraError(f"temperature and top_p sample, which needs 1 beam; found beams={self.beams}.")
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.temperature is not None or self.top_p is not None
 
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """What a model wrote after a prompt.
+    """The text that a model generated for a prompt.
 
     Attributes:
-        index: The prompt's place among those that were given.
-        text: What was written, without special tokens, as it continues the prompt (often from a space).
-        tokens: How many tokens were written, the end-of-sequence token included.
-        route: The route that served the prompt, one row, on the CPU; `None` for models that have no routers.
+        index: The prompt's index in the input.
+        text: The generated text without special tokens; it continues the prompt and often begins with a space.
+        tokens: Number of generated tokens, including the end-of-sequence token.
+        route: The route that served the prompt, one row, on the CPU; `None` for models without routers.
     """
 
     index: int
@@ -88,21 +86,21 @@ def generate_texts(
     """Continues prompts, in batches of similar length, the longest first.
 
     Args:
-        model: A causal language model, with adapters or without; in eval mode while it generates.
+        model: A causal language model with or without adapters; in eval mode while it generates.
         tokenizer: The model's.
         prompts: Strings, or lists of chat messages for the tokenizer's chat template.
-        decoding: How; [`Decoding`]'s defaults if `None`.
+        decoding: Decoding settings; [`Decoding`]'s defaults if `None`.
         batch_size: The most prompts a batch.
-        adapters: The adapter of each prompt, where they have different ones.
+        adapters: The adapter of each prompt, if they differ.
 
     Returns:
-        An iterator over the texts as they are done, not in the prompts' order: see [`GeneratedText`]'s `index`. A
-        batch is generated when its first text is asked for.
+        An iterator over the texts as they finish, not in the prompts' order: see [`GeneratedText`]'s `index`. A batch
+        is generated when its first text is requested.
 
     Raises:
         MiLoraError: Before anything is generated, if a prompt has no tokens, has one that the model has no embedding
-            for, or does not fit the model with the tokens to come, or an adapter is not there; while it generates, if
-            the GPU's memory does not suffice.
+            for, or exceeds the model's positions with the new tokens, or an adapter does not exist; during generation,
+            if the GPU runs out of memory.
     """
     decoding = decoding or Decoding()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -116,14 +114,14 @@ def generate_texts(
 
 
 def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
-    """The tokens of a prompt as training has them before the completion.
+    """The tokens of a prompt as in training, before the completion.
 
-    TRL's trainer takes what the prompt alone and prompt + completion have in common. So an end-of-sequence token that a
-    tokenizer sets behind every text is no part of the prompt.
+    TRL's trainer uses the common beginning of the prompt and of prompt + completion. So an end-of-sequence token that a
+    tokenizer appends to every text is not part of the prompt.
 
     Raises:
-        MiLoraError: If the prompt has no tokens, or is a chat and the tokenizer has no chat template, or one that does
-            not take it.
+        MiLoraError: If the prompt has no tokens, or is a chat and the tokenizer's chat template is missing or does not
+            accept it.
     """
     if isinstance(prompt, str):
         tokens = list(tokenizer(prompt)["input_ids"])
@@ -137,7 +135,7 @@ def encode_prompt(tokenizer: Any, prompt: Text) -> list[int]:
         try:
             rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
         except TemplateError as error:
-            raise MiLoraError(f"The chat template does not take the prompt {str(prompt)[:60]}: {error}.") from error
+            raise MiLoraError(f"The chat template does not accept the prompt {str(prompt)[:60]}: {error}.") from error
         tokens = list(rendered["input_ids"])
     if not tokens:
         raise MiLoraError(f"The prompt {prompt!r} has no tokens; there is nothing to continue.")
@@ -149,7 +147,7 @@ def batches(
 ) -> list[list[int]]:
     """Indices of prompts, in batches of one group each and of similar length, the longest first.
 
-    So little is padded, and a batch that needs too much memory is met at once and not hours later.
+    This needs little padding, and a batch that exceeds the memory comes first, not after hours.
 
     Raises:
         MiLoraError: If the batch size is below 1.
@@ -175,7 +173,7 @@ def left_padded(encoded: Sequence[Sequence[int]], padding: int, device: torch.de
 
 
 def padding_token(tokenizer: Any) -> int:
-    """The token to pad with; any will do where the tokenizer names none, for it is masked."""
+    """The padding token; any token if the tokenizer has none, because it is masked."""
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
@@ -204,7 +202,7 @@ def _generate(
                     output = model.generate(**inputs, generation_config=settings)
             except torch.OutOfMemoryError as error:
                 raise MiLoraError(
-                    f"The GPU's memory does not suffice for a batch of {len(batch)} prompts of up to "
+                    f"The GPU's memory is too small for a batch of {len(batch)} prompts of up to "
                     f"{inputs['input_ids'].shape[1]} tokens with {decoding.beams} beams: lower the batch size."
                 ) from error
             # Beams of a prompt share its route.
@@ -225,7 +223,7 @@ def _recorded_routes(model: Any) -> AbstractContextManager[list[Route]]:
 
 
 def _generation_config(decoding: Decoding, padding: int, ends: list[int]) -> GenerationConfig:
-    # Made anew: a backbone's own settings (sampling, penalties) are for chatting, not for what was asked for here.
+    # New settings: a backbone's own ones (sampling, penalties) are for chat, not for this request.
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p} if decoding.samples else {}
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
@@ -238,7 +236,7 @@ def _generation_config(decoding: Decoding, padding: int, ends: list[int]) -> Gen
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text: the backbone's own tokens, and the tokenizer's, which training sets behind completions."""
+    """The tokens that end a text: the backbone's, and the tokenizer's, which training appends to completions."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = list(own) if isinstance(own, list | tuple) else [own]
     return sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})

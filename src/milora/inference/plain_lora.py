@@ -1,4 +1,4 @@
-"""Plain LoRA adapters beside MiLoRA's on one backbone: a LoRA is a MiLoRA whose every expert is chosen."""
+"""Plain LoRA adapters beside MiLoRA's on one backbone: a LoRA is a MiLoRA adapter that always chooses every expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 
 NOT_TAKEN_OVER = (
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    # Which modules are adapted is read off the weights, which are there and need no beginning.
+    # The saved weights define the adapted modules, and need no initialisation.
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "eva_config"),
 )
 
@@ -26,17 +26,17 @@ NOT_TAKEN_OVER = (
 def add_lora(model: PeftModel, adapter: str, folder: str | Path) -> None:
     """Adds a saved LoRA adapter to a MiLoRA model, where it can be active or serve some rows of a batch.
 
-    It becomes a MiLoRA adapter with hard gates whose routers choose every module that the LoRA has, so what it computes
-    is the LoRA. The routers are asked all the same, once per prompt.
+    It becomes a MiLoRA adapter with hard gates whose routers choose every module of the LoRA, so its outputs equal the
+    LoRA's. The routers still run once per prompt.
 
     Args:
         model: A PEFT model with MiLoRA adapters.
-        adapter: The name to give it.
-        folder: Where PEFT saved it.
+        adapter: The new adapter's name.
+        folder: The folder in which PEFT saved it.
 
     Raises:
-        MiLoraError: If the model is no MiLoRA model, the folder holds no LoRA adapter, or it has an option or a module
-            that MiLoRA has not.
+        MiLoraError: If the model is not a MiLoRA model, the folder has no LoRA adapter, or the LoRA has an option or a
+            module that MiLoRA does not support.
     """
     if not isinstance(getattr(model, "base_model", None), MiLoraModel):
         raise MiLoraError("add_lora needs a PEFT model with a MiLoRA adapter; a LoRA model loads it with load_adapter.")
@@ -54,7 +54,7 @@ def add_lora(model: PeftModel, adapter: str, folder: str | Path) -> None:
             experts[block.path] = of_block
     outside = modules - {f"{path}.{name}" for path, names in experts.items() for name in names}
     if outside:
-        raise MiLoraError(f"The LoRA in {folder} adapts {sorted(outside)[0]}, which is no linear module of a block.")
+        raise MiLoraError(f"The LoRA in {folder} adapts {sorted(outside)[0]}, which is not a linear module of a block.")
     values = {
         field.name: getattr(config, field.name)
         for field in fields(LoraConfig)
@@ -66,7 +66,7 @@ def add_lora(model: PeftModel, adapter: str, folder: str | Path) -> None:
     if not set(weights) <= set(own):
         model.delete_adapter(adapter)
         unknown = sorted(set(weights) - set(own))[0]
-        raise MiLoraError(f"The LoRA in {folder} has {unknown}, for which MiLoRA has no place.")
+        raise MiLoraError(f"The LoRA in {folder} has {unknown}, which MiLoRA does not support.")
     set_peft_model_state_dict(model, {**own, **weights}, adapter)
-    # PEFT makes a new adapter's layers in training mode.
+    # PEFT creates a new adapter's layers in training mode.
     model.train(model.training)

@@ -1,4 +1,4 @@
-"""Routes of prompts, in batches, without generating anything."""
+"""Computes routes of prompts in batches, without generating."""
 
 from __future__ import annotations
 

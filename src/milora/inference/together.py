@@ -24,23 +24,23 @@ from milora.tuners.prompt import arguments_of
 from milora_core.errors import MiLoraError, did_you_mean
 
 NAMED_ROWS = "_enable_peft_forward_hooks"
-"""PEFT's method that puts `adapter_names` in force for a forward pass or a generation."""
+"""PEFT's method that applies `adapter_names` to a forward pass or a generation."""
 
 
 def serve_together(model: PeftModel, *, capacity: int = 0) -> None:
-    """Makes `adapter_names` fast: the LoRA of all rows in one operator a module, in place of PEFT's loop over adapters.
+    """Makes `adapter_names` fast: one operator per module for all rows instead of PEFT's loop over adapters.
 
-    To be called once, before or after the adapters are loaded. A MiLoRA model does this of itself, and is given the
-    capacity only. What the operator cannot serve is computed for one adapter after the other: in a plain PEFT model by
-    PEFT's own loop (quantised layers, gradients), which refuses DoRA rows; in a MiLoRA model also MiDoRA rows. In a
-    plain model, steps that transformers compiles are then compiled around that loop, for these names alone.
+    Call it once, before or after loading the adapters. A MiLoRA model uses the operator by default; there this only
+    sets the capacity. Unsupported layers are computed one adapter after the other: in a plain PEFT model by PEFT's own
+    loop (quantised layers, gradients), which refuses DoRA rows; in a MiLoRA model also for MiDoRA rows. In a plain
+    model, steps that transformers compiles are compiled around that loop, for these names only.
 
-    The adapters' A and B move into one tensor a module, of which the parameters become views: in memory they are once.
-    Smaller ranks are padded to the largest, and places kept free for adapters to come count as the largest too.
+    The adapters' A and B move into one tensor per module, and the parameters become views of it, so they are in memory
+    once. Smaller ranks are padded to the largest; reserved places have the largest rank too.
 
     Args:
         model: A PEFT model with LoRA or MiLoRA adapters.
-        capacity: How many adapters to keep room for, so that loading one more moves nothing and compiles nothing anew.
+        capacity: Number of adapters to reserve memory for, so loading another one moves and recompiles nothing.
 
     Raises:
         MiLoraError: If the model's method is neither LoRA nor MiLoRA.
@@ -62,25 +62,25 @@ def serve_together(model: PeftModel, *, capacity: int = 0) -> None:
 
 
 def compiled_step(**settings: Any) -> dict[str, Any]:
-    """Arguments of `generate` with which its decode steps are compiled, for LoRA as `compiled=True` is for MiLoRA.
+    """Arguments of `generate` that compile its decode steps for LoRA, like `compiled=True` for MiLoRA.
 
     `model.generate(**inputs, adapter_names=names, **compiled_step())`
 
     Args:
-        **settings: `cache_implementation`, `compile_config` or `past_key_values`, where they are not to be the default.
+        **settings: `cache_implementation`, `compile_config` or `past_key_values`, to override the defaults.
     """
     return settings | compiled_settings(settings)
 
 
 @dataclass
 class NamedRows:
-    """The rows of a request, by their adapters' names.
+    """The rows of a request by adapter name.
 
     Attributes:
         names: The adapter of each prompt.
-        prompts: Prompts that `generate` was given; `None` for a single forward pass.
+        prompts: Prompts of `generate`; `None` for a single forward pass.
         use: The adapters, while the request runs.
-        kept: What modules keep for its passes.
+        kept: Data that modules keep for its passes.
     """
 
     names: tuple[str, ...]
@@ -93,8 +93,8 @@ class LoraRows(GroupedPlan):
     """The rows of a batch with their own adapters, in PEFT's own LoRA model.
 
     Args:
-        owner: The model's.
-        batch: Whose the rows are.
+        owner: The model's owner of the stacks.
+        batch: The adapters of the rows.
         is_compiled: See [`GroupedPlan`].
     """
 
@@ -143,7 +143,7 @@ class LoraServing(GroupedOwner):
 
     @contextmanager
     def naming_rows(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """In place of PEFT's own: inside, each row has its own adapter."""
+        """Replaces PEFT's method: inside, each row has its own adapter."""
         names = kwargs.get("adapter_names")
         own: Callable[..., AbstractContextManager[None]] = partial(getattr(type(self.tuner), NAMED_ROWS), self.tuner)
         if names is None or kwargs.get("alora_offsets") is not None:
@@ -161,7 +161,7 @@ class LoraServing(GroupedOwner):
             if is_compiled_by_transformers(self.model, kwargs):
                 stack.enter_context(self.alone())
                 if self.why_not_compiled(names, named_rows=True) is not None:
-                    # The loop is traced with the names in it: it can be of no other batch.
+                    # The loop is traced with these names, so it is valid only for this batch.
                     stack.enter_context(own(*args, **kwargs))
                     yield
                     return
@@ -195,7 +195,7 @@ class LoraServing(GroupedOwner):
             leave(context)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """In place of PEFT's own: waits for the requests that the adapter serves.
+        """Replaces PEFT's method: waits for the requests that use the adapter.
 
         Raises:
             MiLoraError: If it is called from inside one of them.
@@ -206,7 +206,7 @@ class LoraServing(GroupedOwner):
             self.identities.forget(adapter_name)
 
     def _use_of(self, names: set[str]) -> Use:
-        """A use of adapters, which PEFT may have added since the last."""
+        """Registers a use of adapters, which PEFT may have added since the last one."""
         with self.identities.lock:
             for name in names & set(self.tuner.peft_config):
                 if not self.identities.has(name):
@@ -214,7 +214,7 @@ class LoraServing(GroupedOwner):
             return self.identities.begin(names)
 
     def _plan_modules(self) -> None:
-        """Makes all layers ask for their rows' plan: adapters may have been added to modules that had none."""
+        """Makes all layers request their rows' plan: adapters may have been added to modules that had none."""
         self.refresh()
         for module in [*self.stacks.modules.values()]:
             plan_module(module.layer, PlannedLayer, self)
@@ -231,7 +231,7 @@ class LoraServing(GroupedOwner):
             raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
         known = sorted(self.tuner.peft_config)
         if BASE_ROW in known:
-            raise MiLoraError(f"An adapter is called {BASE_ROW!r}, which stands for none here; give it another name.")
+            raise MiLoraError(f"An adapter has the name {BASE_ROW!r}, which means no adapter; give it another name.")
         for name in names:
             if name != BASE_ROW and name not in known:
                 raise MiLoraError(f"No adapter named {name!r}; there are {known}{did_you_mean(name, known) or '.'}")

@@ -187,4 +187,4 @@ def _chat_length(messages: Sequence[Any], tokenizer: Any, **options: Any) -> int
     try:
         return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
     except TemplateError as error:
-        raise MiLoraError(f"The chat template does not take the row {str(messages)[:60]}: {error}.") from error
+        raise MiLoraError(f"The chat template does not accept the row {str(messages)[:60]}: {error}.") from error
