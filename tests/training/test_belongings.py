@@ -225,7 +225,7 @@ def test_a_folder_has_no_revision(
     backbone: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(backbone, chats, tmp_path / "out", model_revision="v2") == 2
-    assert "is for backbones on the hub" in capsys.readouterr().err
+    assert "is only for backbones on the hub" in capsys.readouterr().err
 
 
 def test_a_folder_in_another_place_is_found(

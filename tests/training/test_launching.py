@@ -1,4 +1,4 @@
-"""What the launcher asks for and accelerate leaves out."""
+"""Launcher options that accelerate ignores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_fsdp_on_cpus_is_refused(kind: DistributedType, monkeypatch: pytest.Monk
     monkeypatch.setattr(state, "distributed_type", kind)
     check_launch()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(MiLoraError, match="asks for FSDP"):
+    with pytest.raises(MiLoraError, match="requests FSDP"):
         check_launch()
     # The launcher of a configuration without it says so.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
@@ -26,7 +26,7 @@ def test_deepspeed_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) 
     """As `--use_cpu` does, of the launcher or of the command."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_CPU)
-    with pytest.raises(MiLoraError, match="leave --use_cpu out"):
+    with pytest.raises(MiLoraError, match="remove --use_cpu"):
         check_launch()
 
 

@@ -51,10 +51,10 @@ def test_settings_as_a_mapping_and_as_json(settings: Any) -> None:
         ({"method": "bitfit", "r": 4}, "--r is no setting of bitfit, whose BitFitConfig has no field 'r'"),
         ({"method": "lora", "pooler": "max"}, "--pooler is no setting of lora"),
         ({"method": "adalora", "r": 4}, "set 'init_r'"),
-        ({"settings": {"topk": 2}}, "'topk' is no setting of milora.*did you mean 'top_k'"),
-        ({"settings": "{r: 4"}, "settings is no JSON"),
+        ({"settings": {"topk": 2}}, "'topk' is not a setting of milora.*did you mean 'top_k'"),
+        ({"settings": "{r: 4"}, "settings is not JSON"),
         ({"settings": "[4]"}, "settings must be a mapping"),
-        ({"method": "moelora", "settings": {"gate": "task", "num_tasks": 2}}, "needs to know each row's task"),
+        ({"method": "moelora", "settings": {"gate": "task", "num_tasks": 2}}, "needs each row's task"),
     ],
 )
 def test_mistakes(values: dict[str, Any], complaint: str) -> None:

@@ -80,7 +80,7 @@ def test_a_batch_that_is_not_the_papers_is_said(
         arguments.set_accumulation(rows)
         assert arguments.rows_at_once * arguments.gradient_accumulation_steps == taken
         (record,) = caplog.records
-        assert f"sees {taken} rows and not the paper's {papers}" in record.getMessage()
+        assert f"uses {taken} rows instead of the paper's {papers}" in record.getMessage()
     caplog.clear()
     arguments.total_train_batch_size = 96
     arguments.set_accumulation(9_999)

@@ -1,4 +1,4 @@
-"""Training adapters: TRL's `SFTTrainer` with the paper's settings."""
+"""Trains adapters with TRL's `SFTTrainer` and the paper's settings."""
 
 from milora_core.errors import importing
 

@@ -1,4 +1,4 @@
-"""Whether a training step's activations fit the memory, by which `milora train` decides on gradient checkpointing."""
+"""Whether a training step's activations fit into memory; `milora train` chooses gradient checkpointing by it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SHARE = 0.5
-"""The most of the available memory that activations may take; the rest is for gradients and temporary results."""
+"""Maximum share of the available memory for activations; the rest is for gradients and temporary results."""
 
 _LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -24,18 +24,18 @@ def activations_fit(model: Any, rows: int, tokens: int, *, bf16: bool) -> bool:
     Args:
         model: A model with its adapter, on a CPU.
         rows: Rows of a batch.
-        tokens: Tokens of the longest row.
+        tokens: Number of tokens of the longest row.
         bf16: Whether the step runs under bf16 autocast.
     """
     one, two = (saved_bytes(model, batch, tokens, bf16=bf16) for batch in (1, 2))
-    # Copies of weights are kept once, whatever the batch.
+    # Copies of weights are kept once, independent of the batch size.
     return one + (rows - 1) * (two - one) <= SHARE * available_memory()
 
 
 def saved_bytes(model: Any, rows: int, tokens: int, *, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward pass for its backward; measured by running one.
+    """Bytes that autograd saves in a forward pass for the backward pass, measured by running one.
 
-    Logits are not counted, as TRL's fused LM head keeps none, nor dropout's masks.
+    Logits are not counted, because TRL's fused LM head saves none, and neither are dropout's masks.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
@@ -49,13 +49,13 @@ def saved_bytes(model: Any, rows: int, tokens: int, *, bf16: bool) -> int:
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(rows * tokens).reshape(rows, tokens) % vocabulary
     was_training = model.training
-    # In evaluation mode nothing is drawn at random, and nothing counted as a step of training.
+    # Evaluation mode uses no random numbers and does not count as a training step.
     model.eval()
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16),
     ):
-        # The output must live until the sizes are summed: a freed storage's address may be given to another.
+        # The output must exist until the sizes are summed: the address of a freed storage may be reused.
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=1)
         total = sum(sizes.values())
         del output
@@ -64,7 +64,7 @@ def saved_bytes(model: Any, rows: int, tokens: int, *, bf16: bool) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still have: the machine's, or a container's where that has fewer."""
+    """Available bytes for this process: the machine's, or the container's limit if lower."""
     available = psutil.virtual_memory().available
     for limit, usage in _LIMITS:
         try:

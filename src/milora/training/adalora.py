@@ -1,4 +1,4 @@
-"""AdaLoRA's rank allocation, under any trainer of transformers."""
+"""AdaLoRA's rank allocation for any trainer of transformers."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from milora.training.tuner import tuner_of
 from milora_core.errors import MiLoraError
 
 IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""Where PEFT's rank allocator keeps what each element was worth, by the parameter's name."""
+"""Attributes in which PEFT's rank allocator keeps each element's importance, by parameter name."""
 
 
 class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
-    """Calls PEFT's `update_and_allocate` at every optimiser step, without which AdaLoRA never drops a rank.
+    """Calls PEFT's `update_and_allocate` at every optimiser step; without it AdaLoRA never prunes a rank.
 
-    `Trainer(model, ..., callbacks=[AdaLoraAllocation()])`. It is called after the optimiser's step and before the
-    gradients are cleared, as PEFT's documentation has it: what a rank is worth is read from weights times gradients
-    (Zhang et al. 2023, section 3.2). Steps count from 1, so that the last allocation, at `total_step - tfinal`, is also
-    made where `tfinal` is 0.
+    `Trainer(model, ..., callbacks=[AdaLoraAllocation()])`. The call comes after the optimiser's step and before the
+    gradients are cleared, as in PEFT's documentation: a rank's importance is computed from weights times gradients
+    (Zhang et al. 2023, section 3.2). Steps count from 1, so the last allocation, at `total_step - tfinal`, also happens
+    if `tfinal` is 0.
 
     Raises:
-        MiLoraError: When training begins, if the model has no AdaLoRA adapter, or ends before the schedule does.
+        MiLoraError: When training begins, if the model has no AdaLoRA adapter, or training ends before the schedule.
     """
 
     def __init__(self) -> None:
         self._model: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Knows the model, of which a checkpoint has to keep more than its adapter's file."""
+        """Stores the model, because a checkpoint must keep more than its adapter's file."""
         self._model = model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Checks that the ranks will be down at the target when training ends."""
+        """Checks that the ranks will reach the target before training ends."""
         tuner = _tuner(model)
         config = tuner.peft_config[tuner.trainable_adapter_name]
         if config.total_step - config.tfinal < 2:
             raise MiLoraError(
-                f"AdaLoRA's schedule has to last for two steps at least before its target rank; it has total_step="
-                f"{config.total_step} and tfinal={config.tfinal}. Train for longer."
+                f"AdaLoRA's schedule needs at least two steps before its target rank; found total_step="
+                f"{config.total_step} and tfinal={config.tfinal}. Train longer."
             )
         if config.total_step - config.tfinal > state.max_steps:
             raise MiLoraError(
@@ -53,7 +53,7 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Allocates, while the gradients are there."""
+        """Allocates ranks while the gradients exist."""
         _tuner(model).update_and_allocate(state.global_step + 1)
 
     def is_open(self, model: Any, step: int) -> bool:
@@ -63,12 +63,13 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
         return bool(step < config.total_step - config.tfinal)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Forgets the best checkpoint when the ranks are down: no earlier one is within the budget."""
+        """Resets the best checkpoint when the ranks reach the target: no earlier one is within the budget."""
         if not self.is_open(model, state.global_step) and self.is_open(model, state.global_step - 1):
             forget_best(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside what PEFT saves, which is pruned: every rank, and what each was worth."""
+        """State for a resumed run that PEFT does not save, because its file is pruned: every rank and its
+        importance."""
         tuner = _tuner(self._model)
         allocator = tuner.rankallocator
         return {
@@ -78,7 +79,7 @@ class AdaLoraAllocation(TrainerCallback):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state, in a model whose ranks are all there."""
+        """Restores a state into a model with all ranks."""
         tuner = _tuner(self._model)
         weights = dict(tuner.model.named_parameters())
         with torch.no_grad():

@@ -16,33 +16,33 @@ from milora_core.errors import MiLoraError
 
 
 class ArchitectureSearch(DevStepCallback):
-    """Trains the parameters that decide on a structure on dev batches, under any trainer of transformers.
+    """Trains the parameters that decide on a structure on dev batches, in any trainer of transformers.
 
-    The trainer trains everything else on train batches, step by step in turn. Subclasses set `tuner_class`, and
-    implement [`ArchitectureSearch.decisive`] and [`ArchitectureSearch.advance`]. The tuner says by `is_searching` if
-    there is a structure to search for; a model whose structure is known is only trained.
+    The trainer trains everything else on train batches, alternating step by step. Subclasses set `tuner_class`, and
+    implement [`ArchitectureSearch.decisive`] and [`ArchitectureSearch.advance`]. The tuner's `is_searching` says
+    whether there is a structure to search for; a model with a known structure is only trained.
 
-    What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
-    search has the structure that was found.
+    The trainer's best checkpoint is reset when the search ends, because no checkpoint of the search has the final
+    structure.
 
     Args:
         dev_batches: Batches of the dev set with labels, as the model takes them, such as
-            `trainer.get_eval_dataloader()`; begun again when they run out. `None` for those of the
-            [`milora.training.MiLoraTrainer`] that the callback is given to.
-        search_share: Share of the training steps in which the search ends.
-        every: Trainer's steps for one step on a dev batch.
-        learning_rate: Adam's, of what is decisive.
+            `trainer.get_eval_dataloader()`; restarted when they run out. `None` uses those of the
+            [`milora.training.MiLoraTrainer`] with this callback.
+        search_share: Share of the training steps after which the search ends.
+        every: Number of trainer steps per step on a dev batch.
+        learning_rate: Adam's learning rate for the structural parameters.
         betas: Adam's.
 
     Raises:
         MiLoraError: If an argument is out of range; when training begins, if the model has no such adapter, there are
-            several processes where only one can search, or the steps are too few; during the search, if there is no
+            several processes but the search needs one, or there are too few steps; during the search, if there is no
             dev batch or it has no loss.
     """
 
     tuner_class: ClassVar[type]
     works_in_several_processes: ClassVar[bool] = False
-    """Whether what trains stays the same in every process until the search ends."""
+    """Whether the trained parameters stay the same in all processes until the search ends."""
 
     def __init__(
         self,
@@ -63,27 +63,28 @@ class ArchitectureSearch(DevStepCallback):
         return bool(self._tuner(model).is_searching)
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:
-        """The parameters that are trained on the dev set."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it trains on the dev set.")
+        """The parameters that train on the dev set."""
+        raise NotImplementedError(f"{type(self).__name__} does not define what it trains on the dev set.")
 
     def prepare(self, tuner: Any, steps: int) -> None:
-        """Checks that a search of `steps` steps can be made."""
+        """Checks that a search with `steps` steps is possible."""
         if steps < self.every:
             raise MiLoraError(
-                f"search_share={self.search_share} leaves the search {steps} steps, and it learns every {self.every}. "
-                "Train for longer, or raise search_share."
+                f"search_share={self.search_share} gives the search {steps} steps, and it learns every {self.every}. "
+                "Train longer, or raise search_share."
             )
 
     def advance(self, tuner: Any, step: int, steps: int) -> bool:
-        """Makes the structural changes that are due after step `step` of a search of `steps`.
+        """Makes the structural changes due after step `step` of a search of `steps`.
 
         Returns:
-            Whether what is left begins anew, with an optimiser that knows nothing of it.
+            Whether the remaining structure restarts with a reset optimiser.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how its search advances.")
+        raise NotImplementedError(f"{type(self).__name__} does not define how its search advances.")
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Keeps what is decisive out of the optimiser, which is made later, and so out of what a resumed run loads."""
+        """Excludes the structural parameters from the optimiser, which is created later, and so from its saved
+        state."""
         require_gradients(self.decisive(self._tuner(model)), False)
 
     def on_train_begin(
@@ -101,19 +102,19 @@ class ArchitectureSearch(DevStepCallback):
         self._steps = int(self.search_share * state.max_steps)
         self.prepare(tuner, self._steps)
         parameters = self.decisive(tuner)
-        # They are there if this callback was added after the trainer was made.
+        # They exist if this callback was added after the trainer was created.
         require_gradients(parameters, False)
         forget(optimizer, parameters)
         if self.dev_batches is None:
             raise MiLoraError(f"{type(self).__name__} has no dev batches to learn from.")
-        # In training mode, because that is where the candidates compete.
+        # In training mode, because the candidates compete there.
         optimizer_of_search = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas)
         self.begin(parameters, optimizer_of_search, evaluation=False)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """A step on a dev batch when it is due, and the end of the search when that is."""
+        """Makes a step on a dev batch, and ends the search, when due."""
         tuner = self._tuner(model)
         if not tuner.is_searching:
             return
@@ -123,7 +124,7 @@ class ArchitectureSearch(DevStepCallback):
         remaining = {id(parameter) for parameter in tuner.parameters()}
         forget(optimizer, [parameter for parameter in before if id(parameter) not in remaining])
         if begins_anew:
-            # What it knows of them is about the weights they had.
+            # Its state belongs to their previous weights.
             optimizer.state.clear()
         if not tuner.is_searching:
             forget_best(state)

@@ -1,4 +1,4 @@
-"""What `milora train` can be told, with the paper's settings as defaults."""
+"""The arguments of `milora train`, with the paper's settings as defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from milora_core.errors import MiLoraError, did_you_mean
 _log = logging.getLogger(__name__)
 
 SMALL_TRAIN_SET = 10_000
-"""Below this many rows the paper trains with batches of 16, from it on with 128."""
+"""With fewer rows the paper uses batches of 16, otherwise 128."""
 
 ACTIVATION_TRAINING = ("bilevel", "joint", "frozen")
 
@@ -32,50 +32,48 @@ def multiplies_bf16() -> bool:
 
 @dataclass
 class DataArguments:
-    """Which backbone learns from which rows."""
+    """The backbone and the rows."""
 
     backbone: str = field(
         metadata={
-            "help": "A model folder, a hub name, or 'tiny', the bundled one.",
+            "help": "A model folder, a hub name, or 'tiny' (bundled).",
             "aliases": ["--model_name_or_path"],
         },
     )
     dtype: str = field(
-        default="auto", metadata={"help": "The backbone's dtype; by default as it was saved, on a CPU float32."}
+        default="auto", metadata={"help": "The backbone's dtype; by default as saved, on a CPU float32."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a backbone on the hub."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager, ..."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "The backbone in 8 bits, by bitsandbytes."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "The backbone in 4 bits (QLoRA), by bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the backbone in 8 bits (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the backbone in 4 bits (QLoRA, bitsandbytes)."})
     bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4.", "choices": ["fp4", "nf4"]})
     use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the quantisation's constants too."})
-    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "The dtype that 4 bits are kept in."})
+    bnb_4bit_quant_storage: str | None = field(default=None, metadata={"help": "The storage dtype of 4-bit weights."})
     task: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks to learn, by name, with commas or spaces between them; several are mixed."},
+        metadata={"help": "Names of tasks, separated by commas or spaces; several are mixed."},
     )
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Further training rows: a .jsonl or .json file, a folder, a task's name, or a hub data set, "
+            "help": "More training rows: a .jsonl or .json file, a folder, a task's name, or a hub data set, "
             "owner/name or owner/name:configuration."
         },
     )
     dev_data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Rows for dev perplexity: a file, or a source with a split dev or validation; by default those of "
-            "the training rows' sources, or rows held out where there are none."
+            "help": "Rows for dev perplexity: a file, or a source with a dev or validation split; by default the "
+            "training sources' dev rows, or held-out rows if there are none."
         },
     )
     data_dir: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder of the benchmarks' files; milora train has MILORA_DATA_DIR by default, else the hub."
-        },
+        metadata={"help": "Folder of the benchmarks' files; by default MILORA_DATA_DIR, else the hub."},
     )
     dev_fraction: float = field(
-        default=0.1, metadata={"help": "Share held out for dev, at most 500 rows, where the data have no dev split."}
+        default=0.1, metadata={"help": "Share held out for dev, at most 500 rows, if the data have no dev split."}
     )
     train_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of each training source."})
     dev_rows: int | None = field(default=None, metadata={"help": "Use only the first rows of each dev source."})
@@ -93,12 +91,12 @@ class DataArguments:
 
     @property
     def sources(self) -> list[str]:
-        """All that training rows come from, each once."""
+        """All sources of training rows, without duplicates."""
         return list(dict.fromkeys([*self.task, *self.data]))
 
 
 def _listed(value: list[str] | str) -> list[str]:
-    """A YAML file may have a single name where a list is meant."""
+    """A YAML file may have a single name instead of a list."""
     return [value] if isinstance(value, str) else list(value)
 
 
@@ -106,19 +104,21 @@ def _listed(value: list[str] | str) -> list[str]:
 class TrainingArguments(SFTConfig):  # type: ignore[misc]
     """TRL's `SFTConfig`, with the paper's settings (section 4.2 of Zhang et al. 2024) as defaults."""
 
-    output_dir: str | None = field(default="out", metadata={"help": "Where the adapter and checkpoints go."})
+    output_dir: str | None = field(default="out", metadata={"help": "Folder for the adapter and checkpoints."})
     max_length: int | None = field(
         default=768,
-        metadata={"help": "Rows of more tokens are left out, and counted; at most the backbone's positions."},
+        metadata={"help": "Longer rows are left out and counted; at most the backbone's positions."},
     )
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Most epochs; early stopping may end it before."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows a step on a device."})
+    num_train_epochs: float = field(
+        default=10.0, metadata={"help": "Maximum number of epochs; early stopping may end training earlier."}
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows per device and step."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of adapters and routers."})
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Run each block a second time in the backward pass instead of keeping its activations. By default "
-            "milora train does so on GPUs, and on a CPU where the activations do not fit the memory."
+            "help": "Recompute each block in the backward pass instead of saving its activations. Default: on GPUs, "
+            "and on a CPU if the activations do not fit into memory."
         },
     )
     activation_learning_rate: float = field(
@@ -127,26 +127,26 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     activation_training: str = field(
         default="bilevel",
         metadata={
-            "help": "How the rational activations of MiLoRA's routers and of IAPT learn: bilevel (on dev batches, "
-            "between the steps of all else), joint (on train batches, with all else) or frozen.",
+            "help": "How the rational activations of MiLoRA's routers and of IAPT train: bilevel (on dev batches, "
+            "alternating with everything else), joint (on train batches with everything else) or frozen.",
             "choices": ACTIVATION_TRAINING,
         },
     )
-    bilevel_every: int = field(default=1, metadata={"help": "Optimiser steps for one step on a dev batch."})
+    bilevel_every: int = field(default=1, metadata={"help": "Number of optimiser steps per step on a dev batch."})
     search_share: float = field(
         default=0.3, metadata={"help": "Share of the steps in which SSP and Learned-Adapter search for a structure."}
     )
     total_train_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Rows an optimiser step; by default 16 for fewer than 10,000 training rows, else 128."},
+        metadata={"help": "Rows per optimiser step; by default 16 for fewer than 10,000 training rows, else 128."},
     )
-    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up: steps, or a share of them if below 1."})
+    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps, or their share if below 1."})
     eval_strategy: str = field(
         default="steps", metadata={"help": "When to evaluate: steps, epoch or no.", "choices": ("no", "steps", "epoch")}
     )
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between evaluations."})
     eval_on_start: bool = field(
-        default=True, metadata={"help": "Evaluate before the first step too, unless eval_strategy is no."}
+        default=True, metadata={"help": "Also evaluate before the first step, unless eval_strategy is no."}
     )
     save_strategy: str = field(
         default="steps",
@@ -158,12 +158,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     save_steps: float = field(default=200, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "End with the best checkpoint, where there are some to choose from."}
+        default=True, metadata={"help": "Load the best checkpoint at the end, if there are checkpoints."}
     )
     metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What is best."})
     greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
     early_stopping_patience: int = field(
-        default=10, metadata={"help": "Evaluations without a better one after which training ends; 0 for never."}
+        default=10,
+        metadata={"help": "Number of evaluations without improvement after which training ends; 0 disables it."},
     )
 
     def __post_init__(self) -> None:
@@ -171,15 +172,15 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         if self.max_steps == 0:
             raise MiLoraError("max_steps must be at least 1, or -1 for num_train_epochs epochs; found 0.")
         if self.bf16 is None and not self.fp16:  # type: ignore[has-type]
-            # TRL would turn bf16 on everywhere; CPUs without native support are slower with it.
+            # TRL would enable bf16 everywhere, which is slower on CPUs without native support.
             has_accelerator = torch.accelerator.is_available() or is_torch_xla_available()
-            # transformers takes bf16 on a CPU only where the CPU is asked for.
+            # transformers accepts bf16 on a CPU only with use_cpu.
             self.use_cpu = self.use_cpu or not has_accelerator  # type: ignore[has-type]
             self.bf16 = multiplies_bf16() if self.use_cpu else torch.cuda.is_available()
-        # transformers calls it by either name.
+        # transformers uses both names.
         asked = (self.gradient_checkpointing, getattr(self, "activation_checkpointing", None))
         self.chooses_checkpointing = asked == (None, None)
-        """Whether the caller leaves gradient checkpointing to us: on, until it is known that the memory suffices."""
+        """Whether the caller leaves gradient checkpointing to us: on, until the memory is known to be sufficient."""
         if self.chooses_checkpointing:
             self.gradient_checkpointing = True
         self._choose_evaluations()
@@ -191,50 +192,52 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
             )
         for name in ("packing", "eval_packing", "padding_free"):
             if getattr(self, name):
-                raise MiLoraError(f"{name} puts several prompts into one row, and a row has one route: leave it off.")
+                raise MiLoraError(
+                    f"{name} puts several prompts into one row, but each row has exactly one route: set it to False."
+                )
 
     def _choose_evaluations(self) -> None:
-        """Without evaluations there is none before the first step, and without checkpoints none of them is best."""
+        """Without evaluations there is none before the first step; without checkpoints there is no best one."""
         evaluates = getattr(self.eval_strategy, "value", self.eval_strategy) != "no"
         saves = getattr(self.save_strategy, "value", self.save_strategy) != "no"
         self.eval_on_start = self.eval_on_start and evaluates
         self.load_best_model_at_end = self.load_best_model_at_end and evaluates and saves
 
     def without_evaluation(self) -> None:
-        """Switches all evaluations off, for a run without dev rows."""
+        """Disables all evaluations, for a run without dev rows."""
         self.eval_strategy = "no"
         self._choose_evaluations()
 
     def skip_checkpointing(self) -> None:
-        """Switches gradient checkpointing off, under both of its names."""
+        """Disables gradient checkpointing under both of its names."""
         self.gradient_checkpointing = False
         if hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = False
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that all devices of all processes take at once."""
+        """Rows of one step on all devices of all processes."""
         devices = max(self.world_size, 1) * max(self.n_gpu, 1)
         return int(self.per_device_train_batch_size * devices)
 
     def set_length(self, positions: int | None) -> None:
-        """Lowers `max_length` to the positions that the backbone has, where it has fewer; a warning says so."""
+        """Lowers `max_length` to the backbone's positions if it has fewer, with a warning."""
         if positions is None or (self.max_length is not None and self.max_length <= positions):
             return
         if self.process_index == 0:
             _log.warning(
-                "max_length is %d instead of %s: the backbone has no positions for more.", positions, self.max_length
+                "max_length is %d instead of %s: the backbone has no more positions.", positions, self.max_length
             )
         self.max_length = positions
 
     def set_accumulation(self, rows: int) -> None:
-        """Sets `gradient_accumulation_steps` so that an optimiser step sees the total batch of the paper.
+        """Sets `gradient_accumulation_steps` such that an optimiser step uses the paper's total batch.
 
-        Nothing is changed where the caller has set the accumulation and no total. Where the devices cannot take the
-        paper's total, a warning says what they take.
+        Does nothing if the caller set the accumulation and no total. If the devices cannot form the paper's total, a
+        warning gives the actual one.
 
         Raises:
-            MiLoraError: If the total is no multiple of what the devices take at once.
+            MiLoraError: If the total is not a multiple of the rows per step on all devices.
         """
         accumulation: int = self.gradient_accumulation_steps  # type: ignore[has-type]
         if self.total_train_batch_size is None and accumulation > 1:
@@ -243,23 +246,22 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         at_once = self.rows_at_once
         if self.total_train_batch_size is not None and total % at_once != 0:
             raise MiLoraError(
-                f"total_train_batch_size={total} is no multiple of the {at_once} rows that the devices take at once "
+                f"total_train_batch_size={total} is not a multiple of the {at_once} rows per step "
                 "(per_device_train_batch_size x devices)."
             )
         self.gradient_accumulation_steps = max(total // at_once, 1)
         taken = at_once * self.gradient_accumulation_steps
         if taken != total and self.process_index == 0:
             _log.warning(
-                "An optimiser step sees %d rows and not the paper's %d, which is no multiple of the %d that the "
-                "devices take at once: set per_device_train_batch_size so that it is, or total_train_batch_size to "
-                "what you want.",
+                "An optimiser step uses %d rows instead of the paper's %d, which is not a multiple of the %d rows per"
+                " step: change per_device_train_batch_size, or set total_train_batch_size.",
                 taken,
                 total,
                 at_once,
             )
 
     def optimizer_steps(self, rows: int) -> int:
-        """How many optimiser steps a run on so many rows makes, if nothing stops it early."""
+        """The number of optimiser steps of a run on this many rows, without early stopping."""
         if self.max_steps > 0:
             return int(self.max_steps)
         batches = rows // self.rows_at_once if self.dataloader_drop_last else math.ceil(rows / self.rows_at_once)

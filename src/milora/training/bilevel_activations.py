@@ -1,4 +1,4 @@
-"""Theta of the paper's equation 7, the adapter's rational activations, trained on dev batches under any trainer."""
+"""Trains Theta of the paper's equation 7, the adapter's rational activations, on dev batches in any trainer."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from milora_core.routing import RationalActivation
 
 
 class BilevelActivations(DevStepCallback):
-    """Trains the coefficients of rational activations on dev batches, everything else stays the trainer's.
+    """Trains the coefficients of rational activations on dev batches; the trainer trains everything else.
 
-    In MiLoRA they are the routers'. IAPT's, inside its bottlenecks, are trained alike: at the learning rate that its
-    matrices need they are thrown off their shape, and nothing is learned.
+    In MiLoRA these are the routers' activations, in IAPT those inside its bottlenecks: the learning rate of IAPT's
+    matrices would destroy their shape, and nothing would be learned.
 
-    After every `every`-th optimiser step of the trainer, Theta takes one step of Adam's on one dev batch (first-order
+    After every `every`-th optimiser step of the trainer, Theta makes one step of Adam on one dev batch (first-order
     bi-level optimisation, equation 7 of Zhang et al. 2024), at a constant learning rate: one forward and one backward
-    pass in which nothing else gets gradients. The pass is in evaluation mode: the loss is the dev loss itself, without
-    the load-balancing loss (which belongs to the lower problem, in training), without a trace in the routing
-    statistics, and without dropout. Under gradient checkpointing it is checkpointed too; dropout that a block of the
-    backbone applies by itself, outside its sub-modules, is then left on.
+    pass in which nothing else gets gradients. The pass runs in evaluation mode: the loss is the dev loss, without the
+    load-balancing loss (which belongs to the lower problem) and without dropout, and the routing statistics do not
+    count it. Under gradient checkpointing it is checkpointed too; then dropout that a block applies outside its
+    sub-modules stays on.
 
-    `Trainer(model, ..., callbacks=[BilevelActivations(dev_batches)])`; [`milora.training.MiLoraTrainer`] adds one by
-    itself, and keeps its state in the checkpoints. A model without such activations is left alone.
+    `Trainer(model, ..., callbacks=[BilevelActivations(dev_batches)])`; [`milora.training.MiLoraTrainer`] adds one
+    automatically and keeps its state in the checkpoints. A model without such activations is not changed.
 
     Args:
-        dev_batches: Batches of the dev set with labels, as the model takes them. In several processes each has its
-            own, and Theta stays the same in all. `None` for those of the `MiLoraTrainer` it is given to.
-        every: Optimiser steps of the trainer for one step of Theta.
-        learning_rate: Adam's, of Theta.
+        dev_batches: Batches of the dev set with labels, as the model takes them. Each process has its own batches, and
+            Theta stays the same in all. `None` uses those of the `MiLoraTrainer` with this callback.
+        every: Number of optimiser steps of the trainer per step of Theta.
+        learning_rate: Adam's learning rate for Theta.
 
     Raises:
-        MiLoraError: If an argument is out of range; in training if there are no dev batches.
+        MiLoraError: If an argument is out of range; in training, if there are no dev batches.
     """
 
     def __init__(self, dev_batches: Iterable[Batch] | None = None, every: int = 1, learning_rate: float = 1e-6) -> None:
         super().__init__(dev_batches, every, learning_rate)
         self.loss: Tensor | None = None
-        """Of the last dev batch."""
+        """Loss of the last dev batch."""
         self._theta: list[nn.Parameter] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Keeps Theta out of the trainer's optimiser, which is made later, and out of gradients between processes."""
+        """Excludes Theta from the trainer's optimiser, which is created later, and from gradient reduction between
+        processes."""
         self._theta = activation_parameters(model)
         require_gradients(self._theta, False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Makes Theta's optimiser, or goes on with it."""
+        """Creates or restores Theta's optimiser."""
         self._theta = self._theta or activation_parameters(model)
         require_gradients(self._theta, False)
         if not self._theta:
@@ -66,18 +67,18 @@ class BilevelActivations(DevStepCallback):
         self.begin(self._theta, optimizer, evaluation=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """A step of Theta, when it is due."""
+        """Makes a step of Theta when due."""
         loss = self.step_if_due(model, args, state)
         if loss is not None:
             self.loss = loss
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves Theta as PEFT had it."""
+        """Restores PEFT's settings of Theta."""
         require_gradients(self._theta, True)
 
 
 def activation_parameters(model: Any) -> list[nn.Parameter]:
-    """Theta: the coefficients of a model's rational activations, as far as they train; empty for most methods.
+    """Theta: the trainable coefficients of a model's rational activations; empty for most methods.
 
     In MiLoRA they are the routers' (equation 7 of Zhang et al. 2024), in IAPT those inside the bottlenecks.
     """

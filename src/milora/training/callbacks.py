@@ -1,4 +1,4 @@
-"""What MiLoRA adds to a trainer's log."""
+"""MiLoRA's values in a trainer's log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ def routing_metrics(model: Any) -> dict[str, float]:
 
 
 class RoutingLogger(TrainerCallback):  # type: ignore[misc]
-    """Logs the load-balancing loss and each expert's share of the choices, under any trainer of transformers.
+    """Logs the load-balancing loss and each expert's share of the choices in any trainer of transformers.
 
-    `Trainer(..., callbacks=[RoutingLogger()])`. [`milora.training.MiLoraTrainer`] needs none. Integrations that
-    transformers adds itself, such as wandb, are called before the caller's callbacks; to have the values there too,
-    use `MiLoraTrainer`.
+    `Trainer(..., callbacks=[RoutingLogger()])`. [`milora.training.MiLoraTrainer`] needs none. transformers calls its
+    own integrations, such as wandb, before the caller's callbacks; use `MiLoraTrainer` to have the values there too.
     """
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The model card beside an adapter: method, settings, data, results, the routes, and how to load it."""
+"""The model card of an adapter: method, settings, data, results, routes, and how to load it."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ UNREMARKABLE = (
     "qalora_group_size",
     "task_type",
 )
-"""Fields of an adapter's configuration that say nothing of its method, or are said elsewhere."""
+"""Fields of an adapter's configuration that do not describe its method, or appear elsewhere in the card."""
 
 LONGEST_VALUE = 300
-"""Characters of a setting; a structure that was searched for is longer, and is in the configuration."""
+"""Maximum characters of a setting; found structures are longer and are in the configuration."""
 
 
 @dataclass
 class CardFacts:
-    """What a card says; what is not known is left out.
+    """The contents of a card; unknown facts are left out.
 
     Attributes:
         name: The adapter's name, the card's title.
         title: The method's name, as in the paper's tables.
         config: The adapter's configuration.
         arguments: The training's.
-        base_model: The backbone as a user would load it; a folder of this machine is only mentioned.
-        data: What the rows came from.
-        result: What the run came to; `None` while it runs.
+        base_model: The backbone's name for loading it; a local folder is only mentioned.
+        data: The sources of the rows.
+        result: The run's result; `None` while it runs.
         history: The trainer's log.
-        trains_activations: Whether the method has rational activations that train (Theta).
+        trains_activations: Whether the method has trainable rational activations (Theta).
         has_routes: Whether there is a picture of the routes beside the card.
         repository: The adapter's id on the hub.
     """
@@ -72,7 +72,7 @@ class CardFacts:
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
-    """Writes the card, whole or not at all.
+    """Writes the card, completely or not at all.
 
     Raises:
         MiLoraError: If it cannot be written.
@@ -119,7 +119,7 @@ def _metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def _is_public(base: str | None) -> bool:
-    """Whether a backbone is one of the hub's, and no folder."""
+    """Whether a backbone is a hub id, not a folder."""
     return (
         base is not None
         and base != TINY
@@ -162,7 +162,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 
 
 def _settings(config: PeftConfig) -> dict[str, Any]:
-    """The fields that are set, as they are saved."""
+    """The fields as saved."""
     values = {name: value for name, value in config.to_dict().items() if name not in UNREMARKABLE}
     return {name: value for name, value in values.items() if value not in (None, False, [], {}, "")}
 

@@ -1,4 +1,4 @@
-"""Which folders hold a checkpoint that a run can go on from."""
+"""Finds the checkpoints from which a run can resume."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE_FILE = "milora_state.pt"
-"""In a checkpoint: what transformers does not keep, above all the optimiser of what trains on dev batches."""
+"""File in a checkpoint with state that transformers does not save, such as the optimiser for dev batches."""
 
 CHECKPOINT_FILES = ("adapter_model.safetensors", STATE_FILE, "trainer_state.json")
-"""What a checkpoint needs to be resumed from, beside an optimiser; transformers writes `trainer_state.json` last."""
+"""Files that a checkpoint needs besides an optimiser; transformers writes `trainer_state.json` last."""
 
 OPTIMIZER_STATES = ("optimizer.pt", "latest", "optimizer.bin", "optimizer_0")
-"""Where an optimiser's state is: in transformers' own file, by DeepSpeed in the folder that its file `latest` names,
-and by FSDP in one file (whole) or in a folder (each process's part)."""
+"""Location of an optimiser's state: transformers' own file, for DeepSpeed the folder that its file `latest` names, and
+for FSDP one file (complete) or a folder (each process's part)."""
 
 KEPT = "; earlier checkpoints are kept: resume with --resume-from-checkpoint last"
-"""The end of the message when a run cannot write, as of [`milora_core.files.writing`]."""
+"""The end of the message when a run cannot write; see [`milora_core.files.writing`]."""
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder; one whose writing was cut off is passed over."""
+    """The newest complete checkpoint in a folder; incomplete ones are skipped."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if (
@@ -36,7 +36,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _has_schedule(checkpoint: Path) -> bool:
-    """DeepSpeed keeps a schedule of its own configuration with its optimiser."""
+    """DeepSpeed saves a schedule of its own configuration with its optimiser."""
     return (checkpoint / "scheduler.pt").is_file() or (checkpoint / "latest").is_file()
 
 

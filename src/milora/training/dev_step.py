@@ -1,4 +1,4 @@
-"""A step on a batch of the dev set for some parameters, which leaves no trace on any other."""
+"""A step on a dev batch for some parameters, without any effect on the others."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Batch = Mapping[str, Any]
 
 
 class DevBatches:
-    """The rows of a dev set over and over, each round in an order of its own, cut into batches of one size.
+    """The rows of a dev set in endless rounds, each in a different order, in batches of one size.
 
-    Which rows a step sees depends on nothing but the seed and the step's number: not on torch's generators, which
-    therefore give the training batches the same order with dev steps as without, and not on what ran before, so that a
-    resumed run goes on as the whole one would have. Several processes share out the rows of a step.
+    The rows of a step depend only on the seed and the step's number. They do not use torch's generators, so training
+    batches have the same order with and without dev steps, and a resumed run continues like an uninterrupted one.
+    Several processes divide the rows of a step among them.
 
     Args:
         rows: The tokenised rows, such as a `Dataset`.
-        collate: Makes a batch of a list of rows.
-        size: Rows a batch, in each process.
-        seed: Of the rounds' orders.
-        process: This process's place among them.
-        processes: How many there are.
+        collate: Makes a batch from a list of rows.
+        size: Rows per batch and process.
+        seed: Seed of the rounds' orders.
+        process: This process's index.
+        processes: The number of processes.
 
     Raises:
         MiLoraError: If there are no rows.
@@ -40,7 +40,7 @@ class DevBatches:
         self, rows: Sequence[Any], collate: Any, size: int, seed: int, process: int = 0, processes: int = 1
     ) -> None:
         if not len(rows):
-            raise MiLoraError("There are no dev rows to make a batch of.")
+            raise MiLoraError("There are no dev rows.")
         self.rows = rows
         self.collate = collate
         self.size = size
@@ -49,7 +49,7 @@ class DevBatches:
         self.processes = processes
 
     def starting_at(self, step: int) -> Iterator[Batch]:
-        """The batches from step `step` on, without an end."""
+        """The endless sequence of batches from step `step` on."""
         while True:
             first = (step * self.processes + self.process) * self.size
             yield self.collate([self.rows[self._row(first + place)] for place in range(self.size)])
@@ -59,7 +59,7 @@ class DevBatches:
         return self.starting_at(0)
 
     def _row(self, place: int) -> int:
-        """The row at a place of the endless sequence of rounds."""
+        """The row at an index of the endless sequence of rounds."""
         round_, within = divmod(place, len(self.rows))
         if getattr(self, "_round", None) != round_:
             self._round = round_
@@ -69,24 +69,24 @@ class DevBatches:
 
 
 class DevStep:
-    """Trains some parameters on dev batches with an optimiser of their own, between the steps of a trainer.
+    """Trains some parameters on dev batches with a separate optimiser, between the steps of a trainer.
 
-    One step is one forward and one backward pass over one batch, in which nothing but these parameters gets gradients.
-    After it they have none either, so that a trainer neither counts nor reduces them, and they need none outside it.
-    Several processes, each with batches of its own, take the mean of their gradients and so the same step.
+    One step is one forward and one backward pass over one batch, in which only these parameters get gradients.
+    Afterwards their gradients are removed, so the trainer neither counts nor reduces them. Several processes, each with
+    its own batches, use the mean of their gradients and so make the same step.
 
     Args:
-        parameters: What is trained.
-        optimizer: Over these parameters.
-        batches: Batches with labels, as the model takes them; begun again when they run out.
-        evaluation: Whether the step sees the model in evaluation mode: without dropout, and without losses that are
-            for training alone, such as the load-balancing one.
-        arguments: What the model is called with beside a batch.
+        parameters: The trained parameters.
+        optimizer: The optimiser of these parameters.
+        batches: Batches with labels, as the model takes them; restarted when they run out.
+        evaluation: Whether the step uses evaluation mode: without dropout and without training-only losses such as the
+            load-balancing loss.
+        arguments: Further arguments of the model.
 
     Attributes:
-        steps: How many were made, those that were left out included.
-        skipped: How many were left out, because a gradient was not finite. Under the loss scaling of float16 that
-            happens now and then; otherwise the first one is warned of.
+        steps: Number of steps, including skipped ones.
+        skipped: Number of steps skipped because a gradient was not finite. With float16 loss scaling this happens
+            occasionally; otherwise the first one causes a warning.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class DevStep:
         """Makes a step.
 
         Args:
-            model: What the trainer trains, not wrapped for several processes.
-            device: Where batches go.
-            scale: Multiplies the loss for the backward pass, for the sake of gradients in float16; divided out again.
-                `None` in other precisions.
+            model: The trained model, not wrapped for several processes.
+            device: Device for the batches.
+            scale: Factor of the loss in the backward pass for float16 gradients, divided out afterwards. `None` in
+                other precisions.
 
         Returns:
             The loss on the batch, detached.
@@ -142,11 +142,11 @@ class DevStep:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the optimiser's state, the number of steps, and how many of them were left out."""
+        """State for a resumed run: the optimiser's state, the number of steps, and of skipped ones."""
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; of [`DevBatches`], with the batches that would have come next."""
+        """Restores a state; [`DevBatches`] continue with the next batches."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps = state["steps"]
         self.skipped = state.get("skipped", 0)
@@ -160,7 +160,7 @@ class DevStep:
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def _reduce(self, scale: float) -> bool:
-        """Takes the mean of the processes' gradients; false if one is not finite, and the step is left out."""
+        """Averages the processes' gradients; `False` if one is not finite and the step must be skipped."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -176,20 +176,19 @@ class DevStep:
         return bool(together.isfinite().all())
 
     def _skip(self, *, is_scaled: bool) -> None:
-        """Counts a step that was left out; without a scale, which would fall by itself, it is warned of once."""
+        """Counts a skipped step; without a loss scale, which would decrease by itself, it warns once."""
         self.skipped += 1
         if self.skipped == 1 and not is_scaled and (processes() == 1 or distributed.get_rank() == 0):
             _log.warning(
-                "The dev loss has a gradient that is not finite at dev step %d: the step was left out, and so will be "
-                "all like it, which the log counts as dev_steps_skipped. What trains on dev batches stays as it is in "
-                "them. If the count goes on rising, the model has diverged or a dev row breaks it: lower "
-                "--learning_rate, or look through the dev rows.",
+                "The dev loss has a gradient that is not finite at dev step %d. Such steps are skipped, and the log "
+                "counts them as dev_steps_skipped. If the count keeps rising, the model has diverged or a dev row is "
+                "broken: lower --learning_rate, or check the dev rows.",
                 self.steps,
             )
 
 
 def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches over and over.
+    """The batches in endless rounds.
 
     Raises:
         MiLoraError: If there are none, or one has no labels.
@@ -206,19 +205,19 @@ def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def processes() -> int:
-    """How many train together."""
+    """The number of processes."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def require_gradients(parameters: Iterable[nn.Parameter], required: bool) -> None:
-    """Switches gradients on or off."""
+    """Enables or disables gradients."""
     for parameter in parameters:
         parameter.requires_grad_(required)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for what decides on gradient checkpointing, which transformers ties to training mode."""
+    """Evaluation mode, except for gradient checkpointing, which transformers enables in training mode only."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     for module in training:

@@ -1,4 +1,4 @@
-"""What the callbacks have in common that train something on dev batches, between the steps of a trainer."""
+"""Base of the callbacks that train parameters on dev batches between the steps of a trainer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from milora_core.errors import MiLoraError
 
 
 class DevStepCallback(TrainerCallback):  # type: ignore[misc]
-    """Has a [`DevStep`] from the beginning of the training on, and its state in a `MiLoraTrainer`'s checkpoints.
+    """Owns a [`DevStep`] during training, whose state is in a `MiLoraTrainer`'s checkpoints.
 
     Subclasses call [`DevStepCallback.begin`] when training begins, and [`DevStepCallback.step_if_due`] after a step of
     the trainer.
 
     Args:
-        dev_batches: Batches of the dev set with labels, as the model takes them. `None` for those that
-            [`milora.training.MiLoraTrainer`] hands over, by [`DevStepCallback.use_batches`].
-        every: Trainer's steps for one step on a dev batch.
-        learning_rate: Of that step.
+        dev_batches: Batches of the dev set with labels, as the model takes them. `None` uses those that
+            [`milora.training.MiLoraTrainer`] sets with [`DevStepCallback.use_batches`].
+        every: Number of trainer steps per step on a dev batch.
+        learning_rate: Learning rate of that step.
 
     Raises:
         MiLoraError: If `every` is out of range.
@@ -47,12 +47,12 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
         model_arguments: Mapping[str, Any] | None = None,
         loss_scale: Callable[[], float | None] | None = None,
     ) -> None:
-        """Takes the dev batches of a trainer, before training begins.
+        """Sets the dev batches, before training begins.
 
         Args:
-            dev_batches: As of the class.
-            model_arguments: The model's arguments beside a batch.
-            loss_scale: Returns the trainer's loss scale; `None` where it has none.
+            dev_batches: See the class.
+            model_arguments: Further arguments of the model.
+            loss_scale: Returns the trainer's loss scale, or `None` if there is none.
         """
         self.dev_batches = dev_batches
         self._model_arguments = model_arguments or {}
@@ -60,16 +60,16 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def steps(self) -> int:
-        """How many steps on dev batches there were, those that were left out included."""
+        """The number of steps on dev batches, including skipped ones."""
         return 0 if self._step is None else self._step.steps
 
     @property
     def skipped(self) -> int:
-        """How many of them were left out; see [`milora.training.dev_step.DevStep`]."""
+        """The number of skipped steps; see [`milora.training.dev_step.DevStep`]."""
         return 0 if self._step is None else self._step.skipped
 
     def begin(self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, *, evaluation: bool) -> None:
-        """Makes the step, or goes on with the one of a checkpoint; the arguments are [`DevStep`]'s."""
+        """Creates the step or restores it from a checkpoint; the arguments are [`DevStep`]'s."""
         assert self.dev_batches is not None
         self._step = DevStep(
             parameters, optimizer, self.dev_batches, evaluation=evaluation, arguments=self._model_arguments
@@ -79,17 +79,17 @@ class DevStepCallback(TrainerCallback):  # type: ignore[misc]
             self._resumed = None
 
     def step_if_due(self, model: nn.Module, args: Any, state: Any) -> Tensor | None:
-        """Takes a step on a dev batch and returns its loss; `None` if training has not begun one, or none is due."""
+        """Makes a step on a dev batch and returns its loss; `None` if none is due or training has not begun."""
         if self._step is None or state.global_step % self.every != 0:
             return None
         return self._step(model, args.device, self._loss_scale())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model: the optimiser's state and the number of steps."""
+        """State for a resumed run besides the model: the optimiser's state and the number of steps."""
         return {} if self._step is None else {"dev_step": self._step.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state; called before the training begins."""
+        """Restores a state; called before training begins."""
         self._resumed = state.get("dev_step")
 
 

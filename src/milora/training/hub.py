@@ -1,4 +1,4 @@
-"""The hub that a run is pushed to: asked before the first step, and its errors in one line."""
+"""The hub repository that a run is pushed to: checked before the first step, with errors in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora_core.errors import MiLoraError
 
 
 def check_hub(arguments: TrainingArguments, output: Path) -> None:
-    """Makes the repository that a run is pushed to, unless there is one, so a run is not lost for a missing token.
+    """Creates the repository of a run if missing, so no training time is lost to a missing token.
 
     Raises:
         MiLoraError: If the hub cannot be reached, or refuses.
@@ -27,17 +27,17 @@ def check_hub(arguments: TrainingArguments, output: Path) -> None:
 
 @contextmanager
 def pushing(name: str, advice: str) -> Iterator[None]:
-    """Turns what the hub's client raises into a user's error.
+    """Turns exceptions of the hub's client into a user's error.
 
     Args:
         name: The repository.
-        advice: What to do; the end of the message.
+        advice: The fix; the end of the message.
 
     Raises:
         MiLoraError: If the hub cannot be reached, or refuses.
     """
     try:
         yield
-    except Exception as error:  # of the client's own, of its HTTP library, whichever that is, or of the system
+    except Exception as error:  # from the client, its HTTP library or the system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MiLoraError(f"The hub's repository {name} cannot be written to: {reason}; {advice}.") from error

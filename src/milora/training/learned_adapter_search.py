@@ -1,4 +1,4 @@
-"""The search of Learned-Adapter, under any trainer of transformers."""
+"""The search of Learned-Adapter for any trainer of transformers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from milora_core.errors import MiLoraError
 
 
 class LearnedAdapterSearch(ArchitectureSearch):
-    """Searches for the architecture during the first part of a training run; the rest trains what was found.
+    """Searches for the architecture in the first part of a training run; the rest trains the found architecture.
 
-    After every optimiser step of the trainer, the architecture weights take a step on a dev batch (first-order
-    bi-level optimisation, as in DARTS, Liu et al. 2019); the trainer itself leaves them alone. At evenly spaced steps
-    the weakest candidates are dropped, the last ones at the end of `search_share`.
+    After every optimiser step of the trainer, the architecture weights make a step on a dev batch (first-order bi-level
+    optimisation, as in DARTS, Liu et al. 2019); the trainer does not change them. The weakest candidates are dropped at
+    evenly spaced steps, the last ones at the end of `search_share`.
 
-    `Trainer(model, ..., callbacks=[LearnedAdapterSearch(dev_batches)])`. A run that is resumed begins with
-    `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, during the search and after it: which
-    parameters there are depends on how far the search was. Resumed during the search, the architecture weights and the
-    drops go on where they were; their Adam and the dev batches do so under a `MiLoraTrainer`, whose checkpoints have
-    them, and begin anew under another. A model whose architecture is known is only trained.
+    `Trainer(model, ..., callbacks=[LearnedAdapterSearch(dev_batches)])`. To resume a run, start from
+    `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, because the parameters depend on the state of
+    the search. Architecture weights and drops continue. Their Adam state and the dev batches continue in a
+    `MiLoraTrainer`, whose checkpoints contain them, and restart in other trainers. A model with a known architecture is
+    only trained.
 
-    What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint from the
-    search has the architecture that was found.
+    What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint of the
+    search has the final architecture.
 
     Args:
         dev_batches: Batches of the dev set with labels, as the model takes them; begun again when they run out.
-        search_share: Share of the training steps in which the search ends.
-        learning_rate: Adam's, of the architecture weights; the default is DARTS's.
-        retrain: Whether the adapters start again when the search ends, with an optimiser that has forgotten them. The
-            learning rate goes on where it was.
+        search_share: Share of the training steps after which the search ends.
+        learning_rate: Adam's learning rate for the architecture weights; the default is DARTS's.
+        retrain: Whether the adapters restart after the search with a reset optimiser. The learning rate schedule
+            continues.
 
     Raises:
         MiLoraError: If `search_share` is not above 0 and at most 1; when training begins, if the model has no learned
@@ -60,16 +60,16 @@ class LearnedAdapterSearch(ArchitectureSearch):
         return parameters
 
     def prepare(self, tuner: Any, steps: int) -> None:
-        """Checks that there is a step for every round of drops."""
+        """Checks that there are enough steps for all rounds of drops."""
         self._rounds = tuner.rounds
         if steps < self._rounds:
             raise MiLoraError(
-                f"The search drops candidates {self._rounds} times, and search_share={self.search_share} leaves it "
-                f"{steps} steps. Train for longer, or raise search_share."
+                f"The search drops candidates {self._rounds} times, but search_share={self.search_share} gives it "
+                f"{steps} steps. Train longer, or raise search_share."
             )
 
     def advance(self, tuner: Any, step: int, steps: int) -> bool:
-        """Drops the weakest candidates as often as is due; with the last of them the adapters may begin anew."""
+        """Drops the weakest candidates when due; after the last drop the adapters may restart."""
         due = self._rounds * step // steps
         while tuner.rounds_left and self._rounds - tuner.rounds_left < due:
             tuner.drop_weakest()

@@ -1,4 +1,4 @@
-"""The dev loss: the mean negative log-likelihood of all supervised tokens, whatever loss is optimised."""
+"""The dev loss: the mean negative log-likelihood of all supervised tokens, independent of the training loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_core.errors import MiLoraError
 
 
 class LikelihoodSum:
-    """The negative log-likelihood of an evaluation, and the supervised tokens that it is of."""
+    """The sum of the negative log-likelihood of an evaluation and its number of supervised tokens."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64)
@@ -41,7 +41,7 @@ def row_likelihoods(output: Any) -> Tensor:
 
 @contextmanager
 def plain_likelihood(trainer: Any) -> Iterator[None]:
-    """Inside this context an `SFTTrainer` computes the negative log-likelihood, and no other or further loss."""
+    """Inside this context an `SFTTrainer` computes only the negative log-likelihood."""
     arguments = trainer.args
     loss_type, smoother, own, balances = (
         arguments.loss_type,
@@ -59,11 +59,12 @@ def plain_likelihood(trainer: Any) -> Iterator[None]:
 
 
 def check_loss(trainer: Any, model: Any) -> None:
-    """Refuses losses that a method with routes cannot be trained with.
+    """Refuses losses that do not work with routes.
 
     Raises:
-        MiLoraError: For a loss that `Trainer` computes from logits: it withholds the labels, which say where the prompt
-            ends. For one that weighs tokens, if there is a load-balancing loss, which would be weighed with them.
+        MiLoraError: For a loss that `Trainer` computes from logits, because it removes the labels, which say where the
+            prompt ends; for a loss that weights tokens, if there is a load-balancing loss, which would be weighted with
+            them.
     """
     tuner = tuner_of(model)
     if not reads_prompts(tuner):
@@ -74,14 +75,14 @@ def check_loss(trainer: Any, model: Any) -> None:
     ):
         if value:
             raise MiLoraError(
-                f"{name} makes the trainer withhold the labels from the model, which reads off them where the prompt "
-                f"ends: leave {name} out."
+                f"{name} makes the trainer remove the labels, from which the model reads where the prompt ends: leave "
+                f"{name} out."
             )
     balances = isinstance(tuner, MiLoraModel) and any(
         tuner.peft_config[name].load_balancing_coef > 0 for name in tuner.active_adapters
     )
     if trainer.args.loss_type == "dft" and balances:
         raise MiLoraError(
-            "loss_type=dft weighs each token by its probability, and the load-balancing loss with it: set "
+            "loss_type=dft weights each token by its probability, and the load-balancing loss too: set "
             "load_balancing_coef=0, or loss_type=nll."
         )

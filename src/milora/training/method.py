@@ -1,4 +1,4 @@
-"""Which method learns, with which settings."""
+"""The method and its settings."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from milora.tuners.milora import MiLoraConfig
 from milora_core.errors import MiLoraError, did_you_mean
 
 IGNORED_FIELDS: dict[str, dict[str, str]] = {"adalora": {"r": "init_r"}}
-"""Fields that PEFT's configuration inherits and does not read, with those that it reads in their place."""
+"""Inherited fields that PEFT's configuration does not read, and the fields to use instead."""
 
 ROUTER_NORM = "centered"
-"""The `router_norm` of training runs that name none.
+"""The default `router_norm` of training runs.
 
-`tokens`, the default of [`MiLoraConfig`], is closer to the paper, but leaves the routers of a real language model
-almost blind at the start: pooled prompts differ little around one large vector (docs/results/smollm2).
+`tokens`, the default of [`MiLoraConfig`], is closer to the paper, but with it the routers of a real language model
+hardly distinguish prompts at the start: pooled prompts differ little around one large vector (docs/results/smollm2).
 """
 
 
 @dataclass
 class MethodArguments:
-    """One of the paper's thirteen methods, at the paper's settings but for what is said here.
+    """One of the paper's thirteen methods, at the paper's settings unless overridden here.
 
     MiLoRA and MiDoRA train with [`ROUTER_NORM`] unless `router_norm` is given. `settings` has any fields of the
-    method's PEFT configuration; the most used have a flag of their own, `None` where the method's default holds.
+    method's PEFT configuration; the most used also have a flag, where `None` means the method's default.
 
     Raises:
-        MiLoraError: If there is no such method, a setting is no field of its configuration, is given twice, or cannot
-            be trained by [`milora.training.train`].
+        MiLoraError: If there is no such method, or a setting is not a field of its configuration, is given twice, or is
+            not supported by [`milora.training.train`].
     """
 
     method: str = field(default="milora", metadata={"help": f"One of {', '.join(method_names())}."})
@@ -49,7 +49,7 @@ class MethodArguments:
     lora_alpha: int | None = field(default=None, metadata={"help": "Outputs are scaled by this / r; default 2 r."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout on the LoRAs' inputs."})
     target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Name endings of what is adapted; by default what the method adapts."}
+        default=None, metadata={"help": "Name endings of the adapted modules; by default the method's."}
     )
     use_dora: bool | None = field(default=None, metadata={"help": "MiDoRA: experts are DoRAs."})
     top_k: int | None = field(default=None, metadata={"help": "How many experts of a block serve a prompt; default 3."})
@@ -77,16 +77,16 @@ class MethodArguments:
             origin = f"--{name}" if name not in self.settings else f"The setting {name!r}"
             instead = IGNORED_FIELDS.get(self.method, {}).get(name)
             if instead is not None:
-                raise MiLoraError(f"{origin} is nothing that {self.method} reads; set {instead!r} in settings.")
+                raise MiLoraError(f"{origin} is not used by {self.method}; set {instead!r} in settings.")
             if name not in names:
                 raise MiLoraError(
-                    f"{origin} is no setting of {self.method}, whose {method_of(self.method).config_class.__name__} "
+                    f"{origin} is not a setting of {self.method}: its {method_of(self.method).config_class.__name__} "
                     f"has no field {name!r}{did_you_mean(name, names)}"
                 )
         if self.method == "moelora" and self.overrides().get("gate") == "task":
             raise MiLoraError(
-                "MOELoRA's gate='task' needs to know each row's task in training and in generation, which rows do not "
-                "say here: train gate='token', or call the model with task_ids in a loop of your own."
+                "MOELoRA's gate='task' needs each row's task, which rows do not contain here: use gate='token', or "
+                "your own training loop with task_ids."
             )
 
     @property
@@ -95,7 +95,7 @@ class MethodArguments:
         return method_of(self.method).title
 
     def overrides(self) -> dict[str, Any]:
-        """The fields of the configuration that are set other than by default.
+        """The overridden fields of the configuration.
 
         Raises:
             MiLoraError: If one is given twice, with different values.
@@ -115,11 +115,11 @@ class MethodArguments:
         return {**flags, **settings}
 
     def to_config(self, backbone: nn.Module, steps: int) -> PeftConfig:
-        """The PEFT configuration that these arguments describe.
+        """Builds the PEFT configuration of these arguments.
 
         Args:
-            backbone: What the adapter is for.
-            steps: Optimiser steps of the training run, which AdaLoRA's schedule is over.
+            backbone: The adapter's backbone.
+            steps: Optimiser steps of the training run, the length of AdaLoRA's schedule.
 
         Raises:
             MiLoraError: If a value is refused.
@@ -144,7 +144,7 @@ def _mapping(settings: dict[str, Any] | str | None) -> dict[str, Any]:
         try:
             settings = json.loads(settings)
         except json.JSONDecodeError as error:
-            raise MiLoraError(f"settings is no JSON ({error}); give a mapping such as '{{\"r\": 16}}'.") from error
+            raise MiLoraError(f"settings is not JSON ({error}); give a mapping such as '{{\"r\": 16}}'.") from error
     if not isinstance(settings, dict):
         raise MiLoraError(f"settings must be a mapping of field to value; found {settings!r}.")
     return settings

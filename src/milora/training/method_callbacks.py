@@ -1,4 +1,4 @@
-"""The callbacks that a method cannot be trained without, and early stopping, which has to know of them."""
+"""The callbacks that a method needs, and early stopping, which depends on them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def method_callbacks(model: Any, arguments: TrainingArguments, *, has_dev: bool)
     """The callbacks for a model with an adapter of any of the thirteen methods, under a [`MiLoraTrainer`].
 
     Args:
-        model: What `get_peft_model` returned.
-        arguments: `search_share` and `early_stopping_patience` are read.
-        has_dev: Whether there are dev rows: to search with, and to stop by.
+        model: A model that `get_peft_model` returned.
+        arguments: The training arguments; reads `search_share` and `early_stopping_patience`.
+        has_dev: Whether there are dev rows for searches and early stopping.
 
     Raises:
         MiLoraError: If the method searches on dev rows and there are none.
@@ -33,11 +33,11 @@ def method_callbacks(model: Any, arguments: TrainingArguments, *, has_dev: bool)
     if isinstance(tuner, AdaLoraModel):
         open_structures.append(AdaLoraAllocation())
     elif isinstance(tuner, SSPModel | LearnedAdapterModel):
-        # After its search too, for the sake of a run that is resumed then.
+        # Also after its search, for runs that resume then.
         if tuner.is_searching and not has_dev:
             raise MiLoraError(
-                f"{tuner.method} searches for its structure on dev rows, and there are none: pass --dev_data, or raise "
-                "--dev_fraction."
+                f"{tuner.method} searches for its structure on dev rows, but there are none: pass --dev_data, or raise"
+                " --dev_fraction."
             )
         search = SSPSearch if isinstance(tuner, SSPModel) else LearnedAdapterSearch
         open_structures.append(search(search_share=arguments.search_share))

@@ -1,4 +1,4 @@
-"""Backbones in 4 or 8 bits (QLoRA, Dettmers et al. 2023), by the names that TRL's `ModelConfig` has for it."""
+"""Backbones in 4 or 8 bits (QLoRA, Dettmers et al. 2023), with the option names of TRL's `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PACKS = "support_avx512bf16_for_cpu"
 
 
 def loading_arguments(data: DataArguments) -> dict[str, Any]:
-    """What `from_pretrained` is to be given for the backbone that `data` describes; empty for an ordinary one.
+    """The arguments of `from_pretrained` for the backbone of `data`; empty for an unquantised one.
 
-    What is computed is in `data.dtype`, for `auto` in bfloat16.
+    Computation uses `data.dtype`; `auto` means bfloat16.
 
     Raises:
-        MiLoraError: If both widths are asked for, or bitsandbytes is not installed.
+        MiLoraError: If both widths are set, or bitsandbytes is not installed.
     """
     arguments: dict[str, Any] = {}
     if data.attn_implementation is not None:
@@ -32,7 +32,7 @@ def loading_arguments(data: DataArguments) -> dict[str, Any]:
         return arguments
     flag = "--load_in_4bit" if data.load_in_4bit else "--load_in_8bit"
     if data.load_in_4bit and data.load_in_8bit:
-        raise MiLoraError("--load_in_4bit and --load_in_8bit exclude each other: leave one of them out.")
+        raise MiLoraError("--load_in_4bit and --load_in_8bit exclude each other: remove one of them.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MiLoraError(f"{flag} needs bitsandbytes, which is not installed: pip install bitsandbytes.")
     config = ModelConfig(
@@ -45,17 +45,17 @@ def loading_arguments(data: DataArguments) -> dict[str, Any]:
     )
     arguments["quantization_config"] = get_quantization_config(config)
     if torch.cuda.is_available():
-        # Each process has a whole backbone on a device of its own.
+        # Each process has a whole backbone on its own device.
         arguments["device_map"] = {"": PartialState().local_process_index}
     return arguments
 
 
 def keep_trainable(backbone: nn.Module) -> None:
-    """Keeps bitsandbytes from packing 4-bit weights for inference on CPUs that multiply bfloat16.
+    """Prevents bitsandbytes from packing 4-bit weights for inference on CPUs that multiply bfloat16.
 
-    It does so at a layer's first forward pass without gradients, such as the evaluation before the first step. Packed
-    weights pass no gradient on to the layers below, in training mode neither, and cannot be made where a layer's inputs
-    are no multiple of the quantisation's blocks. Other backbones are left as they are.
+    It packs at a layer's first forward pass without gradients, such as the evaluation before the first step. Packed
+    weights pass no gradient to the layers below, not even in training mode, and packing fails if a layer's input size
+    is not a multiple of the quantisation blocks. Other backbones are not changed.
     """
     for module in backbone.modules():
         if hasattr(module, PACKS):

@@ -1,4 +1,4 @@
-"""The ranges of the numbers that a training run takes, checked before anything is loaded."""
+"""The valid ranges of a training run's numbers, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from milora_core.errors import MiLoraError
 
 
 class Range(NamedTuple):
-    """The values that a setting takes.
+    """The valid values of a setting.
 
     Attributes:
-        least: The least value.
-        below: Values are below this one.
-        is_open: Whether `least` itself is excluded.
+        least: Lower bound.
+        below: Exclusive upper bound.
+        is_open: Whether the lower bound is exclusive.
         is_whole: Whether values are integers.
         words: The range in words, for messages.
     """
@@ -27,7 +27,7 @@ class Range(NamedTuple):
     is_whole: bool = False
 
     def has(self, value: Any) -> bool:
-        """Whether a value is a number of this range; booleans, NaN and infinity are none."""
+        """Whether a value is a number in this range; booleans, NaN and infinity are not."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return False
         if self.is_whole and value != int(value):
@@ -89,7 +89,7 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None
     """Checks the values that have a range.
 
     Raises:
-        MiLoraError: If a value is out of its range, or no number.
+        MiLoraError: If a value is out of its range, or not a number.
     """
     for name, allowed in ranges.items():
         value = values.get(name)

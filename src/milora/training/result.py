@@ -1,4 +1,4 @@
-"""What a training run came to, as a value and as `training_result.json` beside the adapter."""
+"""The result of a training run, as a value and as `training_result.json` beside the adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIBRARIES = ("milora", "torch", "transformers", "peft", "trl", "accelerate", "da
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run came to.
+    """The result of a training run.
 
     Attributes:
         output: The adapter's folder.
@@ -24,13 +24,13 @@ class TrainingResult:
         rows: By source: `train`, `dev`, `too_long`, and `no_room` (prompts that alone fill `max_length`).
         steps: Optimiser steps made.
         epochs: Passes over the training rows made.
-        stopped_early: Whether the dev perplexity ended the run.
-        best_step: The step whose adapter was kept; `None` where that is the last.
+        stopped_early: Whether early stopping ended the run.
+        best_step: The step whose adapter was kept; `None` if it is the last.
         seconds: Wall clock, from reading rows to writing the adapter.
-        tunable_parameters: What trained at the end, Theta included.
-        dev_perplexity_before: Before the first step; `None` where it was not measured then.
-        dev_perplexity_best: Of what was kept, or the least that was seen.
-        resumed_from: The checkpoint that the run went on from.
+        tunable_parameters: Parameters that train at the end, including Theta.
+        dev_perplexity_before: Dev perplexity before the first step; `None` if not measured.
+        dev_perplexity_best: Dev perplexity of the kept adapter, or the lowest measured.
+        resumed_from: The checkpoint from which the run resumed.
     """
 
     output: str
@@ -55,7 +55,7 @@ class TrainingResult:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide a result."""
+    """Versions of Python and of the libraries that affect a result."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -12,22 +12,22 @@ from milora.tuners.milora import MiLoraModel
 from milora_core.routing import Route
 
 LARGEST_SAMPLE = 64
-"""Prompts a source, from its first on."""
+"""Maximum number of prompts per source."""
 
 
 def draw_routes(model: Any, rows: Any, collate: Any, counts: Mapping[str, int], path: Path, batch: int = 8) -> bool:
-    """Draws the share of prompts that choose each expert, a panel a source.
+    """Draws the share of prompts that choose each expert, one panel per source.
 
     Args:
         model: A `PeftModel`.
-        rows: Tokenised rows with labels, source after source.
-        collate: Makes a batch of a list of rows.
+        rows: Tokenised rows with labels, ordered by source.
+        collate: Makes a batch from a list of rows.
         counts: Rows of each source, in order.
         path: Where to write.
         batch: Rows at a time.
 
     Returns:
-        Whether there is a picture: not without routers, without rows, or without matplotlib.
+        Whether a picture was drawn; not without routers, rows or matplotlib.
     """
     if not isinstance(model.base_model, MiLoraModel) or rows is None or importlib.util.find_spec("matplotlib") is None:
         return False
@@ -43,7 +43,7 @@ def draw_routes(model: Any, rows: Any, collate: Any, counts: Mapping[str, int], 
             inputs = collate([rows[index] for index in chosen[start : start + batch]])
             routes.append(model.route(**{key: value.to(device) for key, value in inputs.items()}))
         if routes:
-            # A file by its name alone, unless another source has the same.
+            # A file by its name only, unless another source has the same name.
             stem = Path(name).stem
             panels[stem if stems.count(stem) == 1 else name] = Route.cat(routes)
     if panels:

@@ -1,4 +1,4 @@
-"""The search of SSP, under any trainer of transformers."""
+"""The search of SSP for any trainer of transformers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from milora_core.errors import MiLoraError
 
 
 class SSPSearch(ArchitectureSearch):
-    """Searches for SSP's structure in the first part of a training run; the rest trains what was found, from anew.
+    """Searches for SSP's structure in the first part of a training run; the rest trains the found structure from
+    scratch.
 
-    The trainer trains the candidates' weights on train batches, under gates that are drawn for each step; the gates'
-    logits learn on dev batches (Hu et al. 2022, section 3.2, first order). When the search ends,
-    [`SSPModel.harden`] keeps the most probable candidates that fit the budget, and the optimiser forgets what it knew.
-    The learning rate goes on where it was.
+    The trainer trains the candidates' weights on train batches with gates sampled in each step; the gates' logits train
+    on dev batches (Hu et al. 2022, section 3.2, first order). When the search ends, [`SSPModel.harden`] keeps the most
+    probable candidates that fit the budget, and the optimiser is reset. The learning rate schedule continues.
 
-    `Trainer(model, ..., callbacks=[SSPSearch(dev_batches)])`. A run that is resumed begins with
-    `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, because a checkpoint has the candidates only
-    until the search ends, and afterwards only what was found. The gates' Adam and the dev batches go on
-    where they were under a `MiLoraTrainer`, whose checkpoints have them, and begin anew under another.
+    `Trainer(model, ..., callbacks=[SSPSearch(dev_batches)])`. To resume a run, start from
+    `PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)`, because a checkpoint has all candidates during
+    the search and only the found structure afterwards. The gates' Adam state and the dev batches continue in a
+    `MiLoraTrainer`, whose checkpoints contain them, and restart in other trainers.
 
     Args:
-        dev_batches: As for [`ArchitectureSearch`].
-        search_share: Share of the training steps in which the search ends.
-        every: Trainer's steps for one step of the gates.
-        learning_rate: Adam's, of the gates' logits; the default is S3PET's.
+        dev_batches: See [`ArchitectureSearch`].
+        search_share: Share of the training steps after which the search ends.
+        every: Number of trainer steps per step of the gates.
+        learning_rate: Adam's learning rate for the gates' logits; the default is S3PET's.
 
     Raises:
-        MiLoraError: As [`ArchitectureSearch`].
+        MiLoraError: See [`ArchitectureSearch`].
     """
 
     tuner_class = SSPModel
@@ -46,7 +46,9 @@ class SSPSearch(ArchitectureSearch):
         learning_rate: float = 0.1,
     ) -> None:
         if search_share >= 1:
-            raise MiLoraError(f"search_share must be below 1, to leave steps for what was found; found {search_share}.")
+            raise MiLoraError(
+                f"search_share must be below 1, because the found structure needs training steps; found {search_share}."
+            )
         super().__init__(dev_batches, search_share, every, learning_rate)
 
     def decisive(self, tuner: Any) -> list[nn.Parameter]:
@@ -55,7 +57,7 @@ class SSPSearch(ArchitectureSearch):
         return parameters
 
     def advance(self, tuner: Any, step: int, steps: int) -> bool:
-        """Hardens the structure at the end, and begins anew with it."""
+        """Fixes the structure at the end and restarts training with it."""
         if step < steps:
             return False
         tuner.harden()

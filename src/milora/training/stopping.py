@@ -1,4 +1,4 @@
-"""When a run ends early, and which checkpoint may be its best, where a method first decides on its structure."""
+"""Early stopping and the best checkpoint for methods that first decide on their structure."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 @runtime_checkable
 class OpenStructure(Protocol):
-    """A callback under which the model's structure is at first open: a search, or a pruning schedule."""
+    """A callback during which the model's structure is not final at first: a search, or a pruning schedule."""
 
     def is_open(self, model: Any, step: int) -> bool:
-        """Whether it is after optimiser step `step`, so that what is evaluated then is not what will be kept."""
+        """Whether the structure is open after optimiser step `step`, so an evaluation then is not of the final
+        structure."""
 
 
 class EarlyStopping(TrainerCallback):  # type: ignore[misc]
-    """Ends a run after `patience` evaluations without a better one, none of them counted while a structure is open.
+    """Ends a run after `patience` evaluations without improvement; evaluations with an open structure do not count.
 
-    A search makes the dev perplexity worse before it makes it better (what it finds begins anew), and ended in its
-    midst it would leave an adapter that is none of the method's.
+    A search increases the dev perplexity before it decreases (the found structure restarts), and a run that ends during
+    the search would leave an incomplete adapter.
 
     It wraps transformers' `EarlyStoppingCallback` instead of inheriting from it: with
-    `restore_callback_states_from_checkpoint` a trainer rebuilds that class from JSON, which cannot hold
-    `open_structures`. A `MiLoraTrainer` saves the count with its own state, so a resumed run continues it, with the
-    patience that the resumed run is given.
+    `restore_callback_states_from_checkpoint` a trainer rebuilds that class from JSON, which cannot represent
+    `open_structures`. A `MiLoraTrainer` saves the count in its own state, so a resumed run continues it with its own
+    patience.
 
     Args:
-        patience: Evaluations.
-        open_structures: The callbacks during whose open structure evaluations are not counted.
+        patience: Number of evaluations.
+        open_structures: The callbacks with an open structure, during which evaluations do not count.
     """
 
     def __init__(self, patience: int, open_structures: Sequence[OpenStructure] = ()) -> None:
@@ -38,11 +39,11 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
 
     @property
     def count(self) -> int:
-        """Evaluations since the best one."""
+        """Number of evaluations since the best one."""
         return int(self._stopping.early_stopping_patience_counter)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checks that there is something to go by."""
+        """Checks that there is a metric to stop by."""
         self._stopping.on_train_begin(args, state, control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **kwargs: Any) -> None:
@@ -53,7 +54,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         self._stopping.on_evaluate(args, state, control, metrics, model=model, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """State for a resumed run."""
         return {"counter": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -62,5 +63,5 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
 
 
 def forget_best(state: Any) -> None:
-    """Makes a trainer choose its best checkpoint from those to come."""
+    """Makes a trainer choose its best checkpoint from later ones only."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None

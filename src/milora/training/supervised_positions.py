@@ -1,4 +1,4 @@
-"""The one place that meets TRL's fused LM head: on a CPU too, it scores the supervised positions alone."""
+"""The only file that changes TRL's fused LM head: on a CPU too, it scores only supervised positions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 CHOICE = "_use_triton"
-"""The function by which `trl.trainer.utils` decides, for a device, whether to leave out unsupervised positions."""
+"""The function with which `trl.trainer.utils` decides per device whether to skip unsupervised positions."""
 
 
 def score_supervised_positions_only() -> None:
-    """Makes TRL's fused LM head project the positions with a label alone, on CPUs as it does on GPUs.
+    """Makes TRL's fused LM head project only positions with a label on CPUs, as it does on GPUs.
 
-    Elsewhere TRL projects every position, because the number of supervised ones differs from batch to batch and would
-    recompile a compiled model. Nothing is compiled on a CPU, and with a vocabulary of 49,152 words and three supervised
-    tokens in a row of 114 the unused logits cost a third of a training step. Losses and gradients do not change.
+    On other devices TRL projects every position, because a varying number of supervised positions would recompile a
+    compiled model. Nothing is compiled on a CPU, and with a vocabulary of 49,152 words and three supervised tokens in a
+    row of 114 the unused logits cost a third of a training step. Losses and gradients do not change.
     """
     setattr(trl_utils, CHOICE, _leaves_out_unsupervised)
 

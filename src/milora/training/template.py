@@ -1,4 +1,4 @@
-"""The chat template and the end of sequence that a run is given, in the tokenizer that is saved with its adapter."""
+"""Sets a run's chat template and end of sequence in the tokenizer that is saved with its adapter."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ TEMPLATE_FILES = (".jinja", ".j2")
 
 
 def give_template(tokenizer: Any, source: str) -> None:
-    """Gives a tokenizer the chat template of a file, or of another tokenizer with its end of sequence.
+    """Sets a tokenizer's chat template from a file, or template and end of sequence from another tokenizer.
 
-    TRL would add the other tokenizer's tokens too and resize the embeddings: the new ones would be random, frozen, and
-    not the backbone's when the adapter is loaded.
+    TRL would also add the other tokenizer's tokens and resize the embeddings: the new ones would be random, frozen, and
+    missing in the backbone when the adapter is loaded.
 
     Args:
         tokenizer: The backbone's; changed in place.
@@ -38,7 +38,7 @@ def give_template(tokenizer: Any, source: str) -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateError as error:
-        # Another error is the template's own, about a chat that it does not take: the rows will show.
+        # Other errors come from the template itself for chats that it does not accept; the rows will show them.
         if isinstance(error, TemplateSyntaxError):
             tokenizer.chat_template = before
             raise MiLoraError(
@@ -49,13 +49,13 @@ def give_template(tokenizer: Any, source: str) -> None:
 
 
 def give_end(tokenizer: Any, token: str) -> None:
-    """Makes a token of the vocabulary the end of sequence.
+    """Sets a token of the vocabulary as the end of sequence.
 
     Raises:
         MiLoraError: If the tokenizer has no such token.
     """
     if token not in tokenizer.get_vocab():
-        raise MiLoraError(f"eos_token={token!r} is no token of the backbone's tokenizer: choose one that it has.")
+        raise MiLoraError(f"eos_token={token!r} is not a token of the backbone's tokenizer: choose one that it has.")
     tokenizer.eos_token = token
 
 

@@ -37,26 +37,26 @@ from milora_core.routing.precision import KeepFloat32
 
 
 class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
-    """`SFTTrainer` that trains the rational activations on dev batches, and has the routing in its log.
+    """`SFTTrainer` that trains the rational activations on dev batches and logs the routing.
 
     The activations' coefficients (Theta of the paper's equation 7) train by `TrainingArguments.activation_training`:
 
     - `bilevel`: on batches of `eval_dataset`, between the steps in which everything else trains
       ([`BilevelActivations`]), every `bilevel_every`-th step, at `activation_learning_rate`;
-    - `joint`: on train batches with everything else, in a parameter group of their own at that rate;
+    - `joint`: on train batches with everything else, in a separate parameter group at that rate;
     - `frozen`: not at all.
 
-    The dev loss, `eval_loss`, is the mean negative log-likelihood of all supervised tokens of the dev set, whatever is
-    optimised, and `eval_perplexity` its exponential.
+    The dev loss, `eval_loss`, is the mean negative log-likelihood of all supervised tokens of the dev set, independent
+    of the training loss, and `eval_perplexity` its exponential.
 
-    Logs carry `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss`, `dev_steps_skipped` (so far, because a
-    gradient was not finite) and `eval_perplexity`. Searches on dev batches ([`ArchitectureSearch`]) that come without
-    batches are given those of `eval_dataset`. Checkpoints keep the state of all of these. For methods without rational
-    activations it is `SFTTrainer`, with those batches and checkpoints.
+    Logs contain `load_balancing_loss`, `expert_share/{expert}`, `dev_step_loss`, `dev_steps_skipped` (total number of
+    steps skipped because a gradient was not finite) and `eval_perplexity`. Searches on dev batches
+    ([`ArchitectureSearch`]) without batches get those of `eval_dataset`. Checkpoints contain the state of all of these.
+    For methods without rational activations it is `SFTTrainer` with these batches and checkpoints.
 
     Raises:
-        MiLoraError: If something is to be trained on dev batches and there is no `eval_dataset`, or the loss cannot be
-            combined with routes (label smoothing, `compute_loss_func`; `loss_type="dft"` with a load-balancing loss).
+        MiLoraError: If parameters train on dev batches and there is no `eval_dataset`, or the loss does not work with
+            routes (label smoothing, `compute_loss_func`; `loss_type="dft"` with a load-balancing loss).
     """
 
     args: TrainingArguments
@@ -65,7 +65,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, args: TrainingArguments, *more: Any, callbacks: Sequence[Any] | None = None, **settings: Any
     ) -> None:
         self.card: dict[str, Any] = {}
-        """What the model card says beyond what the trainer knows: fields of [`CardFacts`]."""
+        """Facts for the model card that the trainer does not have: fields of [`CardFacts`]."""
         self._theta = activation_parameters(model)
         self._activations: BilevelActivations | None = None
         if self._theta and args.activation_training == "bilevel":
@@ -84,39 +84,38 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             for callback in self.callback_handler.callbacks
         ):
             raise MiLoraError(
-                "AdaLoRA's pruning and the searches of SSP and Learned-Adapter read and change whole parameters, which "
-                "FSDP and DeepSpeed share out: train without them."
+                "AdaLoRA's pruning and the searches of SSP and Learned-Adapter need whole parameters, which FSDP and "
+                "DeepSpeed shard: train without them."
             )
         if shares_out_parameters and self._activations is not None:
             raise MiLoraError(
-                "--activation_training bilevel needs the whole model in each process: one process, or several that "
-                "share out the rows alone. FSDP and DeepSpeed share out the parameters, and own every backward pass: "
-                "pass --activation_training joint."
+                "--activation_training bilevel needs the whole model in each process, but FSDP and DeepSpeed shard "
+                "the parameters: pass --activation_training joint, or use data parallelism."
             )
-        # TRL rounds all that trains on a quantised backbone to bfloat16, in which routers would decide otherwise, and a
-        # learning rate of 1e-6 would move nothing.
+        # TRL rounds trained parameters on a quantised backbone to bfloat16, in which routers would decide differently
+        # and a learning rate of 1e-6 would have no effect.
         for parameter, value in router_values:
-            # The trainer may have moved the model meanwhile.
+            # The trainer may have moved the model in between.
             parameter.data = value.to(parameter.device)
         if self._activations is not None and self.eval_dataset is None:
             raise MiLoraError(
                 "The rational activations of MiLoRA's routers and IAPT's bottlenecks train on dev rows "
-                "(--activation_training bilevel, as in the paper), and there are none: pass --dev_data, or "
+                "(--activation_training bilevel, as in the paper), but there are none: pass --dev_data, or "
                 "--activation_training joint or frozen."
             )
         scaler = self.accelerator.scaler
         for callback in self._on_dev_batches():
-            # The rows are tokenised only now, after the callbacks were made.
+            # The rows are tokenised only now, after the callbacks were created.
             if callback.dev_batches is None:
                 callback.use_batches(
                     self.dev_batches(),
-                    # Scores the supervised tokens alone, as the training step does.
+                    # Scores only the supervised tokens, like the training step.
                     model_arguments={"fused_lm_head": True},
                     loss_scale=None if scaler is None else scaler.get_scale,
                 )
 
     def _check_vocabulary(self) -> None:
-        """Refuses rows with tokens that the backbone has no embeddings for."""
+        """Refuses rows with tokens without embeddings in the backbone."""
         dev = self.eval_dataset
         for rows in (self.train_dataset, *(dev.values() if isinstance(dev, dict) else [dev])):
             if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
@@ -130,7 +129,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         """
         rows = self.eval_dataset
         if rows is None:
-            raise MiLoraError("There is no eval_dataset to make dev batches of.")
+            raise MiLoraError("There is no eval_dataset for dev batches.")
         if isinstance(rows, dict):
             rows = concatenate_datasets(list(rows.values()))
         return DevBatches(
@@ -143,15 +142,15 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s; Theta in a group of its own and without weight decay, or not there."""
+        """Like `Trainer`'s, but with Theta in a separate group without weight decay, or excluded."""
         is_new = self.optimizer is None
         if self._theta and isinstance(self.optimizer, DummyOptim):
             raise MiLoraError(
-                "The DeepSpeed configuration has an optimizer of its own, which would train Theta, the rational "
-                "activations, at the learning rate of all else: leave 'optimizer' out of it, the trainer has one."
+                "The DeepSpeed configuration has its own optimizer, which would train Theta, the rational "
+                "activations, at the learning rate of the other parameters: remove 'optimizer' from it."
             )
         if self.args.activation_training != "joint":
-            # Loading a checkpoint may have switched them on again.
+            # Loading a checkpoint may have enabled them again.
             require_gradients(self._theta, False)
             return super().create_optimizer(model)  # type: ignore[no-any-return]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -166,9 +165,9 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As `SFTTrainer`'s; in training, an AdaLoRA adapter's with its orthogonality penalty, once a step.
+        """Like `SFTTrainer`'s; in training with AdaLoRA's orthogonality penalty, once per step.
 
-        In evaluation it is the negative log-likelihood, and its sums are kept for [`MiLoraTrainer.evaluation_loop`].
+        In evaluation it is the negative log-likelihood, whose sums are kept for [`MiLoraTrainer.evaluation_loop`].
         """
         if not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
@@ -181,7 +180,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As `Trainer`'s, with the loss averaged over tokens: its mean over batches depends on how they are cut."""
+        """Like `Trainer`'s, with the loss averaged over tokens: a mean over batches would depend on the batch size."""
         self._likelihood = LikelihoodSum()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         mean = self._likelihood.mean()
@@ -197,7 +196,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             return outputs[-1]
 
         tuner = tuner_of(self.accelerator.unwrap_model(self.model))
-        # For metrics SFTTrainer computes the logits in a second pass, without the labels that say what the prompt is.
+        # For metrics SFTTrainer computes the logits in a second pass, without the labels that mark the prompt.
         says_prompt = return_outputs and reads_prompts(tuner)
         prompt = prompt_tokens(attended_tokens(inputs), inputs["labels"]) if says_prompt else None
         with plain_likelihood(self), nullcontext() if prompt is None else tuner.use_prompt(prompt):
@@ -206,19 +205,19 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         return result
 
     def tunable_parameters(self) -> int:
-        """How many parameters train, by whichever optimiser."""
+        """The number of trained parameters, over all optimisers."""
         theta = {id(parameter) for parameter in self._theta} if self.args.activation_training == "bilevel" else set()
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad or id(p) in theta)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes our own card in place of TRL's, wherever TRL and transformers write one.
+        """Writes our own card instead of TRL's, wherever TRL and transformers write one.
 
         Args:
             model_name: The adapter's name; by default that of its repository or folder.
             dataset_name: A data set's name, for the card's metadata.
-            tags: Not read: the card has its own.
+            tags: Ignored: the card has its own.
         """
         if not self.is_world_process_zero():
             return
@@ -245,20 +244,20 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def draw_routes(self, counts: Mapping[str, int], path: Path) -> bool:
-        """Draws what the routers choose on the dev set; see [`milora.training.route_picture.draw_routes`].
+        """Draws the routers' choices on the dev set; see [`milora.training.route_picture.draw_routes`].
 
         Args:
             counts: Dev rows of each source, in the order of `eval_dataset`.
             path: Where to write.
         """
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # The weights lie in parts in several processes, and this one alone draws.
+            # The weights are sharded over processes, but only this one draws.
             return False
         model = self.accelerator.unwrap_model(self.model)
         return draw_routes(model, self.eval_dataset, self.data_collator, counts, path)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`'s, with the routing statistics in training logs and the perplexity in evaluation logs."""
+        """Like `Trainer`'s, with routing statistics in training logs and the perplexity in evaluation logs."""
         if "loss" in logs:
             logs.update(self._mean_over_processes(routing_metrics(self.accelerator.unwrap_model(self.model))))
             if self._activations is not None and self._activations.loss is not None:
@@ -278,15 +277,16 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         values = torch.tensor(list(metrics.values()), device=self.accelerator.device)
         return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
-    # transformers has no public place in a checkpoint for a second optimiser: these write and read the first one.
+    # transformers has no public hook for a second optimiser in a checkpoint; these methods write and read the first
+    # one.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # What PEFT wrote of AdaLoRA is pruned; all of it is in our own file.
+        # PEFT's file of AdaLoRA is pruned; our own file has all ranks.
         if not isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Here and not around all of the training, where an OSError may be anything, such as the network's.
+        # Here and not around the whole training, where an OSError can have other causes, such as the network.
         with writing(Path(self.args.output_dir or "out"), KEPT):
             super()._save_checkpoint(model, trial)
 
@@ -302,9 +302,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
             return
         file = Path(checkpoint) / STATE_FILE
         if not file.is_file():
-            raise MiLoraError(
-                f"{checkpoint} has no {STATE_FILE}: it was written by another trainer, or not to its end."
-            )
+            raise MiLoraError(f"{checkpoint} has no {STATE_FILE}: another trainer wrote it, or it is incomplete.")
         state = torch.load(file, map_location="cpu", weights_only=True)
         own = self._stateful()
         different = sorted((state.keys() ^ own.keys()) - {"EarlyStopping"})
@@ -327,11 +325,11 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
 
 @contextmanager
 def _template_given(args: TrainingArguments, tokenizer: Any) -> Iterator[None]:
-    """Gives the tokenizer the template of `chat_template_path` as [`give_template`] does, and not as TRL would."""
+    """Sets the template of `chat_template_path` with [`give_template`] instead of TRL's way."""
     path = args.chat_template_path
     if path is not None:
         if tokenizer is None:
-            raise MiLoraError("chat_template_path needs a processing_class, whose template it becomes.")
+            raise MiLoraError("chat_template_path needs a processing_class.")
         give_template(tokenizer, path)
     args.chat_template_path = None
     try:
@@ -341,6 +339,6 @@ def _template_given(args: TrainingArguments, tokenizer: Any) -> Iterator[None]:
 
 
 def _float32_values(model: Any) -> list[tuple[nn.Parameter, Tensor]]:
-    """The values of what must stay in float32, as they are."""
+    """Unchanged copies of the parameters that must stay in float32."""
     modules = [module for module in model.modules() if isinstance(module, KeepFloat32)]
     return [(parameter, parameter.data) for module in modules for parameter in module.parameters()]

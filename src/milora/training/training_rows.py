@@ -1,4 +1,4 @@
-"""The rows of a training run: from its sources to a mixture, with a dev set, and what does not fit counted."""
+"""The rows of a training run: reads its sources, mixes them, splits off a dev set and counts rows that do not fit."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from milora_core.errors import MiLoraError
 
 @dataclass
 class SourceCounts:
-    """What a source gave.
+    """The row counts of a source.
 
     Attributes:
         train: Rows to train on.
         dev: Rows of the dev set.
         too_long: Rows left out because prompt and completion together do not fit.
-        no_room: Rows left out because the prompt alone leaves no room for any answer.
+        no_room: Rows left out because the prompt alone leaves no space for an answer.
     """
 
     train: int = 0
@@ -39,12 +39,12 @@ class SourceCounts:
 
 @dataclass
 class Mixture:
-    """The rows of all sources, one source after the other (the trainer shuffles them anew in each epoch, by its seed).
+    """The rows of all sources, one source after the other (the trainer shuffles them again in each epoch, by its seed).
 
     Attributes:
         train: Rows to train on.
-        dev: Rows for dev perplexity, and for what is trained on dev batches.
-        counts: By source.
+        dev: Rows for dev perplexity and for training on dev batches.
+        counts: The counts by source.
         longest: Tokens of the longest row, prompt and completion.
     """
 
@@ -61,18 +61,18 @@ class Mixture:
 
 @dataclass
 class SourceRows:
-    """The rows of one source, as they were read."""
+    """The rows of one source, as read."""
 
     train: Sequence[Row] = ()
     dev: Sequence[Row] = ()
 
 
 def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
-    """Reads all sources, and holds out dev rows where there are none.
+    """Reads all sources, and holds out dev rows if a source has none.
 
-    A task has its own dev split, and a folder or a dataset may have one. Of other sources a share is held out, at most
-    500 rows: equal prompts stay on one side, and so does a chat with all of its replies. With `dev_data`
-    the dev rows are those alone, and training has all others.
+    A task has its own dev split, and a folder or a dataset may have one. Of other sources a share, at most 500 rows, is
+    held out: equal prompts stay on one side, and so do all replies of a chat. With `dev_data` only those rows are the
+    dev set, and training uses all others.
 
     Args:
         data: The sources.
@@ -82,7 +82,7 @@ def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
         MiLoraError: If there is no source, or one cannot be read.
     """
     if not data.sources:
-        raise MiLoraError("There is nothing to learn from: pass --task with a task's name, or --data with a file.")
+        raise MiLoraError("No training data: pass --task with a task's name, or --data with a file.")
     sources: dict[str, SourceRows] = {}
     for name in data.sources:
         rows: Sequence[Row] = read_rows(name, "train", data.data_dir)
@@ -100,12 +100,12 @@ def read_sources(data: DataArguments, seed: int) -> dict[str, SourceRows]:
 
 
 def mix(sources: Mapping[str, SourceRows], tokenizer: Any, max_length: int | None) -> Mixture:
-    """Puts the sources together, and leaves out the rows that do not fit, which it counts. No row is ever cut.
+    """Joins the sources, and leaves out and counts the rows that do not fit. Rows are never truncated.
 
     Args:
-        sources: By name.
-        tokenizer: Of the backbone.
-        max_length: Most tokens of a row, with the end of sequence; `None` for any number.
+        sources: The sources by name.
+        tokenizer: The backbone's tokenizer.
+        max_length: Maximum number of tokens per row, including the end of sequence; `None` for no limit.
 
     Raises:
         MiLoraError: If no training row is left.
@@ -122,16 +122,17 @@ def mix(sources: Mapping[str, SourceRows], tokenizer: Any, max_length: int | Non
     if not mixture.train:
         no_room = sum(count.no_room for count in mixture.counts.values())
         raise MiLoraError(
-            f"None of the training rows fits max_length={max_length} ({mixture.left_out} rows are too long, of "
-            f"{no_room} the prompt alone): raise --max_length (the backbone's positions are the most), or shorten them."
+            f"None of the training rows fits max_length={max_length} ({mixture.left_out} rows are too long, {no_room} "
+            "of them because of the prompt alone): raise --max_length (at most the backbone's positions), or shorten "
+            "the rows."
         )
     return mixture
 
 
 def _chat_of(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """A function that names the chat of a row: the first of all prompts that its own prompt begins with, or is.
+    """A function that identifies the chat of a row: the first prompt that is a prefix of the row's own prompt.
 
-    A reply's prompt is the chat up to it, so that it begins with the prompt of each earlier reply.
+    A reply's prompt is the chat before it, so it begins with the prompt of each earlier reply.
     """
     prompts = {_turns(row.prompt) for row in rows}
 
@@ -144,7 +145,7 @@ def _chat_of(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 
 def _turns(prompt: Text) -> tuple[tuple[str, str], ...]:
-    """A prompt's messages; a string is one."""
+    """A prompt's messages; a string is one message."""
     if isinstance(prompt, str):
         return (("", prompt),)
     return tuple((message["role"], message["content"]) for message in prompt)
@@ -153,7 +154,7 @@ def _turns(prompt: Text) -> tuple[tuple[str, str], ...]:
 def _fitting(
     rows: Sequence[Row], tokenizer: Any, max_length: int | None, counts: SourceCounts
 ) -> tuple[list[Row], int]:
-    """The rows whose prompt and completion, with the end of sequence, fit, and the tokens of the longest.
+    """The rows whose prompt and completion with the end of sequence fit, and the number of tokens of the longest.
 
     The others are counted.
     """

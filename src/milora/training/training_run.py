@@ -1,4 +1,4 @@
-"""Trains an adapter from start to end: rows in, the best checkpoint's adapter out."""
+"""Trains an adapter: reads rows, trains, and writes the best checkpoint's adapter."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from milora_core.files import write_text, writing
 
 _log = logging.getLogger(__name__)
 
-BUSY = "wait until it ends, or train into another --output_dir"
-"""What to do about a folder that another run writes to; the end of the message."""
+BUSY = "wait until it ends, or use another --output_dir"
+"""The fix if another run writes to the folder; the end of the message."""
 
 DEFAULT_REVISION = "main"
 
@@ -47,17 +47,17 @@ RESOLVED_FIELDS = ("target_modules", "exclude_modules", "router_activation", "bu
 
 
 def train(data: DataArguments, method: MethodArguments, arguments: TrainingArguments) -> TrainingResult:
-    """Fine-tunes an adapter of any of the methods and writes it to `arguments.output_dir`, with `training_result.json`.
+    """Fine-tunes an adapter of any method and writes it to `arguments.output_dir`, with `training_result.json`.
 
     Raises:
-        MiLoraError: If there is nothing to learn from, no row fits `max_length`, the method needs dev rows and there
-            are none, an argument is out of range, another run writes to the folder, or a hub that is to be pushed to
-            cannot be reached.
+        MiLoraError: If there are no training rows, no row fits `max_length`, the method needs dev rows and there are
+            none, an argument is out of range, another run writes to the folder, or the hub to push to cannot be
+            reached.
     """
     started = time.monotonic()
     output = Path(arguments.output_dir or "out")
     check_launch()
-    # Of several processes that train together the first one keeps others out.
+    # The first of several processes that train together locks the folder.
     is_first = arguments.process_index == 0
     with writing_alone(output, BUSY, name="_lock") if is_first else nullcontext():
         return _train(data, method, arguments, output, started)
@@ -76,7 +76,8 @@ def _train(
     if not mixture.dev:
         arguments.without_evaluation()
     arguments.set_accumulation(len(mixture.train))
-    # Seeded again: reading and filtering may have drawn numbers, and the adapter's start should not depend on them.
+    # Seeded again: reading and filtering may have used random numbers, and the adapter's initialisation should not
+    # depend on them.
     set_seed(arguments.seed)
     model.config.use_cache = False
     steps = arguments.optimizer_steps(len(mixture.train))
@@ -88,7 +89,7 @@ def _train(
     trainer = _trainer(model, tokenizer, arguments, mixture)
     trainer.card.update(title=method.title, base_model=data.backbone, data=data.sources)
     if checkpoint is not None:
-        # The first evaluation was made by the run that is resumed.
+        # The resumed run made the first evaluation.
         trainer.args.eval_on_start = False
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with writing(output, KEPT):
@@ -110,26 +111,27 @@ def _train(
 
 
 def load_for_training(data: DataArguments, arguments: TrainingArguments) -> tuple[Any, Any]:
-    """The backbone that `data` describes, in the dtype that adapters train on here, and its tokenizer.
+    """Loads the backbone of `data`, in the dtype for training on this machine, and its tokenizer.
 
-    The tokenizer has the chat template and the end of sequence that `arguments` name, and is saved with the adapter.
+    The tokenizer has the chat template and end of sequence of `arguments`, and is saved with the adapter.
 
     Raises:
-        MiLoraError: If it cannot be loaded, the revision is of a folder, or the tokenizer lacks what is asked for.
+        MiLoraError: If it cannot be loaded, a folder has a revision, or the tokenizer lacks a requested template or
+            token.
     """
-    # On a CPU autocast rounds what is multiplied and nothing else, as fast as with a bf16 backbone: hidden states, in
-    # which real models have single values of thousands, stay float32.
+    # On a CPU autocast rounds only the operands of products and is as fast as a bf16 backbone. Hidden states, in which
+    # real models have single values of thousands, stay float32.
     on_cpu = data.dtype == "auto" and (arguments.use_cpu or not torch.cuda.is_available())
-    # With several processes the trainer says which device is whose.
+    # With several processes the trainer assigns the devices.
     stays = arguments.use_cpu or arguments.world_size > 1
     quantized = data.load_in_4bit or data.load_in_8bit
     folder = Path(locate(data.backbone))
     if folder.is_dir() and data.model_revision != DEFAULT_REVISION:
         raise MiLoraError(
-            f"--model_revision {data.model_revision} is for backbones on the hub, and {data.backbone} is a folder."
+            f"--model_revision {data.model_revision} is only for backbones on the hub, but {data.backbone} is a folder."
         )
     model, tokenizer = load_backbone(
-        # The adapter names its backbone, and may be loaded from another working directory.
+        # The adapter names its backbone and may be loaded from another working directory.
         str(folder.absolute()) if folder.is_dir() and data.backbone != TINY else data.backbone,
         dtype="float32" if on_cpu and not quantized else data.dtype,
         device="cpu" if stays else None,
@@ -157,14 +159,14 @@ def _trainer(model: Any, tokenizer: Any, arguments: TrainingArguments, mixture: 
     except MiLoraError:
         raise
     except (ValueError, ImportError) as error:
-        # TRL and transformers check their settings here: loggers and optimisers that are not installed, names.
+        # TRL and transformers check their settings here: names, and loggers and optimisers that are not installed.
         raise MiLoraError(f"The training settings are refused: {str(error).splitlines()[0]}") from error
 
 
 def _revision(data: DataArguments) -> str | None:
     """The backbone's revision for the adapter's configuration: a commit, so the adapter stays on it if a branch moves.
 
-    `None` for the default one.
+    `None` for the default revision.
     """
     if data.model_revision == DEFAULT_REVISION:
         return None
@@ -172,32 +174,32 @@ def _revision(data: DataArguments) -> str | None:
 
 
 def _check_same_prompts(checkpoint: Path, tokenizer: Any, revision: str | None) -> None:
-    """Refuses to resume with another backbone's revision, chat template or end of sequence than a run began with."""
+    """Refuses to resume with another revision, chat template or end of sequence than the run started with."""
     found = read_adapter_config(checkpoint).revision
     if found != revision:
         raise MiLoraError(
-            f"{checkpoint} was trained on revision {found or DEFAULT_REVISION} of its backbone, and "
-            f"{revision or DEFAULT_REVISION} is asked for: pass --model_revision {found or DEFAULT_REVISION}."
+            f"{checkpoint} was trained on revision {found or DEFAULT_REVISION} of its backbone, but "
+            f"{revision or DEFAULT_REVISION} is requested: pass --model_revision {found or DEFAULT_REVISION}."
         )
     other = adapter_tokenizer(checkpoint)
     if other is not None and (different := difference(tokenizer, other)):
         raise MiLoraError(
-            f"{checkpoint} was trained with another tokenizer ({different}): resume with the --chat_template_path and "
-            "--eos_token that it was written with."
+            f"{checkpoint} was trained with another tokenizer ({different}): resume with its --chat_template_path and "
+            "--eos_token."
         )
 
 
 def _adapted(backbone: Any, method: MethodArguments, steps: int, revision: str | None, checkpoint: Path | None) -> Any:
-    """The backbone with a new adapter, or with that of the checkpoint that a run goes on from.
+    """The backbone with a new adapter, or with the adapter of the checkpoint to resume from.
 
-    What a search has found, or has left, is in the checkpoint's configuration and not in the one that it began with.
+    The current or final structure of a search is in the checkpoint's configuration, not in the initial one.
     """
     config = method.to_config(backbone, steps)
     if checkpoint is not None:
         _check_same_method(config, read_adapter_config(checkpoint), method, checkpoint)
         if not isinstance(config, AdaLoraConfig):
             return PeftModel.from_pretrained(backbone, checkpoint, is_trainable=True)
-    # A checkpoint of AdaLoRA is pruned, and training goes on with all ranks.
+    # A checkpoint of AdaLoRA is pruned, but training continues with all ranks.
     try:
         return get_peft_model(backbone, config, revision=revision)
     except MiLoraError:
@@ -207,7 +209,7 @@ def _adapted(backbone: Any, method: MethodArguments, steps: int, revision: str |
 
 
 def _choose_checkpointing(model: Any, arguments: TrainingArguments, longest: int) -> None:
-    """Leaves gradient checkpointing out on a CPU whose memory suffices, unless the caller has decided on it."""
+    """Disables gradient checkpointing on a CPU with enough memory, unless the caller set it."""
     if not arguments.chooses_checkpointing or arguments.device.type != "cpu" or arguments.world_size > 1:
         return
     if activations_fit(model, arguments.per_device_train_batch_size, longest, bf16=bool(arguments.bf16)):
@@ -218,15 +220,15 @@ def _check_same_method(asked: Any, found: Any, method: MethodArguments, checkpoi
     if type(asked) is not type(found):
         raise MiLoraError(
             f"{checkpoint} is of a {type(found).__name__}, and --method {method.method} has a {type(asked).__name__}: "
-            "resume with the method that it was written with, or begin anew in another --output_dir."
+            "resume with the same method, or start again in another --output_dir."
         )
     for name, value in method.overrides().items():
-        # Others are resolved when the adapter is made: names of modules, shares of parameters.
+        # Others are resolved when the adapter is created: names of modules, shares of parameters.
         comparable = name not in RESOLVED_FIELDS and isinstance(value, int | float | str)
         if comparable and getattr(found, name) != value:
             raise MiLoraError(
-                f"{checkpoint} has {name}={getattr(found, name)!r}, and {value!r} is asked for: resume with the "
-                "settings that it was written with, or begin anew in another --output_dir."
+                f"{checkpoint} has {name}={getattr(found, name)!r}, but {value!r} is requested: resume with the same "
+                "settings, or start again in another --output_dir."
             )
 
 
@@ -260,7 +262,7 @@ def _result(
 
 
 def _best_perplexity(trainer: MiLoraTrainer, seen: list[float]) -> float | None:
-    """Of the checkpoint that was kept; where none was, the least that was seen."""
+    """Dev perplexity of the kept checkpoint, or the lowest measured if none was kept."""
     state = trainer.state
     if state.best_model_checkpoint and trainer.args.metric_for_best_model in ("loss", "eval_loss"):
         return math.exp(min(float(state.best_metric), 700.0))
@@ -274,7 +276,7 @@ def _record(
     trainer: MiLoraTrainer,
     result: TrainingResult,
 ) -> dict[str, Any]:
-    """Everything that a reader needs to make the run again, and what came out."""
+    """Everything needed to repeat the run, and its results."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {
         "method": {"name": method.method, "set": method.overrides(), "config": model.active_peft_config.to_dict()},
@@ -293,9 +295,9 @@ def _checkpoint(resume: str | bool | None, output: Path) -> Path | None:
     if str(resume).lower() in ("true", "last", "latest"):
         found = last_checkpoint(output)
         if found is None:
-            _log.warning("There is no complete checkpoint in %s to go on from: training begins anew.", output)
+            _log.warning("No complete checkpoint in %s to resume from: training starts from the beginning.", output)
         return found
     path = Path(str(resume))
     if not path.is_dir():
-        raise MiLoraError(f"No checkpoint at {path}; --resume_from_checkpoint last takes the newest in {output}.")
+        raise MiLoraError(f"No checkpoint at {path}; use --resume_from_checkpoint last for the newest in {output}.")
     return path

@@ -6,10 +6,10 @@ from typing import Any
 
 
 def tuner_of(model: Any) -> Any:
-    """What `get_peft_model` put around the backbone, several processes' wrapper or not; `None` if there is none."""
+    """The PEFT tuner around the backbone, also inside the wrapper for several processes; `None` if there is none."""
     return getattr(getattr(model, "module", model), "base_model", None)
 
 
 def reads_prompts(tuner: Any) -> bool:
-    """Whether a method decides something from the prompt, as MiLoRA and IAPT do, and so has to know where it ends."""
+    """Whether a method reads the prompt, as MiLoRA and IAPT do, and so must know where it ends."""
     return getattr(tuner, "use_prompt", None) is not None
