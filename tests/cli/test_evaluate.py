@@ -152,7 +152,7 @@ def test_a_bare_backbone_and_perplexity_alone(capsys: pytest.CaptureFixture[str]
         (["--task", "bundled-choice", "--adapter", "a", "--backbone", "gpt2"], "gpt2|adapter"),
         (["--task", "bundled-choice", "--adapter", "a", "--split", "testing"], "'testing'"),
         (["--task", "bundled-choice,boolq", "--adapter", "none", "--data-dir", "nowhere"], "nowhere"),
-        (["--task", "bundled-choice", "--adapter", "a", "--no-generate"], "nothing to measure"),
+        (["--task", "bundled-choice", "--adapter", "a", "--no-generate"], "Nothing to measure"),
         (["--task", "bundled-choice", "--adapter", "a", "--limit", "1", "--output-dir", "a/adapter_config.json"], "a/"),
     ],
 )

@@ -143,7 +143,7 @@ class TestAlpaca:
     def test_what_it_cannot_do(self, tmp_path: Path) -> None:
         with pytest.raises(MiLoraError, match="alpaca has no split 'test'; its splits: train, dev"):
             Alpaca().examples("test")
-        with pytest.raises(MiLoraError, match="alpaca is to train on: no answer to it is right or wrong"):
+        with pytest.raises(MiLoraError, match="alpaca is for training only, its answers cannot be graded"):
             Alpaca().parse("Apple.")
         with pytest.raises(DataError, match=r"alpaca/train\.json: no such file, and neither alpaca/alpaca_data\.json"):
             Alpaca(tmp_path).examples("train")

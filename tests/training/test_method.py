@@ -48,8 +48,8 @@ def test_settings_as_a_mapping_and_as_json(settings: Any) -> None:
     ("values", "complaint"),
     [
         ({"method": "milrao"}, "There is no method 'milrao'.*did you mean 'milora'"),
-        ({"method": "bitfit", "r": 4}, "--r is no setting of bitfit, whose BitFitConfig has no field 'r'"),
-        ({"method": "lora", "pooler": "max"}, "--pooler is no setting of lora"),
+        ({"method": "bitfit", "r": 4}, "--r is not a setting of bitfit, whose BitFitConfig has no field 'r'"),
+        ({"method": "lora", "pooler": "max"}, "--pooler is not a setting of lora"),
         ({"method": "adalora", "r": 4}, "set 'init_r'"),
         ({"settings": {"topk": 2}}, "'topk' is not a setting of milora.*did you mean 'top_k'"),
         ({"settings": "{r: 4"}, "settings is not JSON"),

@@ -1,4 +1,4 @@
-"""How fast a device moves memory, to hold against it what a kernel or a decode step must move."""
+"""Memory bandwidth of a device, as a reference for kernels and decode steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from milora.benchmark.timed import timed
 
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
-"""Size of the buffer whose copy tells a device's bandwidth: far above every cache."""
+"""Size of the buffer whose copy measures a device's bandwidth: far above every cache."""
 COPIES = 5
 
 
 class Copy:
-    """A copy of a large buffer, which a call makes again.
+    """Copies a large buffer at each call.
 
     Args:
         device: Where.

@@ -1,4 +1,5 @@
-"""Compiled graphs of many methods in one process: room for them, and a count of those that come late or break."""
+"""Compiled graphs of many methods in one process: raises the recompilation limit, and counts late graphs and graph
+breaks."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from milora.tuners.moelora import MoeLoraModel
 Returned = TypeVar("Returned")
 
 GRAPHS_OF_A_CASE = 16
-"""More than a decode step of one method needs, whatever it recompiles while it warms up."""
+"""More than a decode step of one method needs, including recompilations in the warm-up."""
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def room_for_graphs(cases: int) -> Iterator[None]:
 
 
 def why_not_compiled(model: Any, beams: int) -> str | None:
-    """What rules out that a method's decode steps are compiled as the others' are; `None` if nothing is known to.
+    """Why a method's decode steps cannot be compiled like the others'; `None` if they can.
 
     Args:
         model: The bare backbone or a `PeftModel`.

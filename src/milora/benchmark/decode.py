@@ -32,11 +32,11 @@ DECODE_METHODS = (
     "midora",
 )
 SHORT = 4
-"""New tokens of the run that tells how many a method can afford."""
+"""New tokens of the run that estimates how many a method can generate."""
 
 
 def decode_methods(compiled: bool) -> tuple[str, ...]:
-    """What is measured where nothing else is asked for."""
+    """The default methods."""
     return tuple(name for name in DECODE_METHODS if not (compiled and variant(name).merges_route))
 
 
@@ -77,14 +77,14 @@ class DecodeSettings(Settings):
 def decode(settings: DecodeSettings, progress: Progress = lambda line: None, build: Build = build_method) -> Result:
     """Measures decoding.
 
-    Every method is a copy of the backbone's modules around the same weights, with adapter layers of its own. Time is
+    Every method is a copy of the backbone's modules around the same weights, with its own adapter layers. Time is
     taken from the logits of the first new token to those of the last, so the prefill is not in it; for a method that
     merges a route in the first decode step, from the second token on, and the row says what the first step took. Memory
     is the backbone's, what the method keeps, and the most that one generation has on top.
 
     Args:
         settings: What to measure.
-        progress: Is told how far it is.
+        progress: Called with the progress.
         build: Makes a method from its name, the backbone and the settings.
     """
     with opened(settings, progress, len(settings.methods) * len(settings.beams)) as session:

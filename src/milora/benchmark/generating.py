@@ -1,4 +1,4 @@
-"""One timed generation: the prefill and the decode steps apart."""
+"""One timed generation, with prefill and decode steps separated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from milora.benchmark.session import Session
 from milora.tuners.generate_options import compiled_settings
 
 FEWEST_TOKENS = 4
-"""That a slow method generates at least: a prefill and three decode steps."""
+"""The minimum for a slow method: a prefill and three decode steps."""
 
 
 class TokenClock(LogitsProcessor):  # type: ignore[misc]
-    """Notes when the logits of each new token are there; it changes nothing.
+    """Records when the logits of each new token are ready, and changes nothing.
 
-    On a GPU the moments are events in the stream, which nobody waits for while it generates.
+    On a GPU the times are events in the stream, without synchronisation during generation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class TokenClock(LogitsProcessor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Timing:
-    """What one generation took.
+    """The times of one generation.
 
     Attributes:
         prompts: Rows of the batch.

@@ -78,7 +78,7 @@ def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> 
 
     Args:
         settings: What to measure.
-        progress: Is told how far it is.
+        progress: Called with the progress.
     """
     settings = settings.resolved()
     record = Record(settings, progress)

@@ -1,4 +1,4 @@
-"""The methods that are measured, each on modules of its own around the one backbone's weights."""
+"""The measured methods, each with its own modules around the one backbone's weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from milora_core.errors import MiLoraError, did_you_mean
 from milora_core.routing import RouterProjection
 
 BASE = "base"
-"""The frozen backbone itself, with nothing around it."""
+"""The frozen backbone itself, without adapters."""
 
 _STEPS = {"adalora": {"total_step": 1000}}
-"""What a configuration cannot be made without, and inference does not read."""
+"""Fields that a configuration requires but inference does not use."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a measured method is made.
+    """How to build a measured method.
 
     Attributes:
         method: Its name in `milora.methods`; `None` for the bare backbone.
@@ -127,7 +127,7 @@ class MeasuredMethod:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """In force while it runs: PEFT's DoRA caching, on or off."""
+        """A context for its runs: PEFT's DoRA caching, on or off."""
         with DoraCaching(enabled=self.variant.dora_caching):
             yield
 

@@ -64,7 +64,7 @@ def prefill(settings: PrefillSettings, progress: Progress = lambda line: None, b
 
     Args:
         settings: What to measure.
-        progress: Is told how far it is.
+        progress: Called with the progress.
         build: Makes a method from its name, the backbone and the settings.
     """
     with opened(settings, progress, len(settings.methods)) as session:

@@ -1,4 +1,4 @@
-"""Methods in turn, round after round, and what is said of the numbers that come out."""
+"""Measures methods in turn, round after round, and summarises the numbers."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def in_turn(
     describe: Callable[[Sample], str] = str,
     value: Callable[[Sample], float] | None = None,
 ) -> Rounds[Sample]:
-    """Measures A B C, A B C, ..., so that whatever else the machine does meets all methods alike.
+    """Measures A B C, A B C, ..., so other load on the machine affects all methods equally.
 
-    Where the bare backbone is among the methods, rounds that it shows to be disturbed (see [`disturbed`]) are measured
-    again, at most as many as were asked for. Rounds that are disturbed even then are left out.
+    If the bare backbone is among the methods, disturbed rounds (see [`disturbed`]) are measured again, at most `rounds`
+    times. Rounds that are still disturbed are left out.
 
     Args:
         case: What is measured, for the progress.

@@ -1,4 +1,4 @@
-"""How much of a prefill is pooling and routing."""
+"""The share of pooling and routing in a prefill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A load generator for OpenAI-compatible servers: Poisson arrivals, many tenants, several servers in turn."""
+"""A load generator for OpenAI-compatible servers: Poisson arrivals, many tenants, and several servers in turn."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ WORDS = [
     "morning",
     "question",
 ]
-"""What prompts are made of: common words, most of them one token for most tokenizers."""
+"""The words of prompts: common words, most of them one token for most tokenizers."""
 
 Tell = Callable[[str], None]
 

@@ -15,7 +15,7 @@ DONE = "[DONE]"
 
 @dataclass
 class Answer:
-    """What came of a request. Times are seconds from the run's start.
+    """The result of a request. Times are seconds from the run's start.
 
     Attributes:
         model: Which adapter, or the backbone.

@@ -1,4 +1,4 @@
-"""What a load run measured, in numbers."""
+"""The figures of a load run."""
 
 from __future__ import annotations
 

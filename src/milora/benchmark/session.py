@@ -1,4 +1,4 @@
-"""What every benchmark does before and after it measures."""
+"""The common setup and summary of all benchmarks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Build = Callable[[str, Any, Settings], MeasuredMethod]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A method, and what it keeps in memory.
+    """A method and its memory.
 
     Attributes:
         method: Ready to run.
@@ -40,7 +40,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Measured(Generic[Sample]):
-    """What came out of a case.
+    """The results of a case.
 
     Attributes:
         samples: By method, one sample a round.
@@ -65,7 +65,7 @@ class Record:
 
     Args:
         settings: Resolved.
-        progress: Is told how far it is.
+        progress: Called with the progress.
     """
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
@@ -106,7 +106,7 @@ class Session(Record):
 
     Args:
         settings: Resolved.
-        progress: Is told how far it is.
+        progress: Called with the progress.
     """
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
@@ -187,7 +187,7 @@ def opened(settings: Settings, progress: Progress, cases: int, *, training: bool
 
     Args:
         settings: What was asked for; defaults that depend on the machine are filled in.
-        progress: Is told how far it is.
+        progress: Called with the progress.
         cases: How many combinations of method and shape may be compiled.
         training: Whether methods are trained.
     """

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure."""
+"""The settings of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GPU_BACKBONE = "llama-2-7b"
 
 @dataclass(frozen=True)
 class Settings:
-    """The backbone, and what all methods have in common.
+    """The backbone and the settings that all methods share.
 
     Args:
         backbone: A named shape or a folder with a `config.json`; the weights are random. By default TinyLlama's shape

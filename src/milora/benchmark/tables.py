@@ -99,11 +99,11 @@ COLUMNS: Mapping[str, Mapping[str, Cell]] = {
         "/ base": _number("bytes_ratio_to_base", 4),
     },
 }
-"""What each command's table shows beside the method; numbers in parentheses are the least and the greatest."""
+"""The columns of each command's table; numbers in parentheses are the least and the greatest."""
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a result's table; a column in which nothing stands is left out."""
+    """The header and the rows of a result's table, without empty columns."""
     rows = result["rows"]
     columns = {name: [cell(row) for row in rows] for name, cell in COLUMNS[result["command"]].items()}
     shown = {name: texts for name, texts in columns.items() if set(texts) != {NOTHING}}
@@ -129,7 +129,7 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What is to be said beneath a result's table: which rows of a compiled measurement are of eager steps, and why."""
+    """Notes below a result's table: which rows of a compiled measurement ran eagerly, and why."""
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
         if row.get("not_compiled"):
@@ -145,7 +145,7 @@ def print_table(result: Mapping[str, Any]) -> None:
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # Figures that are cut off are none: the table takes the room it needs, however wide the terminal is.
+    # Truncated numbers are useless, so the table may exceed the terminal's width.
     needed = Console(width=WIDEST).measure(table).maximum
     console = Console(width=max(Console().width, needed))
     console.print(table)

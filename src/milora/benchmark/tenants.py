@@ -1,4 +1,4 @@
-"""`milora bench tenants`: one batch whose rows have an adapter each."""
+"""`milora bench tenants`: one batch in which each row has its own adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from milora_core.errors import MiLoraError
 
 TENANT_METHODS = (BASE, "lora", "lora-together", "milora")
 SERVES_ROWS = ("lora", "milora", "midora")
-"""Methods of which rows of one batch can have different adapters (`adapter_names`); PEFT refuses it to DoRA."""
+"""Methods that support different adapters for the rows of one batch (`adapter_names`); PEFT refuses DoRA."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def tenants(settings: TenantsSettings, progress: Progress = lambda line: None) -
 
     Args:
         settings: What to measure.
-        progress: Is told how far it is.
+        progress: Called with the progress.
     """
     cases = len(settings.methods) * len(settings.tenants) * len(settings.beams)
     with opened(settings, progress, cases) as session:

@@ -1,7 +1,7 @@
 """The bytes that a decode step must read and the operations it must do, by formula, from the sizes of the modules.
 
-Decoding one token reads every weight of the backbone once, whatever the batch; so on most machines the bytes decide.
-For a step over `rows` rows (prompts times beams) whose keys and values hold `context` tokens:
+Decoding one token reads every weight of the backbone once, independent of the batch; so on most machines the bytes
+determine the time. For a step over `rows` rows (prompts times beams) whose keys and values hold `context` tokens:
 
 - backbone: all weights of the blocks, the last norm and the head; of the embedding `rows` rows;
 - adapter: the weights that the step uses (below);

@@ -140,7 +140,7 @@ def train_steps(settings: TrainSettings, progress: Progress = lambda line: None,
 
     Args:
         settings: What to measure.
-        progress: Is told how far it is.
+        progress: Called with the progress.
         build: Makes a method from its name, the backbone and the settings.
     """
     with opened(settings, progress, len(settings.methods), training=True) as session:

@@ -1,1 +1,1 @@
-"""Measures models on tasks: generated answers and their accuracy, perplexity, predictions that survive interruption."""
+"""Measures models on tasks: accuracy of generated answers, perplexity, and resumable predictions."""

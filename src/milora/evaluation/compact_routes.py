@@ -1,4 +1,4 @@
-"""Routes in files of predictions: small, and ready to be counted."""
+"""Compact routes for files of predictions, which can be counted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:
-    """A prompt's route as small as it stays readable: expert -> the numbers of the blocks in which it was chosen.
+    """A prompt's route in compact form: expert -> the numbers of the blocks in which it was chosen.
 
-    Every expert is there, also with no block, and a block's number is the end of its path (`model.layers.7` is 7). A
-    line needs nothing else to be read, and shares over many rows are counts: `count[expert][block] += 1`.
+    Every expert is a key, also without blocks, and a block's number is the end of its path (`model.layers.7` is 7). For
+    shares over many rows count `count[expert][block] += 1`.
     """
     numbers = [int(block.rpartition(".")[2]) for block in route.blocks]
     chosen = route.chosen[:, row].tolist()

@@ -1,4 +1,4 @@
-"""Tells models and runs apart by their contents, so that the results of one are never taken for another's."""
+"""Fingerprints of models and runs by their contents, so results of different models or runs are never mixed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 SAMPLE = 16
-"""Numbers read of each parameter of a backbone: training moves all of them, and a whole backbone takes long to read."""
+"""Numbers sampled from each parameter of a backbone: training changes all of them, and reading a whole backbone takes
+long."""
 
 _PLACES = frozenset({"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"})
-"""Fields of an adapter's configuration that change nothing in what it computes."""
+"""Fields of an adapter's configuration that do not affect its outputs."""
 
 
 def model_fingerprint(model: Any, adapters: Iterable[str] | None = None) -> str:
-    """A digest of what decides a model's outputs: its adapters, whole, and a sample of the backbone's weights.
+    """A digest of what determines a model's outputs: its complete adapters and a sample of the backbone's weights.
 
-    Where the model lies, its device and the names of files do not enter; the weights' dtype does.
+    The model's location, device and file names are not included; the weights' dtype is.
 
     Args:
         model: A causal language model, with or without adapters.
-        adapters: The names of those that answer; by default the active one.
+        adapters: The names of the used adapters; by default the active one.
     """
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(model, PeftModel):
@@ -47,12 +48,12 @@ def model_fingerprint(model: Any, adapters: Iterable[str] | None = None) -> str:
 
 
 def run_fingerprint(settings: Mapping[str, Any], model: str) -> str:
-    """A digest of a run, which marks the outputs that a later run may go on with.
+    """A digest of a run, which marks the outputs that a later run may resume.
 
     Args:
-        settings: For JSON, whatever decides the outputs beside the weights: the task or the question, the decoding, the
-            seed where tokens are drawn.
-        model: The [`model_fingerprint`] of the model that answers.
+        settings: Everything, as JSON, that determines the outputs besides the weights: the task or the question, the
+            decoding, and the seed when sampling.
+        model: The [`model_fingerprint`] of the model.
     """
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
     digest.update(model.encode())

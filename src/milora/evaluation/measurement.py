@@ -1,4 +1,4 @@
-"""Everything that is measured of a model on one task, by the settings of `milora evaluate`."""
+"""Measures a model on one task with the settings of `milora evaluate`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BEAMS = 3
 
 @dataclass(frozen=True)
 class Judging:
-    """Who judges MT-Bench's answers, and under which name they are kept.
+    """The judge of MT-Bench's answers, and the model's name in the files.
 
     Attributes:
         model_id: The model's name in the files.
@@ -45,7 +45,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to measure, on which rows, and how.
+    """Measurement settings.
 
     Attributes:
         split: Which rows.
@@ -76,7 +76,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         if not self.accuracy and not self.perplexity:
-            raise MiLoraError("There is nothing to measure: ask for accuracy, for perplexity, or for both.")
+            raise MiLoraError("Nothing to measure: select accuracy, perplexity, or both.")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, beside results: what they depend on."""
@@ -194,11 +194,9 @@ def check_rows(task: Task, settings: EvaluationSettings) -> None:
 def _check_conversations(task: MtBench, settings: EvaluationSettings) -> None:
     judging = settings.judging
     if not settings.accuracy:
-        raise MiLoraError(
-            f"{task.name} has no gold completions to measure perplexity on: leave --no-generate or it out."
-        )
+        raise MiLoraError(f"{task.name} has no gold completions for perplexity: remove --no-generate or the task.")
     if settings.output_dir is None:
-        raise MiLoraError("MT-Bench's answers are kept to be judged: say where, with --output-dir.")
+        raise MiLoraError("MT-Bench's answers must be saved for the judge: pass --output-dir.")
     if judging.opponent is not None and judging.url is None:
         raise MiLoraError("A comparison with another model's answers needs a judge: pass --judge-url.")
     _judge(judging)

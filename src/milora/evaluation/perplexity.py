@@ -31,7 +31,7 @@ class Perplexity:
     Attributes:
         perplexity: exp of the mean negative log-likelihood of a completion's token, over all tokens of all rows.
         loss: That mean, in nats.
-        rows: How many rows.
+        rows: The number of rows.
         tokens: How many tokens, each row's end-of-sequence token included.
         no_room: Rows left out, as they have more tokens than the backbone has positions.
     """
@@ -56,15 +56,15 @@ def completion_perplexity(
     training. A router reads the prompt alone, as when it generates.
 
     Args:
-        model: A causal language model with its active adapter, of any method, or none.
+        model: A causal language model with an active adapter of any method, or without.
         tokenizer: The model's.
         examples: The rows.
         batch_size: Rows a batch; rows of similar length share one.
         progress: Shows progress.
 
     Raises:
-        MiLoraError: If there is no row that fits the model, one has a token that it has no embedding for, or the
-            GPU's memory does not suffice.
+        MiLoraError: If there is no row that fits the model, one has a token that it has no embedding for, or the GPU
+            runs out of memory.
     """
     encoded = [encode_example(tokenizer, example) for example in examples]
     check_tokens(model, tokenizer, [tokens for tokens, _ in encoded])

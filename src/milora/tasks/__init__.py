@@ -1,1 +1,1 @@
-"""Tasks: where rows come from, how an output is read, and what counts as right."""
+"""Tasks: the source of rows, how outputs are read, and which answers are correct."""

@@ -1,4 +1,4 @@
-"""Alpaca (Taori et al. 2023): instructions and answers that a language model wrote, to tune on and never to test on."""
+"""Alpaca (Taori et al. 2023): instructions and answers that a language model wrote, for training only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FILES = ("alpaca/train.json", "alpaca/alpaca_data.json", "alpaca_data.json")
 
 
 class Alpaca(PublicTask):
-    """Alpaca's instructions; `dev`, 500 rows held out from them, is there to stop training early.
+    """Alpaca's instructions; `dev`, 500 rows held out from them, is for early stopping.
 
-    The public set has 52002 rows, of which the paper counts 50000. Some tens have an empty output: nothing can be
-    learnt from them, and they are left out. `answer` is the output itself, and no output of a model is right or wrong.
+    The public set has 52002 rows, of which the paper counts 50000. Some tens have an empty output and are left out.
+    `answer` is the output itself; outputs of a model are not compared.
     """
 
     name = "alpaca"
@@ -30,18 +30,18 @@ class Alpaca(PublicTask):
     splits: ClassVar[tuple[str, ...]] = ("train", "dev")
 
     def load(self, split: Split) -> list[Example]:
-        """Every row of a split, in the source's order."""
+        """All rows of a split, in the source's order."""
         train, dev = hold_out(_examples(_from_hub() if self.data_dir is None else _from_folder(self.data_dir)))
         return dev if split == "dev" else train
 
     def parse(self, output: str) -> str | None:
-        """It has no parser.
+        """There is no parser.
 
         Raises:
             MiLoraError: always.
         """
         raise MiLoraError(
-            "alpaca is to train on: no answer to it is right or wrong; evaluate on mt-bench, mmlu, bbh or another task"
+            "alpaca is for training only, its answers cannot be graded; evaluate on mt-bench, mmlu, bbh or another task"
         )
 
 
@@ -54,8 +54,8 @@ def _from_folder(data_dir: Path) -> Iterable[tuple[str, object]]:
     path = next(filter(Path.is_file, (data_dir / name for name in FILES)), None)
     if path is None:
         raise DataError(
-            f"{data_dir / FILES[0]}: no such file, and neither {' nor '.join(FILES[1:])}; "
-            f"without a data folder, alpaca comes from the hub ({HUB_ID})"
+            f"{data_dir / FILES[0]}: no such file, nor {' or '.join(FILES[1:])}; without a data folder, alpaca comes "
+            f"from the hub ({HUB_ID})"
         )
     return read_values(path)
 

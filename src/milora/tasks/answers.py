@@ -1,7 +1,7 @@
-"""Reading an answer in words out of a generated text: one label of a few, or the letter of a choice.
+"""Reads an answer in words from a generated text: one of a few labels, or the letter of a choice.
 
-Both read as a fair grader does: they are tolerant of form, and an answer that is denied or ambiguous is none.
-[`milora.tasks.numbers`] reads numbers, [`milora.tasks.denials`] says what a text denies.
+Both are tolerant of form; an answer that is negated or ambiguous does not count.
+[`milora.tasks.numbers`] reads numbers, [`milora.tasks.denials`] detects negation.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ CUE = re.compile(
     r"\bit(?:'s| is| must be| should be)(?!\w)",
     re.IGNORECASE,
 )
-"""Where an answer is announced: "the answer is", "the answer to this would be:", "Answer:", "####", a LaTeX box; or
-corrected: "no, it is"."""
+"""Cues of an answer: "the answer is", "the answer to this would be:", "Answer:", "####", a LaTeX box; or of a
+correction: "no, it is"."""
 
-# A label may itself begin with "answer", so that this cue is narrower than the one of letters and numbers.
+# A label may begin with "answer", so this cue is narrower than the one for letters and numbers.
 _NO_LABEL = r"no (?:doubt|question|longer|one|matter|idea)\b"
 _LABEL_CUE = re.compile(r"\banswer ?(?:is\b|:)")
 _REACH = 400
-"""Characters of a sentence that are read behind a cue: a model that repeats itself ends none."""
+"""Maximum characters read after a cue: a model that repeats itself never ends a sentence."""
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 
 _MARKS = r"[\s*_`\"'$:,>=#-]*"
@@ -70,7 +70,7 @@ _ENUMERATION = re.compile(r"[)\]]?\s*(?:\bor\b|\band\b|\bnor\b|,)+\s*(?:(?:or|an
 
 
 class Labels:
-    """The labels of a task, and how they are found in a text.
+    """The labels of a task, and their search in a text.
 
     Args:
         labels: The labels, in lower case, such as `answer2`, `true` or `high school physics`.
@@ -78,7 +78,7 @@ class Labels:
 
     def __init__(self, labels: Iterable[str]):
         self._labels = {_letters(label): label for label in labels}
-        # "answer2" is also written "answer 2" or "answer-2", and a space in a label also as an underscore.
+        # "answer2" may be written "answer 2" or "answer-2", and a space in a label as an underscore.
         words = (re.findall(r"[^\W\d_]+|\d+", label) for label in self._labels.values())
         forms = sorted(("[ _-]?".join(parts) for parts in words), key=len, reverse=True)
         self._pattern = re.compile(rf"(?<![\w/])(?<!\bnon-)(?<!\bun-)(?!{_NO_LABEL})(?:{'|'.join(forms)})(?![\w/])")
@@ -86,11 +86,11 @@ class Labels:
     def find(self, text: str) -> str | None:
         """The label that a text gives, or `None`.
 
-        It is the first label in the sentence after "answer is" (or "answer:"). Where none follows such words, it is the
-        only label in the text. Several different ones are no answer, nor are two different ones side by side ("true or
-        false") after such words. Neither is a label that is denied or asked ("not true", "it can't be true", "true is
-        wrong", "true?"; see [`milora.tasks.denials`]), nor one in a list such as "true/false". Case, punctuation and a
-        space in the label ("Answer 2") do not matter.
+        This is the first label in the sentence after "answer is" (or "answer:"), or else the only label in the text.
+        Not counted: several different labels, two different labels side by side ("true or false") after such words, a
+        label that is negated or asked ("not true", "it can't be true", "true is wrong", "true?"; see
+        [`milora.tasks.denials`]), and a label in a list such as "true/false". Case, punctuation and a space in the
+        label ("Answer 2") are ignored.
         """
         text = re.sub(r"[^\S\n]*/[^\S\n]*", "/", re.sub(r"[^\S\n]+", " ", plain(text).casefold()))
         for cue in _LABEL_CUE.finditer(text):
@@ -111,7 +111,7 @@ class Labels:
         return self._labels[found.pop()] if len(found) == 1 else None
 
     def _affirmed(self, text: str, matches: Iterable[re.Match[str]]) -> Iterator[re.Match[str]]:
-        """Those that the text affirms; what is denied of the first of a list ("neither true nor false") is of all."""
+        """Labels that the text affirms; a negation of the first in a list ("neither true nor false") applies to all."""
         matches = list(matches)
         denied = [is_denied(text, match.start(), match.end()) for match in matches]
         for place in range(1, len(matches)):
@@ -126,13 +126,13 @@ class Labels:
 def find_letter(text: str, letters: str) -> str | None:
     """The letter of the choice that a text gives, in upper case, or `None`.
 
-    Of the cues ("the answer is", "Answer:", "####", a LaTeX box) the last one counts that a letter follows: in
-    brackets, with a full stop or bracket after it, in bold, after "option" or "choice". Without any, it is the letter
-    that the text consists of or begins with ("C", "(c)", "C. Paris", "C) Paris"), else the one that it states ("it is
-    C", "C is right"), else the only one that stands in brackets anywhere in the text. A small letter counts in brackets
-    or where nothing but punctuation follows it, so that "a" remains an article. Two letters side by side ("A or B",
-    "A/B") are no answer, nor is the list of the choices, nor a letter that is none of them, nor one that is denied or
-    asked ("not C", "it can't be C", "C is wrong", "C?"; see [`milora.tasks.denials`]).
+    Among the cues ("the answer is", "Answer:", "####", a LaTeX box), the last one followed by a letter counts: in
+    brackets, before a full stop or bracket, in bold, after "option" or "choice". Without a cue it is the letter that
+    the text consists of or begins with ("C", "(c)", "C. Paris", "C) Paris"), else the one that the text states ("it is
+    C", "C is right"), else the only one in brackets. A lower-case letter counts in brackets or before punctuation, so
+    "a" remains an article. Not counted: two letters side by side ("A or B", "A/B"), the list of the choices, a letter
+    that is not a choice, and one that is negated or asked ("not C", "it can't be C", "C is wrong", "C?"; see
+    [`milora.tasks.denials`]).
 
     Args:
         text: The generated text.
@@ -156,7 +156,7 @@ def find_letter(text: str, letters: str) -> str | None:
 
 
 def _affirmed(text: str, matches: Iterable[re.Match[str]]) -> list[re.Match[str]]:
-    """Those that the text affirms, without those of a list of which the first is denied ("not (A) or (B)")."""
+    """Letters that the text affirms, without lists whose first letter is negated ("not (A) or (B)")."""
     kept: list[re.Match[str]] = []
     denied_end: int | None = None
     for match in matches:
@@ -172,7 +172,7 @@ def _affirmed(text: str, matches: Iterable[re.Match[str]]) -> list[re.Match[str]
 
 
 def _is_denied(text: str, found: re.Match[str]) -> bool:
-    """Whether a letter is denied, by itself or with the others of its list ("A, B and C are wrong")."""
+    """Whether a letter is negated, alone or with its list ("A, B and C are wrong")."""
     start, end = _span(found)
     last = _ANOTHER.match(text, end)
     while last and (further := _ANOTHER.match(text, last.end())):
@@ -181,7 +181,7 @@ def _is_denied(text: str, found: re.Match[str]) -> bool:
 
 
 def _of_another(text: str, end: int, start: int) -> bool:
-    """Whether a label is said of a sentence with another one: "it is false that it is not true"."""
+    """Whether a label refers to a clause with another label: "it is false that it is not true"."""
     return _THAT.match(text, end, start) is not None
 
 
@@ -191,12 +191,12 @@ def _sentence_end(text: str, start: int) -> int:
 
 
 def _joined(text: str, end: int, start: int) -> bool:
-    """Whether nothing but "or", "and", a comma and brackets stands between two candidates."""
+    """Whether only "or", "and", a comma or brackets are between two candidates."""
     return _ENUMERATION.fullmatch(text, end, start) is not None
 
 
 def _one_letter(found: list[re.Match[str]], text: str, letters: str) -> str | None:
-    """The one letter that some matches give, `None` where they differ or are joined to another one."""
+    """The common letter of the matches; `None` if they differ or are joined to another letter."""
     given = {_group(match) for match in found}
     for match in found:
         other = _ANOTHER.match(text, match.end()) or _NEXT_LINE.match(text, match.end())
@@ -207,7 +207,7 @@ def _one_letter(found: list[re.Match[str]], text: str, letters: str) -> str | No
 
 
 def _lists_choices(text: str, letters: str) -> bool:
-    """Whether the first two letters are there in their order, as in "(A) 21 (B) 20", and not "(A), not (B)"."""
+    """Whether the first two letters appear in order, as in "(A) 21 (B) 20", but not "(A), not (B)"."""
     first, second = (re.compile(rf"(?<!\w){letter}\s*[.):\]]") for letter in letters[:2])
     found = first.search(text)
     other = second.search(text, found.end()) if found else None
@@ -219,7 +219,7 @@ def _group(found: re.Match[str]) -> str:
 
 
 def _span(found: re.Match[str]) -> tuple[int, int]:
-    """Where the letter of a match stands, its brackets included."""
+    """The span of the letter of a match, including its brackets."""
     place = next(number for number, group in enumerate(found.groups(), start=1) if group)
     start, end = found.span(place)
     bracket = re.compile(r"\s*[)\]]").match(found.string, end)

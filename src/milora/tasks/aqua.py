@@ -18,7 +18,7 @@ LETTERS = "ABCDE"
 class Aqua(ReasoningTask):
     """AQuA in LLM-Adapters' words; the answer is a letter, `A` to `E`.
 
-    The rationales to train on are the data set's own, which people wrote. They vary in length and quality; the letter
+    The rationales for training are the data set's own, written by people. They vary in length and quality; the letter
     that the last sentence adds is the gold one. From a folder, `{split}.original.jsonl` are the original files
     (`train`, `dev`, `test`), and `{split}.json` are LLM-Adapters'.
     """

@@ -1,7 +1,7 @@
 """ARC (Clark et al. 2018): science questions for schools, three to five choices, an easy and a challenging set.
 
-Two of ARC-Easy's test questions also stand in its train set, in the public files and so here: they are kept, so that
-results compare with published ones.
+Two of ARC-Easy's test questions are also in its public train set. They are kept, so results are comparable with
+published ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from milora.tasks.task import Example
 
 
 class Arc(LabelTask):
-    """What the two sets share; the answer is `answer1` to `answer5`, the choice's place."""
+    """Base of the two sets; the answer is `answer1` to `answer5`, the choice's position."""
 
     labels = tuple(f"answer{number}" for number in range(1, 6))
     hub_id = "allenai/ai2_arc"
@@ -27,13 +27,13 @@ class Arc(LabelTask):
         """The example for a row of `question`, `choices` (`text`, `label`) and `answerKey` (A to E, or 1 to 5).
 
         Raises:
-            DataError: `answerKey` is none of the choices' labels.
+            DataError: `answerKey` is not a label of a choice.
         """
         return choice_example(row["question"], row["choices"], row["answerKey"])
 
 
 class ArcEasy(Arc):
-    """Questions that word co-occurrence or retrieval could answer."""
+    """Questions that word co-occurrence or retrieval can answer."""
 
     name = "arc-easy"
     folder = "ARC-Easy"

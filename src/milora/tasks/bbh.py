@@ -1,8 +1,8 @@
-"""BIG-Bench Hard (Suzgun et al. 2023): 27 tasks that language models found hard, answered freely.
+"""BIG-Bench Hard (Suzgun et al. 2023): 27 hard tasks with free answers.
 
-The authors' prompts, three solved examples a task with a chain of thought, are not part of the data, and are not here.
-Without them the questions are asked as they stand. lm-eval has the prompts: its `bbh_cot_fewshot` and `bbh_fewshot` run
-through `milora lm-eval`, and their figures are those to compare with published ones.
+The authors' prompts, three solved examples per task with a chain of thought, are not part of the data and not included.
+The questions are asked without them. lm-eval has the prompts: run its `bbh_cot_fewshot` and `bbh_fewshot` with `milora
+lm-eval` to compare with published figures.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _COUNT = re.compile(r"(-?[0-9][0-9,.]*) [a-z][a-z ]*")
 
 
 class Bbh(PublicTask):
-    """BBH's rows as `Q: ...` and `A:`; right is an exact match, but for the form that [`parse`][Bbh.parse] allows.
+    """BBH's rows as `Q: ...` and `A:`; correct is an exact match after [`parse`][Bbh.parse].
 
     The benchmark's figure is the mean of its 27 tasks' accuracies. An example's `group` is its task.
 
     Args:
         data_dir: A folder that holds `bbh/{task}.json`; the hub if `None`.
-        shots: How many solved rows of the task stand before each question. They are drawn from its own rows, the same
-            ones always, and are not tested then: each task has that many rows fewer.
+        shots: Number of solved rows of the task before each question. They are always the same rows of the task and are
+            not tested, so each task has that many rows fewer.
     """
 
     name = "bbh"
@@ -82,11 +82,11 @@ class Bbh(PublicTask):
         self.shots = shots
 
     def load(self, split: Split) -> list[Example]:
-        """Every row that is tested, task by task."""
+        """All tested rows, task by task."""
         return [example for task in TASKS for example in self._of_task(task)]
 
     def parse(self, output: str) -> str | None:
-        """What a text answers, as gold answers are written here, or `None` where it is empty.
+        """The answer of a text in the form of the gold answers, or `None` if empty.
 
         It is what follows the last "answer is" (or another cue of [`milora.tasks.answers.CUE`]) on its line, else the
         first line. Case, space, quotation marks, bold and a full stop at the end do not matter, nor commas between

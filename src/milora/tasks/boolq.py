@@ -1,4 +1,4 @@
-"""BoolQ (Clark et al. 2019): questions of yes or no that people asked a search engine."""
+"""BoolQ (Clark et al. 2019): yes/no questions that people asked a search engine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from milora.tasks.task import Example
 class BoolQ(LabelTask):
     """BoolQ without its passages, as LLM-Adapters poses it; the answer is `true` or `false`.
 
-    The test split is the public validation split, the last one that has answers. The hub has no dev split, so that dev
-    is held out from train there too.
+    The test split is the public validation split, the last one with answers. The hub has no dev split, so dev is held
+    out from train there too.
     """
 
     name = "boolq"

@@ -1,4 +1,4 @@
-"""Whether a text affirms something that it names: "true" is named, and denied, in "it cannot be true"."""
+"""Whether a text affirms a word that it contains: "it cannot be true" contains "true" but negates it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEGATOR = (
 )
 _NEGATION = re.compile(_NEGATOR)
 _EXCEPT = re.compile(r"\b(?:anything|all|everything|any|every one|everyone)\s+but\b")
-# Negators that deny nothing.
+# Negators without negation.
 _NO_NEGATION = re.compile(
     r"\bnothing (?:but|other than|except)\b"
     r"|\b(?:no|without|beyond|never|not|cannot|can't|don't)\s+(?:an?\s+|any\s+)?doubt\b"
@@ -27,7 +27,7 @@ _NO_NEGATION = re.compile(
     r"|\bwhether or not\b[^,]*,"
 )
 _QUOTED = re.compile(r"\"[^\"\n]*\"|(?<!\w)'[^'\n]*(?:\w'\w[^'\n]*)*'(?!\w)")
-# A clause ends here, unless a negator stands right before the comma or colon: "it is not, however, true".
+# A clause ends here, unless a negator is right before the comma or colon: "it is not, however, true".
 _CLAUSE_END = re.compile(
     r"[.!?](?=[\s\"')\]]|$)|[;\n]|(?P<soft>[,:])|\s-+\s|--"
     r"|\b(?:but|however|though|although|so|therefore|thus|hence|because|since|while|whereas|then|yet|meaning|implies"
@@ -76,11 +76,11 @@ _QUESTION_START = re.compile(
 )
 
 _WINDOW = 300
-"""Characters that are read on either side: more is no clause, but a model that repeats itself."""
+"""Maximum characters read on either side: longer text is not a clause but repetition."""
 
 
 def is_denied(text: str, start: int, end: int) -> bool:
-    """Whether `text[start:end]` is named but not affirmed: denied, doubted, asked, or a condition.
+    """Whether `text[start:end]` is not affirmed: negated, doubted, asked, or a condition.
 
     The clause up to it is read ("it is not true", "I doubt that it is B", "rather than C", "if it is 5"), and what is
     said of it right behind ("B is wrong", "A can't be right", "true?"). A negation in the subject of the clause denies

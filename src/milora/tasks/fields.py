@@ -1,4 +1,4 @@
-"""Records in a benchmark's own schema: the fields that a task needs, checked with the place of the row."""
+"""Checks the fields of records in a benchmark's own schema, with the row's location in errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Text and rows from files and standard input: JSON lines, or a JSON array as LLM-Adapters has it.
+"""Reads text and rows from files and standard input: JSON lines, or a JSON array in LLM-Adapters' format.
 
-All rows and prompts that users pass come through here, so they are read alike: UTF-8, with or without a byte order
-mark, lines that end in LF or CRLF, and strict JSON.
+All rows and prompts of users are read here, with the same rules: UTF-8 with or without a byte order mark, lines that
+    end in LF or CRLF, and strict JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STANDARD_INPUT = "-"
 
 
 def read_file(path: Path) -> list[Row]:
-    """Every row of a file; blank lines of JSON lines are skipped, a byte order mark is taken off.
+    """All rows of a file; blank lines of JSON lines are skipped, a byte order mark is removed.
 
     Raises:
         DataError: the file cannot be opened, is not UTF-8, is of an unknown format or empty, or has a line (JSON lines)
@@ -38,10 +38,10 @@ def read_file(path: Path) -> list[Row]:
 
 
 def read_values(path: Path) -> Iterator[tuple[str, object]]:
-    """The JSON values of a file with one value a row, each with its place. Standard input and pipes hold JSON lines.
+    """The JSON values of a file, one per row, each with its location. Standard input and pipes contain JSON lines.
 
     Raises:
-        DataError: as [`read_file`], but for the rows' shape.
+        DataError: see [`read_file`], except for the rows' shape.
     """
     suffix = path.suffix.lower()
     if is_stream(path):
@@ -129,7 +129,7 @@ def read_text(path: Path) -> str:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path is standard input, a pipe or a device: something without a format in its name."""
+    """Whether a path is standard input, a pipe or a device, whose name has no format."""
     return str(path) == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
 
 

@@ -1,4 +1,4 @@
-"""The folder of the benchmarks' files, where a command is given none."""
+"""The default folder of the benchmarks' files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ VARIABLE = "MILORA_DATA_DIR"
 
 
 def data_folder(given: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder that a command reads benchmarks from, with a `~` in front of it resolved; the hub where it is `None`.
+    """The folder from which a command reads benchmarks, with a leading `~` expanded; `None` means the hub.
 
     Args:
-        given: What the command was given, which comes first; then comes `MILORA_DATA_DIR`, where it is not empty.
+        given: The command's argument, which takes precedence over a non-empty `MILORA_DATA_DIR`.
     """
     named = given or os.environ.get(VARIABLE)
     return Path(named).expanduser() if named else None

@@ -58,7 +58,7 @@ class InstructionTask(PublicTask):
         """
 
     def load(self, split: Split) -> list[Example]:
-        """Every row of a split, in the source's order."""
+        """All rows of a split, in the source's order."""
         if split == "test" or self._has_dev():
             return self._load(split)
         train, dev = hold_out(self._load("train"))

@@ -66,7 +66,7 @@ class MtBench(Task):
         self._refuse("has no rows with a gold answer")
 
     def parse(self, output: str) -> str | None:
-        """It has no parser.
+        """There is no parser.
 
         Raises:
             MiLoraError: always.

@@ -26,6 +26,6 @@ class OpenBookQA(LabelTask):
         """The example for a row of `question_stem`, `choices` (`text`, `label`) and `answerKey` (A to D).
 
         Raises:
-            DataError: `answerKey` is none of the choices' labels.
+            DataError: `answerKey` is not a label of a choice.
         """
         return choice_example(row["question_stem"], row["choices"], row["answerKey"].strip())

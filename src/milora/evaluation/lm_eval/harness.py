@@ -1,4 +1,4 @@
-"""lm-eval's tasks on our models, through `lm_eval.simple_evaluate`, with the local tasks known to it."""
+"""lm-eval's tasks on our models, through `lm_eval.simple_evaluate`, including the local tasks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(
             [`milora.tasks.folder.data_folder`].
         include_path: A folder of further tasks.
         output_path: A folder (or a `.json` file) for the results, as lm-eval writes them.
-        log_samples: Whether every request is saved there too.
+        log_samples: Whether to save every request there too.
         **settings: Of `lm_eval.simple_evaluate`: `num_fewshot`, `batch_size`, `limit`, `gen_kwargs`, ...
 
     Returns:
@@ -48,12 +48,12 @@ def run(
 
     Raises:
         MissingExtraError: If lm-eval is not installed.
-        MiLoraError: If there is no such task, the files of a local task are not there, the model cannot be loaded, or
+        MiLoraError: If there is no such task, the files of a local task are missing, the model cannot be loaded, or
             lm-eval refuses a setting.
     """
     if log_samples and output_path is None:
-        raise MiLoraError("Samples need a place to be saved: pass --output-path too.")
-    # Long before its results are lost, as lm-eval only logs that they could not be saved.
+        raise MiLoraError("--log-samples needs a folder: pass --output-path too.")
+    # Checked early, because lm-eval only logs that results could not be saved.
     if output_path is not None:
         folder = Path(output_path).parent if Path(output_path).suffix == ".json" else Path(output_path)
         require_writable(folder)
@@ -109,7 +109,7 @@ def local_tasks(folder: Path, wanted: Sequence[str], data_dir: Path | None) -> M
         if task in missing and data_dir is None:
             raise MiLoraError(f"{task} reads a folder: name it with --data-dir or {VARIABLE}.")
         if missing.get(task) is not None:
-            raise MiLoraError(f"{task} needs {missing[task]}, which is not there: check --data-dir or {VARIABLE}.")
+            raise MiLoraError(f"{task} needs {missing[task]}, which does not exist: check --data-dir or {VARIABLE}.")
     return missing
 
 

@@ -1,7 +1,7 @@
-"""lm-eval's own MMLU, BBH and GSM8K on a folder's rows: each task again, its name with `_local` behind it.
+"""lm-eval's own MMLU, BBH and GSM8K on a folder's rows: each task again, with `_local` appended to its name.
 
-Prompts, few-shot examples, filters and metrics stay lm-eval's: a local task is a YAML of a few lines that includes
-lm-eval's and says where the rows are. Nothing of lm-eval is copied, and nothing is asked of a hub.
+Prompts, few-shot examples, filters and metrics stay lm-eval's: a local task is a short YAML file that includes
+lm-eval's and names the rows' files. Nothing of lm-eval is copied, and no hub is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`MiLoraLM`: lm-eval's Hugging Face model, with prompts routed on the context alone.
+"""`MiLoraLM`: lm-eval's Hugging Face model, with prompts routed on the context only.
 
-lm-eval scores a continuation by a forward pass over context and continuation. A router that reads the whole of it sees
-the answer that it is to judge, and the four choices of a question are served by four routes; generation would have
-decided on the context. Here each row's prompt is its context, for every method that reads the prompt (MiLoRA, IAPT).
+lm-eval scores a continuation by a forward pass over context and continuation. A router that reads both sees the answer
+that is scored, and the four choices of a question get four routes, whereas generation routes on the context. Here each
+row's prompt is its context, for every method that reads the prompt (MiLoRA, IAPT).
 """
 
 from __future__ import annotations

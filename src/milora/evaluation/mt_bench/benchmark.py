@@ -1,4 +1,4 @@
-"""MT-Bench from start to end: answers, judgements, scores, each in a file that a later run goes on with."""
+"""Runs MT-Bench: answers, judgements and scores, each in a file from which a later run resumes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(
         model: A causal language model, with an adapter or without.
         tokenizer: The model's.
         questions: What to ask.
-        folder: Where everything is written; what is there already is not done again.
+        folder: The output folder; existing answers and judgements are not made again.
         model_id: The model's name in the files.
         judge: Grades the answers; `None` leaves them unjudged.
         opponent: A file of another model's answers to compare with.
@@ -84,7 +84,7 @@ def run(
     )
     graded = judging.grade(single, questions, answers)
     if graded.failed and not graded.records:
-        raise MiLoraError(f"No judgement could be had. {graded.reason} The answers are kept.")
+        raise MiLoraError(f"All judgements failed. {graded.reason} The answers are kept.")
     own = all(wording[name] == prompt for name, prompt in judge_prompts.OWN.items())
     judged_by = {"judge": judge.model, "prompts": "own" if own else "fastchat"}
     result |= {

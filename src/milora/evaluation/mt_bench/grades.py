@@ -1,4 +1,4 @@
-"""What a set of judgements comes to."""
+"""Scores of a set of judgements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the judge is asked."""
+"""The judge's prompts."""
 
 from __future__ import annotations
 

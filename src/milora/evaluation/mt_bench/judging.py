@@ -26,13 +26,13 @@ UNPARSED = -1
 
 _RATING = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
-NO_ANSWER = "There is no answer to judge: the conversation left no room for one in the backbone's positions."
+NO_ANSWER = "There is no answer to judge: the conversation exceeds the backbone's positions."
 MAX_TOKENS = 2048
 TURN_NUMBERS = range(1, TURNS + 1)
 
 
 class Judge(Protocol):
-    """Whoever replies to a conversation; [`milora.evaluation.mt_bench.client.ChatEndpoint`] is one."""
+    """Replies to a conversation, such as [`milora.evaluation.mt_bench.client.ChatEndpoint`]."""
 
     model: str
 
@@ -42,12 +42,12 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a set of judgements.
+    """The result of a set of judgements.
 
     Attributes:
         records: The judgements in FastChat's format, those of earlier runs included.
-        failed: How many could not be had, and why the first one could not.
-        reason: Of the first failure.
+        failed: The number of failed judgements.
+        reason: The reason of the first failure.
     """
 
     records: list[dict[str, Any]]
@@ -57,10 +57,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class JudgeRun:
-    """Whose judgements are had, in which words, and where they are kept.
+    """The judge, its prompts, and the file of judgements.
 
     Attributes:
-        judge: Who judges.
+        judge: The judge.
         prompts: What it is asked, by name; see [`milora.evaluation.mt_bench.judge_prompts.load`].
         path: JSON lines as FastChat's `gpt-4_single.jsonl` or `gpt-4_pair.jsonl`, to which judgements are appended as
             they come: what it holds of the same answers, judge and prompts is not asked again.
@@ -91,7 +91,7 @@ def parse_verdict(judgement: str) -> str | None:
 
 
 def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer]) -> Outcome:
-    """Has every turn of every answer graded.
+    """Grades every turn of every answer.
 
     The judge is not asked about a turn without room for an answer: it has the lowest grade, 1, in a record like others,
     so that FastChat's own means count it too.
@@ -125,7 +125,7 @@ def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer
 def compare(
     run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer], others: Sequence[Answer]
 ) -> Outcome:
-    """Has the answers of two models compared, each pair twice with the places swapped, as FastChat does.
+    """Compares the answers of two models, each pair twice with the positions swapped, as FastChat does.
 
     The judge is not asked about turns without room for an answer: such a turn loses against one with an answer, and two
     of them are a tie.

@@ -70,12 +70,12 @@ def answer_questions(
 ) -> list[Answer]:
     """Answers both turns of every question, and writes them to a file of JSON lines as FastChat's, as they are done.
 
-    The second turn's prompt is the whole conversation so far. It is a prompt of its own: a router decides on it anew.
+    The second turn's prompt is the whole conversation so far. It is a separate prompt with its own route.
     Prompts are the tokenizer's chat template if it has one, else LLM-Adapters' instruction template, which is repeated
     for the second turn.
 
-    A conversation that leaves no room for `max_new_tokens` tokens in the backbone's positions is not given to the
-    model, nor cut: its answer is an empty text, the turn is in `no_room`, and so are the turns after it.
+    A conversation that exceeds the backbone's positions with `max_new_tokens` new tokens is skipped, not truncated: its
+    answer is empty, and this turn and the following ones are in `no_room`.
 
     A line has FastChat's fields, and beside them, where its readers do not look, `run`, `routes` and, where there is
     such a turn, `no_room`; see [`Answer`].
@@ -98,7 +98,7 @@ def answer_questions(
     Raises:
         DataError: If the file holds answers of another model, or of this name's with other weights, decoding or seed,
             or to a question in other words, or is no file of answers.
-        MiLoraError: If the file cannot be written, or the GPU's memory does not suffice.
+        MiLoraError: If the file cannot be written, or the GPU runs out of memory.
     """
     with writing(path):
         drop_half_line(path)
@@ -107,7 +107,7 @@ def answer_questions(
     _check_origin(done.values(), path, model_id, made_with)
     missing = [question for question in questions if question.id not in done]
     torch.manual_seed(seed)
-    # A batch at a time through both turns, so that an interruption costs no more than a batch.
+    # Each batch runs through both turns, so an interruption loses at most one batch.
     groups = list(_batches(missing, batch_size))
     for group in progress(groups, "MT-Bench", len(groups)) if progress else groups:
         decoding = _decoding(group[0].category, max_new_tokens, beams)

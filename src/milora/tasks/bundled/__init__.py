@@ -1,4 +1,4 @@
-"""Small tasks that need no download: rows are generated, and the bundled backbone has the skills they ask for."""
+"""Small tasks without a download: rows are generated, and the bundled backbone was pretrained for them."""
 
 from milora.tasks.bundled.arithmetic import ArithmeticTask
 from milora.tasks.bundled.base import GeneratedTask

@@ -1,4 +1,4 @@
-"""What the bundled tasks share: rows drawn from a seeded stream, and splits that cannot overlap."""
+"""Base of the bundled tasks: rows from a seeded stream, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DEFAULT_ROWS: dict[str, int] = {"train": 2000, "dev": 200, "test": 400}
 
 
 class GeneratedTask(Task):
-    """A task that writes its own rows.
+    """A task that generates its rows.
 
-    The content of a row decides its split through a hash, so the splits are disjoint for every count and seed. There
-    is no end of rows: a split without a `count` has [`DEFAULT_ROWS`] of them. The first rows of a longer request are
-    the rows of a shorter one with the same seed.
+    The content of a row decides its split through a hash, so the splits are disjoint for every count and seed. The
+    number of rows is unlimited: without a `count` a split has [`DEFAULT_ROWS`] rows. The first rows of a longer request
+    are the rows of a shorter one with the same seed.
     """
 
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> list[Example]:
@@ -52,7 +52,7 @@ class GeneratedTask(Task):
 
 
 def split_of(content: str) -> str:
-    """The split that a content belongs to, the same on every machine: 80 % train, 10 % dev, 10 % test."""
+    """The split of a content, the same on every machine: 80 % train, 10 % dev, 10 % test."""
     digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") / 2**64
     if share < TRAIN_SHARE:

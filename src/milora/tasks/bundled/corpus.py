@@ -1,8 +1,8 @@
 """The text that the bundled backbone is pretrained on.
 
-It teaches the skills that the bundled tasks need, in other words than theirs: looking things up in a list, judging a
-claim, knowing the facts of the closed world, finding an option, calculating. No text says "correct:", with which every
-completion of the tasks begins. That form is what fine-tuning is for.
+It teaches the skills that the bundled tasks need, in a different form: looking things up in a list, judging a claim,
+    the facts of the small vocabulary, finding an option, calculating. No text contains "correct:", the beginning of
+    every completion of the tasks. Fine-tuning teaches that form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from milora.tasks.bundled.yesno import Lunch
 
 @dataclass(frozen=True)
 class Document:
-    """A text in two parts: what is made up, which no reader can foresee, and what can be told from it."""
+    """A text in two parts: the random part, and the part that follows from it."""
 
     given: str
     told: str

@@ -1,4 +1,4 @@
-"""The closed world of the bundled tasks: its words, and what is true in it."""
+"""The vocabulary of the bundled tasks and its facts."""
 
 from __future__ import annotations
 
