@@ -68,7 +68,7 @@ def test_by_hand() -> None:
 def test_an_unreadable_model_is_told_what_was_looked_for_and_how_to_help() -> None:
     model = Plain()
     model.config = SimpleNamespace(num_hidden_layers=7)
-    with pytest.raises(MiLoraError, match=r"modules of Plain .* one list of 7 modules, found none\..*blocks='model"):
+    with pytest.raises(MiLoraError, match=r"blocks of Plain .* one list of 7 modules, found none\..*blocks='model"):
         find_blocks(model)
     model.config.num_hidden_layers = 2
     model.other = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 8)}) for _ in range(2))
@@ -80,7 +80,7 @@ def test_an_unreadable_model_is_told_what_was_looked_for_and_how_to_help() -> No
     ("path", "message"),
     [
         ("layers", "has no such module"),
-        ("trunk.0.up", "is a Linear and not a ModuleList"),
+        ("trunk.0.up", "is a Linear, not a ModuleList"),
         ("empty", "ModuleList with entries"),
         ("norms", "no linear module"),
     ],
@@ -93,7 +93,7 @@ def test_a_wrong_path(path: str, message: str) -> None:
 
 
 def test_the_argument_reaches_the_discovery() -> None:
-    with pytest.raises(MiLoraError, match=r"'model\.blocks', but LlamaForCausalLM has no such module"):
+    with pytest.raises(MiLoraError, match=r"'model\.blocks': LlamaForCausalLM has no such module"):
         get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(blocks="model.blocks"))
     model = ARCHITECTURES["llama"]()
     # A second tower as deep as the decoder, in the decoder: nothing tells them apart.
@@ -111,7 +111,7 @@ def test_a_tower_outside_the_decoder_is_no_candidate() -> None:
 
 def test_the_hidden_size_must_be_known() -> None:
     model = Plain()
-    with pytest.raises(MiLoraError, match=r"Plain does not say .*config\.hidden_size.*trunk\.0"):
+    with pytest.raises(MiLoraError, match=r"Plain does not define .*config\.hidden_size.*trunk\.0"):
         hidden_size(model, find_blocks(model)[0])
 
 

@@ -59,7 +59,7 @@ def test_a_standard_output_that_takes_nothing_is_one_line_and_status_2(redirecti
 def test_a_full_disk_in_a_library_s_words_is_one_line() -> None:
     done = in_shell("raise ValueError('I/O error: No space left on device (os error 28)')", "")
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-    assert done.stderr.startswith(b"milora: No space left on a disk, make room: I/O error")
+    assert done.stderr.startswith(b"milora: No space left on a disk; free some space: I/O error")
     assert b"Traceback" in in_shell("raise ValueError('other')", "").stderr
 
 

@@ -54,7 +54,7 @@ def test_what_is_no_lora_or_does_not_fit(tmp_path: Path) -> None:
         add_lora(model, "plain", saved(tmp_path / "routed"))
     head = tmp_path / "head"
     lora(target_modules=["lm_head"]).save_pretrained(head, save_embedding_layers=False)
-    with pytest.raises(MiLoraError, match="adapts lm_head, which is no linear module of a block"):
+    with pytest.raises(MiLoraError, match="adapts lm_head, which is not a linear module of a block"):
         add_lora(model, "plain", head)
     assert list(model.peft_config) == ["default"]
     with pytest.raises(MiLoraError, match="needs a PEFT model with a MiLoRA adapter"):
