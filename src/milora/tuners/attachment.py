@@ -33,7 +33,7 @@ class AttachmentConfig(CheckedFileConfig):
         modules_to_save: Further modules to train and save with the adapter.
         blocks: Path of the list of Transformer blocks, for models where it cannot be found.
         modules: What is adapted, by path relative to the block, or a mapping from block to list where blocks differ.
-            Filled in when the adapter is made.
+            Filled in when the adapter is created.
     """
 
     task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The type of task."})

@@ -35,7 +35,7 @@ class PromptHooks(ABC):
     """The hooks on a backbone, and what one method does in them.
 
     Args:
-        backbone: The model that is called.
+        backbone: The called model.
         owner: The model's.
     """
 
@@ -68,8 +68,8 @@ class PromptHooks(ABC):
 
         Args:
             arguments: The model's arguments by name.
-            attended: (rows, tokens), bool: the tokens that are no padding.
-            generation: The generation whose prefill it is.
+            attended: (rows, tokens), bool: the tokens that are not padding.
+            generation: The generation of this prefill.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Rows with different adapters and routes in one forward pass, for any tuner that stands on PEFT's LoRA layers."""
+"""Rows with different adapters and routes in one forward pass, for any tuner based on PEFT's LoRA layers."""
 
 from milora.tuners.grouped.owner import GroupedOwner
 from milora.tuners.grouped.plan import GroupedPlan, Share, check_names, names_of_rows, rows_by_adapter

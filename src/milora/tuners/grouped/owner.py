@@ -1,4 +1,4 @@
-"""A model whose rows may have adapters of their own, served together by one operator a module."""
+"""A model whose rows may have different adapters, computed together by one operator per module."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from milora_core.errors import MiLoraError
 
 
 class GroupedOwner(ContextOwner):
-    """The owner of a model's contexts, with the stacks of its adapters and its one compiled decode step.
+    """Owns a model's contexts, the stacks of its adapters and its single compiled decode step.
 
     Args:
         model: The backbone with PEFT's layers in it.
-        capacity: How many adapters to keep room for; see [`AdapterStacks`].
+        capacity: Number of adapters to reserve memory for; see [`AdapterStacks`].
 
     Attributes:
         stacks: The model's.
-        compiled_for: The generation (or batch) whose decode steps are compiled; others may run eagerly meanwhile.
-        eagerly: The argument of `generate` that rules a compiled step out.
+        compiled_for: The generation (or batch) with compiled decode steps; others may run eagerly at the same time.
+        eagerly: The argument of `generate` that disables compiled steps.
     """
 
     eagerly = "compiled=False"
@@ -42,7 +42,7 @@ class GroupedOwner(ContextOwner):
         self._compiled_lock = threading.Lock()
         self._compiling_thread: int | None = None
 
-    # A copied or pickled model starts without stacks: its adapters have storage of their own.
+    # A copied or pickled model starts without stacks: its adapters have their own storage.
     def __getstate__(self) -> dict[str, Any]:
         own = {"stacks", "compiled_for", "_compiled_lock", "_compiling_thread"}
         return {name: value for name, value in super().__getstate__().items() if name not in own}
@@ -57,16 +57,16 @@ class GroupedOwner(ContextOwner):
         return adapter not in layer.lora_variant
 
     def set_capacity(self, capacity: int) -> None:
-        """Changes how many adapters there is room for; stacks that have been made keep the room they have."""
+        """Changes the reserved number of adapters; existing stacks keep their size."""
         self.capacity = self.stacks.capacity = capacity
 
     def refresh(self) -> None:
-        """Brings the stacks up to date with the adapters that the model has now."""
+        """Updates the stacks to the model's current adapters."""
         with self.identities.lock:
             self.stacks.refresh(self.identities.running())
 
     def is_compiled_for(self, request: Any) -> bool:
-        """Whether it is this request whose decode steps are compiled; the first of the thread that asked claims it."""
+        """Whether this request has the compiled decode steps; the thread's first request claims them."""
         if not self.is_compiled or threading.get_ident() != self._compiling_thread:
             return False
         if self.compiled_for is None:
@@ -74,11 +74,11 @@ class GroupedOwner(ContextOwner):
         return self.compiled_for is request
 
     def why_not_compiled(self, adapters: Collection[str] | None = None, *, named_rows: bool = False) -> str | None:
-        """What keeps a generation from being compiled, if anything does.
+        """Why a generation cannot be compiled, or `None`.
 
         Args:
-            adapters: Those of the generation; `None` for all that there are.
-            named_rows: Whether rows have adapters of their own.
+            adapters: The generation's adapters; `None` for all.
+            named_rows: Whether rows have different adapters.
         """
         self.refresh()
         path = next(iter([*self.stacks.left_out, *(self.stacks.wrappers if named_rows else [])]), None)
@@ -89,12 +89,13 @@ class GroupedOwner(ContextOwner):
         return None if path is None else _not_compilable(path)
 
     def cannot_compile(self, path: str) -> MiLoraError:
-        """What to raise where a module cannot be compiled."""
+        """The error for a module that cannot be compiled."""
         return MiLoraError(f"{_not_compilable(path)}. Generate with {self.eagerly}.")
 
     @contextmanager
     def compiled(self, adapters: Collection[str] = (), *, named_rows: bool = False) -> Iterator[None]:
-        """Inside, a compiled decode step may run: one generation at a time, for its rows are at one address.
+        """Inside this context a compiled decode step may run: one generation at a time, because its rows have one
+        address.
 
         Args:
             adapters: Those of the generation.
@@ -112,7 +113,7 @@ class GroupedOwner(ContextOwner):
 
     @contextmanager
     def compiled_if_possible(self, adapters: Collection[str], *, named_rows: bool = False) -> Iterator[bool]:
-        """As [`GroupedOwner.compiled`], where nobody asked for it: whatever cannot be compiled runs eagerly.
+        """Like [`GroupedOwner.compiled`] without an explicit request: anything that cannot be compiled runs eagerly.
 
         Args:
             adapters: Those of the generation.
@@ -134,14 +135,15 @@ class GroupedOwner(ContextOwner):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other thread generates with compiled steps.
+        """Inside this context no other thread may generate with compiled steps.
 
         Raises:
             MiLoraError: If one does.
         """
         if not self._compiled_lock.acquire(blocking=False):
             raise MiLoraError(
-                "Another compiled generation is running on this model, and its decode step reads one set of routes. "
+                "Another compiled generation is running on this model, and a compiled decode step reads one set of "
+                "routes. "
                 f"Generate one after the other, or with {self.eagerly}."
             )
         try:
@@ -151,7 +153,8 @@ class GroupedOwner(ContextOwner):
 
     @contextmanager
     def compiled_steps(self) -> Iterator[None]:
-        """As [`GroupedOwner.compiled`], for a thread that is [`GroupedOwner.alone`] and has asked why not."""
+        """Like [`GroupedOwner.compiled`], for a thread that is [`GroupedOwner.alone`] and has checked
+        `why_not_compiled`."""
         self._compiling_thread, self.compiled_for = threading.get_ident(), None
         self.is_compiled = True
         try:

@@ -1,4 +1,4 @@
-"""The plan of a batch whose rows have adapters of their own: the LoRA of all rows in one operator a module."""
+"""The plan of a batch whose rows have different adapters: the LoRA of all rows in one operator per module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milora_core.errors import MiLoraError
 
 
 class Share(NamedTuple):
-    """What one adapter has of a batch in one module."""
+    """One adapter's share of a batch in one module."""
 
     adapter: str
     rows: list[int] | None
@@ -26,12 +26,13 @@ class Share(NamedTuple):
 
 
 class GroupedPlan(ABC):
-    """See [`milora.tuners.plan.Plan`]. A subclass says whose the rows are, and what serves what has no stack.
+    """See [`milora.tuners.plan.Plan`]. A subclass defines the adapters of the rows, and the fallback for layers without
+    a stack.
 
     Args:
         owner: The model's.
-        kept: What is kept as long as the batch is served, by module.
-        is_compiled: Whether the rows are to be where a compiled step reads them.
+        kept: Data by module that is kept for the batch.
+        is_compiled: Whether to write the rows to the addresses that a compiled step reads.
     """
 
     is_packed = False
@@ -43,18 +44,18 @@ class GroupedPlan(ABC):
 
     @abstractmethod
     def batch_rows(self, x: Tensor) -> int:
-        """How many rows the batch has; `x` is a module's input."""
+        """The number of rows of the batch; `x` is a module's input."""
 
     @abstractmethod
     def shares(self, layer: Any, x: Tensor) -> Iterable[Share]:
-        """What each adapter has of the batch in a layer."""
+        """Each adapter's share of the batch in a layer."""
 
     @abstractmethod
     def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of a layer that the operator does not serve."""
+        """The output of a layer that the operator does not support."""
 
     def has_fixed_rows(self, x: Tensor) -> bool:
-        """Whether the next step's input will have the rows that a module's input `x` has."""
+        """Whether the next step's input will have the same rows as a module's input `x`."""
         return True
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -73,8 +74,8 @@ class GroupedPlan(ABC):
         known: ModuleRows | None = self.kept.get(key)
         if known is None or known.lora_a is not stack.lora_a:
             if key in self.kept and known is None:
-                return None  # Looked at before: the operator does not serve it.
-            with self.owner.identities.lock:  # Slots and stacks of one moment.
+                return None  # Checked before: the operator does not support it.
+            with self.owner.identities.lock:  # Slots and stacks must be consistent.
                 known = self.kept[key] = self._build(layer, x)
         return known
 
@@ -111,7 +112,7 @@ def rows_by_adapter(names: tuple[str, ...], rows: int) -> dict[str, list[int]]:
 
     Args:
         names: The adapter of each prompt, [`BASE_ROW`] for none.
-        rows: How many rows the batch has, a multiple of the names.
+        rows: Number of rows of the batch, a multiple of the names.
     """
     by_adapter: dict[str, list[int]] = {}
     for row, name in enumerate(names_of_rows(names, rows)):
@@ -126,15 +127,15 @@ def names_of_rows(names: tuple[str, ...], rows: int) -> list[str]:
 
 
 def check_names(names: tuple[str, ...], rows: int, prompts: int | None) -> None:
-    """Checks that each row of a batch has its name: one to one, but for beams and return sequences.
+    """Checks that each row of a batch has a name: one per row, except for beams and return sequences.
 
     Args:
         names: The adapter of each prompt.
         rows: Rows of the pass.
-        prompts: Prompts that `generate` was given; `None` where it is no generation's.
+        prompts: Number of prompts of `generate`; `None` outside of a generation.
 
     Raises:
-        MiLoraError: If they do not.
+        MiLoraError: If the counts differ.
     """
     if len(names) != (rows if prompts is None else prompts) or rows % len(names) != 0:
         found = f"the batch has {rows}" if prompts is None else f"generate was given {prompts} prompts"

@@ -17,19 +17,19 @@ from milora.tuners.identity import Use
 from milora_core.kernels import OneToken, add_grouped_lora, one_token
 
 IsPlain = Callable[[LoraLayer, str], bool]
-"""Whether an adapter's change of a layer is `x A B` and nothing else but scaling and gates."""
+"""Whether an adapter's change of a layer is only `x A B` with scaling and gates."""
 
 
 @dataclass
 class ModuleRows:
-    """What one module does for each row of a batch: the arguments of `grouped_lora`, made once per batch.
+    """The arguments of `grouped_lora` of one module for the rows of a batch, computed once per batch.
 
     Attributes:
-        slots: (rows), int32: each row's place in the stacks, -1 for none.
+        slots: (rows), int32: each row's index in the stacks, -1 for none.
         gates: (rows), float32, LoRA's scaling in them.
         lora_a: The module's stacks.
         lora_b: Likewise.
-        prepared: On a CPU, what decode steps multiply with; made at the first.
+        prepared: On a CPU, the prepared decode step; created at the first step.
     """
 
     slots: Tensor
@@ -61,16 +61,16 @@ class ModuleRows:
 class ModuleStack:
     """The adapters of one module.
 
-    The adapters' parameters become views of the stacks, so that they are in memory once and what trains or loads them
-    is seen here. Where an adapter's rank is below the largest, its B is a view with gaps.
+    The adapters' parameters become views of the stacks, so they are in memory once, and training and loading take
+    effect here. If an adapter's rank is below the largest, its B is a view with gaps.
 
     Attributes:
         path: The module's path in the backbone.
         layer: PEFT's layer around it.
-        slots: Adapter -> its place in the stacks.
-        lora_a: (capacity, r, d_in), zero where there is no adapter or its rank ends.
+        slots: Adapter -> its index in the stacks.
+        lora_a: (capacity, r, d_in), zero beyond an adapter's rank and in free slots.
         lora_b: (capacity, d_out, r).
-        fixed: Slots and gates of a batch, at addresses that stay, which a compiled decode step reads.
+        fixed: Slots and gates of a batch at fixed addresses, which a compiled decode step reads.
     """
 
     lora_a: Tensor
@@ -87,7 +87,7 @@ class ModuleStack:
         self._fixed_by_rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fix(self, slots: Tensor, gates: Tensor) -> None:
-        """Writes a batch's slots and gates, (rows) each, to where the compiled step reads them."""
+        """Writes a batch's slots and gates, (rows) each, to the addresses that the compiled step reads."""
         rows = slots.shape[0]
         if rows not in self._fixed_by_rows or self._fixed_by_rows[rows][0].device != slots.device:
             self._fixed_by_rows[rows] = (torch.empty_like(slots), torch.empty_like(gates))
@@ -98,21 +98,21 @@ class ModuleStack:
         self.fixed[1].copy_(gates)
 
     def fixed_rows(self) -> ModuleRows:
-        """What a compiled decode step reads; [`ModuleStack.fix`] has been called before."""
+        """The inputs of a compiled decode step; call [`ModuleStack.fix`] first."""
         assert self.fixed is not None
         return ModuleRows(*self.fixed, self.lora_a, self.lora_b)
 
     def is_current(self) -> bool:
-        """Whether the layer's adapters, and where their parameters lie, are as [`ModuleStack.fit`] left them."""
+        """Whether the layer's adapters and their storage are unchanged since [`ModuleStack.fit`]."""
         return bool(self._fitted_to == _state_of(self.layer))
 
     def fit(self, adapters: list[str], capacity: int, running: Sequence[Use] = ()) -> None:
-        """Holds exactly these adapters from now on; nothing moves as long as they fit into the stacks there are.
+        """Holds exactly these adapters from now on; nothing moves while they fit into the existing stacks.
 
         Args:
-            adapters: Those that are to be stacked; all have parameters of one type on one device.
-            capacity: The fewest places that stacks made anew have.
-            running: Uses of adapters that are running. A place is written to when those have ended that read it.
+            adapters: Adapters to stack; all have parameters of one dtype on one device.
+            capacity: Minimum number of slots of new stacks.
+            running: Running uses of adapters. A slot is overwritten only when all uses that read it have ended.
         """
         for adapter in [name for name in self.slots if name not in adapters or not self._is_view(name)]:
             self._left[self.slots[adapter]] = [use for use in running if adapter in use.adapters]
@@ -138,7 +138,7 @@ class ModuleStack:
         return a, b, a.weight.shape[0]
 
     def _is_view(self, adapter: str) -> bool:
-        """Whether the adapter's parameters are still the views that were made of it."""
+        """Whether the adapter's parameters are still views of the stacks."""
         slot = self.slots[adapter]
         if adapter not in self.layer.lora_A or self._part(adapter) != self._parts[adapter]:
             return False
@@ -157,7 +157,7 @@ class ModuleStack:
         self.lora_a = first_a.detach().new_zeros(places, rank, first_a.shape[1])
         self.lora_b = first_b.detach().new_zeros(places, first_b.shape[0], rank)
         for stack in (self.lora_a, self.lora_b):
-            # CUDA graphs copy what they are not told stays where it is.
+            # CUDA graphs copy inputs whose address is not marked as static.
             torch._dynamo.mark_static_address(stack, guard=False)
         self.slots, self._parts, self._left = {}, {}, {}
 
@@ -165,7 +165,7 @@ class ModuleStack:
     def _take_in(self, adapter: str, slot: int) -> None:
         parameters = self._weights(adapter)
         rank = parameters[0].shape[0]
-        # The parameters may be views of this very slot: those of a layer that was put in again, or a part of it.
+        # The parameters may be views of this very slot, or of a part of it, if a layer was inserted again.
         values = [parameter.clone() for parameter in parameters]
         self.lora_a[slot].zero_()
         self.lora_b[slot].zero_()
@@ -178,20 +178,20 @@ class ModuleStack:
 
 
 class AdapterStacks:
-    """The stacks of all of a model's modules, made when they are first needed and again when adapters have changed.
+    """The stacks of all modules of a model, created on first use and again when adapters have changed.
 
-    Left out are layers that do not run their base layer as a plain linear one (quantised backbones) and adapters that
-    are more than `x A B` in a layer (DoRA, a bias); their layers' own forward serves them.
+    Excluded are layers whose base layer is not a plain linear layer (quantised backbones) and adapters that are more
+    than `x A B` in a layer (DoRA, a bias); these use their layers' own forward.
 
     Args:
         model: The backbone with PEFT's layers in it.
         is_plain: Whether an adapter is `x A B` in a layer.
-        capacity: How many adapters to make room for, so that one more is loaded without moving the others.
+        capacity: Number of adapters to reserve memory for, so another one is loaded without moving the others.
 
     Attributes:
         modules: Path -> the stack of a LoRA layer.
-        left_out: Path -> a LoRA layer that has none.
-        wrappers: Path -> a module that PEFT keeps for each adapter whole or in part (`modules_to_save`,
+        left_out: Path -> a LoRA layer without a stack.
+        wrappers: Path -> a module of which PEFT keeps a full or partial copy per adapter (`modules_to_save`,
             `trainable_token_indices`).
     """
 
@@ -204,12 +204,12 @@ class AdapterStacks:
         self.wrappers: dict[str, AuxiliaryTrainingWrapper] = {}
 
     def refresh(self, running: Sequence[Use] = ()) -> None:
-        """Brings the stacks up to date with the adapters that the model has now.
+        """Updates the stacks to the model's current adapters.
 
-        It is asked for before every pass, so a layer in which nothing has changed is only compared with what it was.
+        This runs before every pass, so unchanged layers are only compared with their last state.
 
         Args:
-            running: Uses of adapters that are running.
+            running: Running uses of adapters.
         """
         modules: dict[str, ModuleStack] = {}
         left_out, wrappers = {}, {}
@@ -231,11 +231,11 @@ class AdapterStacks:
         self.modules, self.left_out, self.wrappers = modules, left_out, wrappers
 
     def bytes(self) -> int:
-        """Memory of the stacks, the adapters' parameters (their views) included."""
+        """Memory of the stacks, including the adapters' parameters (their views)."""
         return sum(s.nbytes for stack in self.modules.values() for s in (stack.lora_a, stack.lora_b))
 
     def _stackable(self, layer: LoraLayer) -> list[str]:
-        # Tuners may derive from PEFT's layer, and name it as `kind`; PEFT's own derived ones are of quantised layers.
+        # Tuners may subclass PEFT's layer and name it as `kind`; PEFT's own subclasses are for quantised layers.
         if getattr(layer, "kind", type(layer)) is not LoraLinear or not isinstance(
             layer.get_base_layer(), nn.Linear | Conv1D
         ):
@@ -249,7 +249,7 @@ class AdapterStacks:
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """LoRA layers and wrapped modules by path. Adapters themselves, which may be many, are not looked through."""
+    """LoRA layers and wrapped modules by path. The adapters inside, which may be many, are not searched."""
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -267,9 +267,9 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _state_of(layer: LoraLayer) -> tuple[Any, ...]:
-    """What decides whether a layer's adapters can be stacked, and are: compared by identity, in C for the most part.
+    """What determines whether a layer's adapters can be stacked and are: compared by identity, mostly in C.
 
-    Training and loading write to where the parameters lie, which are views of the stacks, so they change nothing of it.
+    Training and loading write in place to the parameters, which are views of the stacks, so they do not change it.
     """
     parts: Any = layer._modules
     lora_a, lora_b = parts["lora_A"]._modules, parts["lora_B"]._modules

@@ -1,7 +1,7 @@
-"""Modules that PEFT keeps for each adapter beside LoRA, whole or in part, where rows have adapters of their own.
+"""Modules of which PEFT keeps a full or partial copy per adapter, for rows with different adapters.
 
-They are those of `modules_to_save` (a language model's head, say) and of `trainable_token_indices`. PEFT's own way to
-serve such rows wants all of them, and the active adapter too, to have the module, and knows a few kinds of modules.
+They are those of `modules_to_save` (a language model's head, say) and of `trainable_token_indices`. PEFT's own
+implementation requires all rows' adapters and the active adapter to have the module, and supports few kinds of modules.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from milora.tuners.plan import PlannedModule
 
 
 class PlannedWrapper(PlannedModule):
-    """A module that PEFT keeps for each adapter: each row of a pass goes through its own adapter's."""
+    """A module that PEFT keeps per adapter: each row of a pass uses its own adapter's copy."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's where no pass is running, or its one adapter is the active one."""
+        """PEFT's forward if no pass is running, or if its only adapter is the active one."""
         context = None if torch.compiler.is_dynamo_compiling() else running(self.owner)
         wrapper: Any = self
         rows = None
@@ -38,7 +38,7 @@ class PlannedWrapper(PlannedModule):
 def forward_by_row(
     wrapper: AuxiliaryTrainingWrapper, adapter_rows: Mapping[str, list[int]], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A wrapped module's output, each row by its adapter's own module; by the backbone's, where the adapter has none.
+    """A wrapped module's output: each row uses its adapter's module, or the backbone's if the adapter has none.
 
     Args:
         wrapper: PEFT's wrapper, whose adapters are not disabled.
@@ -65,7 +65,7 @@ def forward_by_row(
 
 
 def _forward_packed(wrapper: Any, plan: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As [`forward_by_row`], for `x` of (1, tokens, ...) with the tokens of many requests."""
+    """Like [`forward_by_row`] for `x` of shape (1, tokens, ...) with the tokens of many requests."""
     rows = plan.rows_of(x.shape[1])
     return forward_by_row(wrapper, rows, x.flatten(0, 1), *args, **kwargs).unsqueeze(0)
 

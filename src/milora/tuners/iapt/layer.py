@@ -92,8 +92,8 @@ class IAPTLayer(PrefixLayer):
         context = running(self.owner)
         if context is None:
             raise RuntimeError(
-                f"{self.path} was called on its own: which tokens are the prompt is read where the whole model is "
-                "called. Call the model that get_peft_model returned."
+                f"{self.path} was called directly, but the prompt is known only when the whole model is called. Call "
+                "the model that get_peft_model returned."
             )
         prompts: Prompts = context.prompts
         return prompts

@@ -47,7 +47,7 @@ class IAPTHooks(PromptHooks):
     """See [`PromptHooks`].
 
     Args:
-        backbone: The model that is called.
+        backbone: The called model.
         owner: The model's.
         tuner: The model's.
     """
@@ -148,7 +148,7 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
             restore_checkpoint_function(module)
 
     def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
-        """`with model.use_prompt(mask):` says which tokens are the prompt, (batch, tokens), where no labels do."""
+        """`with model.use_prompt(mask):` marks the prompt's tokens, (batch, tokens), if there are no labels."""
         return caller_scope(Scope(self.owner, prompt=prompt))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,8 +158,8 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
         Decode steps are not compiled, whatever the cache; see [`IAPTModel.why_not_compiled`].
 
         Args:
-            *args: As for the backbone's `generate`.
-            **kwargs: As for the backbone's `generate`.
+            *args: See the backbone's `generate`.
+            **kwargs: See the backbone's `generate`.
 
         Raises:
             MiLoraError: If the cache already holds tokens, or a prompt is empty.

@@ -1,4 +1,4 @@
-"""`MiLoraConfig`: what `adapter_config.json` says of a MiLoRA adapter."""
+"""`MiLoraConfig`: the contents of a MiLoRA adapter's `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milora_core.errors import MiLoraError
 from milora_core.routing import ACTIVATIONS, GATES, POOLERS, ROUTER_NORMS, check_router_norm
 
 WEIGHT_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-"""They move a part of the backbone's weight into the adapter, which a module that is not chosen would then lack."""
+"""They move a part of the backbone's weight into the adapter, so modules that are not chosen would lack that part."""
 
 UNSUPPORTED_FIELDS = (
     "alora_invocation_tokens",
@@ -29,13 +29,13 @@ UNSUPPORTED_FIELDS = (
 ADAPTED_TOKENS = ("all", "completion")
 
 PARTS = "|"
-"""Between the activations of equal parts of the blocks."""
+"""Separator of the activations of equal parts of the blocks."""
 
 
 def activations_by_block(activation: str | list[str], blocks: int) -> str | list[str]:
-    """A list with an activation for each block, of `a|b`; anything else as it is.
+    """Expands `a|b` to a list with one activation per block; other values are returned unchanged.
 
-    Where the blocks cannot be shared out evenly, the lower parts have one more.
+    If the blocks cannot be divided evenly, the lower parts have one more block.
 
     Raises:
         MiLoraError: If there are fewer blocks than parts.
@@ -44,7 +44,7 @@ def activations_by_block(activation: str | list[str], blocks: int) -> str | list
         return activation
     parts = activation.split(PARTS)
     if len(parts) > blocks:
-        raise MiLoraError(f"router_activation={activation!r} names {len(parts)} parts of {blocks} blocks.")
+        raise MiLoraError(f"router_activation={activation!r} names {len(parts)} parts, but there are {blocks} blocks.")
     each, more = divmod(blocks, len(parts))
     return [name for place, name in enumerate(parts) for _ in range(each + (place < more))]
 
@@ -54,40 +54,40 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     """Configuration of MiLoRA (Zhang et al., EMNLP 2024 Findings): the LoRA of each linear module of a block is an
     expert, and a router per block chooses `top_k` of them once per prompt.
 
-    All of `LoraConfig` applies; `use_dora=True` is the paper's MiDoRA. What differs or comes on top:
+    All fields of `LoraConfig` apply; `use_dora=True` is the paper's MiDoRA. Fields that differ or are new:
 
     Args:
         r: Rank of each expert; the paper's 32.
         lora_alpha: The output of an expert is scaled by `lora_alpha / r`; `None` means `2 * r`.
         target_modules: The experts: `all-linear` (every linear module of the blocks, and nothing outside them), or as
-            in PEFT a list of name endings or a regular expression, of modules inside the blocks.
+            in PEFT a list of name endings or a regular expression for modules inside the blocks.
         top_k: How many experts of a block serve a prompt, from 1 to the number of its experts.
         pooler: How the prompt's hidden states become one vector: `attention` (self-attention), `mean`, `max`, `last`.
-        router_activation: `rational` (learnable, starting as GeLU; `rational-relu` and so on for other starts), a
-            fixed one (`gelu`, `relu`, `silu`, `tanh`, `identity`), several for equal parts of the blocks from the
-            lowest on (`relu|gelu`: ReLU in the lower half, GeLU in the upper), or a list with one for each block,
-            which is what is saved of several.
+        router_activation: `rational` (learnable, initialised to GeLU; `rational-relu` and so on for other
+            initialisations), a fixed one (`gelu`, `relu`, `silu`, `tanh`, `identity`), several for equal parts of the
+            blocks from the lowest on (`relu|gelu`: ReLU in the lower half, GeLU in the upper), or a list with one per
+            block, the form in which several are saved.
         rational_orders: Degrees of the rational's numerator and denominator.
         gate: Weight of a chosen expert: `hard` (1, with a straight-through gradient), `softmax` (its probability),
             `renormalized` (its share of the chosen ones' probability).
         load_balancing_coef: Coefficient of the load-balancing loss, which is added to the loss in training.
         router_norm: Where the router's input is divided by its root mean square, `x * rsqrt(mean(x^2) + 1e-6)`:
             `tokens` (each token of the prompt, before the pooler), `centered` (as `tokens`, then the running mean of
-            the pooled vectors seen in training is subtracted), `pooled` (the pooled vector), or `none`, which is
-            what the paper says. `None` means `tokens`; in a file that was saved before this field existed, `none`.
-            Pretrained models need `tokens`: their first token is often a hundred times as long as the others and
-            would decide alone.
-        normalize_router_input: What `router_norm` was called before: `True` means `pooled`, `False` means `none`.
+            the pooled vectors seen in training is subtracted), `pooled` (the pooled vector), or `none`, as in the
+            paper. `None` means `tokens`; in a file saved before this field existed it means `none`. Pretrained models
+            need `tokens` or `centered`: their first token's hidden state is often a hundred times as long as the
+            others, and with `none` it alone would decide.
+        normalize_router_input: The former name of `router_norm`: `True` means `pooled`, `False` means `none`.
         adapted_tokens: `all`, as in the paper, or `completion` (late adaptation): all prompt tokens but the last go
             through the bare backbone, and the last one and every token after it are adapted. A prompt's keys and
             values are then the same for every adapter and the backbone.
         router_window: Route on at most this many tokens from the beginning of the prompt; `None` reads all of it.
         blocks: Path of the list of Transformer blocks, for models where it cannot be found.
         experts: The modules' paths relative to the block, in the order of the router's rows, or a mapping from block
-            to list where blocks differ. Filled in when the adapter is made.
+            to list where blocks differ. Filled in when the adapter is created.
 
     Raises:
-        MiLoraError: If a value is unknown or out of range, or a feature of LoRA is asked for that cannot be routed.
+        MiLoraError: If a value is unknown or out of range, or a LoRA feature does not work with routing.
     """
 
     r: int = field(default=32, metadata={"help": "Rank of each expert."})
@@ -133,8 +133,8 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if self.router_norm is None:
-            # Only a saved configuration names its own type. One without `router_norm` is from before the field, when
-            # nothing was normalised unless `normalize_router_input` said so.
+            # Only a saved configuration contains its type. One without `router_norm` is older than the field, when only
+            # `normalize_router_input` enabled normalisation.
             is_saved = getattr(self, "peft_type", None) is not None
             if normalize_router_input is None and not is_saved:
                 self.router_norm = "tokens"
@@ -142,7 +142,7 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
                 self.router_norm = "pooled" if normalize_router_input else "none"
         every = self.target_modules == "all-linear"
         if every:
-            # PEFT takes layers_to_transform with a list only, and "all-linear" becomes one.
+            # PEFT accepts layers_to_transform only with a list, and "all-linear" becomes one.
             self.target_modules = None
         super().__post_init__()
         if every:
@@ -187,6 +187,6 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         initialisation = self.init_lora_weights
         if isinstance(initialisation, str) and initialisation.lower().startswith(WEIGHT_CHANGING_INITIALISATIONS):
             raise MiLoraError(
-                f"init_lora_weights={initialisation!r} changes the backbone's weights, which modules that are not "
-                "chosen must use as they are; choose True, 'gaussian', 'orthogonal' or 'eva'."
+                f"init_lora_weights={initialisation!r} changes the backbone's weights, but modules that are not chosen"
+                " need the original weights; choose True, 'gaussian', 'orthogonal' or 'eva'."
             )

@@ -1,4 +1,4 @@
-"""The LoRA of a module as an expert of its block's router: it runs for the rows that chose it, and for no others."""
+"""The LoRA of a module as an expert of its block's router: it runs only for the rows that chose it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from milora.tuners.plan import PlannedLayer, plan_module
 from milora_core.errors import MiLoraError
 
 NO_MERGE = (
-    "A MiLoRA adapter cannot be merged for good: which modules it changes depends on the prompt. For the length of a "
-    "generation, model.generate(..., merge_route=True) does; to merge one route for good, export it as a plain LoRA "
-    "adapter (milora export) and merge that."
+    "A MiLoRA adapter cannot be merged permanently, because the adapted modules depend on the prompt. To merge for "
+    "one generation, use model.generate(..., merge_route=True). To merge one route permanently, export it as a plain "
+    "LoRA adapter (milora export) and merge that."
 )
 
 
@@ -23,7 +23,7 @@ class ExpertLayer(PlannedLayer):
     """A LoRA layer of PEFT, of any kind, whose adapters are experts.
 
     The layer's output is `x W + g (expert(x) - x W)` for the rows that chose it, with gate `g`, and `x W` for the
-    others, for which nothing is computed (Zhang et al. 2024, section 3).
+    others, without further computation (Zhang et al. 2024, section 3).
 
     Attributes:
         expert_places: Adapter -> its [`Place`].
@@ -34,10 +34,10 @@ class ExpertLayer(PlannedLayer):
     disable_adapters: bool
 
     def without_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward, if no expert is at work.
+        """PEFT's forward, if no expert is active.
 
         Raises:
-            RuntimeError: If one is: there is no route.
+            RuntimeError: If an expert is active, because there is no route.
         """
         if not self.disable_adapters:
             for adapter in self.active_adapters:
@@ -49,7 +49,7 @@ class ExpertLayer(PlannedLayer):
         return super().without_context(x, *args, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: a module's change depends on the prompt; `milora export` freezes a route."""
+        """`False`: a module's change depends on the prompt; `milora export` freezes a route."""
         return False
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

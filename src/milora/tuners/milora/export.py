@@ -1,4 +1,4 @@
-"""One route of a MiLoRA adapter as a plain PEFT LoRA adapter, for engines that know no routers."""
+"""Exports one route of a MiLoRA adapter as a plain PEFT LoRA adapter, for engines without routers."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def export_route(
 ) -> LoraConfig:
     """Writes the LoRA adapter that equals a MiLoRA adapter under one route, frozen for every prompt.
 
-    It holds the modules that the route chose and no others. A gate g scales the module's `lora_B`: the LoRA term
+    It contains only the modules that the route chose. A gate g scales the module's `lora_B`: the LoRA term
     `g * scaling * B A x` is linear in B. MiDoRA with gates of 1 becomes DoRA.
 
     Args:
         model: The `PeftModel` with the MiLoRA adapter.
         route: A route of one row.
-        folder: Where to write; must not exist, or be empty. Written whole or not at all.
+        folder: Where to write; must not exist or must be empty. Written completely or not at all.
         adapter: The adapter's name in the model, by default the active one.
-        tokenizer: Is saved with it: its chat template and end of sequence are the adapter's too.
+        tokenizer: Saved with the adapter, because its chat template and end of sequence belong to it.
 
     Returns:
         The configuration that was written.
@@ -49,10 +49,11 @@ def export_route(
     config = model.peft_config.get(adapter)
     if not isinstance(config, MiLoraConfig):
         found = "there is none of that name" if config is None else f"it is {config.peft_type.value}"
-        raise MiLoraError(f"Only a MiLoRA adapter has routes to export; of the adapter {adapter!r}, {found}.")
+        raise MiLoraError(f"Only a MiLoRA adapter has routes to export; for the adapter {adapter!r}, {found}.")
     if len(route) != 1:
         raise MiLoraError(
-            f"One route becomes one LoRA adapter; this one is for {len(route)} prompts: cut it, route[0]."
+            f"One route becomes one LoRA adapter; found a route for {len(route)} prompts: select a row, such as "
+            "route[0]."
         )
     gates = _gates(model, route, adapter)
     if config.use_dora and any(gate != 1 for gate in gates.values()):
@@ -75,7 +76,7 @@ def _gates(model: Any, route: Route, adapter: str) -> dict[str, float]:
 
 
 def _tensors(saved: dict[str, Tensor], gates: dict[str, float]) -> dict[str, Tensor]:
-    """The chosen experts' tensors with the gates in them, and whatever else is saved that is no router's."""
+    """The chosen experts' tensors with the gates multiplied in, and other saved tensors except the routers'."""
     tensors = {}
     for key, tensor in saved.items():
         if ".milora_router." in key:
@@ -84,7 +85,7 @@ def _tensors(saved: dict[str, Tensor], gates: dict[str, float]) -> dict[str, Ten
         if is_lora and module not in gates:
             continue
         gate = gates[module] if part.startswith("B.") else 1.0
-        # In float32 and rounded once; cloned, because a file's tensors may share no memory.
+        # In float32 and rounded once; cloned, because tensors in a file must not share memory.
         tensors[key] = (tensor.float() * gate).to(tensor.dtype) if gate != 1 else tensor.detach().clone()
     return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
 
@@ -101,7 +102,7 @@ def _config(config: MiLoraConfig, modules: list[str], model: Any) -> LoraConfig:
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        # How the weights began has no meaning for weights that are read from a file.
+        # The initialisation has no meaning for weights that are read from a file.
         "init_lora_weights": True,
         "eva_config": None,
         "inference_mode": True,

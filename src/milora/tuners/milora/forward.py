@@ -1,4 +1,4 @@
-"""What a call of the model means for its routes: whose its rows are, what they follow, and which tokens are adapted."""
+"""Determines for one call of the model the adapter and route of each row and the adapted tokens."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from milora_core.errors import MiLoraError
 from milora_core.routing import Route, load_balancing_loss
 
 UNKNOWN_CACHE = (
-    "The cache already holds tokens, and which route they had is not known. Pass the route that made it: "
+    "The cache already holds tokens with an unknown route. Pass the route that made it: "
     "model.generate(..., route=route), or `with model.use_route(route):`."
 )
 
 
 class RoutedRows(GroupedPlan):
-    """The rows of a batch with their own adapters and routes, or at the addresses that a compiled step reads.
+    """The rows of a batch with different adapters and routes, or at the addresses that a compiled step reads.
 
     Args:
         owner: The model's.
         prompts: Rows -> (adapter, route).
-        layers: Serves the layers that have no stack, and single tokens of a prompt.
+        layers: The plan for layers without a stack, and for single tokens of a prompt.
         is_compiled: See [`GroupedPlan`].
     """
 
@@ -72,10 +72,10 @@ class RoutingHooks(PromptHooks):
     """See [`PromptHooks`].
 
     Args:
-        backbone: The model that is called.
+        backbone: The called model.
         owner: The model's.
         configs: Adapter -> configuration.
-        active: Gives the names of the active adapters.
+        active: Returns the names of the active adapters.
     """
 
     owner: GroupedOwner
@@ -113,9 +113,9 @@ class RoutingHooks(PromptHooks):
 
         Args:
             arguments: The model's arguments by name.
-            attended: (rows, tokens), bool: the tokens that are no padding.
-            generation: The generation whose prefill it is.
-            cached: Tokens of the prompts that the bare backbone has in the cache already.
+            attended: (rows, tokens), bool: the tokens that are not padding.
+            generation: The generation of this prefill.
+            cached: Tokens of the prompts that are already in the cache, made by the bare backbone.
         """
         if self.merged is not None:
             self.merged.check_prompts(generation)
@@ -174,8 +174,9 @@ class RoutingHooks(PromptHooks):
         forced = said(self.owner, "route") is not None
         if is_late and generation is not None:
             raise MiLoraError(
-                "The cache holds tokens that an adapter has changed. With adapted_tokens='completion' the whole prompt "
-                "of a turn is the bare backbone's: crop the cache to the part that it made, or begin with an empty one."
+                "The cache holds tokens that an adapter has changed. With adapted_tokens='completion' the whole "
+                "prompt of a turn goes through the bare backbone: crop the cache to the part that the bare backbone "
+                "made, or start with an empty cache."
             )
         if isinstance(made, RoutedPrompts) and not forced:
             return self.follow(made, arguments, None)
@@ -192,7 +193,7 @@ class RoutingHooks(PromptHooks):
         generation: Generation | None,
         use: Use | None,
     ) -> ForwardContext:
-        """The context with the way in which its layers are computed."""
+        """The context with the plan of its layers."""
         is_known = prompts.forced is not None or mode == "follow"
         if generation is not None and generation.merge_into is not None and self.merged is None and is_known:
             generation.merge_into(prompts.forced if prompts.forced is not None else prompts.route())
@@ -201,7 +202,7 @@ class RoutingHooks(PromptHooks):
         is_compiled = self.owner.is_compiled_for(generation if generation is not None else prompts)
         is_grouped = prompts.adapter is None or is_compiled
         if is_grouped and (mode == "route" or generation is None):
-            # Also where the prompt needs no stacks: the steps after it do.
+            # Also if the prompt needs no stacks, because the steps after it do.
             self.owner.refresh()
         if self.merged is not None:
             plan, mode = BasePlan(), "merged"
@@ -224,7 +225,9 @@ class RoutingHooks(PromptHooks):
     def _forced(self, rows: int, generation: Generation | None) -> Route | None:
         route: Route | None = said(self.owner, "route")
         if self.merged is not None and route is not self.merged.route:
-            raise MiLoraError("Another route is merged into the backbone's weights; leave it before this one is used.")
+            raise MiLoraError(
+                "Another route is merged into the backbone's weights; leave its context before using this route."
+            )
         if route is None or len(route) == rows:
             return route
         is_expanded = generation is not None and len(route) == generation.inputs and rows % len(route) == 0
@@ -236,7 +239,7 @@ class RoutingHooks(PromptHooks):
         return route.expand(rows // len(route))
 
     def _use(self, adapters: Iterable[str], generation: Generation | None) -> tuple[Use, Use | None]:
-        """Who uses the adapters: the generation, or else this pass, which ends its own."""
+        """The use of the adapters: the generation's, or this pass's own."""
         if generation is not None:
             return generation.use, None
         use = self.owner.identities.begin(adapters)
@@ -245,7 +248,7 @@ class RoutingHooks(PromptHooks):
     def _prompt(
         self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None, cached: int
     ) -> Tensor:
-        """(rows, tokens), bool: the prompts' tokens, without candidates that an assistant put behind them."""
+        """(rows, tokens), bool: the prompts' tokens, without an assistant's candidates after them."""
         unlabelled = labels_of(arguments)[0] is None and said(self.owner, "prompt") is None
         training = self.backbone.training and torch.is_grad_enabled()
         prompt = self.prompt_of(attended, arguments)
@@ -257,7 +260,7 @@ class RoutingHooks(PromptHooks):
         return prompt
 
     def _late_tokens(self, prompts: RoutedPrompts, source: Tensor, generation: Generation) -> dict[str, Tensor]:
-        """The adapted tokens of a later pass of a generation, while it still reads the prompt or reads it again."""
+        """The adapted tokens of a later pass of a generation that still reads the prompt or reads it again."""
         late = [a for a in prompts.adapter_rows if self.configs[a].adapted_tokens == "completion"]
         if not late:
             return {}
@@ -274,14 +277,14 @@ class RoutingHooks(PromptHooks):
         return dict.fromkeys(late, (columns >= generation.columns - 1).expand(rows, tokens))
 
     def _check_readable(self, adapter_rows: Iterable[str]) -> None:
-        """Refuses routers that need hidden states of prompt tokens which only the cache has."""
+        """Refuses routers that need hidden states of cached prompt tokens."""
         for adapter in adapter_rows:
             config = self.configs[adapter]
             if config.pooler != "last" or config.router_window is not None:
                 raise MiLoraError(
-                    f"The cache holds the beginning of the prompt, and the routers of {adapter!r} read it "
-                    f"(pooler={config.pooler!r}, router_window={config.router_window}). Pass a route, give the whole "
-                    "prompt and an empty cache, or train with pooler='last'."
+                    f"The cache holds the beginning of the prompt, but the routers of {adapter!r} must read it "
+                    f"(pooler={config.pooler!r}, router_window={config.router_window}). Pass a route, pass the whole "
+                    "prompt with an empty cache, or train with pooler='last'."
                 )
 
     @staticmethod
@@ -291,9 +294,9 @@ class RoutingHooks(PromptHooks):
         found = {adapter: own for adapter, own in made.adapter_rows.items() if own is None or own}
         if found != dict(adapter_rows):
             raise MiLoraError(
-                f"The cache was filled by the adapters {sorted(found)} on their rows, and the pass is for "
-                f"{sorted(adapter_rows)}: tokens of one adapter are not continued by another. Make the same adapter "
-                "active, pass the same adapter_names, or begin with the prompt and an empty cache."
+                f"The cache was filled by the adapters {sorted(found)}, but this pass uses {sorted(adapter_rows)}: "
+                "another adapter cannot continue their tokens. Activate the same adapter, pass the same "
+                "adapter_names, or start with the prompt and an empty cache."
             )
 
     # ------------------------------------------------------------------ training
@@ -321,12 +324,12 @@ def _source(arguments: Mapping[str, Any]) -> Tensor:
 
 
 def completion_tokens(prompt: Tensor, attended: Tensor) -> Tensor:
-    """(rows, tokens), bool: the last token of each prompt, which predicts the first new one, and all after it."""
+    """(rows, tokens), bool: the last token of each prompt, which predicts the first new one, and all later tokens."""
     columns = torch.arange(prompt.shape[1], device=prompt.device)
     last = torch.where(prompt, columns, -1).amax(dim=1, keepdim=True)
     return (columns >= last) & attended
 
 
 def _has_gradients_or_autocast() -> bool:
-    """Autocast casts weights on their way into every product, and gradients need the parameters themselves."""
+    """Autocast casts weights for every product, and gradients need the parameters themselves."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

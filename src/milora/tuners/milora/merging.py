@@ -1,4 +1,5 @@
-"""One route for a whole batch, merged into the backbone's weights for a while: its experts cost nothing a token."""
+"""One route for a whole batch, temporarily merged into the backbone's weights: its experts then cost nothing per
+token."""
 
 from __future__ import annotations
 
@@ -20,15 +21,15 @@ from milora.tuners.milora.router import chosen_modules
 from milora_core.errors import MiLoraError
 from milora_core.routing import Route
 
-MERGED = "a route is merged into the backbone's weights, which serve it and no other; leave merged_route first"
-"""What to say of calls that a merged route rules out."""
+MERGED = "a route is merged into the backbone's weights, so no other route can be used; leave merged_route first"
+"""The error for calls that a merged route excludes."""
 
 
 class Merged:
     """The route that the backbone's weights contain.
 
     Args:
-        route: Of one row.
+        route: A route of one row.
         generation: The generation that merged it; `None` for `merged_route`.
     """
 
@@ -37,52 +38,54 @@ class Merged:
         self.generation = generation
 
     def check(self, hooks: RoutingHooks) -> None:
-        """Refuses calls that did not enter the merged route's context, and such as disabled the adapters.
+        """Refuses calls outside the merged route's context, and calls with disabled adapters.
 
         Raises:
-            MiLoraError: Saying why.
+            MiLoraError: With the reason.
         """
         if said(hooks.owner, "merged") is not self:
             raise MiLoraError(
-                "A route is merged into the backbone's weights by another request, so this one cannot use them until "
-                "that has ended. Generate one after the other, or there without merge_route."
+                "Another request has merged a route into the backbone's weights, so this request must wait until it "
+                "ends. Generate one after the other, or without merge_route."
             )
         if hooks.is_off():
             raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
 
     def check_prompts(self, generation: Generation | None) -> None:
-        """Refuses other prompts inside the generation that merged its own route.
+        """Refuses other prompts inside a generation that merged its route.
 
         Raises:
-            MiLoraError: If it is another's.
+            MiLoraError: If the prompts are not that generation's.
         """
         if self.generation is not None and generation is not self.generation:
             raise MiLoraError(
-                "The running generation has merged its route into the backbone's weights, so other prompts cannot be "
-                "served from inside it. Generate without merge_route."
+                "The running generation has merged its route into the backbone's weights, so other prompts cannot run"
+                " inside it. Generate without merge_route."
             )
 
 
 @contextmanager
 def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Generation | None) -> Iterator[None]:
-    """Inside, the backbone's weights contain a route; see [`milora.tuners.milora.routes.Routes.merged_route`].
+    """Inside this context the backbone's weights contain a route; see
+    [`milora.tuners.milora.routes.Routes.merged_route`].
 
     Args:
         hooks: The model's.
-        adapter: The adapter whose route it is.
-        route: All its rows are alike.
+        adapter: The route's adapter.
+        route: A route with equal rows.
         generation: The generation that merges it.
     """
     owner, model = hooks.owner, hooks.backbone
     if model.training:
-        raise MiLoraError("A route is merged for inference; call model.eval() first.")
+        raise MiLoraError("Merging a route is for inference; call model.eval() first.")
     if hooks.is_off():
         raise MiLoraError("The adapters are disabled, so there is nothing to merge.")
     if said(owner, "adapter_names") is not None:
-        raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out adapter_names.")
+        raise MiLoraError("Rows with different adapters have no common route to merge; leave out adapter_names.")
     if generation is None and hooks.configs[adapter].adapted_tokens == "completion":
         raise MiLoraError(
-            "merged_route would change the prompts too, which adapted_tokens='completion' leaves to the bare backbone. "
+            "merged_route would also change the prompts, which go through the bare backbone with "
+            "adapted_tokens='completion'. "
             "Use model.generate(..., merge_route=True)."
         )
     route = common_route(route)
@@ -90,11 +93,13 @@ def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Ge
     own = [scope.generation.use for scope in scopes(owner) if scope.generation is not None]
     with owner.identities.lock:
         if hooks.merged is not None:
-            raise MiLoraError("A route is merged into the backbone already; leave it before another is merged.")
+            raise MiLoraError(
+                "A route is already merged into the backbone; leave its context before merging another one."
+            )
         if owner.identities.others_running(own):
             raise MiLoraError(
-                "Another request is using this backbone, and merging a route would change the weights under it. Merge "
-                "when it has ended, or generate without merge_route."
+                "Another request is using this backbone, and merging a route would change its weights. Merge after it"
+                " has ended, or generate without merge_route."
             )
         hooks.merged = merged = Merged(route, generation)
     scope = Scope(owner, route=route, merged=merged)
@@ -106,27 +111,27 @@ def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Ge
 
 
 def common_route(route: Route) -> Route:
-    """The one row that all rows of a route are equal to; probabilities may differ, for they change nothing.
+    """The common row of a route with equal gates; probabilities may differ, because they have no effect.
 
     Raises:
-        MiLoraError: If rows have different gates. Asks the device, once.
+        MiLoraError: If rows have different gates. Synchronises with the device once.
     """
     if not len(route) or not bool((route.gates == route.gates[:, :1]).all()):
         raise MiLoraError(
-            f"Only one route can be merged, and the {len(route)} rows of this batch have different ones. Generate "
-            "without merge_route, one prompt at a time, or give a route for all: route=, with merge_route=True."
+            f"Only one route can be merged, but the {len(route)} rows of this batch have different ones. Generate "
+            "without merge_route, generate one prompt at a time, or pass one route for all rows with route=."
         )
     return route[0]
 
 
 @contextmanager
 def changed_weights(backbone: nn.Module, gates: Mapping[str, float], adapter: str) -> Iterator[None]:
-    """Inside, modules of the backbone have their experts in their weights: `W + g (W' - W)`.
+    """Inside this context modules of the backbone have their experts merged into their weights: `W + g (W' - W)`.
 
     `W'` is `W + s B A`, and of MiDoRA `m / ||W + s B A|| * (W + s B A)`. Each affected weight is computed in float32,
-    rounded once and put in the place of the backbone's own, which is not written to and comes back at the end: bit for
-    bit, and also where it lies in a file or is shared with other processes. So there is a second copy of the affected
-    weights in memory for as long.
+    rounded once, and replaces the backbone's own weight. The original is not written to and is restored bit for bit at
+    the end, also if it is memory-mapped or shared with other processes. Until then there are two copies of the affected
+    weights in memory.
 
     Args:
         backbone: The model with PEFT's layers in it.
@@ -155,17 +160,17 @@ def changed_weights(backbone: nn.Module, gates: Mapping[str, float], adapter: st
 def _check(path: str, layer: Any, adapter: str, uses: Counter[int]) -> None:
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
-    # PEFT gives quantised layers classes of their own, and they their weights.
+    # PEFT gives quantised layers classes of their own, and those name their weights differently.
     is_plain = getattr(layer, "kind", None) is Linear and isinstance(base, (nn.Linear, Conv1D))
     if not is_plain or type(weight) is not nn.Parameter or not weight.is_floating_point():
         raise MiLoraError(
-            f"{path} is a {type(base).__module__}.{type(base).__name__}, into which a route cannot be merged and taken "
-            "out again (quantised weights have no place for it). Generate without merge_route."
+            f"{path} is a {type(base).__module__}.{type(base).__name__}, into which a route cannot be merged and "
+            "restored (quantised weights). Generate without merge_route."
         )
     if weight.is_meta or layer.lora_A[adapter].weight.is_meta:
         raise MiLoraError(f"{path} is offloaded, so a route cannot be merged into it. Generate without merge_route.")
     if uses[id(weight)] > 1:
-        raise MiLoraError(f"{path} shares its weight with another module, which the route would change too.")
+        raise MiLoraError(f"{path} shares its weight with another module, which merging would also change.")
     if layer.lora_B[adapter].bias is not None and base.bias is None:
         raise MiLoraError(f"{path} has no bias that the adapter's (lora_bias) could be merged into.")
 

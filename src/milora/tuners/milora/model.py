@@ -1,4 +1,4 @@
-"""`MiLoraModel`: PEFT's LoRA model with a router in each block, asked once per prompt."""
+"""`MiLoraModel`: PEFT's LoRA model with a router in each block, which runs once per prompt."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from milora_core.routing import Route
 
 
 class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ignore[misc]
-    """A backbone with MiLoRA adapters; made by `get_peft_model(model, MiLoraConfig())`.
+    """A backbone with MiLoRA adapters, created by `get_peft_model(model, MiLoraConfig())`.
 
-    Each block gets a router (`milora_router`), each adapted module stays a LoRA layer of PEFT. A forward pass reads the
-    prompt from its arguments, each block's router decides from the block's input on the prompt, and the chosen modules
-    serve the prompt and, by way of `generate` or the cache, every token after it (Zhang et al. 2024, section 3).
+    Each block gets a router (`milora_router`), and each adapted module stays a LoRA layer of PEFT. A forward pass reads
+    the prompt from its arguments, each block's router routes it from the block's input, and the chosen modules serve
+    the prompt and, with `generate` or the cache, every later token (Zhang et al. 2024, section 3).
 
     Attributes:
-        owner: Whose contexts forward passes are; it also holds the stacks of many tenants.
-        hooks: What a call of the backbone means.
-        routes: What callers do with routes.
+        owner: Owns the contexts of forward passes and the stacks of many tenants.
+        hooks: Handles calls of the backbone.
+        routes: The functions for routes.
     """
 
     tuner_layer_cls = (LoraLayer, RouterLayer)
@@ -80,7 +80,7 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
     def _check_target_module_exists(peft_config: MiLoraConfig, key: str) -> Any:
         if key in peft_config.expert_places:
             return True
-        # PEFT tells an excluded module by a false value of its own, and warns where there is none.
+        # PEFT marks an excluded module with its own false value, and warns if there is none.
         return check_target_module_exists(peft_config, key) and False
 
     def _create_and_replace(
@@ -100,11 +100,11 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
     # ------------------------------------------------------- adapters and files
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, for one adapter at a time.
+        """Like PEFT's, for one adapter at a time.
 
         Raises:
-            MiLoraError: For several: a prompt is routed by one adapter. `adapter_names` gives each row its own. For
-                another than the active one, while a route of that is merged.
+            MiLoraError: For several adapters, because one adapter routes a prompt (`adapter_names` gives each row its
+                own); for another adapter than the active one while a route is merged.
         """
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
             raise MiLoraError(
@@ -117,10 +117,10 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's, routers included. It waits for the generations that the adapter serves.
+        """Like PEFT's, including routers. It waits for the generations that use the adapter.
 
         Raises:
-            MiLoraError: If it is called from inside such a generation, or that goes on for a minute.
+            MiLoraError: If it is called inside such a generation, or the generation does not end within a minute.
         """
         with self.changing_adapter(adapter_name):
             super().delete_adapter(adapter_name)
@@ -142,7 +142,7 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         return model
 
     def remove_empty_layers(self) -> None:
-        """See [`RevertibleTuner.remove_empty_layers`]; PEFT leaves LoRA layers without adapters in their places."""
+        """See [`RevertibleTuner.remove_empty_layers`]; PEFT keeps LoRA layers without adapters."""
         for path, layer in list(self.model.named_modules()):
             if isinstance(layer, LoraLayer) and not layer.r:
                 parent, _, name = path.rpartition(".")
@@ -163,7 +163,7 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # In place of PEFT's, which leaves its hooks behind after an exception.
+        # Replaces PEFT's method, which does not remove its hooks after an exception.
         names = kwargs.get("adapter_names")
         with nullcontext() if names is None else self.routes.naming_rows(list(names)):
             yield
@@ -193,9 +193,10 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         return self.routes.merged_route(route)
 
     def routing_statistics(self, reset: bool = False) -> dict[str, float]:
-        """The load-balancing loss and each expert's share of the choices, means over training passes since the reset.
+        """The load-balancing loss and each expert's share of the choices, averaged over training passes since the last
+        reset.
 
         Args:
-            reset: Start anew after this.
+            reset: Reset afterwards.
         """
         return self.hooks.statistics.summary(reset)

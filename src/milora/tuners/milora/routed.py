@@ -1,4 +1,4 @@
-"""What was decided for the prompts of a batch: row -> (adapter, route), as routers write it and plans read it."""
+"""The decisions for the prompts of a batch: row -> (adapter, route), written by routers and read by plans."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from milora_core.routing import Decision, Route
 
 
 class Place(NamedTuple):
-    """Where an expert stands."""
+    """The position of an expert."""
 
     block: str
     expert: int
-    """Its place among the block's experts."""
+    """Its index among the block's experts."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Selection:
     """The rows of a batch that chose one expert of one adapter, and their gates.
 
     Attributes:
-        weights: Row -> gate, as the host knows them.
-        rows: (chosen rows), int64, on the device; `None` where every row of the batch chose it.
-        gates: (adapter's rows, experts), float32; `None` where every gate is exactly 1 and has no gradient.
-        places: (chosen rows), int64: their places in `gates`; `None` for all of them.
+        weights: Row -> gate, on the host.
+        rows: (chosen rows), int64, on the device; `None` if every row of the batch chose it.
+        gates: (adapter's rows, experts), float32; `None` if every gate is exactly 1 and has no gradient.
+        places: (chosen rows), int64: their indices in `gates`; `None` for all of them.
         column: The expert's column in `gates`.
     """
 
@@ -42,7 +42,7 @@ class Selection:
     column: int
 
     def gate(self) -> Tensor | None:
-        """(chosen rows), float32, or `None`. Cut out where it is used: a recomputation builds its own graph."""
+        """(chosen rows), float32, or `None`. Selected where it is used: a recomputation builds its own graph."""
         if self.gates is None:
             return None
         column = self.gates[:, self.column]
@@ -50,7 +50,7 @@ class Selection:
 
     @property
     def common_weight(self) -> float | None:
-        """The gate that all rows of the batch have in common, `None` where rows differ."""
+        """The common gate of all rows of the batch, `None` if rows differ."""
         different = set(self.weights.values())
         return different.pop() if self.rows is None and len(different) == 1 else None
 
@@ -65,7 +65,7 @@ class BlockRouting:
 
 
 def select(gates: Tensor, chosen: Tensor, rows: list[int] | None, batch: int) -> list[Selection | None]:
-    """One [`Selection`] an expert, `None` for those that no row chose. Reads the decision on the host, once.
+    """One [`Selection`] per expert, `None` for experts that no row chose. Reads the decision on the host, once.
 
     Args:
         gates: (adapter's rows, experts), float32.
@@ -103,11 +103,11 @@ class RoutedPrompts(Prompts):
 
     Attributes:
         adapter_rows: Adapter -> its rows, `None` for all rows.
-        forced: The route to follow instead of asking the routers, of `rows` rows.
+        forced: The route of `rows` rows to follow instead of the routers.
         routings: Adapter -> block -> decision.
-        routed_blocks: Blocks that have been reached.
-        steps: What the decode steps of a generation compute; `None` outside of one.
-        bare: Tokens of the cache that the bare backbone made (late adaptation); 0 where experts changed the prompt.
+        routed_blocks: Blocks that have been routed.
+        steps: The decode steps of a generation; `None` outside of one.
+        bare: Number of cached tokens that the bare backbone made (late adaptation); 0 if experts changed the prompt.
     """
 
     adapter_rows: Mapping[str, list[int] | None] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class RoutedPrompts(Prompts):
 
     @property
     def adapter(self) -> str | None:
-        """The adapter that serves all rows, `None` where rows have their own."""
+        """The adapter of all rows, `None` if rows have different adapters."""
         if len(self.adapter_rows) != 1:
             return None
         ((adapter, rows),) = self.adapter_rows.items()
@@ -143,7 +143,7 @@ class RoutedPrompts(Prompts):
         return routing.selections[place.expert]
 
     def dora_scale(self, layer: Any, adapter: str) -> Tensor:
-        """DoRA's factor, (d_out), once for the prompts: weights may be changed in place before the next prompts."""
+        """DoRA's factor, (d_out), computed once for these prompts: weights may change in place before the next ones."""
         key = ("dora", layer, adapter)
         if key not in self.values:
             self.values[key] = dora_scale(layer, adapter)
@@ -176,7 +176,7 @@ class RoutedPrompts(Prompts):
         return RoutedPrompts(len(rows), None, self.use, adapter_rows=adapter_rows, forced=route, bare=self.bare)
 
     def for_rows(self, rows: int) -> RoutedPrompts:
-        """The same for a pass of another number of rows, which can be told where all rows are alike.
+        """The same for a pass with another number of rows, which is possible if all rows are equal.
 
         Raises:
             MiLoraError: If they are not.
@@ -186,8 +186,8 @@ class RoutedPrompts(Prompts):
         gates = self.route().gates
         if self.adapter is None or not bool((gates == gates[:, :1]).all()):
             raise MiLoraError(
-                f"The cache was filled by {self.rows} prompts with different adapters or routes, and the pass has "
-                f"{rows} rows: which is whose cannot be told. Rearrange rows with the cache's own methods "
+                f"The cache was filled by {self.rows} prompts with different adapters or routes, but the pass has "
+                f"{rows} rows, so rows cannot be matched to prompts. Rearrange rows with the cache's own methods "
                 "(batch_select_indices, batch_repeat_interleave, reorder_cache)."
             )
         return self.pick([0] * rows)

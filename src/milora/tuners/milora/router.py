@@ -1,4 +1,4 @@
-"""A block's router as a layer that PEFT keeps, saves and switches; where it is put into blocks, found and taken out."""
+"""A block's router as a layer that PEFT saves and switches, and functions that add, find and remove routers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from milora_core.routing import (
 
 
 class RouterLayer(BareTunerLayer):
-    """A block's routers, one an adapter, as a child of the block (`milora_router`).
+    """A block's routers, one per adapter, as a child of the block (`milora_router`).
 
-    The parts lie in `ModuleDict`s by adapter, which is how PEFT finds, saves and switches them.
+    The parts are in `ModuleDict`s by adapter, so PEFT finds, saves and switches them.
 
     Args:
         block: The block's path in the backbone.
@@ -59,7 +59,7 @@ class RouterLayer(BareTunerLayer):
     def update_layer(
         self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
     ) -> None:
-        """Adds an adapter's router, on the device of the block (or left on the meta device it is being built on)."""
+        """Adds an adapter's router on the block's device (or on the meta device during building)."""
         orders = (config.rational_orders[0], config.rational_orders[1])
         self.projection[adapter] = RouterProjection(self.hidden_size, len(experts))
         self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size, centered=config.router_norm == "centered")
@@ -79,7 +79,7 @@ class RouterLayer(BareTunerLayer):
         if window is not None:
             prompt = prompt & (prompt.cumsum(dim=1) <= window)
         projection = self.projection[adapter]
-        # Offloaded, a router is loaded by its own hooks, to where the block computes.
+        # An offloaded router is loaded by its own hooks to the block's device.
         device = hidden.device if self.weight.is_meta else self.weight.device
         probabilities = expert_probabilities(
             hidden.to(device),
@@ -92,7 +92,7 @@ class RouterLayer(BareTunerLayer):
         return choose(probabilities, self.top_k[adapter], self.gate[adapter])
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's pre-forward hook: routes the pass that is running, unless that has been done."""
+        """The block's pre-forward hook: routes the running pass, unless it is already routed."""
         if torch.compiler.is_dynamo_compiling() or self._is_idle():
             return None
         if args:
@@ -108,11 +108,11 @@ class RouterLayer(BareTunerLayer):
             checkpoint_in_context(block, self.owner, _Rerouted(self, block))
 
     def _is_idle(self) -> bool:
-        """Whether the adapters are disabled, and no request is running that began before they were."""
+        """Whether the adapters are disabled and no request that began earlier is running."""
         return self.disable_adapters and running(self.owner) is None
 
     def route_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Decides for the running pass from the block's input, (batch, tokens, hidden), and returns that input.
+        """Routes the running pass from the block's input, (batch, tokens, hidden), and returns that input.
 
         Raises:
             RuntimeError: If no pass is running.
@@ -120,8 +120,8 @@ class RouterLayer(BareTunerLayer):
         context = running(self.owner)
         if context is None:
             raise RuntimeError(
-                f"{self.block} was called on its own: which tokens are the prompt is read where the whole model is "
-                "called. Call the model that get_peft_model returned."
+                f"{self.block} was called directly, but the prompt is known only when the whole model is called. Call "
+                "the model that get_peft_model returned."
             )
         if isinstance(context.prompts, PackedTokens):
             context.prompts.decide(self, hidden)
@@ -182,14 +182,14 @@ class RouterLayer(BareTunerLayer):
 def follow(
     route: Route, block: str, experts: tuple[str, ...], rows: list[int] | None, device: torch.device
 ) -> Decision:
-    """What a given route says for a block, as a router would have said it.
+    """A given route's decision for a block, in a router's format.
 
     Raises:
-        MiLoraError: If the route does not know the block or one of its experts.
+        MiLoraError: If the route does not contain the block or one of its experts.
     """
     if block not in route.blocks or not set(experts) <= set(route.experts):
         raise MiLoraError(
-            f"The route in force is for the blocks {list(route.blocks[:2])}... with experts {list(route.experts)}; the "
+            f"The given route has the blocks {list(route.blocks[:2])}... with experts {list(route.experts)}; the "
             f"adapter has {block} with experts {list(experts)}. Use a route of the same adapter and backbone."
         )
     columns = [route.experts.index(expert) for expert in experts]
@@ -200,7 +200,7 @@ def follow(
 
 
 class _Rerouted:
-    """Routes a given block: a callable with attributes, so that models that hold it can be copied and pickled."""
+    """Routes a given block: a callable with attributes, so models with it can be copied and pickled."""
 
     def __init__(self, router: RouterLayer, block: nn.Module) -> None:
         self.router, self.block = router, block
@@ -214,7 +214,7 @@ def _parameters(value: nn.Module | nn.Parameter) -> list[nn.Parameter]:
 
 
 def add_routers(backbone: nn.Module, adapter: str, config: MiLoraConfig, owner: ContextOwner) -> None:
-    """Gives every block with experts a router for an adapter; the blocks' own layers are made where they are missing.
+    """Adds a router for an adapter to every block with experts; missing router layers are created.
 
     Args:
         backbone: The model with the blocks.
@@ -247,11 +247,11 @@ def routers_of(model: nn.Module) -> dict[str, RouterLayer]:
 
 
 def remove_routers(model: nn.Module, *, empty_only: bool = False) -> None:
-    """Takes routers out of their blocks, with their hooks.
+    """Removes routers and their hooks from their blocks.
 
     Args:
         model: The model with the blocks.
-        empty_only: Leave those that have an adapter.
+        empty_only: Keep those that have an adapter.
     """
     for module in list(model.modules()):
         router = getattr(module, OWN_ROUTER, None)
@@ -267,7 +267,7 @@ def chosen_modules(model: nn.Module, route: Route, adapter: str) -> dict[str, fl
     Args:
         model: The model with the routers.
         route: A route of one row.
-        adapter: The adapter whose route it is.
+        adapter: The route's adapter.
 
     Raises:
         MiLoraError: If the route is not of this adapter and backbone.

@@ -1,4 +1,4 @@
-"""What callers do with the routes of a model: ask for them, give them, record them, and generate with them."""
+"""The public functions for routes of a model: compute, force and record routes, and generate with them."""
 
 from __future__ import annotations
 
@@ -56,22 +56,21 @@ class Routes:
         Assisted generation and chunked prefill, whose first pass is not the prompt, route in a pass of their own first.
 
         Args:
-            *args: As for the backbone's `generate`.
-            route: A route to follow, a row for each prompt (or one for all); needed to continue a cache that already
-                holds tokens.
-            compiled: Compile the decode step (static cache, `torch.compile`): routes and adapters are data that it
-                reads, so other prompts and tenants compile nothing anew. `None` leaves it to transformers, which
-                compiles on a GPU with `cache_implementation="static"`; `False` rules it out.
-            merge_route: If all rows have one route, merge it into the backbone's weights for the length of the
-                generation, after the prefill has found it: decoding then costs what the backbone costs. Until it ends
-                there is a second copy of the affected weights, and other requests are refused; see
-                [`Routes.merged_route`].
-            **kwargs: As for the backbone's `generate`.
+            *args: See the backbone's `generate`.
+            route: A route to follow, with one row per prompt or one row for all; required to continue a cache that
+                already holds tokens.
+            compiled: Compile the decode step (static cache, `torch.compile`). Routes and adapters are inputs of the
+                step, so other prompts and tenants do not compile again. `None` leaves it to transformers, which
+                compiles on a GPU with `cache_implementation="static"`; `False` disables it.
+            merge_route: If all rows have one route, merge it into the backbone's weights for this generation, after the
+                prefill has computed it: decoding then costs the same as for the backbone. Until the end there is a
+                second copy of the affected weights, and other requests are refused; see [`Routes.merged_route`].
+            **kwargs: See the backbone's `generate`.
 
         Raises:
             MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, a prompt is
-                empty, or an adapter is being deleted; if `merge_route` is asked for and rows differ, a chosen layer is
-                quantised or another request is running; if steps are to be compiled that cannot be.
+                empty, or an adapter is being deleted; with `merge_route` if rows differ, a chosen layer is quantised or
+                another request is running; with `compiled=True` if steps cannot be compiled.
         """
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         is_merged = merge_route or self.hooks.merged is not None
@@ -83,7 +82,7 @@ class Routes:
         if names is not None:
             check_names(names, size[0], size[0])
             if merge_route:
-                raise MiLoraError("Rows with adapters of their own have no one route to merge; leave out merge_route.")
+                raise MiLoraError("Rows with different adapters have no common route to merge; leave out merge_route.")
         self._check_cache(named, route)
         if route is None and said(self.owner, "route") is None and needs_own_pass(self.model, named):
             route = self.route(**prompts_given(named))
@@ -107,12 +106,12 @@ class Routes:
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> Route:
-        """What the routers decide for some prompts, without generating anything.
+        """Computes the routes of prompts without generating.
 
         Args:
             input_ids: (batch, tokens).
             attention_mask: (batch, tokens).
-            labels: (batch, tokens): the prompt is then what precedes the first label, as in training.
+            labels: (batch, tokens): if given, the prompt ends before the first label, as in training.
             adapter_names: An adapter for each row.
             **kwargs: Further arguments of the backbone, such as `inputs_embeds`.
 
@@ -124,7 +123,7 @@ class Routes:
         """
         check_thread(self.owner)
         if self.hooks.is_off():
-            raise MiLoraError("The adapters are disabled, so there are no routers to ask.")
+            raise MiLoraError("The adapters are disabled, so there are no routers.")
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         names = said(self.owner, "adapter_names") if adapter_names is None else self.check_names(adapter_names)
@@ -132,32 +131,33 @@ class Routes:
             if labels is not None:
                 self.model(**inputs, labels=labels)
             else:
-                # The prefill of generate itself: some models derive positions from the mask there, and not in a
-                # plain forward.
+                # The prefill of generate itself: some models derive positions from the mask there, but not in a plain
+                # forward.
                 self.model.generate(**inputs, generation_config=one_token(self.model))
             assert isinstance(generation.prompts, RoutedPrompts)
             return generation.prompts.route()
 
     def use_route(self, route: Route | None) -> AbstractContextManager[None]:
-        """`with model.use_route(route):` makes passes and generations follow a route; the routers are not asked.
+        """`with model.use_route(route):` makes passes and generations follow a route instead of the routers.
 
-        The route has a row for each prompt, or one row for all. `generate` repeats each row for its beams and return
-        sequences. The context follows asyncio tasks and `asyncio.to_thread`; a plain thread that is started inside is
-        refused, since it cannot tell whether it belongs here: pass `route=` to its `generate`. `None` leaves the
-        decision to the routers.
+        The route has one row per prompt, or one row for all. `generate` repeats each row for its beams and return
+        sequences. The context follows asyncio tasks and `asyncio.to_thread`. A plain thread started inside is refused,
+        because it does not inherit the context: pass `route=` to its `generate`. `None` leaves the decision to the
+        routers.
         """
         return caller_scope(Scope(self.owner, route=route))
 
     def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
-        """`with model.use_prompt(mask):` says which tokens are the prompt, (batch, tokens), where no labels do."""
+        """`with model.use_prompt(mask):` marks the prompt's tokens, (batch, tokens), if there are no labels."""
         return caller_scope(Scope(self.owner, prompt=prompt))
 
     @contextmanager
     def record_routes(self) -> Iterator[list[Route]]:
-        """`with model.record_routes() as routes:` gets the route of every `generate` inside, once it has ended.
+        """`with model.record_routes() as routes:` collects the route of every finished `generate` inside.
 
-        It is the decision that the generation itself made, or followed, on the backbone's device; nothing is computed
-        for it. With beams or several return sequences a prompt has as many equal rows in succession as the prefill had.
+        It is the route that the generation itself computed or followed, on the backbone's device, without extra
+        computation. With beams or several return sequences a prompt has as many equal rows in succession as in the
+        prefill.
         """
         routes: list[Route] = []
         with caller_scope(Scope(self.owner, routes=routes)):
@@ -166,21 +166,21 @@ class Routes:
     def merged_route(self, route: Route) -> AbstractContextManager[None]:
         """`with model.merged_route(route):` follows a route as `use_route` does, merged into the weights.
 
-        Its experts then cost nothing a token. The affected weights are in memory twice until the end, when the
-        backbone's own come back bit for bit, also after an exception. Merged weights are rounded to the backbone's
-        type, so in bfloat16 the outputs are close to those of `use_route`, and not the same. Inside this context no
-        other request may use the model, in this thread or another: such calls are refused.
+        Its experts then cost nothing per token. The affected weights are in memory twice until the end, when the
+        backbone's own are restored bit for bit, also after an exception. Merged weights are rounded to the backbone's
+        dtype, so in bfloat16 the outputs are close but not equal to those of `use_route`. Inside this context no other
+        route or thread may use the model: such calls are refused.
 
         Raises:
             MiLoraError: If the route's rows differ or it is not of this adapter, the model is in training mode or its
                 adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another request is
-                running, or a route is merged already.
+                running, or a route is already merged.
         """
         return merged_route(self.hooks, (self.hooks.active() or [""])[0], route, None)
 
     @contextmanager
     def naming_rows(self, adapter_names: list[str]) -> Iterator[None]:
-        """Inside, each row has its own adapter.
+        """Inside this context each row has its own adapter.
 
         Raises:
             MiLoraError: If there is no such adapter, the model is in training mode, or a route is merged.
@@ -194,8 +194,8 @@ class Routes:
             raise MiLoraError("adapter_names is for inference; call model.eval() first.")
         if self.hooks.merged is not None:
             raise MiLoraError(
-                "adapter_names gives rows their own adapters, but a route is merged into the backbone's weights, "
-                "which serve it and no other; leave merged_route first."
+                "adapter_names gives rows their own adapters, but a route is merged into the backbone's weights, so "
+                "no other route can be used; leave merged_route first."
             )
         if not names:
             raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
@@ -232,19 +232,18 @@ class Routes:
         names = said(self.owner, "adapter_names")
         adapters = self.hooks.active() if names is None else set(names) - {BASE_ROW}
         if all(self.hooks.configs[adapter].adapted_tokens == "completion" for adapter in adapters):
-            return  # The bare backbone may have made it; the prefill looks.
+            return  # The bare backbone may have made it; the prefill checks.
         raise MiLoraError(
-            "generate was given a cache that already holds tokens: a later turn can be served by the route of the "
-            "first or by one of its own, and that is yours to say. Pass route=, for example the one that "
-            "model.route(**inputs) returned for the prompt that filled the cache."
+            "The cache already holds tokens, and generate cannot know whether to keep their route. Pass route=, for "
+            "example the route that model.route(**inputs) returned for the prompt that filled the cache."
         )
 
     @staticmethod
     def _compile_options(named: dict[str, Any], compiled: bool | None, is_merged: bool) -> dict[str, Any]:
         if compiled and is_merged:
             raise MiLoraError(
-                "A merged route is not served by compiled steps: leave out compiled=True, or merge_route=True and "
-                "`with model.merged_route(...)`."
+                "Compiled steps do not support a merged route: leave out compiled=True, or merge_route=True and `with"
+                " model.merged_route(...)`."
             )
         if compiled:
             return compiled_settings(named)
@@ -253,7 +252,8 @@ class Routes:
     def _steps(
         self, compiled: bool | None, named: dict[str, Any], kwargs: dict[str, Any]
     ) -> AbstractContextManager[bool | None]:
-        """Inside, steps may be compiled if the caller asked for it, or transformers does and nothing is against it."""
+        """Inside this context steps may be compiled, if the caller requested it or transformers does and it is
+        possible."""
         names = said(self.owner, "adapter_names")
         adapters = self.hooks.active() if names is None else list(set(names) - {BASE_ROW})
         if compiled:
@@ -277,7 +277,7 @@ def _as_true(context: AbstractContextManager[None]) -> Iterator[bool]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode."""
+    """Inside this context the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:

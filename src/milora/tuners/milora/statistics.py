@@ -1,4 +1,4 @@
-"""What the routers did in training, summed where it happens and read when it is logged."""
+"""Routing statistics of training, accumulated on the device and read when logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milora.tuners.milora.routed import BlockRouting
 
 
 class RoutingStatistics:
-    """Means over training passes; nothing is asked of the device until [`RoutingStatistics.summary`]."""
+    """Means over training passes, without device synchronisation until [`RoutingStatistics.summary`]."""
 
     def __init__(self) -> None:
         self._warned = False
@@ -46,11 +46,11 @@ class RoutingStatistics:
         return {"load_balancing_loss": values[0], **shares}
 
     def warn_without_labels(self) -> None:
-        """Says once that a training pass gave no labels to read the prompt from."""
+        """Warns once that a training pass had no labels that mark the prompt."""
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "A training pass came without labels, so each row is taken to be a prompt as a whole. If completions "
-                "are among its tokens, say which are the prompt: `with model.use_prompt(mask):`.",
+                "A training pass had no labels, so each whole row counts as the prompt. If rows contain completions, "
+                "mark the prompt: `with model.use_prompt(mask):`.",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""Which modules of a backbone are the experts of a MiLoRA configuration, and in which blocks."""
+"""Finds the experts of a MiLoRA configuration in a backbone's blocks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from milora_core.routing import check_top_k
 
 
 def fill_in_experts(config: MiLoraConfig, backbone: nn.Module) -> None:
-    """Fills in what a configuration leaves to the backbone.
+    """Fills in the fields of a configuration that depend on the backbone.
 
     These are `experts`, `target_modules`, the activations of the routed blocks, and `expert_places`, which is not
-    saved: each expert's path in the backbone -> its block, and its place among the block's experts.
+    saved: each expert's path in the backbone -> its block, and its index among the block's experts.
 
     Raises:
-        MiLoraError: If the backbone has no such modules, `top_k` is more than any block has, or the activations are not
-            as many as the routed blocks.
+        MiLoraError: If the backbone has no such modules, `top_k` exceeds the experts of every block, or the number of
+            activations differs from the number of routed blocks.
     """
     blocks = find_blocks(backbone, config.blocks)
     candidates = {block.path: block.linears for block in blocks}
@@ -31,12 +31,12 @@ def fill_in_experts(config: MiLoraConfig, backbone: nn.Module) -> None:
     config.router_activation = activations
     if isinstance(activations, list) and len(activations) != len(routed):
         raise MiLoraError(
-            f"router_activation lists {len(activations)} activations, and {len(routed)} blocks have a router."
+            f"router_activation lists {len(activations)} activations, but {len(routed)} blocks have a router."
         )
     lists = [experts[block.path] for block in routed]
     alike = len(routed) == len(blocks) and all(of_block == lists[0] for of_block in lists)
     config.experts = lists[0] if alike else {block.path: experts[block.path] for block in routed}
-    # Spelled out, because PEFT would read "all-linear" as every linear layer of the model, routers included.
+    # Explicit names, because PEFT would read "all-linear" as every linear layer of the model, including routers.
     config.target_modules = list(dict.fromkeys(expert for of_block in lists for expert in of_block))
     config.expert_places = {
         f"{block.path}.{expert}": (block.path, index)
@@ -45,7 +45,7 @@ def fill_in_experts(config: MiLoraConfig, backbone: nn.Module) -> None:
     }
     modules = dict(backbone.named_modules())
     if all(type(_unwrapped(modules[path])).__name__ == "Conv1D" for path in config.expert_places):
-        # Set here, PEFT has no need to correct it with a warning for every layer.
+        # Set here, so PEFT does not correct it with a warning for every layer.
         config.fan_in_fan_out = True
 
 

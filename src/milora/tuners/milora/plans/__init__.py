@@ -1,1 +1,1 @@
-"""How adapted layers compute their rows: layer by layer in a pass, by prepared decode steps, or not at all."""
+"""How adapted layers compute their rows: layer by layer in a pass, by prepared decode steps, or not."""

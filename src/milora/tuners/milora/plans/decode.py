@@ -1,16 +1,15 @@
-"""What the chosen experts of a generation compute in a decode step, prepared once from their route.
+"""The decode steps of a generation's chosen experts, prepared once from their route.
 
-A decode step has a token or a few a row, so its cost is reading weights and the number of operations. Experts that are
-given the same input (query, key and value; gate and up) read it in one product with their `lora_A`s stacked. Scaling,
-and a gate that all rows share, are the factor with which `lora_B`'s product is added. Rows that did not choose an
-expert, and rows with gates of their own, are handled where tensors are as narrow as the rank. Nothing is asked of the
-device.
+A decode step has one or a few tokens per row, so its cost is reading weights and the number of operations. Experts with
+the same input (query, key and value; gate and up) use one product with stacked `lora_A`s. Scaling and a gate that all
+rows share are folded into the factor of `lora_B`'s product. Rows that did not choose an expert, and rows with different
+gates, are masked where tensors are as narrow as the rank. There is no synchronisation with the device.
 
 `lora_B` is read in place, and `lora_A` is copied only to be stacked. Both keep the adapter's precision: the sum with
 the base layer's output is rounded once, as PEFT's LoRA rounds it.
 
-On a CPU with the native kernel, an expert's step is one call of it, which reads both in place: preparing a call of
-torch's products would cost several times as much as the products.
+On a CPU with the native kernel, an expert's step is one call of it, which reads both in place: the overhead of torch's
+products would be several times their cost.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from milora.tuners.milora.routed import RoutedPrompts, Selection
 from milora_core.kernels import KERNEL_DTYPES, Piece, RowLora
 
 Step = Callable[[Tensor, Tensor], Tensor]
-"""Takes a layer's input and the base layer's output, which it may write into, and gives the layer's output."""
+"""Maps a layer's input and the base layer's output, which it may overwrite, to the layer's output."""
 
 
 class DecodePlan:
@@ -56,14 +55,14 @@ class DecodePlan:
 
 
 class PreparedExperts:
-    """The decode steps of one generation's experts; made at the prefill, freed with the generation.
+    """The decode steps of one generation's experts; created at the prefill, freed with the generation.
 
-    The prefill notes which chosen experts were given the same tensor; each step is made when the first decode step
+    The prefill records which chosen experts got the same tensor; each step is created when the first decode step
     reaches its layer.
 
     Args:
         adapter: The adapter that serves all rows.
-        prompts: The generation's decisions, which the prefill is still to make.
+        prompts: The generation's decisions, which the prefill makes later.
     """
 
     def __init__(self, adapter: str, prompts: RoutedPrompts) -> None:
@@ -76,7 +75,7 @@ class PreparedExperts:
         self._steps: dict[LoraLayer, Step | None] = {}
 
     def note_input(self, layer: LoraLayer, x: Tensor) -> None:
-        """Notes, in the prefill, that a chosen expert was given `x`."""
+        """Records in the prefill that a chosen expert got `x`."""
         if self._last_input is None or self._last_input() is not x:
             self._last_input = ref(x)
             self._inputs += 1
@@ -117,13 +116,13 @@ class PreparedExperts:
         selection = self._prompts.selection(layer, self.adapter)
         if selection is None:
             return None
-        # DoRA's sum is of one product where all rows share a gate.
+        # DoRA's sum is one product if all rows share a gate.
         is_shared = not is_dora(layer, self.adapter) or selection.common_weight is not None
         return _Chosen(layer, self.adapter, selection, self._prompts, is_shared and is_plain(layer, self.adapter))
 
 
 class _Chosen(NamedTuple):
-    """An expert that some row chose."""
+    """An expert that at least one row chose."""
 
     layer: Any
     adapter: str
@@ -153,7 +152,7 @@ class _Chosen(NamedTuple):
         return (self.a.dtype, self.a.device, self.a.shape[1]) == (other.a.dtype, other.a.device, other.a.shape[1])
 
     def unprepared(self, x: Tensor, result: Tensor) -> Tensor:
-        """The step that computes it as the prefill does."""
+        """The step that computes it like the prefill."""
         shape, selection = result.shape, self.selection
         x, result = x.reshape(self.prompts.rows, -1, x.shape[-1]), result.reshape(self.prompts.rows, -1, shape[-1])
         summed = add_expert(
@@ -163,7 +162,7 @@ class _Chosen(NamedTuple):
 
 
 class _RowStep:
-    """The native kernel's step, for the rows that chose the expert, LoRA's and DoRA's alike."""
+    """The native kernel's step for the rows that chose the expert, for LoRA and DoRA."""
 
     def __init__(self, expert: _Chosen) -> None:
         self._expert = expert
@@ -172,8 +171,8 @@ class _RowStep:
 
     @staticmethod
     def serves(expert: _Chosen) -> bool:
-        """Whether there is a kernel for the expert and for what its layer is given, with one token a row."""
-        # Quantised layers may keep no tensor of this name (HQQ); what they return is looked at when it is there.
+        """Whether there is a kernel for the expert and its layer's input, with one token per row."""
+        # Quantised layers may have no tensor of this name (HQQ); their output is checked instead.
         weight = getattr(expert.layer.get_base_layer(), "weight", None)
         is_known = weight is None or weight.dtype in KERNEL_DTYPES or not weight.dtype.is_floating_point
         return is_known and RowLora.serves([_piece(expert, 1)])
@@ -207,10 +206,10 @@ def _piece(expert: _Chosen, tokens: int) -> Piece:
 
 
 class _Down:
-    """`x A` of the experts that are given the same input, computed by the first of them that is reached."""
+    """`x A` of the experts with the same input, computed by the first of them in the pass."""
 
     def __init__(self, experts: list[_Chosen]) -> None:
-        # One alone is used where it lies.
+        # A single one is used in place.
         self._weight = experts[0].a if len(experts) == 1 else torch.cat([expert.a for expert in experts])
         self._batch = experts[0].prompts.rows
         self._not_chosen, self._gates = self._by_row(experts)
@@ -218,7 +217,7 @@ class _Down:
         self._output = self._weight
 
     def _by_row(self, experts: list[_Chosen]) -> tuple[Tensor | None, Tensor | None]:
-        """(batch, 1, ranks): which rows did not choose, and the gates of those that did; `None` where all agree."""
+        """(batch, 1, ranks): which rows did not choose, and the gates of those that did; `None` if all are equal."""
         selections = [expert.selection for expert in experts]
         if all(selection.common_weight is not None for selection in selections):
             return None, None
@@ -231,7 +230,7 @@ class _Down:
             return torch.tensor(of_ranks, dtype=dtype, device=weight.device)[:, None]
 
         idle = [[row not in selection.weights for selection in selections] for row in rows]
-        # A weight that all rows share is in the step's factor.
+        # A weight that all rows share is folded into the step's factor.
         gates = [
             [selection.weights.get(row, 1.0) if selection.common_weight is None else 1.0 for selection in selections]
             for row in rows
@@ -251,7 +250,7 @@ class _Down:
             if self._gates is not None:
                 output.mul_(self._gates)
             if self._not_chosen is not None:
-                # Not multiplied by zero: another row's infinity would become NaN.
+                # Masked, not multiplied by zero: another row's infinity would become NaN.
                 output.masked_fill_(self._not_chosen, 0)
         self._input, self._output = ref(x), output.view(-1, output.shape[-1])
         return self._output

@@ -1,4 +1,4 @@
-"""What an expert computes, each formula once: LoRA's gated sum with its gradients, and DoRA's."""
+"""The formulas of an expert: LoRA's gated sum with its gradients, and DoRA's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 ROWS_AT_ONCE = 1024
-"""Rows of a weight that are adapted at a time: the whole would be a second copy of it, in the adapter's precision."""
+"""Number of weight rows adapted at a time: all of them would be a second copy of the weight in the adapter's
+precision."""
 
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
-    """Whether `lora_A` and `lora_B` are bare matrices, which may be used without calling the modules that hold them.
+    """Whether `lora_A` and `lora_B` are plain matrices, which may be used without calling their modules.
 
-    They are not where something listens to those modules or keeps their weights elsewhere between calls (hooks, FSDP,
-    DeepSpeed, accelerate's offloading, which replaces their forward), nor with `lora_bias`.
+    They are not if their modules have hooks or keep their weights elsewhere between calls (FSDP, DeepSpeed,
+    accelerate's offloading, which replaces their forward), or with `lora_bias`.
     """
     modules: tuple[Any, ...] = (layer.lora_A[adapter], layer.lora_B[adapter])
     return all(
@@ -51,7 +52,7 @@ def add_expert(
         adapter: The adapter.
         x: (places, ..., d_in).
         result: (places, ..., d_out): `y`. Without gradients it may be written into.
-        index: The places that chose the expert, `None` for all.
+        index: The indices that chose the expert, `None` for all.
         gate: (chosen places), float32: `g`; `None` for ones without a gradient.
         scale: Gives DoRA's `f`, (d_out), in inference.
     """
@@ -62,12 +63,12 @@ def add_expert(
     if index is None:
         return _general(layer, adapter, x, result, gate, scale)
     part = _general(layer, adapter, x.index_select(0, index), result.index_select(0, index), gate, scale)
-    # Rounded as the layer's output will be, so that a row's result does not depend on its neighbours' routes.
+    # Rounded like the layer's output, so a row's result does not depend on the routes of other rows.
     return result.index_copy(0, index, part.to(result.dtype))
 
 
 def _is_linear_in(layer: Any, adapter: str, x: Tensor) -> bool:
-    """Whether an expert is the product of two matrices and no more: nothing dropped, nothing cast by autocast."""
+    """Whether an expert is only the product of two matrices: no dropout, no autocast."""
     dropout = layer.lora_dropout[adapter]
     return (
         (isinstance(dropout, nn.Identity) or not layer.training)
@@ -77,7 +78,7 @@ def _is_linear_in(layer: Any, adapter: str, x: Tensor) -> bool:
 
 
 def _general(layer: Any, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None, scale: Any) -> Tensor:
-    """For places that all chose the expert, whatever it consists of."""
+    """For rows that all chose the expert, for any kind of expert."""
     if gate is not None:
         gate = gate.reshape(-1, *[1] * (x.dim() - 1))
     lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -85,7 +86,7 @@ def _general(layer: Any, adapter: str, x: Tensor, result: Tensor, gate: Tensor |
     if not is_dora(layer, adapter):
         inner = lora_a(layer.lora_dropout[adapter](x))
         if gate is not None and lora_b.bias is None:
-            # Where it is narrow: autograd keeps what a gate with a gradient is multiplied with.
+            # Where it is narrow: autograd saves the factor of a gate with a gradient.
             inner, gate = inner * gate.to(inner.dtype), None
         delta: Tensor = lora_b(inner) * layer.scaling[adapter]
         return result + delta if gate is None else result + gate.to(delta.dtype) * delta
@@ -142,9 +143,9 @@ def expert_sum(
 class ExpertSum(torch.autograd.Function):
     """`result + s * (g * x A) B` where an expert was chosen, and `result` elsewhere.
 
-    Plain autograd would keep a copy of `x` in the adapter's precision for every module, and the gate's gradient the
-    whole of `x A B`. This keeps `x` as it came, which modules with the same input share, and `g * x A`, which is as
-    narrow as the rank; the backward pass casts and cuts out again. Other places are neither computed nor kept.
+    Plain autograd would save a copy of `x` in the adapter's precision for every module, and all of `x A B` for the
+    gate's gradient. This saves `x` itself, which modules with the same input share, and `g * x A`, which is as narrow
+    as the rank; the backward pass casts and selects again. Other rows are neither computed nor saved.
     """
 
     @staticmethod
@@ -167,14 +168,14 @@ class ExpertSum(torch.autograd.Function):
             a: (r, d_in).
             b: (d_out, r).
             gate: (chosen places), float32, or `None` for ones without a gradient.
-            index: The places that chose the expert, `None` for all.
+            index: The indices that chose the expert, `None` for all.
             scaling: `s`.
         """
         inner = functional.linear(_at(x, index).to(a.dtype), a)
         ctx.save_for_backward(x, a, b, inner, gate, index)
         ctx.scaling = scaling
         delta = functional.linear(_gated(inner, gate), b)
-        # Rounded as the layer's output will be, so that a row's result does not depend on its neighbours' routes.
+        # Rounded like the layer's output, so a row's result does not depend on the routes of other rows.
         part = torch.add(_at(result, index), delta, alpha=scaling).to(result.dtype)
         return part if index is None else result.index_copy(0, index, part)
 

@@ -1,4 +1,4 @@
-"""A pass whose layers are computed as they are reached: prompts, training, and steps that nothing is prepared for."""
+"""A pass whose layers are computed one by one: prompts, training, and steps without preparation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PassPlan:
 
     Args:
         prompts: Rows -> (adapter, route), which the routers fill in block by block.
-        adapted: Adapter -> (rows, tokens), bool: the tokens that it changes; all where it is missing.
+        adapted: Adapter -> (rows, tokens), bool: the tokens that it changes; all if missing.
     """
 
     is_packed = False
@@ -39,7 +39,7 @@ class PassPlan:
         return {adapter: every if own is None else own for adapter, own in self.prompts.adapter_rows.items()}
 
     def add(self, layer: Any, x: Tensor, result: Tensor) -> Tensor:
-        """The base layer's output with the experts of all rows in it; without gradients it may be written into."""
+        """The base layer's output with the experts of all rows added; without gradients it may be overwritten."""
         prompts, summed = self.prompts, result
         for adapter in prompts.adapter_rows:
             selection = prompts.selection(layer, adapter)
@@ -65,15 +65,15 @@ class PassPlan:
         return add_expert(layer, adapter, x, result, index, gate, self.prompts.dora_scale).reshape(shape)
 
     def _by_row(self, layer: Any, adapter: str, tensor: Tensor) -> Tensor:
-        """What a layer was given as (rows, tokens, features); some blocks flatten it to (rows * tokens, features)."""
+        """A layer's input as (rows, tokens, features); some blocks flatten it to (rows * tokens, features)."""
         rows = self.prompts.rows
         if tensor.shape[0] == rows and tensor.dim() > 2:
             return tensor
         if tensor.dim() > 2 or tensor.shape[0] % rows != 0:
             raise MiLoraError(
-                f"A module of {layer.expert_places[adapter].block} was given an input of shape {tuple(tensor.shape)} "
-                f"for a batch of {rows} prompts, so the tokens of each prompt cannot be found. Leave that module out "
-                "of target_modules."
+                f"A module of {layer.expert_places[adapter].block} got an input of shape {tuple(tensor.shape)} for a "
+                f"batch of {rows} prompts, so each prompt's tokens cannot be found. Exclude this module from "
+                "target_modules."
             )
         return tensor.reshape(rows, -1, tensor.shape[-1])
 
