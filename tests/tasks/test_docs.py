@@ -10,7 +10,7 @@ import pytest
 from milora.tasks import alpaca, bbh, mmlu, mt_bench, registry
 from milora.tasks.instruction import InstructionTask
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "tasks.md").read_text(encoding="utf-8")
 TABLES = {
     title: [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "][1:]
     for title, text in re.findall(r"^##+ (.*?)\n(.*?)(?=^#|\Z)", PAGE, flags=re.MULTILINE | re.DOTALL)

@@ -118,7 +118,7 @@ def test_the_logits_of_metrics_have_the_prompts_routes(tmp_path: Path) -> None:
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor makes the trainer withhold"),
         ({"compute_loss_func": mean_loss}, "compute_loss_func makes the trainer withhold"),
-        ({"loss_type": "dft"}, "the load-balancing loss with it"),
+        ({"loss_type": "dft"}, "the load-balancing loss too"),
     ],
 )
 def test_losses_that_lose_the_routes_are_refused_before_the_first_step(
@@ -135,7 +135,7 @@ def test_dft_trains_without_a_balance_loss_and_is_refused_with_one_by_a_stock_tr
         return SFTTrainer(model, arguments, train_dataset=rows(), processing_class=character_tokenizer())
 
     assert trainer(0.0).train().training_loss > 0
-    with pytest.raises(MiLoraError, match="'dft' weighs each token"):
+    with pytest.raises(MiLoraError, match="'dft' weights each token"):
         trainer(0.1).train()
 
 

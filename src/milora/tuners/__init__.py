@@ -1,1 +1,1 @@
-"""PEFT methods: a folder each, and beside them what several share."""
+"""PEFT methods, one folder each, and modules that several methods share."""

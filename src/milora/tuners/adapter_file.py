@@ -1,4 +1,4 @@
-"""What can be said of an adapter's weights before anything is built for them."""
+"""Checks of an adapter's weights before anything is built for them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from milora_core.errors import MiLoraError
 
 
 class CheckedFileConfig(PeftConfig):  # type: ignore[misc]
-    """A configuration of an adapter whose file is looked at before anything is built for it."""
+    """A configuration whose adapter file is checked before anything is built for it."""
 
     modules_to_save: list[str] | None
     awaits_weights = False
-    """Whether the adapter was read from a file whose weights are not in the model yet. No field: it is not saved."""
+    """Whether the adapter was read from a file whose weights are not in the model yet. Not a field, so it is not
+    saved."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's; of a local adapter the weights' file is looked at too.
+        """Like PEFT's; for a local adapter the weights' file is checked too.
 
         Raises:
             MiLoraError: If the weights are missing, truncated or not safetensors.
@@ -43,17 +44,17 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None = Non
 
     Args:
         folder: The adapter's folder.
-        modules_to_save: Ends of the names of whole modules that the file must hold too.
+        modules_to_save: Name endings of whole modules that the file must also contain.
 
     Raises:
-        MiLoraError: If there is none, only a pickled one (which is never opened), the file is truncated, or it lacks
-            a module.
+        MiLoraError: If there is no file, only a pickled one (which is never opened), the file is truncated, or a module
+            is missing.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         if (folder / WEIGHTS_NAME).is_file():
             raise MiLoraError(
-                f"{folder} holds a pickled {WEIGHTS_NAME}, which can run code when it is opened and is not read. "
+                f"{folder} contains a pickled {WEIGHTS_NAME}, which could run code and is not opened. "
                 f"Save the adapter again as {SAFETENSORS_WEIGHTS_NAME}."
             )
         raise MiLoraError(f"{folder} has an adapter_config.json but no {SAFETENSORS_WEIGHTS_NAME}.")
@@ -81,7 +82,7 @@ def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Ten
     expected = dict(_adapter_parameters(model, adapter))
     places = model.state_dict(keep_vars=True)
     _refuse(sorted(set(expected) - set(tensors)), "lacks {} tensors of this adapter")
-    _refuse(sorted(set(tensors) - set(places)), "has {} tensors that this adapter has no place for")
+    _refuse(sorted(set(tensors) - set(places)), "has {} tensors that this adapter does not have")
     sizes = [
         f"{name} is {tuple(tensor.shape)}, the backbone needs {tuple(places[name].shape)}"
         for name, tensor in tensors.items()
@@ -94,7 +95,7 @@ def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Ten
 
 
 def _adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    # By PEFT's layout and not by name: an adapter may be called "model", or "lora_A".
+    # By PEFT's layout, not by name: an adapter may be named "model" or "lora_A".
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue

@@ -1,7 +1,7 @@
-"""What the baselines have in common: a layer that is a child of the module it adapts, and the tuner that puts it there.
+"""Base of the baselines: a layer that is a child of the module it adapts, and its tuner.
 
-A wrapped module would have to imitate the one inside it for whatever the backbone's code reads off it. An attached
-layer changes the module's output from a forward hook, and leaves the module, its name and its weights alone.
+A wrapper would have to imitate all attributes of the module that the backbone's code reads. An attached layer changes
+the module's output in a forward hook, and the module, its name and its weights stay unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from milora_core.errors import MiLoraError
 
 @dataclass
 class AttachmentConfig(CheckedFileConfig):
-    """What every method's configuration has.
+    """Base of every method's configuration.
 
     Args:
         target_modules: The modules to adapt, inside the blocks: `None` for the method's own choice, `all-linear`, name
             endings, or a regular expression.
-        exclude_modules: Modules to leave out, likewise.
+        exclude_modules: Modules to exclude, in the same form.
         modules_to_save: Further modules to train and save with the adapter.
         blocks: Path of the list of Transformer blocks, for models where it cannot be found.
-        modules: What is adapted, by path relative to the block, or a mapping from block to list where blocks differ.
+        modules: The adapted modules by path relative to the block, or a mapping from block to list where blocks differ.
             Filled in when the adapter is created.
     """
 
@@ -63,20 +63,20 @@ class Attachment(BareTunerLayer):
 
     def update_layer(self, adapter: str, module: nn.Module, config: Any) -> None:
         """Adds an adapter's parameters for `module`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which parameters it has.")
+        raise NotImplementedError(f"{type(self).__name__} does not define its parameters.")
 
     def adapt(self, adapter: str, hidden: Tensor, output: Tensor) -> Tensor:
         """The module's output under an adapter.
 
         Args:
             adapter: The adapter's name.
-            hidden: What the module was called with, (batch, tokens, d_in) or (batch * tokens, d_in).
-            output: What it returned, (..., d_out).
+            hidden: The module's input, (batch, tokens, d_in) or (batch * tokens, d_in).
+            output: The module's output, (..., d_out).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it changes an output.")
+        raise NotImplementedError(f"{type(self).__name__} does not define how it changes an output.")
 
     def attach(self, module: nn.Module) -> None:
-        """Makes the layer a child of its module and puts it to work."""
+        """Makes the layer a child of its module and registers its hook."""
         module.add_module(self.child_name, self)
         self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
 
@@ -94,12 +94,12 @@ class Attachment(BareTunerLayer):
         result = output[0] if isinstance(output, tuple) else output
         for adapter in self.active_adapters:
             if adapter in self.adapters():
-                # In the output's own type, whatever the adapter computes in.
+                # In the output's dtype, whatever the adapter's dtype is.
                 result = self.adapt(adapter, hidden, result).to(result.dtype)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
     def read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the module was called with, for [`Attachment.adapt`]."""
+        """The module's input, for [`Attachment.adapt`]."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return hidden
 
@@ -108,7 +108,7 @@ class AttachmentTuner(RevertibleTuner):
     """The tuner of a method whose layers are [`Attachment`]s.
 
     Subclasses set `prefix`, `tuner_layer_cls` and `method`, the name for messages, and implement
-    [`AttachmentTuner.choose_modules`] unless all linear modules of the blocks are meant by default.
+    [`AttachmentTuner.choose_modules`] unless the default is all linear modules of the blocks.
     """
 
     method: ClassVar[str]
@@ -117,7 +117,8 @@ class AttachmentTuner(RevertibleTuner):
     uses_shared_state = True
 
     def choose_modules(self, config: Any, block: Block) -> dict[str, nn.Module]:
-        """What the method may adapt in a block, by relative path, in order; all linear modules unless overridden."""
+        """The modules that the method may adapt in a block, by relative path, in order; by default all linear
+        modules."""
         return block.linears
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -165,7 +166,7 @@ class AttachmentTuner(RevertibleTuner):
         return {m.path: m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; a layer without adapters is taken away."""
+        """Like PEFT's; a layer without adapters is removed."""
         super().delete_adapter(adapter_name)
         # PEFT skips modules whose path contains the prefix, as the layers' do.
         for path, layer in self.layers().items():
@@ -188,12 +189,12 @@ class AttachmentTuner(RevertibleTuner):
         return model
 
     def _check_merge_allowed(self) -> None:
-        raise MiLoraError(f"{self.method} cannot be merged: what it adds is not a change of the backbone's weights.")
+        raise MiLoraError(f"{self.method} cannot be merged: it does not change the backbone's weights.")
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
             raise MiLoraError(
-                f"{self.method} serves one adapter at a time: choose it with set_adapter instead of adapter_names."
+                f"{self.method} supports one adapter at a time: use set_adapter instead of adapter_names."
             )
         return nullcontext()
 

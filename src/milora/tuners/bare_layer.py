@@ -1,4 +1,4 @@
-"""A layer that PEFT takes for one of its own, though there is no module inside it."""
+"""A layer that PEFT treats as its own, without a module inside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bottleneck beside a sub-layer: what Parallel-Adapter and Learned-Adapter have in common."""
+"""A bottleneck parallel to a sub-layer, the base of Parallel-Adapter and Learned-Adapter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from milora_core.routing.rational import ACTIVATIONS
 
 
 class Bottleneck(nn.Module):
-    """`scale * inner(x D^T) U^T`, without biases, on every token by itself.
+    """`scale * inner(x D^T) U^T`, without biases, for each token separately.
 
-    `U` starts at zero, so that an adapter changes nothing before it has learned something; `D` starts as PEFT starts
-    LoRA's `A`.
+    `U` is initialised to zero, so a new adapter changes nothing; `D` is initialised like LoRA's `A` in PEFT.
 
     Args:
         size: Length d of the hidden states.
@@ -72,7 +71,7 @@ class Activation(nn.Module):
 
 @dataclass
 class BottleneckConfig(AttachmentConfig):
-    """What the configurations of methods with bottlenecks share.
+    """Base of the configurations of methods with bottlenecks.
 
     Args:
         bottleneck: Length of the vector inside.
@@ -112,7 +111,7 @@ def check_names(setting: str, names: Any, known: Any) -> None:
 class BottleneckLayer(Attachment):
     """`h = sublayer(x) + bottleneck(x)`, with `x` the input of the sub-layer (He et al. 2021, "parallel").
 
-    Subclasses say in [`BottleneckLayer.build_inner`] what is inside.
+    Subclasses define the inside in [`BottleneckLayer.build_inner`].
 
     Args:
         path: Path of the module whose output is changed.
@@ -130,7 +129,7 @@ class BottleneckLayer(Attachment):
 
     def build_inner(self, config: Any) -> nn.Module:
         """What happens between an adapter's projections, (..., r) to (..., r)."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what is inside its bottleneck.")
+        raise NotImplementedError(f"{type(self).__name__} does not define the inside of its bottleneck.")
 
     def update_layer(self, adapter: str, module: nn.Module, config: Any) -> None:
         """See [`Attachment.update_layer`]."""
@@ -150,10 +149,10 @@ class BottleneckLayer(Attachment):
         """See [`Attachment.read_input`]."""
         if not self._reads_elsewhere:
             return super().read_input(args, kwargs)
-        # Let go of at once, or it would outlive the forward pass.
+        # Released at once, or it would outlive the forward pass.
         hidden, self._input = self._input, None
         if hidden is None:
-            raise MiLoraError(f"{self.path} was called without the module before it, so there is no input to adapt.")
+            raise MiLoraError(f"{self.path} was called without the module before it, so there is no input.")
         return hidden
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -177,9 +176,8 @@ class BottleneckModel(AttachmentTuner):
         for kind in peft_config.sublayers:
             if all(sublayer.kind != kind for _, sublayer in found.values()):
                 raise MiLoraError(
-                    f"No block of {type(self.model).__name__} has the sub-layer {kind!r} that {self.method} is to "
-                    f"adapt: looked for {', '.join(SUBLAYER_NAMES[kind])}. Leave it out of "
-                    f"sublayers={peft_config.sublayers}."
+                    f"No block of {type(self.model).__name__} has the sub-layer {kind!r} for {self.method}: looked for"
+                    f" {', '.join(SUBLAYER_NAMES[kind])}. Remove it from sublayers={peft_config.sublayers}."
                 )
         self._found: dict[str, tuple[Block, Sublayer]] = found
         return super()._prepare_adapter_config(peft_config, model_config)

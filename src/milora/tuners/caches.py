@@ -1,4 +1,4 @@
-"""What a cache belongs to: the prompts that filled it, wherever it is copied and however its rows are rearranged."""
+"""Tracks the prompts that filled a cache, through copies and rearrangements of its rows."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from transformers import Cache
 from milora.tuners.context import Prompts
 
 MADE_BY = "_milora_prompts"
-"""The attribute of a cache that holds its [`Prompts`], or [`BARE`]. Copies of the cache take it along."""
+"""The attribute of a cache with its [`Prompts`] or [`BARE`]. Copies of the cache keep it."""
 
 BARE = "backbone"
-"""Stands for a cache that the backbone filled while the adapters were disabled."""
+"""Marks a cache that the backbone filled while the adapters were disabled."""
 
 
 def made_by(cache: Cache | None) -> Any:
-    """The [`Prompts`] that filled a cache, [`BARE`], or `None` if that is not known."""
+    """The [`Prompts`] that filled a cache, [`BARE`], or `None` if unknown."""
     return None if cache is None else getattr(cache, MADE_BY, None)
 
 
 def remember(cache: Cache, prompts: Prompts | str) -> None:
-    """Says what filled a cache."""
+    """Records what filled a cache."""
     if getattr(cache, MADE_BY, None) is not prompts:
         setattr(cache, MADE_BY, prompts)
 
 
 def _follow_rows(name: str, rows_of: Callable[[int, Any], list[int]]) -> None:
-    """Makes a method of transformers' `Cache` that rearranges rows take the cache's prompts along.
+    """Makes a method of transformers' `Cache` that rearranges rows also rearrange the cache's prompts.
 
     Args:
         name: The method, which takes one argument.

@@ -1,4 +1,5 @@
-"""The one place that meets transformers' gradient checkpointing: a block is recomputed in its own forward's context."""
+"""The only file that changes transformers' gradient checkpointing: a block is recomputed in its own forward's
+context."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 class CheckpointInContext:
     """A block's checkpoint function, made to recompute the block in the context of its own forward.
 
-    By the time of the backward pass another forward may have run, or none is running. `prepare` is given the block's
+    At the backward pass another forward may have run, or none is running. `prepare` is given the block's
     input outside the checkpoint, and returns it: where a transformers runs a module's hooks inside, it does what must
     happen once and outside.
 

@@ -1,8 +1,8 @@
-"""Which request a layer works for: one context variable, with what callers said and the forward pass that runs.
+"""The current request of a layer: one context variable with the callers' settings and the running forward pass.
 
-A layer asks [`running`] for the forward pass of its own model. The variable follows the request: asyncio tasks,
-`asyncio.to_thread` and `contextvars.copy_context().run` see what was entered around them. A plain thread starts with
-nothing, so it is refused while another thread has a context open that it may have been started for.
+A layer gets the forward pass of its own model from [`running`]. The variable follows the request: asyncio tasks,
+`asyncio.to_thread` and `contextvars.copy_context().run` inherit the surrounding context. A plain thread starts without
+a context, so it is refused while another thread has one open, because it may have been started for that context.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _open_scopes: WeakKeyDictionary[ContextOwner, Counter[int]] = WeakKeyDictionary(
 
 
 class ContextOwner:
-    """The model that contexts belong to; a copied or pickled model starts with none.
+    """The model that owns contexts; a copied or pickled model starts with none.
 
     Attributes:
         identities: The model's adapters beyond their names, and who uses them.
@@ -52,7 +52,7 @@ class ContextOwner:
 
 @dataclass
 class Prompts:
-    """The prompts of a batch, and what was worked out for them; decode steps and the prompts' cache keep it.
+    """The prompts of a batch and their computed values, kept by decode steps and the prompts' cache.
 
     Attributes:
         rows: Number of rows of the batch.
@@ -69,8 +69,8 @@ class Prompts:
     def pick(self, rows: list[int]) -> Prompts:
         """The same for a batch of other rows, each a row of this one."""
         raise MiLoraError(
-            "The rows of this cache were reordered, selected or repeated, and what was worked out for its prompts "
-            "cannot follow. Begin with the prompts and an empty cache."
+            "The rows of this cache were reordered, selected or repeated, but the values of its prompts cannot be. "
+            "Start with the prompts and an empty cache."
         )
 
     # A copied cache shares it: passes never change it afterwards. A pickled one has lost its model.
@@ -250,9 +250,9 @@ def check_thread(owner: ContextOwner) -> None:
     if any(thread != threading.get_ident() for thread in _open_scopes.get(owner, ())):
         raise MiLoraError(
             "Another thread has a context open on this model (use_route, use_prompt, record_routes, ...), and this "
-            "thread was started without it, so it cannot be told which route it should follow. Pass route= to "
-            "generate, run it by contextvars.copy_context().run or asyncio.to_thread, or enter use_route here "
-            "(use_route(None) lets the routers decide)."
+            "thread did not inherit it, so its route is ambiguous. Pass route= to generate, run it with "
+            "contextvars.copy_context().run or asyncio.to_thread, or enter use_route here (use_route(None) lets the "
+            "routers decide)."
         )
 
 

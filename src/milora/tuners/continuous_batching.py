@@ -20,7 +20,8 @@ class NoContinuousBatching:
             MiLoraError: Always: a packed row has several prompts, and a row has one route.
         """
         raise MiLoraError(
-            "Continuous batching (generate_batch) packs several prompts into one row, and a row has one route: call "
+            "Continuous batching (generate_batch) packs several prompts into one row, but each row has exactly one "
+            "route: call "
             "generate with a padded batch, or milora.inference.generation.generate_texts."
         )
 

@@ -68,7 +68,7 @@ def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
     cache = named.get("past_key_values")
     if isinstance(cache, DynamicCache):
         raise MiLoraError(
-            "compiled=True needs a cache of fixed size: leave past_key_values out, or give a StaticCache."
+            "compiled=True needs a cache of fixed size: leave out past_key_values, or pass a StaticCache."
         )
     config = _value(named, own, "compile_config")
     # The caller's own is for generations that it says nothing of devices for.

@@ -1,4 +1,4 @@
-"""Who an adapter is beyond its name, and who uses it: names are reused, reloaded, and deleted while in use."""
+"""The identity and the uses of adapters: names are reused, reloaded, and deleted while in use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 60.0
 
 
 class Use:
-    """Somebody's use of some adapters, from a prefill or forward pass on.
+    """A use of adapters, from a prefill or forward pass on.
 
     Attributes:
         adapters: Name -> identity, as it was at the beginning.
@@ -32,16 +32,16 @@ class Use:
 
 
 class AdapterIdentities:
-    """The adapters that a model has now, each by a token that no later adapter of its name shares."""
+    """The current adapters of a model, each with a unique token that no later adapter of the same name has."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Held while adapters come and go, and while what they consist of is walked through."""
+        """Held while adapters are added or removed, and while their parts are traversed."""
         self._identities: dict[str, object] = {}
         self._closing: set[str] = set()
         self._uses: WeakSet[Use] = WeakSet()
 
-    # A copied or pickled model has adapters of its own, used by nobody.
+    # A copied or pickled model has its own adapters without uses.
     def __getstate__(self) -> dict[str, Any]:
         return {"names": list(self._identities)}
 
@@ -59,7 +59,7 @@ class AdapterIdentities:
         return name in self._identities
 
     def forget(self, name: str) -> None:
-        """The adapter of this name has gone."""
+        """The adapter of this name was removed."""
         with self.lock:
             self._identities.pop(name, None)
 
@@ -67,26 +67,26 @@ class AdapterIdentities:
         """A use of some adapters; [`AdapterIdentities.end`] ends it.
 
         Raises:
-            MiLoraError: If one of them is being loaded, replaced or deleted, or has gone.
+            MiLoraError: If one of them is being loaded, replaced or deleted, or does not exist.
         """
         with self.lock:
             names = list(names)
             absent = (set(names) - set(self._identities)) | (self._closing & set(names))
             if absent:
                 raise MiLoraError(
-                    f"The adapter {min(absent)!r} is being loaded, replaced or deleted; try again when that has ended."
+                    f"The adapter {min(absent)!r} is being loaded, replaced or deleted; try again afterwards."
                 )
             use = Use({name: self._identities[name] for name in names})
             self._uses.add(use)
             return use
 
     def end(self, use: Use) -> None:
-        """Nobody computes with the adapters for this use any more."""
+        """Ends a use: its computation no longer needs the adapters."""
         use.is_running = False
         self._uses.discard(use)
 
     def check(self, use: Use) -> None:
-        """Refuses to continue with adapters that have gone or were replaced.
+        """Refuses to continue with adapters that were deleted or replaced.
 
         Raises:
             MiLoraError: Naming the adapter.
@@ -94,23 +94,23 @@ class AdapterIdentities:
         for name, identity in use.adapters.items():
             if self._identities.get(name) is not identity:
                 raise MiLoraError(
-                    f"The adapter {name!r} was deleted or replaced since this cache was filled: its tokens are not "
-                    "those of the present weights. Begin with the prompt and an empty cache."
+                    f"The adapter {name!r} was deleted or replaced since this cache was filled, so its tokens belong "
+                    "to other weights. Start with the prompt and an empty cache."
                 )
 
     def running(self) -> list[Use]:
-        """The uses that compute with the model's adapters now."""
+        """The running uses of the model's adapters."""
         with self.lock:
             return [use for use in self._uses if use.is_running]
 
     def others_running(self, own: Iterable[Use] = ()) -> bool:
-        """Whether anybody computes with the model's adapters now, besides `own`."""
+        """Whether there are running uses of the model's adapters besides `own`."""
         ids = {id(use) for use in own}
         return any(id(use) not in ids for use in self.running())
 
     @contextmanager
     def changing(self, name: str, own: Iterable[Use] = ()) -> Iterator[None]:
-        """Inside, nobody uses the adapter of this name, and nobody begins to; other changes wait.
+        """Inside this context no request uses the adapter of this name or starts to; other changes wait.
 
         Args:
             name: The adapter.
@@ -122,12 +122,12 @@ class AdapterIdentities:
         identity = self._identities.get(name)
         if any(use.is_running and use.adapters.get(name) is identity is not None for use in own):
             raise MiLoraError(
-                f"The adapter {name!r} serves the generation that this call was made from; delete or replace it after "
-                "that has ended."
+                f"The adapter {name!r} is in use by the generation that made this call; delete or replace it "
+                "afterwards."
             )
         with self.lock:
             if name in self._closing:
-                raise MiLoraError(f"The adapter {name!r} is being deleted or replaced already.")
+                raise MiLoraError(f"The adapter {name!r} is already being deleted or replaced.")
             self._closing.add(name)
         try:
             self._wait(name, identity)
@@ -141,8 +141,8 @@ class AdapterIdentities:
         while identity is not None and self._is_used(name, identity):
             if time.monotonic() > end:
                 raise MiLoraError(
-                    f"The adapter {name!r} still serves running generations after {PATIENCE:.0f} s, so it is neither "
-                    "deleted nor replaced. Try again when they have ended."
+                    f"The adapter {name!r} is still in use by running generations after {PATIENCE:.0f} s, so it was "
+                    "not deleted or replaced. Try again when they have ended."
                 )
             time.sleep(0.002)
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class LowRank(nn.Module):
-    """`(lora_alpha / r) x A B`, zero at the start (Hu et al. 2021).
+    """`(lora_alpha / r) x A B`, initially zero (Hu et al. 2021).
 
-    `A` starts as PEFT starts it (uniform, by fan-in), `B` at zero.
+    `A` is initialised as in PEFT (uniform, by fan-in), `B` to zero.
 
     Args:
         in_features: Size of `x`.

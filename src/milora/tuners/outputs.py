@@ -1,4 +1,4 @@
-"""Adds an auxiliary loss to a model's output, in whichever form a trainer reads its loss from."""
+"""Adds an auxiliary loss to a model's output, in the form that the trainer reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one interception of a layer of PEFT: a call asks the running pass's plan what to compute."""
+"""Intercepts PEFT's layers: a call computes what the running pass's plan defines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milora.tuners.context import ContextOwner, running
 
 
 class Plan(Protocol):
-    """How the adapted layers of a model compute one forward pass.
+    """Defines how the adapted layers of a model compute one forward pass.
 
     Attributes:
         is_packed: Whether the batch is one row with the tokens of many requests, so that each token is a row here.
@@ -39,7 +39,7 @@ class Plan(Protocol):
 
 
 class BasePlan:
-    """Nothing is added: a merged route's experts are in the base layers' weights."""
+    """Adds nothing: a merged route's experts are in the base layers' weights."""
 
     is_packed = False
 
@@ -53,7 +53,7 @@ class BasePlan:
 
 
 class PlannedModule:
-    """Mixed into a module of PEFT by [`plan_module`], which then computes what the running pass's plan says.
+    """A mixin for PEFT's modules, added by [`plan_module`]: the module computes what the running pass's plan defines.
 
     Attributes:
         kind: The class that the module had.
@@ -74,7 +74,7 @@ class PlannedLayer(PlannedModule):
     """A LoRA layer of PEFT."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's where no pass of the model's is running or none of its adapters is at work."""
+        """PEFT's forward if no pass of the model is running or none of its adapters is active."""
         if torch.compiler.is_dynamo_compiling():
             if self.stack is not None and self.owner.is_compiled and self.stack.fixed is not None:
                 kwargs.pop("adapter_names", None)
@@ -95,7 +95,7 @@ class PlannedLayer(PlannedModule):
 
 
 def plan_module(module: Any, mixin: type[PlannedModule], owner: ContextOwner) -> None:
-    """Makes a module of PEFT, of whatever kind, one of a mixin's; done again, it does nothing."""
+    """Adds a mixin to a PEFT module of any kind; a second call does nothing."""
     if not isinstance(module, PlannedModule):
         kinds: tuple[Any, Any] = mixin, type(module)
         module.__class__ = _mixed(*kinds)

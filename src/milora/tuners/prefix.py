@@ -1,4 +1,4 @@
-"""What methods share that give each layer's attention extra keys and values: P-tuning v2 and IAPT."""
+"""Base of the methods that give each layer's attention extra keys and values: P-tuning v2 and IAPT."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PrefixLayer(Attachment, PrefixSource):
 
     def keys_and_values(self, adapter: str, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
         """An adapter's keys and values, (batch, key-value heads, tokens, head_dim) each."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its keys and values are.")
+        raise NotImplementedError(f"{type(self).__name__} does not define its keys and values.")
 
     def prefix(self, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor] | None:
         """See [`PrefixSource.prefix`]."""
@@ -74,9 +74,9 @@ class PrefixLayer(Attachment, PrefixSource):
         implementation = implementation_of(module)
         if not self.disable_adapters and implementation not in WITH_PREFIX.values():
             raise MiLoraError(
-                f"The attention of {self.path} was set to {implementation!r} after its adapter was added, and knows "
-                f"nothing of the adapter now. Set it to one of {', '.join(WITH_PREFIX.values())}, or choose the "
-                "implementation when the backbone is loaded."
+                f"The attention of {self.path} was set to {implementation!r} after its adapter was added, which "
+                f"disables the adapter. Set it to one of {', '.join(WITH_PREFIX.values())}, or choose the "
+                "implementation when loading the backbone."
             )
 
 

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are the prompt, read off the arguments of a Hugging Face model."""
+"""Finds the prompt's tokens of a forward pass from the arguments of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 """What collators without padding pass to say where the sequences of a row begin."""
 
 PACKED = (
-    "Several prompts are packed into one row ({evidence}). Each prompt has a route of its own, and a row has one: "
-    "turn packing and padding-free batches off (packing=False, padding_free=False) and pad instead."
+    "Several prompts are packed into one row ({evidence}), but each row has exactly one route: disable packing and "
+    "padding-free batches (packing=False, padding_free=False) and use padding."
 )
 
 
 def attended_tokens(arguments: Mapping[str, Any]) -> Tensor:
-    """(batch, tokens), bool: the tokens that are no padding.
+    """(batch, tokens), bool: the tokens that are not padding.
 
     Args:
         arguments: The model's arguments by name: `input_ids` or `inputs_embeds`, and `attention_mask` as (batch,
@@ -62,7 +62,7 @@ def predicts_next_tokens(model: nn.Module) -> bool:
 
 
 def prompt_of_call(model: nn.Module, attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
-    """(batch, tokens), bool: the prompts of a forward pass that nobody named with `use_prompt`.
+    """(batch, tokens), bool: the prompts of a forward pass without `use_prompt`.
 
     A classifier's prompt is the whole row. A language model's is read off its labels by [`prompt_tokens`].
 
@@ -85,7 +85,7 @@ def prompt_of_call(model: nn.Module, attended: Tensor, labels: Tensor | None, *,
 def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
     """(batch, tokens), bool: every attended token before the first supervised label.
 
-    So training and evaluation with labels route on what generation would route on. A row without a supervised label is
+    So training and evaluation with labels route on the same tokens as generation. A row without a supervised label is
     all prompt; of a row whose every token is supervised the first attended token is the prompt, with a warning.
 
     Args:
@@ -103,8 +103,8 @@ def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = Fa
     missing = ~prompt.any(dim=1)
     if missing.any():
         warnings.warn(
-            "Every token of a row is supervised, so its prompt is taken to be its first token. Mask the prompt's "
-            "labels with -100, or train on prompt and completion with completion_only_loss.",
+            "Every token of a row is supervised, so its first token counts as the prompt. Mask the prompt's labels "
+            "with -100, or train on prompt and completion with completion_only_loss.",
             stacklevel=2,
         )
         first = (attended.cumsum(dim=1) == 1) & attended

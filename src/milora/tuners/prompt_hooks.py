@@ -1,8 +1,9 @@
-"""Methods that do something once per prompt see every call of their model: a prompt, a decode step, or a recomputation.
+"""Hooks for methods that act once per prompt: they see every call of the model, a prompt, a decode step, or a
+recomputation.
 
 A Hugging Face model is called in many ways: by `generate`, whose first pass is the prompt and whose others are single
-tokens; by a caller's own loop over a cache; by trainers, with labels; from inside a running generation. What a call
-continues is read off its cache, which remembers the prompts that filled it.
+tokens; by a caller's own loop over a cache; by trainers, with labels; from inside a running generation. The cache of a
+call shows what the call continues, because it stores the prompts that filled it.
 """
 
 from __future__ import annotations

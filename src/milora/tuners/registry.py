@@ -1,4 +1,4 @@
-"""The one place that adds methods to PEFT's own tables, for which PEFT has no public way in."""
+"""The only file that adds methods to PEFT's own tables, because PEFT has no public way."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def refuse_other_settings(tuner_class: type[Any]) -> None:
             differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             if differing:
                 raise MiLoraError(
-                    f"An adapter {adapter_name!r} is loaded with other settings ({', '.join(differing)}) than "
-                    f"{model_id} has. Delete it first (model.delete_adapter), or load this one under another name."
+                    f"An adapter {adapter_name!r} is loaded with other settings ({', '.join(differing)}) than those of"
+                    f" {model_id}. Delete it first (model.delete_adapter), or load this one under another name."
                 )
         return original(self, model_id, adapter_name, *args, **kwargs)
 

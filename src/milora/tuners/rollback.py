@@ -1,4 +1,4 @@
-"""Adapters that cannot be built, or whose file does not fit, leave the model as it was."""
+"""Restores the model if an adapter cannot be built or its file does not fit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from milora_core.errors import MiLoraError
 
 
 class RevertibleTuner(BaseTuner):  # type: ignore[misc]
-    """A tuner that takes an adapter back if adding it fails.
+    """A tuner that removes an adapter if adding it fails.
 
-    PEFT freezes the backbone, builds the adapter's layers and only then reads its weights, and does not clear up after
-    an exception. The configurations are [`milora.tuners.adapter_file.CheckedFileConfig`]s.
+    PEFT freezes the backbone, builds the adapter's layers and then reads its weights, and does not clean up after an
+    exception. The configurations are [`milora.tuners.adapter_file.CheckedFileConfig`]s.
     """
 
     active_adapter: str | list[str]
@@ -51,7 +51,7 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
             self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             if adapter_name == BASE_ROW:
-                raise MiLoraError(f"An adapter cannot be called {BASE_ROW!r}: in adapter_names it stands for none.")
+                raise MiLoraError(f"An adapter cannot be named {BASE_ROW!r}: in adapter_names it means no adapter.")
             with self.owner.identities.lock:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 self.complete_adapter(adapter_name, config, *args, **kwargs)

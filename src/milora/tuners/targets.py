@@ -1,4 +1,4 @@
-"""Which modules of a backbone's blocks a configuration means."""
+"""Finds the modules of a backbone's blocks that a configuration selects."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ def targeted_modules(config: Any, candidates: Candidates) -> dict[str, list[str]
         named = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
         path, names = next(iter(candidates.items()))
         raise MiLoraError(
-            f"target_modules={named!r} names no linear module of the blocks that could be adapted ({path}, ...). They "
-            f"have {list(names)}."
+            f"target_modules={named!r} matches no linear module of the blocks ({path}, ...). They have {list(names)}."
         )
     return chosen

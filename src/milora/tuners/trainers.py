@@ -1,4 +1,4 @@
-"""Checks on the trainer that calls a model: batches whose labels it withholds, and rows it packs.
+"""Checks the trainer that calls a model: whether it removes the labels or packs rows.
 
 A router reads the prompt, and in training the labels say where it ends. `Trainer` takes the labels out of the model's
 arguments for label smoothing and for a `compute_loss_func`, and packed rows look like any others. The model's arguments
@@ -18,16 +18,16 @@ TRAINING_STEP, PREDICTION_STEP = "training_step", "prediction_step"
 """The methods of transformers' `Trainer` from which it, and every trainer of TRL, calls its model."""
 
 WITHHELD = (
-    "{trainer} calls the model without labels{because}, so completions would be read as part of the prompt and the "
-    "load-balancing loss would be lost. Leave label_smoothing_factor, compute_loss_func and compute_metrics out, or "
-    "call the model with labels, or in `with model.use_prompt(mask):`, in a compute_loss of your own."
+    "{trainer} calls the model without labels{because}, so completions would count as part of the prompt and the "
+    "load-balancing loss would be lost. Leave out label_smoothing_factor, compute_loss_func and compute_metrics, or "
+    "call the model with labels or in `with model.use_prompt(mask):` in your own compute_loss."
 )
 TRAINER_PACKS = (
-    "{trainer} packs several prompts into one row ({setting}=True). Each prompt has a route of its own, and a row has "
-    "one: pass {setting}=False."
+    "{trainer} packs several prompts into one row ({setting}=True), but each row has exactly one route: pass "
+    "{setting}=False."
 )
 TRAINER_WEIGHS = (
-    "{trainer} with loss_type='dft' weighs each token by its probability, and the load-balancing loss with it: set "
+    "{trainer} with loss_type='dft' weights each token by its probability, and the load-balancing loss too: set "
     "load_balancing_coef=0, or loss_type='nll'."
 )
 

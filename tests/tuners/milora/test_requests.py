@@ -150,7 +150,9 @@ class TestThreadsAndTasks:
             own = pool.submit(generate, model, PROMPTS[:1]).result()  # the thread is there before
             with scopes[kind]():
                 for call in (lambda: generate(model, PROMPTS[:1]), lambda: model(torch.tensor(PROMPTS[:1]))):
-                    with pytest.raises(MiLoraError, match=r"Another thread has a context open|Another request has merged"):
+                    with pytest.raises(
+                        MiLoraError, match=r"Another thread has a context open|Another request has merged"
+                    ):
                         pool.submit(call).result()
             assert pool.submit(generate, model, PROMPTS[:1]).result() == own
 
@@ -302,7 +304,7 @@ class TestIdentities:
 
     def test_deleting_from_inside_is_refused(self) -> None:
         model = two_adapters()
-        with pytest.raises(MiLoraError, match="serves the generation that this call was made from"):
+        with pytest.raises(MiLoraError, match="in use by the generation that made this call"):
             generate(model, logits_processor=[EachStep(lambda _: model.delete_adapter("default"))])
         assert_nothing_in_force(model)
         model.delete_adapter("default")
@@ -313,7 +315,7 @@ class TestIdentities:
         expected = generate(model)
         text, error = self.in_the_middle(model, lambda: model.delete_adapter("default"))
         assert text == expected
-        assert "still serves running generations" in str(error)
+        assert "still in use by running generations" in str(error)
         assert "default" in model.peft_config
 
     @pytest.mark.parametrize("change", ["switch", "replace", "weights"])

@@ -14,8 +14,8 @@ class BitFitConfig(AttachmentConfig):
     """Configuration of BitFit (Ben Zaken et al. 2022), in the projected form of the MiLoRA paper.
 
     Args:
-        projection_dim: Length of the learned vector that is projected to a module's bias; `None` for the classic
-            method, which learns the bias itself.
+        projection_dim: Length of the learned vector that is projected to a module's bias; `None` for the original
+            method, which learns the bias directly.
 
     Raises:
         MiLoraError: If `projection_dim` is below 1.

@@ -61,8 +61,8 @@ class IA3ProjectedModel(AttachmentTuner):
         if not (found & QUERY_AND_KEY and found & UP):
             missing = "the up-projection" if found & QUERY_AND_KEY else "queries and keys"
             raise MiLoraError(
-                f"(IA)3 does not know which modules of {type(self.model).__name__} make {missing}. Name the modules to "
-                f"adapt with target_modules; the blocks have {names}."
+                f"(IA)3 cannot find the modules of {type(self.model).__name__} for {missing}. Name the modules with "
+                f"target_modules; the blocks have {names}."
             )
 
 

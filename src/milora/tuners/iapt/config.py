@@ -13,9 +13,9 @@ from milora_core.errors import MiLoraError
 class IAPTConfig(PrefixConfig):
     """Configuration of IAPT, instruction-aware prompt tuning (Zhu et al. 2024, arXiv 2405.18203).
 
-    In each layer a generator reads the prompt and writes soft tokens that the layer attends to. This is our reading:
-    the paper's text was not at hand, and its number of parameters on Llama-2 7B, 83.9M, is that of what is built here
-    with its defaults (83.93M without the coefficients of the activations).
+    In each layer a generator reads the prompt and computes soft tokens that the layer attends to. This is our reading:
+    we did not have the paper's text. The number of parameters on Llama-2 7B with the defaults, 83.93M without the
+    coefficients of the activations, matches the paper's 83.9M.
 
     Args:
         num_virtual_tokens: Soft tokens of each layer.

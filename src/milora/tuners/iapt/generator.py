@@ -1,4 +1,4 @@
-"""What writes a layer's soft tokens from a prompt."""
+"""Computes a layer's soft tokens from a prompt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SoftTokenGenerator(nn.Module):
     def reset_parameters(self) -> None:
         """Gives the matrices values to start from."""
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        # Not at zero: alike, the soft tokens would stay alike.
+        # Not zero: equal soft tokens would stay equal.
         nn.init.normal_(self.pooler, std=self.pooler.shape[1] ** -0.5)
         # Small, and not at zero: the block's norm follows, whose slope at zero is the inverse of its epsilon's root, so
         # that the first step would throw the soft tokens from nothing to full length.

@@ -38,8 +38,8 @@ from milora.tuners.prompt_hooks import PromptHooks
 from milora_core.errors import MiLoraError
 
 UNKNOWN_CACHE = (
-    "The cache already holds tokens, and the soft tokens of the prompt that it begins with are not known here: they "
-    "are kept only for a cache that this model has filled itself. Begin with the prompt and an empty cache."
+    "The cache already holds tokens, but the soft tokens of its prompt are unknown, because this model did not fill "
+    "it. Start with the prompt and an empty cache."
 )
 
 
@@ -89,7 +89,7 @@ class IAPTHooks(PromptHooks):
         if list(made.use.adapters) != list(self.tuner.active_adapters):
             raise MiLoraError(
                 f"The cache was filled by the adapter {', '.join(made.use.adapters)!r}, and "
-                f"{', '.join(self.tuner.active_adapters)!r} is active now. Make the same adapter active, or begin with "
+                f"{', '.join(self.tuner.active_adapters)!r} is active now. Activate the same adapter, or start with "
                 "the prompt and an empty cache."
             )
         return self.follow(made, arguments, None)
@@ -174,8 +174,8 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             raise MiLoraError(
-                "generate was given a cache that already holds tokens, and its first pass would not be the prompt. "
-                "Give it the whole conversation and an empty cache, or go on from the cache in a loop of your own."
+                "The cache already holds tokens, so the first pass of generate would not be the prompt. Pass the "
+                "whole conversation with an empty cache, or continue the cache in your own loop."
             )
         use = self.owner.identities.begin(self.active_adapters)
         generation = Generation(named.get("attention_mask"), size_given(named), use)

@@ -55,7 +55,7 @@ class LearnedAdapterModel(BottleneckModel):
             MiLoraError: If no active adapter is searching.
         """
         if not self.is_searching:
-            raise MiLoraError(f"The search of {self.active_adapters} is over: there is nothing left to drop.")
+            raise MiLoraError(f"The search of {self.active_adapters} is finished: there is nothing left to drop.")
         for adapter in self.active_adapters:
             cells = self._cells(adapter)
             for cell in cells.values():
@@ -82,8 +82,8 @@ class LearnedAdapterModel(BottleneckModel):
             differing = sorted(set(prepared.architecture) ^ prepared.module_paths)
             if differing:
                 raise MiLoraError(
-                    f"The architecture is for other modules than are adapted: they differ in {differing[:2]}. Set "
-                    "architecture=None to search for one."
+                    f"The architecture is for other modules: they differ in {differing[:2]}. Set architecture=None to "
+                    "search for one."
                 )
         return prepared
 

@@ -17,7 +17,7 @@ class MoeLoraConfig(AttachmentConfig):
     (Liu et al. 2023, `gate="task"`).
 
     Args:
-        r: Rank of a module's LoRA, shared out evenly among its experts: 32 for 8 experts of 4 rank-1 LoRAs each.
+        r: Rank of a module's LoRA, divided evenly among its experts: 32 for 8 experts of 4 rank-1 LoRAs each.
         lora_alpha: The experts' sum is scaled by `lora_alpha / r`; `None` means `2 * r`.
         num_experts: Experts of a module.
         top_k: How many of them serve a token (`gate="token"`).
@@ -30,10 +30,10 @@ class MoeLoraConfig(AttachmentConfig):
         task_embedding_dim: Size of a task's embedding (`gate="task"`).
 
     Raises:
-        MiLoraError: If a value is unknown or out of range, or `r` cannot be shared out evenly.
+        MiLoraError: If a value is unknown or out of range, or `r` cannot be divided evenly.
     """
 
-    r: int = field(default=32, metadata={"help": "Rank of a module's LoRA, shared out among its experts."})
+    r: int = field(default=32, metadata={"help": "Rank of a module's LoRA, divided among its experts."})
     lora_alpha: int | None = field(
         default=None, metadata={"help": "The experts' sum is scaled by lora_alpha / r; None means 2 * r."}
     )
@@ -54,8 +54,7 @@ class MoeLoraConfig(AttachmentConfig):
             raise MiLoraError(f"Unknown gate {self.gate!r}; choose one of {list(GATES)}.")
         if self.num_experts < 1 or self.r < 1 or self.r % self.num_experts != 0:
             raise MiLoraError(
-                f"r must be a multiple of num_experts, which share it evenly; found r={self.r} and "
-                f"num_experts={self.num_experts}."
+                f"r must be a multiple of num_experts; found r={self.r} and num_experts={self.num_experts}."
             )
         if not 0 <= self.lora_dropout < 1:
             raise MiLoraError(f"lora_dropout must lie in [0, 1); found {self.lora_dropout}.")
@@ -69,7 +68,7 @@ class MoeLoraConfig(AttachmentConfig):
 
     def _check_tasks(self) -> None:
         if self.num_tasks is None or self.num_tasks < 1:
-            raise MiLoraError(f"gate='task' needs num_tasks, how many tasks there are; found {self.num_tasks}.")
+            raise MiLoraError(f"gate='task' needs num_tasks, the number of tasks; found {self.num_tasks}.")
         if self.task_embedding_dim < 1:
             raise MiLoraError(f"task_embedding_dim must be at least 1; found {self.task_embedding_dim}.")
         if self.load_balancing_coef > 0:

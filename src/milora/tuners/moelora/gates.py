@@ -46,8 +46,8 @@ def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
     tokens = gates.shape[:-1]
     if tokens.numel() != leading.numel():
         raise MiLoraError(
-            f"{path} was given {tuple(leading)} tokens, the module that its router reads {tuple(tokens)}, so which "
-            "token a gate is for cannot be told. Leave that module out of target_modules."
+            f"{path} was given {tuple(leading)} tokens, the module that its router reads {tuple(tokens)}, so gates "
+            "cannot be matched to tokens. Exclude this module from target_modules."
         )
     return gates if tokens == leading else gates.reshape(*leading, gates.shape[-1])
 
@@ -72,8 +72,8 @@ def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
     if len(leading) == 1 and leading[0] % rows == 0:
         return gates.repeat_interleave(leading[0] // rows, dim=0)
     raise MiLoraError(
-        f"{path} was given an input of {tuple(leading)} tokens for a batch of {rows} rows, and which token belongs to "
-        "which row cannot be told. Leave that module out of target_modules."
+        f"{path} was given an input of {tuple(leading)} tokens for a batch of {rows} rows, so tokens cannot be matched"
+        " to rows. Exclude this module from target_modules."
     )
 
 

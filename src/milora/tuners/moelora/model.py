@@ -134,7 +134,7 @@ class MoeLoraModel(AttachmentTuner):
         tasks = torch.as_tensor(task_ids)
         gated = [config for name in self.active_adapters if (config := self.peft_config[name]).gate == "task"]
         if not gated:
-            raise MiLoraError("task_ids was passed, and the active adapter routes by token: it is for gate='task'.")
+            raise MiLoraError("task_ids is for gate='task', but the active adapter has gate='token'.")
         highest = min(config.num_tasks for config in gated) - 1
         if tasks.dim() != 1 or len(tasks) == 0 or tasks.is_floating_point():
             raise MiLoraError(f"task_ids must be whole numbers, (batch); found {tasks.dtype} of {tuple(tasks.shape)}.")

@@ -103,8 +103,8 @@ class MoeLoraOwner(ContextOwner):
         context = running(self)
         if context is None:
             raise RuntimeError(
-                f"{path} was called on its own: what its experts' weights depend on is read where the whole model is "
-                "called. Call the model that get_peft_model returned."
+                f"{path} was called directly, but its experts' weights are known only when the whole model is called. "
+                "Call the model that get_peft_model returned."
             )
         state: PassState = context.prompts
         return state

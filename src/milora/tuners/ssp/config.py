@@ -12,7 +12,7 @@ from milora_core.errors import MiLoraError
 LORA = "lora"
 BITFIT = "bitfit"
 KINDS = (LORA, BITFIT)
-"""What can be placed at a module, in the order in which a module's candidates are listed."""
+"""The kinds of candidates of a module, in order."""
 
 
 @dataclass

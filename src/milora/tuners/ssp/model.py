@@ -121,7 +121,7 @@ class SSPModel(AttachmentTuner):
     def harden(self, adapter: str | None = None) -> list[list[str]]:
         """Ends the search: keeps the most probable candidates that fit the budget, as they start, and drops the rest.
 
-        The parameters of what is kept stay the same objects, so that an optimiser goes on with them.
+        The kept parameters stay the same objects, so an optimiser continues with them.
 
         Args:
             adapter: Its name, by default the active one.
@@ -135,7 +135,7 @@ class SSPModel(AttachmentTuner):
         adapter = self._named(adapter)
         config: SSPConfig = self.peft_config[adapter]
         if config.structure is not None:
-            raise MiLoraError(f"The structure of the SSP adapter {adapter!r} is fixed; there is no search to end.")
+            raise MiLoraError(f"The structure of the SSP adapter {adapter!r} is already fixed.")
         kept = self.most_probable(adapter)
         for layer in self._searching(adapter):
             module = self.model.get_submodule(layer.path)
