@@ -16,7 +16,7 @@ INTRODUCTION = """# Command line
 This page is generated from the commands. `--json` prints one JSON object on standard output; progress and logs go to
 standard error. The exit status is 0 on success, 1 if a part of the work failed and the rest is kept, 2 after a mistake
 (one line on standard error says what is wrong and how to fix it), 128 + the signal's number after a signal, and 141 if
-nobody reads standard output. Options may be spelled with underscores: `--data_dir` is `--data-dir`.
+the reader of standard output has closed it. Options may be spelled with underscores: `--data_dir` is `--data-dir`.
 """
 
 

@@ -114,7 +114,7 @@ class TestSeveral:
         # PEFT's own wrapper looks for the configuration of an adapter that is gone.
         assert generate(model.base_model) == backbone
         assert not [module for module in model.modules() if isinstance(module, RouterLayer)]
-        with pytest.raises(MiLoraError, match="no routers to ask"):
+        with pytest.raises(MiLoraError, match="there are no routers"):
             model.route(**BATCH)
         model.add_adapter("new", MiLoraConfig(r=2, init_lora_weights=False))
         model.set_adapter("new")

@@ -350,7 +350,7 @@ class TestState:
     def test_a_block_on_its_own_is_refused(self) -> None:
         model = adapted().model
         block = model.base_model.model.model.layers[0]
-        with pytest.raises(RuntimeError, match=r"model\.layers\.0 was called on its own"):
+        with pytest.raises(RuntimeError, match=r"model\.layers\.0 was called directly"):
             block(torch.zeros(1, 3, 32))
 
 

@@ -31,7 +31,7 @@ class KernelSettings(Settings):
         d_in: Size of the module's input.
         d_out: Size of its output.
         rank: Of the adapters.
-        active: Every how-manyth row has chosen the module; 1 is all.
+        active: One row in `active` selects the module; 1 means all.
         calls: Of one measurement.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from milora.plots import new_figure, save_figure
 
 MOST_TENANTS = 8
-"""With more tenants than these on one endpoint, lines could not be told apart, and one line is drawn for all."""
+"""With more tenants than these on one endpoint, lines would be hard to distinguish, so one line is drawn for all."""
 
 
 def draw_load(result: Mapping[str, Any], path: Path) -> None:

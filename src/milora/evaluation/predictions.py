@@ -1,4 +1,4 @@
-"""Predictions: generated texts, judged and written as they come, in a file that a later run goes on with."""
+"""Predictions: generated texts, judged and written as they come, in a file that a later run resumes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Predictions:
         if path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            # A device or a pipe can be written to, but holds nothing to go on with.
+            # A device or a pipe can be written to, but has nothing to resume.
             if path.is_file():
                 self._resume(path)
 

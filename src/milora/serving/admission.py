@@ -81,8 +81,8 @@ class Admission:
             path: Below the root, absolute or from there.
 
         Raises:
-            AdapterError: If it is not below the root, once links are resolved, or is no folder. The two are not told
-                apart, so a request learns nothing of other folders.
+            AdapterError: If it is not below the root, once links are resolved, or is no folder. Both give the same
+                error, so a request learns nothing of other folders.
         """
         if self.root is None:
             raise AdapterError("This server has no folder of adapters: start it with --adapters DIR.")

@@ -75,7 +75,7 @@ class Prompts:
 
         Raises:
             MiLoraError: If it has no tokens, or one that the backbone has no embedding for, or the chat template does
-                not take it.
+                not accept it.
         """
         if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
             tokens = tuple(self._encode(adapter, prompt))
@@ -95,7 +95,7 @@ class Prompts:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             # A chat template is a program: what it raises depends on the messages.
-            raise MiLoraError(f"The chat template does not take these messages ({type(error).__name__}).") from error
+            raise MiLoraError(f"The chat template does not accept these messages ({type(error).__name__}).") from error
 
 
 def _digest(folder: Path) -> str | None:

@@ -243,7 +243,7 @@ def check_thread(owner: ContextOwner) -> None:
     """Refuses a thread that inherited no context while other threads have one open for the model.
 
     Raises:
-        MiLoraError: If it cannot be told whether the open contexts are meant for this thread.
+        MiLoraError: If it is ambiguous whether the open contexts are meant for this thread.
     """
     if entries()[:1] != (_NOTHING_INHERITED,) or any(True for _ in scopes(owner)):
         return

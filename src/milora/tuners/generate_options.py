@@ -81,7 +81,7 @@ def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_compiled_by_transformers(model: Any, named: dict[str, Any]) -> bool:
-    """Whether `generate` with these arguments would compile its decode steps of its own accord.
+    """Whether `generate` with these arguments would compile its decode steps automatically.
 
     Args:
         model: The backbone.

@@ -69,7 +69,7 @@ class PrefixLayer(Attachment, PrefixSource):
         """The forward hook, which changes nothing.
 
         Raises:
-            MiLoraError: If the implementation of attention was changed, so that nobody asked for the prefix.
+            MiLoraError: If the implementation of attention was changed, so the prefix was not used.
         """
         implementation = implementation_of(module)
         if not self.disable_adapters and implementation not in WITH_PREFIX.values():

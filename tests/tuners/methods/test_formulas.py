@@ -427,7 +427,7 @@ def test_a_router_needs_something_to_read() -> None:
 def test_modules_that_are_called_out_of_order() -> None:
     model = model_with("llama", MoeLoraConfig(target_modules=["down_proj", "up_proj"]))
     down = model.get_base_model().get_submodule("model.layers.0.mlp.down_proj")
-    with pytest.raises(RuntimeError, match=r"layers.0.mlp.down_proj was called on its own"):
+    with pytest.raises(RuntimeError, match=r"layers.0.mlp.down_proj was called directly"):
         down(torch.zeros(1, 1, 48))
 
 

@@ -358,7 +358,7 @@ def test_filled_caches_are_refused() -> None:
 def test_a_block_on_its_own_is_refused() -> None:
     model = adapted("iapt")
     block = model.base_model.model.model.layers[0]
-    with pytest.raises(RuntimeError, match="on its own"):
+    with pytest.raises(RuntimeError, match="called directly"):
         block.input_layernorm(torch.randn(1, 3, 32))
 
 

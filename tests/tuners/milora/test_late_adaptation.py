@@ -227,7 +227,7 @@ class TestSharedPrompts:
         case = adapted(**LATE)
         prompt = torch.tensor(PROMPTS[:1])
         cache = fill_bare(case.model, prompt[:, :-1])
-        with pytest.raises(MiLoraError, match="routers of 'default' read it"):
+        with pytest.raises(MiLoraError, match="routers of 'default' must read it"):
             case.model.generate(prompt, past_key_values=copy.deepcopy(cache), max_new_tokens=1)
         route = case.model.route(prompt)
         found = case.model.generate(prompt, past_key_values=cache, route=route, max_new_tokens=NEW, do_sample=False)

@@ -311,11 +311,11 @@ class TestRefusals:
 
     def test_compiled_steps(self) -> None:
         model = adapted().model
-        with pytest.raises(MiLoraError, match="not served by compiled steps"):
+        with pytest.raises(MiLoraError, match="Compiled steps do not support a merged route"):
             generate(model, merge_route=True, compiled=True)
         with (
             model.merged_route(model.route(torch.tensor(PROMPTS[:1]))),
-            pytest.raises(MiLoraError, match="not served by compiled steps"),
+            pytest.raises(MiLoraError, match="Compiled steps do not support a merged route"),
         ):
             generate(model, compiled=True)
         assert_nothing_in_force(model)

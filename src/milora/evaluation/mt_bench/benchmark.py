@@ -60,7 +60,7 @@ def run(
         what [`milora.evaluation.mt_bench.grades.grades`] gives; with an opponent too `pairwise`, likewise.
 
     Raises:
-        MiLoraError: If there is an opponent and no judge, or a grade could be had for none of the answers.
+        MiLoraError: If there is an opponent and no judge, or grading failed for all answers.
         DataError: If the opponent's file lacks an answer, or one of the files cannot be read.
     """
     if opponent is not None and judge is None:

@@ -19,7 +19,7 @@ class JudgePrompt:
     """A question to the judge.
 
     Attributes:
-        name: As FastChat names it, so that judgements can be told apart.
+        name: FastChat's name, which identifies the judgement.
         system: The system message.
         template: The user's message, with places in braces for the questions, answers and references.
     """

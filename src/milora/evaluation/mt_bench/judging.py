@@ -172,7 +172,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Job:
-    """A judgement to be had.
+    """A pending judgement.
 
     Attributes:
         about: What its record says besides: of what, and by whom.

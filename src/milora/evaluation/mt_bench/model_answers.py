@@ -192,7 +192,7 @@ def _hold(
         asked: list[_Conversation] = []
         prompts: list[Text] = []
         for conversation in conversations:
-            # Without the first answer there is no conversation to go on with.
+            # Without the first answer there is no conversation to continue.
             if not conversation.no_room:
                 prompt = conversation_prompt(tokenizer, conversation.question.turns[: turn + 1], conversation.said)
                 if has_room(model, tokenizer, prompt, decoding.max_new_tokens):

@@ -19,7 +19,7 @@ class LearnedAdapterModel(BottleneckModel):
     searching: its layers hold all candidates, and [`LearnedAdapterModel.drop_weakest`] takes them away round by round
     until one is left, when the configuration gets its `architecture`.
 
-    Saving during the search keeps the candidates, their weights and which were dropped; loading goes on from there.
+    Saving during the search keeps the candidates, their weights and which were dropped; loading resumes the search.
     """
 
     method = "Learned-Adapter"

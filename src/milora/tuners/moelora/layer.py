@@ -94,7 +94,7 @@ class MoeLoraLayer(MoeLoraPart):
         """See [`Attachment.adapt`].
 
         Raises:
-            MiLoraError: If which token, or row, a gate is for cannot be told from the shape of `hidden`.
+            MiLoraError: If the shape of `hidden` does not determine the token or row of a gate.
         """
         config = self.settings[adapter]
         lora = cast("LowRank", self.lora[adapter])

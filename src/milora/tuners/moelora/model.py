@@ -89,7 +89,7 @@ class MoeLoraModel(AttachmentTuner):
         Args:
             *args: As for the backbone.
             task_ids: (batch), the task of each prompt, for adapters with `gate="task"`; beams and several return
-                sequences are seen to.
+                sequences are handled.
             **kwargs: As for the backbone.
 
         Raises:
