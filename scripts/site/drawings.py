@@ -73,7 +73,6 @@ def routing() -> Any:
                 axes.plot([x + 0.06, x + 0.45], [1.55, 1.81], color="#aa3333", linewidth=1)
         arrow(axes, (left + 0.28, 0.5), (left + 0.28, 0.83))
     box(axes, 0.6, 2.55, 3.2, 0.42, "router: norm, pool, activation, softmax, top 3", BLUE, 8.5)
-    axes.text(0.24, 2.3, "hidden states", fontsize=8, color="#666680", rotation=90, ha="right", va="center")
     arrow(axes, (0.28, 0.83), (0.58, 2.76), connectionstyle="arc3,rad=-0.3")
     arrow(axes, (2.2, 2.52), (2.2, 2.02))
     box(axes, 1.45, 3.2, 1.5, 0.36, "route: q, v, up", ORANGE, 8.5)

@@ -154,7 +154,7 @@ def test_an_end_that_is_no_token_is_refused(
     backbone: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(backbone, chats, tmp_path / "out", eos_token="<end>") == 2
-    assert "eos_token='<end>' is no token" in capsys.readouterr().err
+    assert "eos_token='<end>' is not a token" in capsys.readouterr().err
 
 
 def resized(folder: Path, backbone: Path, *, config: Any = None) -> Path:
@@ -204,7 +204,7 @@ def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path, capsys: pytest.C
     model, tokenizer = load_backbone(backbone, device="cpu")
     texts = list(generate_texts(model, tokenizer, ["ab", "abcdef"], Decoding(max_new_tokens=2)))
     assert len(texts) == 2  # though the padding token is beyond the vocabulary
-    with pytest.raises(MiLoraError, match="'<new>' the id 97, and the backbone has embeddings for 97 tokens"):
+    with pytest.raises(MiLoraError, match="'<new>' the id 97, but the backbone has embeddings for only 97 tokens"):
         generate_texts(model, tokenizer, ["a <new> b"], Decoding(max_new_tokens=2))
     for completion, status in (("yes", 0), ("<new>", 2)):
         rows = tmp_path / "rows.jsonl"
@@ -217,7 +217,7 @@ def test_a_name_that_is_in_use_is_refused(backbone: Path, tmp_path: Path) -> Non
     for name, rank in (("one", 2), ("two", 4)):
         get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(r=rank)).save_pretrained(tmp_path / name)
     model = load_adapter(load_backbone(backbone, device="cpu")[0], tmp_path / "one", "mine")
-    with pytest.raises(MiLoraError, match="has an adapter 'mine' already"):
+    with pytest.raises(MiLoraError, match="already has an adapter 'mine'"):
         load_adapter(model, tmp_path / "two", "mine")
 
 

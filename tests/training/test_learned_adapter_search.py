@@ -182,7 +182,7 @@ def test_a_known_architecture_is_only_trained(tmp_path: Path) -> None:
             {"search_share": 0.5},
             r"no labels, only \['input_ids'\]",
         ),
-        ([], {"search_share": 0.2}, r"drops candidates 3 times, and search_share=0\.2 leaves it 2 steps"),
+        ([], {"search_share": 0.2}, r"drops candidates 3 times, but search_share=0\.2 gives it 2 steps"),
         ([], {"search_share": 0.0}, "search_share must be above 0"),
     ],
 )

@@ -174,7 +174,7 @@ def test_mistakes_that_show_in_training(tmp_path: Path) -> None:
         train(searching(), tmp_path, SSPSearch([]))
     with pytest.raises(MiLoraError, match="has no labels"):
         train(searching(), tmp_path, SSPSearch([{"input_ids": torch.ones(1, 2, dtype=torch.long)}]))
-    with pytest.raises(MiLoraError, match="leaves the search 0"):
+    with pytest.raises(MiLoraError, match="gives the search 0"):
         train(searching(), tmp_path, SSPSearch(batches()), max_steps=2)
     with pytest.raises(MiLoraError, match="SSPModel"):
         train(get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(r=2)), tmp_path, SSPSearch(batches()))

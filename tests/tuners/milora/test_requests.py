@@ -229,7 +229,7 @@ class TestRowsAndNames:
             "add": lambda: model.add_adapter("__base__", MiLoraConfig(r=4)),
             "load": lambda: model.load_adapter(tmp_path, "__base__"),
         }
-        with pytest.raises(MiLoraError, match="cannot be called '__base__'"):
+        with pytest.raises(MiLoraError, match="cannot be named '__base__'"):
             calls[method]()
         assert sorted(model.peft_config) == ["default", "other"]
 
