@@ -84,7 +84,7 @@ def make_adapters(root: Path) -> None:
         model = get_peft_model(load_backbone("tiny", device="cpu")[0], MiLoraConfig(r=4, top_k=2, **late))
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
-                parameter.data.normal_(std=0.1)
+                parameter.data.normal_(std=0.3)
         model.save_pretrained(root / "adapters" / name)
     adapters = root / "adapters"
     (adapters / "outside").rename(root / "outside")
@@ -162,7 +162,13 @@ class Fuzzer:
         return f"Question: secretof{tenant} {self.random.choice('abcdef')}?"
 
     async def learn(self) -> None:
-        """What each tenant gets alone."""
+        """What each tenant gets alone; adapters whose texts were alike could be mixed up unseen."""
+        texts = set()
+        for tenant in TENANTS:
+            response = await self.send("admin", self.body(tenant, "Question: which?"))
+            texts.add(response.json()["choices"][0]["text"])
+        if len(texts) < len(TENANTS):
+            self.failures.append(f"The adapters write the same: {texts}")
         for tenant in TENANTS:
             for letter in "abcdef":
                 prompt = f"Question: secretof{tenant} {letter}?"
