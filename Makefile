@@ -12,7 +12,7 @@ VLLM_INSTALLED := $(VLLM)/.installed
 demo: $(INSTALLED)  ## Fine-tune MiLoRA on the bundled backbone and show what it does (minutes, no GPU, no network)
 	$(BIN)/milora demo
 
-serve-demo: $(INSTALLED)  ## Train three tenants in seconds, serve them, and ask each with curl (BACKBONE=... for another one, STAY=1 to go on)
+serve-demo: $(INSTALLED)  ## Train three tenants, serve them, and ask each with curl (BACKBONE=tiny is fastest; STAY=1 keeps serving)
 	$(BIN)/python scripts/serve_demo.py $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(STAY),--stay)
 
 report: $(INSTALLED)  ## Make the tables of docs/results in out/report (hours; a second process shares the work)
