@@ -176,7 +176,7 @@ class CompletionBody(_Generation):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most new tokens; `None` for as many as there is room for."""
+        """The most new tokens; `None` for as many as positions are left."""
         return self.max_tokens
 
     @property
@@ -225,7 +225,7 @@ class ChatBody(_Generation):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most new tokens; `None` for as many as there is room for."""
+        """The most new tokens; `None` for as many as positions are left."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property

@@ -167,7 +167,7 @@ class Service:
         prompts = await self._in_tokenizer_thread(lambda: [self._prompts.encode(adapter, each) for each in given])
         longest = max(map(len, prompts))
         asked = sum(map(len, prompts))
-        max_tokens = body.wanted_tokens or self._room(longest, asked, len(prompts) * body.n, tenant)
+        max_tokens = body.wanted_tokens or self._default_tokens(longest, asked, len(prompts) * body.n, tenant)
         if self.settings.positions is not None and longest + max_tokens > self.settings.positions:
             raise ApiError(
                 400,
@@ -213,12 +213,12 @@ class Service:
         self.engine.close()
         self._tokenizing.shutdown()
 
-    def _room(self, longest: int, asked: int, texts: int, tenant: Tenant) -> int:
+    def _default_tokens(self, longest: int, asked: int, texts: int, tenant: Tenant) -> int:
         """The most new tokens of a request that sets no limit: what positions and the tenant's minute leave."""
-        room = 16 if self.settings.positions is None else self.settings.positions - longest
+        tokens = 16 if self.settings.positions is None else self.settings.positions - longest
         if tenant.tokens_per_minute is not None:
-            room = min(room, (tenant.tokens_per_minute - asked) // texts)
-        return max(room, 1)
+            tokens = min(tokens, (tenant.tokens_per_minute - asked) // texts)
+        return max(tokens, 1)
 
     async def _in_tokenizer_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *arguments)
