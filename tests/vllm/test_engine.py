@@ -132,6 +132,28 @@ def test_preempted_requests_continue_their_routes(llama: Path, monkeypatch: pyte
     assert len(preempted) >= 4
 
 
+def test_the_scheduler_runs_ahead_of_the_worker(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asynchronous scheduling, the default on GPUs: steps are scheduled before the tokens of the last one are known."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    update = platform.check_and_update_config.__func__
+
+    def asynchronous(cls: Any, config: Any) -> None:
+        update(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(platform, "check_and_update_config", classmethod(asynchronous))
+    generator = seeded(13)
+    jobs = [Job(name, random_tokens(length, generator)) for name in [*SETTINGS, PLAIN, None] for length in (7, 130)]
+    expect(llama, jobs)
+    with engine(llama, long_prefill_token_threshold=48) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        assert core.batch_queue_size == 2
+        for _ in range(2):
+            assert different(run(llm, llama, jobs), jobs) == []
+
+
 def test_finished_requests_leave_nothing(llama: Path) -> None:
     jobs = [Job(adapter, random_tokens(30, seeded(6)), 4) for adapter in ("attention", "late", PLAIN)]
     with engine(llama) as llm:
