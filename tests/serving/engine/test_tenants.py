@@ -81,7 +81,8 @@ def test_late_adapters_and_the_backbone_share_one_cache(folders: dict[str, Path]
 
 def test_pages_of_adapted_prompts_belong_to_adapter_and_route(folders: dict[str, Path], alone: Alone) -> None:
     with engine_on("llama", folders) as engine:
-        for adapter in ("one", "two", "window", "lora", None):
+        # Every module's gate is 1 in both of the LoRAs, so they differ in nothing but their weights.
+        for adapter in ("one", "two", "window", "lora", "dora", None):
             assert cached(engine, alone, (*DOCUMENT, 1), adapter) == 0
             assert cached(engine, alone, (*DOCUMENT, 1), adapter) == 40
         assert cached(engine, alone, (*DOCUMENT, 2, 3), "one") == 0  # Another prompt, so the routers are asked.

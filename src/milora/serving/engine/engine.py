@@ -42,7 +42,8 @@ class Engine:
     Requests join and leave between steps. A step computes single tokens of texts that are being generated and pieces of
     prompts side by side, each with its own adapter and route: MiLoRA, MiDoRA, LoRA and DoRA adapters and the bare
     backbone in one batch. It serves decoder-only models that call transformers' attention interface with full or
-    sliding-window attention (Llama, Qwen, Mistral, Gemma and others), on a CPU or a GPU, and refuses others by name.
+    sliding-window attention (Llama, Qwen, Mistral, Gemma and others), and refuses others by name. On a CPU, steps use
+    the native kernels; elsewhere torch's operators compute them, which has not been measured on a GPU.
 
     Args:
         backbone: A Hugging Face causal language model without adapters, in eval mode; the engine's alone until
