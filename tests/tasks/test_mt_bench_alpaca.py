@@ -145,7 +145,7 @@ class TestAlpaca:
             Alpaca().examples("test")
         with pytest.raises(MiLoraError, match="alpaca is for training only, its answers cannot be graded"):
             Alpaca().parse("Apple.")
-        with pytest.raises(DataError, match=r"alpaca/train\.json: no such file, and neither alpaca/alpaca_data\.json"):
+        with pytest.raises(DataError, match=r"alpaca/train\.json: no such file, nor alpaca/alpaca_data\.json"):
             Alpaca(tmp_path).examples("train")
 
     @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_the_logits_of_metrics_have_the_prompts_routes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor makes the trainer withhold"),
-        ({"compute_loss_func": mean_loss}, "compute_loss_func makes the trainer withhold"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor makes the trainer remove"),
+        ({"compute_loss_func": mean_loss}, "compute_loss_func makes the trainer remove"),
         ({"loss_type": "dft"}, "the load-balancing loss too"),
     ],
 )

@@ -48,7 +48,7 @@ def test_settings_as_a_mapping_and_as_json(settings: Any) -> None:
     ("values", "complaint"),
     [
         ({"method": "milrao"}, "There is no method 'milrao'.*did you mean 'milora'"),
-        ({"method": "bitfit", "r": 4}, "--r is not a setting of bitfit, whose BitFitConfig has no field 'r'"),
+        ({"method": "bitfit", "r": 4}, "--r is not a setting of bitfit: its BitFitConfig has no field 'r'"),
         ({"method": "lora", "pooler": "max"}, "--pooler is not a setting of lora"),
         ({"method": "adalora", "r": 4}, "set 'init_r'"),
         ({"settings": {"topk": 2}}, "'topk' is not a setting of milora.*did you mean 'top_k'"),
@@ -81,7 +81,7 @@ def test_an_activation_for_each_half_of_the_blocks() -> None:
     assert model.peft_config["default"].router_activation == ["relu", "gelu"]
     routers = [module for name, module in model.named_modules() if name.endswith("milora_router.activation.default")]
     assert [router.name for router in routers] == ["relu", "gelu"]
-    with pytest.raises(MiLoraError, match="3 parts of 2 blocks"):
+    with pytest.raises(MiLoraError, match="3 parts, but there are 2 blocks"):
         get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(router_activation="relu|gelu|silu"))
     with pytest.raises(MiLoraError, match="Unknown router_activation 'gelo'"):
         MiLoraConfig(router_activation="relu|gelo")
