@@ -1,4 +1,4 @@
-"""Checks of an adapter's weights before anything is built for them."""
+"""Checks an adapter's weights before its layers are built."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from milora_core.errors import MiLoraError
 
 
 class CheckedFileConfig(PeftConfig):  # type: ignore[misc]
-    """A configuration whose adapter file is checked before anything is built for it."""
+    """A configuration whose adapter file is checked before its layers are built."""
 
     modules_to_save: list[str] | None
     awaits_weights = False
-    """Whether the adapter was read from a file whose weights are not in the model yet. Not a field, so it is not
+    """Whether the configuration was read from a folder whose weights are not loaded yet. It is no field, so it is not
     saved."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Like PEFT's; for a local adapter the weights' file is checked too.
+        """Like PEFT's method, but also checks the weights of a local adapter.
 
         Raises:
             MiLoraError: If the weights are missing, truncated or not safetensors.
@@ -40,15 +40,14 @@ class CheckedFileConfig(PeftConfig):  # type: ignore[misc]
 
 
 def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None = None) -> None:
-    """Checks that a folder's adapter weights are a complete safetensors file, by its header.
+    """Checks by the header that a folder's adapter weights are a complete safetensors file.
 
     Args:
         folder: The adapter's folder.
-        modules_to_save: Name endings of whole modules that the file must also contain.
+        modules_to_save: Name endings of further modules that the file must contain.
 
     Raises:
-        MiLoraError: If there is no file, only a pickled one (which is never opened), the file is truncated, or a module
-            is missing.
+        MiLoraError: If the file is missing, pickled (it is never opened) or truncated, or lacks a module.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -69,15 +68,15 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None = Non
 
 
 def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
-    """Checks that a file's tensors are those of the adapter, before any is copied into the model.
+    """Checks that a file's tensors match the adapter before any is copied into the model.
 
     Args:
-        model: The model with the adapter's layers in it.
+        model: The model with the adapter's layers.
         adapter: The adapter's name.
-        tensors: The file's tensors by the model's own parameter names.
+        tensors: The file's tensors by the model's parameter names.
 
     Raises:
-        MiLoraError: If tensors are missing, unknown, of another size, or not finite.
+        MiLoraError: If tensors are missing or unknown, have another size, or are not finite.
     """
     expected = dict(_adapter_parameters(model, adapter))
     places = model.state_dict(keep_vars=True)
@@ -95,7 +94,7 @@ def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Ten
 
 
 def _adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    # By PEFT's layout, not by name: an adapter may be named "model" or "lora_A".
+    # Follows PEFT's layout, not the names: an adapter may be named "model" or "lora_A".
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue

@@ -24,16 +24,16 @@ from milora_core.errors import MiLoraError
 
 @dataclass
 class AttachmentConfig(CheckedFileConfig):
-    """Base of every method's configuration.
+    """Base of the baselines' configurations.
 
     Args:
-        target_modules: The modules to adapt, inside the blocks: `None` for the method's own choice, `all-linear`, name
-            endings, or a regular expression.
+        target_modules: The modules to adapt inside the blocks: `None` for the method's default, `all-linear`, a list of
+            name endings, or a regular expression.
         exclude_modules: Modules to exclude, in the same form.
         modules_to_save: Further modules to train and save with the adapter.
-        blocks: Path of the list of Transformer blocks, for models where it cannot be found.
-        modules: The adapted modules by path relative to the block, or a mapping from block to list where blocks differ.
-            Filled in when the adapter is created.
+        blocks: Path of the list of Transformer blocks, for models where it is not found automatically.
+        modules: Paths of the adapted modules relative to the block, or a mapping from block to such a list if blocks
+            differ. Filled in when the adapter is created.
     """
 
     task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The type of task."})
@@ -45,10 +45,10 @@ class AttachmentConfig(CheckedFileConfig):
 
 
 class Attachment(BareTunerLayer):
-    """A method's layer for one module, with the parameters of all adapters in `ModuleDict`s by adapter.
+    """A method's layer for one module. `ModuleDict`s hold the parameters by adapter name.
 
-    Subclasses set `child_name` (what the layer is called as a child of its module, which is also the method's prefix)
-    and `adapter_layer_names`, and implement [`Attachment.update_layer`] and [`Attachment.adapt`].
+    Subclasses set `child_name` (the layer's name inside its module, which is also the method's prefix) and
+    `adapter_layer_names`, and implement [`Attachment.update_layer`] and [`Attachment.adapt`].
 
     Args:
         path: Path of the adapted module in the backbone.
@@ -66,7 +66,7 @@ class Attachment(BareTunerLayer):
         raise NotImplementedError(f"{type(self).__name__} does not define its parameters.")
 
     def adapt(self, adapter: str, hidden: Tensor, output: Tensor) -> Tensor:
-        """The module's output under an adapter.
+        """Returns the module's output with an adapter.
 
         Args:
             adapter: The adapter's name.
@@ -87,28 +87,28 @@ class Attachment(BareTunerLayer):
         delattr(module, self.child_name)
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook; modules that return a tuple are adapted in its first element."""
+        """The forward hook. If the module returns a tuple, its first element is adapted."""
         if self.disable_adapters:
             return None
         hidden = self.read_input(args, kwargs)
         result = output[0] if isinstance(output, tuple) else output
         for adapter in self.active_adapters:
             if adapter in self.adapters():
-                # In the output's dtype, whatever the adapter's dtype is.
+                # Keep the output's dtype: the adapter's may differ.
                 result = self.adapt(adapter, hidden, result).to(result.dtype)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
     def read_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The module's input, for [`Attachment.adapt`]."""
+        """Returns the module's input for [`Attachment.adapt`]."""
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return hidden
 
 
 class AttachmentTuner(RevertibleTuner):
-    """The tuner of a method whose layers are [`Attachment`]s.
+    """Base of tuners whose layers are [`Attachment`]s.
 
-    Subclasses set `prefix`, `tuner_layer_cls` and `method`, the name for messages, and implement
-    [`AttachmentTuner.choose_modules`] unless the default is all linear modules of the blocks.
+    Subclasses set `prefix`, `tuner_layer_cls` and `method` (the name in messages). They override
+    [`AttachmentTuner.choose_modules`] if the default is not all linear modules of the blocks.
     """
 
     method: ClassVar[str]
@@ -117,7 +117,7 @@ class AttachmentTuner(RevertibleTuner):
     uses_shared_state = True
 
     def choose_modules(self, config: Any, block: Block) -> dict[str, nn.Module]:
-        """The modules that the method may adapt in a block, by relative path, in order; by default all linear
+        """Returns the modules of a block that the method may adapt, by relative path. The default is all linear
         modules."""
         return block.linears
 
@@ -158,17 +158,17 @@ class AttachmentTuner(RevertibleTuner):
             layer.set_adapter(self.active_adapters)
 
     def new_layer(self, path: str, module: nn.Module) -> Attachment:
-        """The layer of a module that has none yet."""
+        """Creates the layer of a module."""
         return self.tuner_layer_cls(path)
 
     def layers(self) -> dict[str, Attachment]:
-        """The method's layers by their module's path."""
+        """The method's layers by module path."""
         return {m.path: m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Like PEFT's; a layer without adapters is removed."""
+        """Deletes an adapter, and removes layers that have no adapter left."""
         super().delete_adapter(adapter_name)
-        # PEFT skips modules whose path contains the prefix, as the layers' do.
+        # PEFT skips modules whose path contains the prefix, so it skips these layers.
         for path, layer in self.layers().items():
             layer.delete_adapter(adapter_name)
             if not layer.adapters():
@@ -176,12 +176,12 @@ class AttachmentTuner(RevertibleTuner):
         remaining = next((layer.active_adapters for layer in self.layers().values()), [])
         self.active_adapter = list(remaining)
         for layer in self.layers().values():
-            # Where the adapter was active, each has chosen another from those that it has itself.
+            # If the adapter was active, each layer has activated another one of its own.
             if layer.active_adapters != remaining:
                 layer.set_adapter(self.active_adapter)
 
     def unload(self) -> nn.Module:
-        """The bare backbone, without the method's layers or hooks."""
+        """Returns the backbone without the method's layers and hooks."""
         layers = self.layers()
         model: nn.Module = super().unload()
         for path, layer in layers.items():
@@ -200,7 +200,7 @@ class AttachmentTuner(RevertibleTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT's own looks for the name in the last two places only, and a layer's parts may be modules of modules.
+        # PEFT looks for the name in the last two parts of the key only, but these layers contain nested modules.
         part = rf"((?:^|\.){re.escape(cls.prefix)}\.[^.]+)\.{re.escape(adapter_name)}(?=\.|$)"
         shorter, found = re.subn(part, r"\1", key, count=1)
         return shorter if found else str(super()._remove_adapter_name_from_key(key, adapter_name))

@@ -1,4 +1,4 @@
-"""A bottleneck parallel to a sub-layer, the base of Parallel-Adapter and Learned-Adapter."""
+"""A bottleneck parallel to a sub-layer: the base of Parallel-Adapter and Learned-Adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from milora_core.routing.rational import ACTIVATIONS
 class Bottleneck(nn.Module):
     """`scale * inner(x D^T) U^T`, without biases, for each token separately.
 
-    `U` is initialised to zero, so a new adapter changes nothing; `D` is initialised like LoRA's `A` in PEFT.
+    `U` starts at zero, so a new adapter changes nothing. `D` is initialised like LoRA's `A` in PEFT.
 
     Args:
-        size: Length d of the hidden states.
-        bottleneck: Length r of what is in between.
-        inner: What happens in between, (..., r) to (..., r).
-        scale: What the result is multiplied by.
+        size: Size d of the hidden states.
+        bottleneck: Size r of the bottleneck.
+        inner: The module between the projections, (..., r) to (..., r).
+        scale: Factor of the result.
 
     Attributes:
         down: `D`, (r, d).
@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, size: int, bottleneck: int, inner: nn.Module, scale: float) -> None:
         super().__init__()
-        # Parameters and no `nn.Linear`s: those would be found among the block's own linear modules.
+        # Not `nn.Linear`: it would be found as one of the block's linear modules.
         self.down = nn.Parameter(torch.empty(bottleneck, size))
         self.up = nn.Parameter(torch.empty(size, bottleneck))
         self.inner = inner
@@ -43,25 +43,25 @@ class Bottleneck(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gives the projections new values to start from; what is in between resets itself."""
+        """Initialises the projections again. The inner module resets itself."""
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.zeros_(self.up)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) in any floating-point type, to (..., d) in the parameters'."""
+        """Maps (..., d) in any floating-point dtype to (..., d) in the parameters' dtype."""
         between = self.inner(functional.linear(x.to(self.down.dtype), self.down))
         return self.scale * functional.linear(between, self.up)
 
 
 class Activation(nn.Module):
-    """One of [`milora_core.routing.rational.ACTIVATIONS`], in its input's type."""
+    """One of [`milora_core.routing.rational.ACTIVATIONS`], in the dtype of its input."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape in, the same shape out."""
+        """Applies the activation; the shape stays the same."""
         return ACTIVATIONS[self.name](x)
 
     def extra_repr(self) -> str:
@@ -74,12 +74,12 @@ class BottleneckConfig(AttachmentConfig):
     """Base of the configurations of methods with bottlenecks.
 
     Args:
-        bottleneck: Length of the vector inside.
-        scale: What a bottleneck's output is multiplied by.
-        sublayers: Which sub-layers of a block get one, of `attention` and `feed_forward`.
+        bottleneck: Size of the bottleneck.
+        scale: Factor of the bottleneck's output.
+        sublayers: The sub-layers of a block that get a bottleneck: `attention`, `feed_forward`, or both.
 
     Raises:
-        MiLoraError: If `bottleneck` is below 1, or `sublayers` is empty or names something else.
+        MiLoraError: If `bottleneck` is below 1, or `sublayers` is empty or has an unknown name.
     """
 
     bottleneck: int = field(default=160, metadata={"help": "Length of the vector inside the bottleneck."})
@@ -96,10 +96,10 @@ class BottleneckConfig(AttachmentConfig):
 
 
 def check_names(setting: str, names: Any, known: Any) -> None:
-    """Checks that a setting is a list of known names, each once.
+    """Checks that a setting is a list of known names without duplicates.
 
     Raises:
-        MiLoraError: If it is no list, empty, names something unknown, or something twice.
+        MiLoraError: If it is not a list, is empty, or has an unknown name or a duplicate.
     """
     if not isinstance(names, list | tuple) or not names or len(set(names)) < len(names):
         raise MiLoraError(f"{setting} must be a list of one or several of {list(known)}; found {names!r}.")
@@ -111,11 +111,11 @@ def check_names(setting: str, names: Any, known: Any) -> None:
 class BottleneckLayer(Attachment):
     """`h = sublayer(x) + bottleneck(x)`, with `x` the input of the sub-layer (He et al. 2021, "parallel").
 
-    Subclasses define the inside in [`BottleneckLayer.build_inner`].
+    Subclasses define the module between the projections in [`BottleneckLayer.build_inner`].
 
     Args:
         path: Path of the module whose output is changed.
-        size: Length of the hidden states.
+        size: Size of the hidden states.
     """
 
     adapter_layer_names = ("bottleneck",)
@@ -128,7 +128,7 @@ class BottleneckLayer(Attachment):
         self._input: Tensor | None = None
 
     def build_inner(self, config: Any) -> nn.Module:
-        """What happens between an adapter's projections, (..., r) to (..., r)."""
+        """Builds the module between an adapter's projections, (..., r) to (..., r)."""
         raise NotImplementedError(f"{type(self).__name__} does not define the inside of its bottleneck.")
 
     def update_layer(self, adapter: str, module: nn.Module, config: Any) -> None:
@@ -141,7 +141,7 @@ class BottleneckLayer(Attachment):
         return output + change
 
     def read_from(self, module: nn.Module) -> None:
-        """Takes the sub-layer's input from another module, which is called first."""
+        """Reads the sub-layer's input from another module, which is called first."""
         self._reads_elsewhere = True
         self._handles.append(module.register_forward_pre_hook(self._keep_input, with_kwargs=True))
 
@@ -149,7 +149,7 @@ class BottleneckLayer(Attachment):
         """See [`Attachment.read_input`]."""
         if not self._reads_elsewhere:
             return super().read_input(args, kwargs)
-        # Released at once, or it would outlive the forward pass.
+        # Released here, so that it does not outlive the forward pass.
         hidden, self._input = self._input, None
         if hidden is None:
             raise MiLoraError(f"{self.path} was called without the module before it, so there is no input.")
@@ -161,12 +161,12 @@ class BottleneckLayer(Attachment):
 
 
 class BottleneckModel(AttachmentTuner):
-    """The tuner of a method whose layers are [`BottleneckLayer`]s."""
+    """Base of tuners whose layers are [`BottleneckLayer`]s."""
 
     tuner_layer_cls: type[BottleneckLayer]
 
     def choose_modules(self, config: Any, block: Block) -> dict[str, nn.Module]:
-        """The modules whose outputs are the sub-layers', for the kinds that the configuration names."""
+        """Returns the output modules of the sub-layers that the configuration names."""
         sublayers = self._sublayers(config, block)
         return {s.output_path: block.module.get_submodule(s.output_path) for s in sublayers}
 

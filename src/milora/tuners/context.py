@@ -1,8 +1,8 @@
-"""The current request of a layer: one context variable with the callers' settings and the running forward pass.
+"""The context of a request: one context variable holds the caller's settings and the running forward pass.
 
-A layer gets the forward pass of its own model from [`running`]. The variable follows the request: asyncio tasks,
-`asyncio.to_thread` and `contextvars.copy_context().run` inherit the surrounding context. A plain thread starts without
-a context, so it is refused while another thread has one open, because it may have been started for that context.
+A layer gets its model's running forward pass from [`running`]. Asyncio tasks, `asyncio.to_thread` and
+`contextvars.copy_context().run` inherit the context. A plain thread inherits none. It is refused while another thread
+has a context open, because that context may be meant for it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from milora_core.errors import MiLoraError
 from milora_core.routing import Route
 
 _entries: ContextVar[tuple[Any, ...]] = ContextVar("milora")
-_entries.set(())  # A thread that inherits no context has no value at all, which tells it from one with no entries.
+_entries.set(())  # A thread that inherits no context has no value at all, unlike a context without entries.
 
 _NOTHING_INHERITED = object()
 _open_scopes: WeakKeyDictionary[ContextOwner, Counter[int]] = WeakKeyDictionary()
-"""How many `with` statements of callers are open for a model, by thread."""
+"""Number of open `with` statements of callers, by model and thread."""
 
 
 class ContextOwner:
-    """The model that owns contexts; a copied or pickled model starts with none.
+    """Identifies a model's contexts. A copied or pickled model starts with none.
 
     Attributes:
-        identities: The model's adapters beyond their names, and who uses them.
-        is_compiled: Whether a generation's decode steps are compiled. Traced code reads it, which cannot ask for the
-            request it works for.
+        identities: The identities of the model's adapters, and their uses.
+        is_compiled: Whether a generation's decode steps are compiled. Traced code reads this because it cannot read
+            the context variable.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ class ContextOwner:
 
 @dataclass
 class Prompts:
-    """The prompts of a batch and their computed values, kept by decode steps and the prompts' cache.
+    """The prompts of a batch and the values computed from them. Decode steps and the prompts' cache keep it.
 
     Attributes:
         rows: Number of rows of the batch.
-        prompt: (rows, tokens), bool: the prompts' tokens; `None` where nothing is read off them.
-        use: The adapters that serve the rows.
-        values: What layers keep for later passes, by their own keys.
+        prompt: (rows, tokens), bool: the prompts' tokens; `None` if no layer reads them.
+        use: The adapters of the rows.
+        values: Values that layers keep for later passes, by the layers' keys.
     """
 
     rows: int
@@ -67,13 +67,13 @@ class Prompts:
     values: dict[Any, Any] = field(default_factory=dict)
 
     def pick(self, rows: list[int]) -> Prompts:
-        """The same for a batch of other rows, each a row of this one."""
+        """Returns the prompts of a batch that consists of these rows of this one."""
         raise MiLoraError(
             "The rows of this cache were reordered, selected or repeated, but the values of its prompts cannot be. "
             "Start with the prompts and an empty cache."
         )
 
-    # A copied cache shares it: passes never change it afterwards. A pickled one has lost its model.
+    # Copies of a cache share it, because later passes never change it. A pickled cache loses it with its model.
     def __deepcopy__(self, memo: dict[int, Any]) -> Prompts:
         return self
 
@@ -85,15 +85,15 @@ class Generation:
     """A running `generate`.
 
     Attributes:
-        attended: The attention mask that the caller gave.
-        inputs: Rows that the caller gave, before beams and return sequences.
-        use: The adapters that serve it.
-        prompts: What the prefill worked out; `None` before it.
-        tokens: (rows, tokens): what the prefill read, of a generation without a cache.
-        columns: Tokens of the longest prompt, padding included.
-        seen: How many of them were read.
-        merge_into: Merges the route, once it is known.
-        follows_all: Whether a pass of its own has read the prompt already, so that every pass follows that.
+        attended: The caller's attention mask.
+        inputs: Number of the caller's rows, before beams and return sequences.
+        use: The adapters of the generation.
+        prompts: The result of the prefill; `None` before it.
+        tokens: (rows, tokens): the prefill's tokens, if the generation has no cache.
+        columns: Tokens of the longest prompt, including padding.
+        seen: Number of these tokens read so far.
+        merge_into: Merges the route as soon as it is known.
+        follows_all: Whether a separate pass has already read the prompt, so every pass follows its result.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """What a caller said for the calls inside a `with` statement, or the arguments of a running `generate`."""
+    """A caller's settings for the calls inside a `with` statement, or the arguments of a running `generate`."""
 
     owner: ContextOwner
     route: Route | None = None
@@ -131,16 +131,18 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class ForwardContext:
-    """The forward pass that runs.
+    """A running forward pass.
 
     Attributes:
-        owner: Its model.
+        owner: The owner of its model.
         prompts: Rows -> (adapter, route).
-        mode: Whether the routers decide, or the pass follows an earlier decision, or that is merged into the weights.
+        mode: `route`: the routers decide; `follow`: the pass uses an earlier decision; `merged`: that decision is
+            merged into the weights.
         plan: How adapted layers compute their rows.
-        adapted: Adapter -> (rows, tokens), bool: the tokens that it changes; all tokens of an adapter that is missing.
-        generation: The generation whose prefill this is.
-        use: The adapters that the pass uses, outside a generation.
+        adapted: Adapter -> (rows, tokens), bool: the tokens that it changes. An adapter without an entry changes all
+            tokens.
+        generation: The generation, if the pass is its prefill.
+        use: The adapters of the pass, if it is outside a generation.
     """
 
     owner: ContextOwner
@@ -153,7 +155,7 @@ class ForwardContext:
 
 
 def entries() -> tuple[Any, ...]:
-    """What was entered in this context, the innermost last."""
+    """The entries of this context, innermost last."""
     try:
         return _entries.get()
     except LookupError:
@@ -162,7 +164,7 @@ def entries() -> tuple[Any, ...]:
 
 
 def running(owner: ContextOwner) -> ForwardContext | None:
-    """The forward pass of a model that runs in this context."""
+    """The model's running forward pass in this context, or `None`."""
     for entry in reversed(entries()):
         if entry.__class__ is ForwardContext and entry.owner is owner:
             return entry
@@ -170,12 +172,12 @@ def running(owner: ContextOwner) -> ForwardContext | None:
 
 
 def enter(entry: Scope | ForwardContext) -> None:
-    """Puts an entry innermost."""
+    """Adds an entry as the innermost."""
     _entries.set((*entries(), entry))
 
 
 def leave(entry: Scope | ForwardContext) -> None:
-    """Takes an entry out, wherever it is: generators and tasks may leave in another order than they entered."""
+    """Removes an entry at any position: generators and tasks may leave in another order than they entered."""
     found = entries()
     for place in reversed(range(len(found))):
         if found[place] is entry:
@@ -185,7 +187,7 @@ def leave(entry: Scope | ForwardContext) -> None:
 
 @contextmanager
 def entered(entry: Scope | ForwardContext) -> Iterator[None]:
-    """Inside, `entry` is the innermost."""
+    """Inside this context `entry` is the innermost entry."""
     enter(entry)
     try:
         yield
@@ -197,7 +199,7 @@ def entered(entry: Scope | ForwardContext) -> Iterator[None]:
 
 @contextmanager
 def caller_scope(entry: Scope) -> Iterator[None]:
-    """As [`entered`], for a `with` statement of a caller's; plain threads that start meanwhile are refused."""
+    """Like [`entered`], for a caller's `with` statement. Plain threads that start inside it are refused."""
     of_owner = _open_scopes.setdefault(entry.owner, Counter())
     thread = threading.get_ident()
     of_owner[thread] += 1
@@ -211,7 +213,7 @@ def caller_scope(entry: Scope) -> Iterator[None]:
 
 
 def scopes(owner: ContextOwner) -> Iterator[Scope]:
-    """The scopes of a model in this context, the innermost first."""
+    """The scopes of a model in this context, innermost first."""
     for entry in reversed(entries()):
         if entry.__class__ is Scope and entry.owner is owner:
             yield entry
@@ -223,10 +225,10 @@ def generation_of(owner: ContextOwner) -> Generation | None:
 
 
 def said(owner: ContextOwner, name: str) -> Any:
-    """What the caller said about the next prompts, the innermost first; `None` if nothing.
+    """The caller's innermost setting for the next prompts, or `None`.
 
-    A running generation's own arguments (its route, its rows' adapters) are for its own prefill. They do not concern a
-    call of the model from inside it, such as a scorer's in a stopping criterion.
+    The arguments of a running generation (its route, its rows' adapters) apply to its own prefill only. They do not
+    apply to a call of the model from inside the generation, such as a scorer in a stopping criterion.
     """
     is_inside = False
     for scope in scopes(owner):
@@ -257,11 +259,11 @@ def check_thread(owner: ContextOwner) -> None:
 
 
 def drop_interrupted(owner: ContextOwner, since: Scope | None = None) -> None:
-    """Takes out forward passes of a model that an interrupt ended: a forward pass never runs inside another.
+    """Removes forward passes of a model that an interrupt ended: a forward pass never runs inside another.
 
     Args:
-        owner: The model's.
-        since: Only those that were entered after this.
+        owner: The model's owner.
+        since: Remove only passes that were entered after this scope.
     """
     found = entries()
     start = found.index(since) if since in found else 0

@@ -1,4 +1,4 @@
-"""The identity and the uses of adapters: names are reused, reloaded, and deleted while in use."""
+"""Identities and uses of adapters: a name may be reused, reloaded, or deleted while in use."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PATIENCE = 60.0
 
 
 class Use:
-    """A use of adapters, from a prefill or forward pass on.
+    """A use of adapters by a forward pass or a generation.
 
     Attributes:
-        adapters: Name -> identity, as it was at the beginning.
-        is_running: Whether a forward pass or generation needs the weights now; a cache keeps an ended use.
+        adapters: Name -> identity when the use began.
+        is_running: Whether a forward pass or generation needs the weights now. A cache keeps a use that has ended.
     """
 
     def __init__(self, adapters: dict[str, object]) -> None:
@@ -32,7 +32,7 @@ class Use:
 
 
 class AdapterIdentities:
-    """The current adapters of a model, each with a unique token that no later adapter of the same name has."""
+    """The current adapters of a model. Each has a unique identity, so a later adapter of the same name differs."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -41,7 +41,7 @@ class AdapterIdentities:
         self._closing: set[str] = set()
         self._uses: WeakSet[Use] = WeakSet()
 
-    # A copied or pickled model has its own adapters without uses.
+    # A copied or pickled model has its own adapters, without uses.
     def __getstate__(self) -> dict[str, Any]:
         return {"names": list(self._identities)}
 
@@ -50,24 +50,24 @@ class AdapterIdentities:
         self._identities = {name: object() for name in state["names"]}
 
     def renew(self, name: str) -> None:
-        """An adapter of this name was added, or its weights were replaced."""
+        """Gives a name a new identity, after its adapter was added or its weights were replaced."""
         with self.lock:
             self._identities[name] = object()
 
     def has(self, name: str) -> bool:
-        """Whether an adapter of this name is there."""
+        """Whether an adapter of this name exists."""
         return name in self._identities
 
     def forget(self, name: str) -> None:
-        """The adapter of this name was removed."""
+        """Removes the identity of a removed adapter."""
         with self.lock:
             self._identities.pop(name, None)
 
     def begin(self, names: Iterable[str]) -> Use:
-        """A use of some adapters; [`AdapterIdentities.end`] ends it.
+        """Begins a use of adapters; [`AdapterIdentities.end`] ends it.
 
         Raises:
-            MiLoraError: If one of them is being loaded, replaced or deleted, or does not exist.
+            MiLoraError: If an adapter does not exist, or is being loaded, replaced or deleted.
         """
         with self.lock:
             names = list(names)
@@ -86,10 +86,10 @@ class AdapterIdentities:
         self._uses.discard(use)
 
     def check(self, use: Use) -> None:
-        """Refuses to continue with adapters that were deleted or replaced.
+        """Checks that the adapters of a use still exist unchanged.
 
         Raises:
-            MiLoraError: Naming the adapter.
+            MiLoraError: If an adapter was deleted or replaced.
         """
         for name, identity in use.adapters.items():
             if self._identities.get(name) is not identity:
@@ -104,20 +104,21 @@ class AdapterIdentities:
             return [use for use in self._uses if use.is_running]
 
     def others_running(self, own: Iterable[Use] = ()) -> bool:
-        """Whether there are running uses of the model's adapters besides `own`."""
+        """Whether uses other than `own` are running."""
         ids = {id(use) for use in own}
         return any(id(use) not in ids for use in self.running())
 
     @contextmanager
     def changing(self, name: str, own: Iterable[Use] = ()) -> Iterator[None]:
-        """Inside this context no request uses the adapter of this name or starts to; other changes wait.
+        """Inside this context no request uses the adapter of this name or starts to. Other changes wait.
 
         Args:
             name: The adapter.
-            own: Uses of the caller's own context, for which waiting would never end.
+            own: Uses of the caller's own context. Waiting for them would never end.
 
         Raises:
-            MiLoraError: If the caller itself is generating with it, or others still do after [`PATIENCE`] seconds.
+            MiLoraError: If the caller is generating with the adapter, or others still use it after [`PATIENCE`]
+                seconds.
         """
         identity = self._identities.get(name)
         if any(use.is_running and use.adapters.get(name) is identity is not None for use in own):

@@ -16,7 +16,7 @@ from milora_core.errors import MiLoraError
 IGNORED_LABEL = -100
 
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
-"""What collators without padding pass to say where the sequences of a row begin."""
+"""Arguments in which padding-free collators pass the sequence boundaries of a row."""
 
 PACKED = (
     "Several prompts are packed into one row ({evidence}), but each row has exactly one route: disable packing and "
@@ -28,12 +28,12 @@ def attended_tokens(arguments: Mapping[str, Any]) -> Tensor:
     """(batch, tokens), bool: the tokens that are not padding.
 
     Args:
-        arguments: The model's arguments by name: `input_ids` or `inputs_embeds`, and `attention_mask` as (batch,
-            tokens), as the four-dimensional mask that generation with a static cache prepares, or as a mapping of such
-            masks by kind of layer. Without a mask every token is attended.
+        arguments: The model's arguments by name: `input_ids` or `inputs_embeds`, and `attention_mask`. The mask has
+            shape (batch, tokens), or is the four-dimensional mask that generation with a static cache prepares, or a
+            mapping from kind of layer to such a mask. Without a mask every token is attended.
 
     Raises:
-        MiLoraError: If there are no tokens, a row is padding only, or several prompts are packed into one row.
+        MiLoraError: If there are no tokens, a row has only padding, or several prompts are packed into one row.
     """
     source = arguments.get("input_ids")
     if source is None:
@@ -53,9 +53,9 @@ def attended_tokens(arguments: Mapping[str, Any]) -> Tensor:
 
 
 def predicts_next_tokens(model: nn.Module) -> bool:
-    """Whether a model's labels are next tokens, as a causal language model's are.
+    """Whether a model's labels are next tokens, as in a causal language model.
 
-    The labels of sequence, token or multiple-choice classification are classes, and mark no end of a prompt.
+    In sequence, token or multiple-choice classification, labels are classes and do not mark the end of a prompt.
     """
     can_generate = getattr(model, "can_generate", None)
     return can_generate is None or bool(can_generate())
@@ -64,16 +64,16 @@ def predicts_next_tokens(model: nn.Module) -> bool:
 def prompt_of_call(model: nn.Module, attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
     """(batch, tokens), bool: the prompts of a forward pass without `use_prompt`.
 
-    A classifier's prompt is the whole row. A language model's is read off its labels by [`prompt_tokens`].
+    The prompt of a classifier is the whole row. For a language model, [`prompt_tokens`] finds it from the labels.
 
     Args:
         model: The backbone.
-        attended: As of [`prompt_tokens`].
-        labels: As of [`prompt_tokens`]; of a classifier, in any shape.
-        shifted: As of [`prompt_tokens`].
+        attended: See [`prompt_tokens`].
+        labels: See [`prompt_tokens`]; a classifier's labels may have any shape.
+        shifted: See [`prompt_tokens`].
 
     Raises:
-        MiLoraError: If a trainer makes the pass and withholds the labels, or packs several prompts into a row.
+        MiLoraError: If a trainer calls the model without the labels, or packs several prompts into a row.
     """
     if not predicts_next_tokens(model):
         return attended
@@ -85,13 +85,13 @@ def prompt_of_call(model: nn.Module, attended: Tensor, labels: Tensor | None, *,
 def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = False) -> Tensor:
     """(batch, tokens), bool: every attended token before the first supervised label.
 
-    So training and evaluation with labels route on the same tokens as generation. A row without a supervised label is
-    all prompt; of a row whose every token is supervised the first attended token is the prompt, with a warning.
+    Training and evaluation with labels then route on the same tokens as generation. A row without supervised labels is
+    all prompt. If every token of a row is supervised, its first attended token is the prompt and a warning is given.
 
     Args:
         attended: (batch, tokens), bool.
-        labels: (batch, tokens), -100 where there is nothing to learn, or `None`.
-        shifted: Whether the label at position t is that of token t + 1.
+        labels: (batch, tokens), -100 for ignored positions, or `None`.
+        shifted: Whether the label at position t belongs to token t + 1.
     """
     if labels is None:
         return attended
@@ -113,24 +113,24 @@ def prompt_tokens(attended: Tensor, labels: Tensor | None, *, shifted: bool = Fa
 
 
 def supervised_tokens(labels: Tensor, *, shifted: bool = False) -> Tensor:
-    """How many predictions the loss averages over, as `Trainer` counts them.
+    """Number of predictions that the loss averages over, as `Trainer` counts them.
 
     Args:
-        labels: (batch, tokens), -100 where there is nothing to learn; or a classifier's, in any shape.
-        shifted: Whether every label counts: a language model's own labels are shifted by one, and the first has no
-            token that predicts it.
+        labels: (batch, tokens), -100 for ignored positions; a classifier's labels may have any shape.
+        shifted: Whether every label counts. A language model shifts unshifted labels by one, so no token predicts the
+            first of them.
     """
     return ((labels if shifted else labels[:, 1:]) != IGNORED_LABEL).sum()
 
 
 def _from_mask(mask: Any, batch: int, tokens: int, device: torch.device) -> Tensor:
     if isinstance(mask, Mapping):
-        # Windowed layers see a part of the prompt only, but every token sees itself in each of them.
+        # Layers with a window see only a part of the prompt, but every token sees itself in every layer.
         mask = next((kind for kind in (mask.get("full_attention"), *mask.values()) if kind is not None), None)
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=device)
     if mask.dim() == 4:
-        # (batch, 1, queries, keys): a token is attended if it may look at itself. Additive masks hold 0 there.
+        # (batch, 1, queries, keys): a token that is not padding attends to itself. Additive masks are 0 there.
         diagonal: Tensor = mask[:, 0].diagonal(dim1=1, dim2=2)[:, :tokens]
         attended = diagonal if diagonal.dtype == torch.bool else diagonal == 0
         return attended.expand(batch, tokens)
@@ -160,6 +160,6 @@ def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def labels_of(arguments: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
-    """The labels of a call, and whether they are already shifted to the token that predicts them."""
+    """The labels of a call, and whether each is already at the position of the token that predicts it."""
     shifted = arguments.get("shift_labels")
     return (arguments.get("labels"), False) if shifted is None else (shifted, True)

@@ -1,9 +1,8 @@
-"""Hooks for methods that act once per prompt: they see every call of the model, a prompt, a decode step, or a
-recomputation.
+"""Hooks for methods that act once per prompt. They see every call of the model: prompts, decode steps, recomputations.
 
-A Hugging Face model is called in many ways: by `generate`, whose first pass is the prompt and whose others are single
-tokens; by a caller's own loop over a cache; by trainers, with labels; from inside a running generation. The cache of a
-call shows what the call continues, because it stores the prompts that filled it.
+A Hugging Face model is called by `generate` (the first pass is the prompt, later passes are single tokens), by a
+caller's own loop over a cache, by trainers with labels, and from inside a running generation. A cache stores the
+prompts that filled it, so it shows which prompts a call continues.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from milora_core.errors import MiLoraError
 
 
 class PromptHooks(ABC):
-    """The hooks on a backbone, and what one method does in them.
+    """The hooks on a backbone. Subclasses define the contexts of a method's passes.
 
     Args:
         backbone: The called model.
-        owner: The model's.
+        owner: The model's owner of contexts.
     """
 
     def __init__(self, backbone: nn.Module, owner: ContextOwner) -> None:
@@ -46,7 +45,7 @@ class PromptHooks(ABC):
         self._handles: list[Any] = []
 
     def watch(self) -> None:
-        """Sees every call of the backbone from now on."""
+        """Registers the hooks: from now on they see every call of the backbone."""
         if not self._handles:
             self._handles = [
                 self.backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -65,49 +64,49 @@ class PromptHooks(ABC):
 
     @abstractmethod
     def begin(self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None) -> ForwardContext:
-        """The context of a pass over prompts.
+        """Creates the context of a pass over prompts.
 
         Args:
             arguments: The model's arguments by name.
             attended: (rows, tokens), bool: the tokens that are not padding.
-            generation: The generation of this prefill.
+            generation: The generation, if the pass is its prefill.
         """
 
     @abstractmethod
     def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
-        """The context of a pass that continues prompts.
+        """Creates the context of a pass that continues prompts.
 
         Args:
-            prompts: What filled the cache, or what the generation's prefill worked out.
+            prompts: The prompts that filled the cache, or the result of the generation's prefill.
             arguments: The model's arguments by name.
-            generation: The generation whose step it is; `None` in a caller's own loop.
+            generation: The generation, if the pass is one of its steps; `None` in a caller's own loop.
         """
 
     @abstractmethod
     def fill(
         self, made: Any, cache: Cache, arguments: dict[str, Any], generation: Generation | None
     ) -> ForwardContext | None:
-        """The context of a pass on a filled cache that no generation of ours continues.
+        """Creates the context of a pass on a filled cache outside the steps of a running generation.
 
         Args:
-            made: The [`Prompts`] that filled it, [`BARE`], or `None`.
+            made: The [`Prompts`] that filled the cache, [`BARE`], or `None`.
             cache: The cache.
             arguments: The model's arguments by name.
-            generation: The generation whose first pass it is.
+            generation: The generation, if this is its first pass.
 
         Raises:
             MiLoraError: If the cache cannot be continued.
         """
 
     def after(self, context: ForwardContext, arguments: dict[str, Any], output: Any) -> Any:
-        """What to do with the model's output in training; `None` leaves it."""
+        """Returns a changed model output in training, or `None` to keep it."""
         return None
 
     def prompt_of(self, attended: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """(rows, tokens), bool: the prompts as the caller gave them, or as the labels tell.
+        """(rows, tokens), bool: the prompts from the caller's `use_prompt`, or from the labels.
 
         Raises:
-            MiLoraError: If the caller's own prompt mask has another shape.
+            MiLoraError: If the caller's prompt mask has another shape.
         """
         prompt: Tensor | None = said(self.owner, "prompt")
         if prompt is None:
@@ -142,11 +141,11 @@ class PromptHooks(ABC):
             if is_next or (generation.follows_all and made is None):
                 generation.follows_all = False
                 return self.follow(generation.prompts, arguments, generation)
-            generation = None  # A call from inside the generation, about something else.
+            generation = None  # An unrelated call from inside the generation.
         check_thread(self.owner)
         if self.is_off():
             if isinstance(cache, Cache) and cache.get_seq_length() == 0:
-                remember(cache, BARE)  # Also a cache that was reset: what filled it before has gone.
+                remember(cache, BARE)  # Also if the cache was reset: its earlier tokens are gone.
             return None
         if isinstance(cache, Cache) and cache.get_seq_length() > 0:
             return self.fill(made, cache, arguments, generation)
@@ -184,7 +183,7 @@ def _source(arguments: dict[str, Any]) -> Tensor | None:
 
 
 def _begins_with(arguments: dict[str, Any], first: Tensor | None) -> bool:
-    """Whether a call without a cache repeats the prefill's tokens: the next step of a generation with no cache."""
+    """Whether a call without a cache begins with the prefill's tokens, as the next step of a generation does."""
     source = _source(arguments)
     if first is None or source is None or source.dim() != first.dim() or source.shape[1] <= first.shape[1]:
         return False
@@ -194,7 +193,7 @@ def _begins_with(arguments: dict[str, Any], first: Tensor | None) -> bool:
 def _with_mask(arguments: dict[str, Any], generation: Generation | None) -> dict[str, Any]:
     """The arguments with the mask that the caller gave to `generate`.
 
-    Generation with a static cache hands the model a prepared mask, in which a window may hide a part.
+    Generation with a static cache passes the model a prepared mask, in which a window may hide a part of the prompt.
     """
     mask, source = None if generation is None else generation.attended, _source(arguments)
     if mask is None or source is None or mask.dim() != 2 or source.shape[0] % mask.shape[0] != 0:

@@ -19,8 +19,8 @@ from milora_core.errors import MiLoraError
 class RevertibleTuner(BaseTuner):  # type: ignore[misc]
     """A tuner that removes an adapter if adding it fails.
 
-    PEFT freezes the backbone, builds the adapter's layers and then reads its weights, and does not clean up after an
-    exception. The configurations are [`milora.tuners.adapter_file.CheckedFileConfig`]s.
+    PEFT freezes the backbone, builds the adapter's layers, and then reads its weights. It does not clean up after an
+    exception. Configurations must be [`milora.tuners.adapter_file.CheckedFileConfig`]s.
     """
 
     active_adapter: str | list[str]
@@ -28,7 +28,7 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def changing_adapter(self, adapter_name: str) -> Iterator[None]:
-        """Inside, no request uses the adapter of this name, or other adapters that are being added or taken away.
+        """Inside this context no request uses the adapter of this name, and no other adapter is added or removed.
 
         Raises:
             MiLoraError: See [`milora.tuners.identity.AdapterIdentities.changing`].
@@ -39,10 +39,10 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
             yield
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, and [`RevertibleTuner.complete_adapter`]; all of it or nothing.
+        """Like PEFT's method, followed by [`RevertibleTuner.complete_adapter`]. If it fails, the model is unchanged.
 
         Raises:
-            MiLoraError: If the adapter cannot be put into this model, or its name means no adapter.
+            MiLoraError: If the adapter does not fit this model, or its name is reserved.
         """
         if not hasattr(self, "owner"):
             self.owner = ContextOwner()
@@ -64,23 +64,23 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
             self._trained_before = []
 
     def complete_adapter(self, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        """What a method adds to the layers that PEFT has built; nothing, unless overridden.
+        """Hook for a method's own setup after PEFT has built the layers. The default does nothing.
 
         Args:
             adapter_name: The adapter.
             config: Its configuration.
-            *args: As for `inject_adapter`.
-            **kwargs: As for `inject_adapter`.
+            *args: See `inject_adapter`.
+            **kwargs: See `inject_adapter`.
         """
 
     def remove_empty_layers(self) -> None:
-        """Takes away the layers that a removed adapter leaves without any; where `delete_adapter` does, nothing."""
+        """Removes layers that have no adapter left. Does nothing if `delete_adapter` already removes them."""
 
     def _is_only(self, adapter_name: str) -> bool:
         return set(self.peft_config) <= {adapter_name}
 
     def _take_back(self, adapter_name: str) -> None:
-        """Leaves the model as it was before an adapter was added, or added in part."""
+        """Restores the model to its state before an adapter was added, fully or in part."""
         if self._is_only(adapter_name):
             trained = self._trained_before
             self._restore_modules(only_unused=False)
@@ -95,10 +95,10 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
         self._restore_modules(only_unused=True)
 
     def _restore_modules(self, *, only_unused: bool) -> None:
-        """Puts the backbone's modules where PEFT wrapped them for `modules_to_save` or `trainable_token_indices`.
+        """Replaces PEFT's wrappers for `modules_to_save` or `trainable_token_indices` by the backbone's modules.
 
         Args:
-            only_unused: Leave the wrappers that an adapter still uses.
+            only_unused: Keep wrappers that an adapter still uses.
         """
         for path, wrapper in list(self.model.named_modules()):
             if isinstance(wrapper, AuxiliaryTrainingWrapper) and not (only_unused and wrapper._adapters):
@@ -122,8 +122,8 @@ class RevertibleTuner(BaseTuner):  # type: ignore[misc]
         config.awaits_weights = False
         if tuner is not None:
             tuner._trained_before = []
-            # Here, where nobody uses the adapter, and again by PEFT, when somebody may. It is another adapter from now
-            # on: what it made under its name before is not continued.
+            # Load the weights here, where no request uses the adapter; PEFT loads them again, when requests may. The
+            # adapter gets a new identity: caches filled under its name before cannot be continued.
             with tuner.changing_adapter(adapter_name):
                 is_on_meta = any(place.is_meta for place in model.parameters())
                 model.load_state_dict(remapped, strict=False, assign=is_on_meta)
