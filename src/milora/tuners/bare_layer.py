@@ -1,4 +1,4 @@
-"""A layer that PEFT treats as its own, without a module inside it."""
+"""A tuner layer of PEFT without a base layer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from milora_core.errors import MiLoraError
 class BareTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A `BaseTunerLayer` beside the backbone's modules instead of around one of them.
 
-    PEFT finds, saves, switches and deletes what it keeps, which lies in the `ModuleDict`s by adapter that
-    `adapter_layer_names` names.
+    PEFT finds, saves, switches and deletes the adapters' parts. They are in the `ModuleDict`s, by adapter, that
+    `adapter_layer_names` lists.
     """
 
-    # PEFT's, by their types: of a class without annotations a type checker sees none.
+    # PEFT's attributes, declared here because PEFT's class has no annotations for a type checker.
     adapter_layer_names: tuple[str, ...]
     active_adapters: list[str]
     disable_adapters: bool
@@ -31,21 +31,21 @@ class BareTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters: list[str] = []
 
     def adapters(self) -> set[str]:
-        """The adapters that have a part here."""
+        """The adapters that have a part in this layer."""
         return {adapter for name in self.adapter_layer_names for adapter in getattr(self, name)}
 
     def get_base_layer(self) -> nn.Module:
-        """Itself: there is none inside it."""
+        """Returns the layer itself, because it has no base layer."""
         return self
 
     @property
     def weight(self) -> Tensor:
-        """One of its parameters, which says where the layer is and in which type."""
+        """One of the layer's parameters, from which PEFT reads device and dtype."""
         return next(self.parameters())
 
     @property
     def bias(self) -> None:
-        """None of its own."""
+        """Always `None`: the layer has no bias."""
         return
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -57,10 +57,10 @@ class BareTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise MiLoraError(f"{type(self).__name__} cannot be merged into a weight of the backbone.")
 
     def unmerge(self) -> None:
-        """Nothing to do: it is never merged."""
+        """Does nothing: the layer is never merged."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own looks for a base layer, and casts to its dtype.
+        # PEFT's method needs a base layer and casts to its dtype.
         if device is None:
             return
         for name in self.adapter_layer_names:

@@ -12,7 +12,7 @@ from transformers import Cache
 from milora.tuners.context import Prompts
 
 MADE_BY = "_milora_prompts"
-"""The attribute of a cache with its [`Prompts`] or [`BARE`]. Copies of the cache keep it."""
+"""The attribute in which a cache keeps its [`Prompts`] or [`BARE`]. Copies of the cache keep it too."""
 
 BARE = "backbone"
 """Marks a cache that the backbone filled while the adapters were disabled."""
@@ -24,7 +24,7 @@ def made_by(cache: Cache | None) -> Any:
 
 
 def remember(cache: Cache, prompts: Prompts | str) -> None:
-    """Records what filled a cache."""
+    """Records the prompts that filled a cache, or [`BARE`]."""
     if getattr(cache, MADE_BY, None) is not prompts:
         setattr(cache, MADE_BY, prompts)
 
@@ -33,8 +33,8 @@ def _follow_rows(name: str, rows_of: Callable[[int, Any], list[int]]) -> None:
     """Makes a method of transformers' `Cache` that rearranges rows also rearrange the cache's prompts.
 
     Args:
-        name: The method, which takes one argument.
-        rows_of: For a number of rows and that argument, the row that each row comes from.
+        name: Name of the method, which has one argument.
+        rows_of: Maps the number of rows and that argument to the source row of each new row.
     """
     original = getattr(Cache, name)
 
@@ -42,7 +42,7 @@ def _follow_rows(name: str, rows_of: Callable[[int, Any], list[int]]) -> None:
     def moved(self: Cache, argument: Any) -> Any:
         result = original(self, argument)
         prompts = made_by(self)
-        # A running generation reorders the beams of one prompt among themselves, which changes nothing.
+        # A running generation only reorders the beams of one prompt, so its prompts stay the same.
         if isinstance(prompts, Prompts) and not prompts.use.is_running:
             remember(self, prompts.pick(rows_of(prompts.rows, argument)))
         return result

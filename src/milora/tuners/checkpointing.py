@@ -1,5 +1,5 @@
-"""The only file that changes transformers' gradient checkpointing: a block is recomputed in its own forward's
-context."""
+"""Makes transformers' gradient checkpointing recompute a block in the context of its own forward pass. No other file
+changes it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from milora.tuners.context import ContextOwner, ForwardContext, entered, running
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
-"""Where transformers keeps the function that a block runs itself through under gradient checkpointing."""
+"""The attribute of a block in which transformers keeps the gradient checkpointing function."""
 
 
 class CheckpointInContext:
-    """A block's checkpoint function, made to recompute the block in the context of its own forward.
+    """A block's checkpoint function that recomputes the block in the context of its own forward pass.
 
-    At the backward pass another forward may have run, or none is running. `prepare` is given the block's
-    input outside the checkpoint, and returns it: where a transformers runs a module's hooks inside, it does what must
-    happen once and outside.
+    At the backward pass, another forward pass may have run, or none is running. `prepare` is called with the block's
+    input outside the checkpoint and returns it. Some versions of transformers run a module's hooks inside the
+    checkpoint; `prepare` then does the work that must happen once and outside.
 
     Args:
-        function: transformers' own.
-        owner: The model's.
-        prepare: Called with the block's input; to do nothing where a hook has done it already.
+        function: transformers' checkpoint function.
+        owner: The model's owner of contexts.
+        prepare: Called with the block's input; must do nothing if a hook has already done the work.
     """
 
     def __init__(self, function: Callable[..., Any], owner: ContextOwner, prepare: Callable[[Tensor], Tensor]) -> None:
@@ -47,12 +47,13 @@ def _run_in(context: ForwardContext, run: Callable[..., Any], *args: Any) -> Any
 
 
 def is_checkpointed(block: nn.Module) -> bool:
-    """Whether a block will be run under transformers' gradient checkpointing."""
+    """Whether a block runs under transformers' gradient checkpointing."""
     return bool(getattr(block, "gradient_checkpointing", False)) and block.training
 
 
 def checkpoint_in_context(block: nn.Module, owner: ContextOwner, prepare: Callable[[Tensor], Tensor]) -> None:
-    """Wraps a block's checkpoint function, once; `gradient_checkpointing_enable` may have set a new one."""
+    """Wraps a block's checkpoint function unless it is already wrapped. `gradient_checkpointing_enable` may set a new
+    one at any time."""
     function = getattr(block, CHECKPOINT_FUNCTION, None)
     if function is not None and not isinstance(function, CheckpointInContext):
         setattr(block, CHECKPOINT_FUNCTION, CheckpointInContext(function, owner, prepare))

@@ -1,4 +1,4 @@
-"""transformers' continuous batching, which packs the prompts of several requests into one row."""
+"""Refuses transformers' continuous batching, which packs the prompts of several requests into one row."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from milora_core.errors import MiLoraError
 class NoContinuousBatching:
     """A tuner that refuses continuous batching.
 
-    In transformers it runs in a thread that only logs the errors of a forward pass, and returns empty texts.
+    transformers runs it in a thread that only logs errors of a forward pass and returns empty texts, so the error must
+    be raised before.
     """
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused.
+        """Not supported.
 
         Raises:
-            MiLoraError: Always: a packed row has several prompts, and a row has one route.
+            MiLoraError: Always: a packed row has several prompts, but each row has exactly one route.
         """
         raise MiLoraError(
             "Continuous batching (generate_batch) packs several prompts into one row, but each row has exactly one "

@@ -1,5 +1,5 @@
-"""What the options of transformers' `generate` mean for routing: which pass is the prompt's, how rows are expanded,
-and which options ask for compiled decode steps. The one place that reads them.
+"""Reads the options of transformers' `generate`: which pass is the prompt, how rows are expanded, and whether decode
+steps are compiled. No other file reads them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from milora_core.errors import MiLoraError
 
 ALL_DEVICES = "_compile_all_devices"
-"""transformers compiles on accelerators only, unless a `CompileConfig` has this set; private, and no constructor's."""
+"""transformers compiles on accelerators only, unless a `CompileConfig` has this private attribute set."""
 
 OWN_PASS_OPTIONS = ("prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-"""Options under which the first pass of a generation is not the prompt: candidates follow it, or a part comes first."""
+"""Options with which the first pass of a generation is not the prompt: it has candidate tokens too, or only a part."""
 
 COMPILED_CALL = "_compiled_call"
-"""Where transformers keeps a model's compiled call, for every later `generate`."""
+"""The attribute in which transformers keeps a model's compiled call for later `generate` calls."""
 
 
 def needs_own_pass(model: nn.Module, named: dict[str, Any]) -> bool:
-    """Whether the first pass of a `generate` with these arguments is something else than the prompt."""
+    """Whether the first pass of a `generate` with these arguments is not the prompt."""
     own = named.get("generation_config") or getattr(model, "generation_config", None)
     return named.get("assistant_model") is not None or any(
         _value(named, own, option) is not None for option in OWN_PASS_OPTIONS
@@ -32,14 +32,14 @@ def needs_own_pass(model: nn.Module, named: dict[str, Any]) -> bool:
 
 
 def one_token(model: nn.Module) -> GenerationConfig:
-    """Settings under which `generate` is its prefill and no more."""
+    """Settings with which `generate` runs only the prefill."""
     own = getattr(model, "generation_config", None)
     special = {name: getattr(own, name, None) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     return GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, **special)
 
 
 def prompts_given(named: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `generate` that are its prompts: `input_ids`, `inputs_embeds`, `attention_mask`."""
+    """The arguments of a `generate` that define its prompts: `input_ids`, `inputs_embeds`, `attention_mask`."""
     given = {name: named.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")}
     if named.get("inputs") is not None:
         given["input_ids"] = named["inputs"]
@@ -47,20 +47,20 @@ def prompts_given(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_given(named: dict[str, Any]) -> tuple[int, int]:
-    """(prompts, tokens) that a `generate` was given, before beams and return sequences."""
+    """(prompts, tokens) of a `generate` call, before beams and return sequences."""
     given = prompts_given(named)
     source = given.get("input_ids", given.get("inputs_embeds"))
     return (1, 1) if source is None else (int(source.shape[0]), int(source.shape[1]))
 
 
 def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` under which its decode steps are compiled whole, on any device.
+    """Arguments with which `generate` compiles its decode steps as one graph, on any device.
 
     Args:
-        named: The arguments that the caller gave; a `cache_implementation` or `compile_config` among them is kept.
+        named: The caller's arguments. A `cache_implementation` or `compile_config` among them is kept.
 
     Raises:
-        MiLoraError: If another argument rules a compiled step out.
+        MiLoraError: If another argument makes compiled steps impossible.
     """
     own = named.get("generation_config")
     if _value(named, own, "use_cache") is False or _value(named, own, "disable_compile"):
@@ -71,7 +71,7 @@ def compiled_settings(named: dict[str, Any]) -> dict[str, Any]:
             "compiled=True needs a cache of fixed size: leave out past_key_values, or pass a StaticCache."
         )
     config = _value(named, own, "compile_config")
-    # The caller's own is for generations that it says nothing of devices for.
+    # Copied: the caller's own configuration must not get the private attribute.
     config = CompileConfig(fullgraph=True) if config is None else copy.copy(config)
     setattr(config, ALL_DEVICES, True)
     settings: dict[str, Any] = {"compile_config": config}
@@ -85,7 +85,7 @@ def is_compiled_by_transformers(model: Any, named: dict[str, Any]) -> bool:
 
     Args:
         model: The backbone.
-        named: The arguments that the caller gave.
+        named: The caller's arguments.
     """
     own = named.get("generation_config") or getattr(model, "generation_config", None)
     config = _value(named, own, "compile_config")
@@ -100,7 +100,7 @@ def is_compiled_by_transformers(model: Any, named: dict[str, Any]) -> bool:
 
 
 def forget_compiled_step(model: Any) -> None:
-    """Makes a copy of a backbone compile its decode steps itself: transformers' compiled call is the original's.
+    """Removes the compiled call from a copy of a backbone. The call belongs to the original; the copy compiles its own.
 
     Args:
         model: The copy.

@@ -1,4 +1,4 @@
-"""A low-rank map beside a linear module: what LoRA adds to its output."""
+"""The low-rank map that LoRA adds to the output of a linear module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), in the type of the weights."""
+        """Maps (..., in_features) to (..., out_features), in the dtype of the weights."""
         narrow: Tensor = self.lora_A(hidden.to(self.lora_A.weight.dtype))
         wide: Tensor = self.lora_B(narrow)
         return wide * self.scaling

@@ -1,4 +1,4 @@
-"""Intercepts PEFT's layers: a call computes what the running pass's plan defines."""
+"""Intercepts calls of PEFT's layers: the running pass's plan computes the output."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ class Plan(Protocol):
     """Defines how the adapted layers of a model compute one forward pass.
 
     Attributes:
-        is_packed: Whether the batch is one row with the tokens of many requests, so that each token is a row here.
+        is_packed: Whether the batch is one row with the tokens of many requests. Each token is then a row of the plan.
     """
 
     is_packed: bool
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of an adapted layer.
+        """Returns the output of an adapted layer.
 
         Args:
-            layer: The layer, around its `base_layer`.
-            x: What it was called with: (batch, tokens, d_in), or (batch * tokens, d_in) as some blocks flatten it.
-            *args: Passed on to the base layer.
-            **kwargs: Passed on to the base layer.
+            layer: The PEFT layer, with its `base_layer`.
+            x: The input, (batch, tokens, d_in), or (batch * tokens, d_in) if the block flattens it.
+            *args: Passed to the base layer.
+            **kwargs: Passed to the base layer.
         """
 
     def rows_of(self, rows: int) -> dict[str, list[int]] | None:
-        """Adapter -> its rows, for modules that PEFT keeps an adapter each (`modules_to_save`); `None` asks PEFT.
+        """Returns adapter -> its rows for modules that PEFT copies per adapter (`modules_to_save`). `None` leaves the
+        choice to PEFT.
 
         Args:
-            rows: Rows of the module's input.
+            rows: Number of rows of the module's input.
         """
 
 
 class BasePlan:
-    """Adds nothing: a merged route's experts are in the base layers' weights."""
+    """Computes only the base layers, whose weights contain a merged route's experts."""
 
     is_packed = False
 
@@ -53,12 +54,12 @@ class BasePlan:
 
 
 class PlannedModule:
-    """A mixin for PEFT's modules, added by [`plan_module`]: the module computes what the running pass's plan defines.
+    """A mixin for PEFT's modules, added by [`plan_module`]: the running pass's plan computes the module's output.
 
     Attributes:
-        kind: The class that the module had.
-        owner: The model's.
-        stack: The module's place in a model's stacks (LoRA layers); a copy starts without one.
+        kind: The original class of the module.
+        owner: The model's owner of contexts.
+        stack: The stack of a LoRA layer's adapters. A copy starts without one.
     """
 
     kind: type[nn.Module]
@@ -66,15 +67,15 @@ class PlannedModule:
     stack: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so a pickle names the two that it is made of.
+        # The class is created at run time, so a pickle names its two base classes.
         return _blank, (type(self).__bases__[0], self.kind), {**self.__dict__, "stack": None}
 
 
 class PlannedLayer(PlannedModule):
-    """A LoRA layer of PEFT."""
+    """The mixin of PEFT's LoRA layers."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward if no pass of the model is running or none of its adapters is active."""
+        """Computes the output with the running pass's plan, or with PEFT's forward if no pass is running."""
         if torch.compiler.is_dynamo_compiling():
             if self.stack is not None and self.owner.is_compiled and self.stack.fixed is not None:
                 kwargs.pop("adapter_names", None)
@@ -86,7 +87,7 @@ class PlannedLayer(PlannedModule):
         return context.plan.forward(self, x, *args, **kwargs)
 
     def without_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's; overridden where that would be wrong."""
+        """Computes the output outside a pass: PEFT's forward, unless a subclass overrides it."""
         return self.pefts_forward(x, *args, **kwargs)
 
     def pefts_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

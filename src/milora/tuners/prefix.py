@@ -1,4 +1,4 @@
-"""Base of the methods that give each layer's attention extra keys and values: P-tuning v2 and IAPT."""
+"""Base of the methods that add keys and values to each layer's attention: P-tuning v2 and IAPT."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from milora.tuners.attachment import Attachment, AttachmentConfig, AttachmentTun
 from milora_core.errors import MiLoraError
 
 WITHOUT_KEYS = "linear_attn"
-"""What hybrid models call the sub-layers that stand in for attention in some blocks and have no keys to add to."""
+"""The name of sub-layers that replace attention in some blocks of hybrid models. They have no keys."""
 
 
 @dataclass
 class PrefixConfig(AttachmentConfig):
-    """What the configurations of methods with prefixes share.
+    """Base of the configurations of methods with prefixes.
 
     Args:
-        num_virtual_tokens: Keys and values that each layer gets.
+        num_virtual_tokens: Number of extra keys and values of each layer.
 
     Raises:
         MiLoraError: If `num_virtual_tokens` is below 1.
@@ -46,9 +46,9 @@ class PrefixConfig(AttachmentConfig):
 
 
 class PrefixLayer(Attachment, PrefixSource):
-    """The extra keys and values of one attention module; several active adapters' stand one after the other.
+    """The extra keys and values of one attention module. Those of several active adapters are concatenated.
 
-    Subclasses implement [`PrefixLayer.keys_and_values`] in place of [`Attachment.adapt`].
+    Subclasses implement [`PrefixLayer.keys_and_values`] instead of [`Attachment.adapt`].
     """
 
     def keys_and_values(self, adapter: str, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
@@ -66,10 +66,10 @@ class PrefixLayer(Attachment, PrefixSource):
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook, which changes nothing.
+        """The forward hook; it only checks that attention used the prefix.
 
         Raises:
-            MiLoraError: If the implementation of attention was changed, so the prefix was not used.
+            MiLoraError: If the attention implementation was changed, so the prefix was not used.
         """
         implementation = implementation_of(module)
         if not self.disable_adapters and implementation not in WITH_PREFIX.values():
@@ -81,22 +81,22 @@ class PrefixLayer(Attachment, PrefixSource):
 
 
 class PrefixTuner(AttachmentTuner):
-    """The tuner of a method whose layers are [`PrefixLayer`]s."""
+    """Base of tuners whose layers are [`PrefixLayer`]s."""
 
     tuner_layer_cls: type[PrefixLayer]
 
     def choose_modules(self, config: Any, block: Block) -> dict[str, nn.Module]:
-        """The block's attention; none where it has something else in its place."""
+        """Returns the block's attention; empty if the block has no attention with keys."""
         sublayer = find_sublayers(block).get("attention")
         if sublayer is None or sublayer.output_path == WITHOUT_KEYS:
             return {}
         return {sublayer.output_path: block.module.get_submodule(sublayer.output_path)}
 
     def check_module(self, attention: nn.Module, path: str) -> None:
-        """Checks that an attention module can be adapted, before anything is changed.
+        """Checks that an attention module can be adapted, before the model is changed.
 
         Raises:
-            MiLoraError: If it cannot.
+            MiLoraError: If it cannot be adapted.
         """
         check_prefix_support(attention, path)
         find_keys_and_values(attention, path)
@@ -114,17 +114,17 @@ class PrefixTuner(AttachmentTuner):
         allow_prefix(target)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; with the last adapter, attention is as it was."""
+        """Deletes an adapter. Deleting the last one restores attention."""
         super().delete_adapter(adapter_name)
         if not self.layers():
             self.restore()
 
     def unload(self) -> nn.Module:
-        """The bare backbone, whose attention is as it was."""
+        """Returns the backbone with its original attention."""
         model = super().unload()
         self.restore()
         return model
 
     def restore(self) -> None:
-        """Undoes what was done to the backbone besides attaching layers; called when the last one has gone."""
+        """Undoes changes of the backbone other than attached layers; called when the last layer is removed."""
         disallow_prefixes(self.model)

@@ -1,4 +1,4 @@
-"""Vectors that are learned as projections of shorter ones, for BitFit, (IA)3 and P-tuning v2."""
+"""Vectors learned as projections of shorter ones, for BitFit, (IA)3 and P-tuning v2."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 DIRECT_SPREAD = 0.02
-"""Standard deviation that several directly learned vectors start with: alike, they would stay alike."""
+"""Initial standard deviation of several directly learned vectors: equal vectors would stay equal."""
 
 
 class ProjectedVector(nn.Module):
-    """`v = seed W`, with `seed` (projection_dim) and `W` (projection_dim, size); or `v` itself.
+    """`v = seed W`, with `seed` (projection_dim) and `W` (projection_dim, size); or `v` learned directly.
 
-    `W` starts at zero and the seed at random, so that `v` starts at zero and has a gradient. A vector that is learned
-    directly starts at zero too, several of them close to it.
+    `W` starts at zero and the seed at random, so `v` starts at zero and has a gradient. A single directly learned
+    vector starts at zero, several start close to zero.
 
     Args:
         size: Length of the vector.
-        projection_dim: Length of the seed, or `None` for a vector that is learned directly.
-        count: How many vectors there are with one projection, as a shape; `()` for a single one.
+        projection_dim: Length of the seed, or `None` for a directly learned vector.
+        count: Number of vectors that share the projection, as a shape; `()` for a single vector.
 
     Attributes:
         seed: (*count, projection_dim), or (*count, size) without a projection.
@@ -36,7 +36,7 @@ class ProjectedVector(nn.Module):
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def forward(self) -> Tensor:
-        """The vectors, (*count, size). Without gradients they are computed once, until a parameter changes."""
+        """Returns the vectors, (*count, size). Without gradients they are cached until a parameter changes."""
         if self.projection is None:
             return self.seed
         if torch.is_grad_enabled():
@@ -47,6 +47,6 @@ class ProjectedVector(nn.Module):
         return self._kept[1]
 
     def train(self, mode: bool = True) -> ProjectedVector:
-        """As a module's; what was kept is dropped."""
+        """Like `nn.Module.train`, and clears the cached vectors."""
         self._kept = None
         return super().train(mode)

@@ -1,4 +1,4 @@
-"""The only file that adds methods to PEFT's own tables, because PEFT has no public way."""
+"""Adds methods to PEFT's tables. PEFT has no public function for this, so no other file touches the tables."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from milora_core.errors import MiLoraError
 
 
 def add_peft_type(name: str) -> Any:
-    """Adds a member to PEFT's enumeration of methods, or returns the one that is there.
+    """Adds a member to PEFT's enumeration of methods, or returns the existing one.
 
-    `register_peft_method` refuses names that are no members, and an `Enum` with members cannot be subclassed. So the
-    member is made as `enum` itself makes it: a `str` of its value, entered into the class's three member tables.
+    `register_peft_method` refuses names that are not members, and an `Enum` with members cannot be subclassed. This
+    function creates the member as `enum` does: a `str` of its value, in the class's three member tables.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -32,13 +32,13 @@ def add_peft_type(name: str) -> Any:
 
 
 def register(name: str, config_class: type, model_class: type, prefix: str) -> None:
-    """Makes `get_peft_model` and `PeftModel.from_pretrained` know a method; registering it again changes nothing.
+    """Registers a method for `get_peft_model` and `PeftModel.from_pretrained`. Registering it again changes nothing.
 
     Args:
-        name: Upper case, as in `adapter_config.json`'s `peft_type`.
+        name: The method's name in upper case, as in the `peft_type` of `adapter_config.json`.
         config_class: Its `PeftConfig`.
         model_class: Its `BaseTuner`.
-        prefix: What the names of its parameters start with.
+        prefix: Prefix of its parameters' names.
     """
     member = add_peft_type(name)
     if member not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -46,17 +46,17 @@ def register(name: str, config_class: type, model_class: type, prefix: str) -> N
 
 
 NOT_SETTINGS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-"""Fields of a configuration that say nothing of what an adapter computes."""
+"""Fields of a configuration that do not change the adapter's output."""
 
 
 def refuse_other_settings(tuner_class: type[Any]) -> None:
-    """Makes `PeftModel.load_adapter` compare settings where an adapter of the name is there.
+    """Makes `PeftModel.load_adapter` compare settings if an adapter of the name already exists.
 
-    PEFT then reads the weights alone, and would put them under the settings that it has. Doing it again changes
-    nothing, and neither does it for other methods' models.
+    PEFT reads only the weights in this case, and would combine them with the existing settings. Models of other methods
+    are not affected. Calling this function again changes nothing.
 
     Args:
-        tuner_class: The class of the tuners that it is for.
+        tuner_class: The class of the tuners to which the check applies.
     """
     original = PeftModel.load_adapter
     if getattr(original, "refuses_other_settings", False):

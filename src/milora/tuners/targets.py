@@ -12,18 +12,18 @@ from torch import nn
 from milora_core.errors import MiLoraError
 
 Candidates = Mapping[str, Mapping[str, nn.Module]]
-"""Block -> relative path -> module: what a method could adapt, in order."""
+"""Block -> relative path -> module: the modules that a method can adapt, in order."""
 
 
 def listed_modules(modules: list[str] | dict[str, list[str]], candidates: Candidates) -> dict[str, list[str]]:
-    """What the configuration of a saved adapter names, by block.
+    """The modules that a saved adapter's configuration lists, by block.
 
     Args:
-        modules: Relative paths, the same for all blocks, or by block.
-        candidates: What there is.
+        modules: Relative paths, for all blocks or by block.
+        candidates: The modules of this backbone.
 
     Raises:
-        MiLoraError: If one of them is not there.
+        MiLoraError: If a listed module does not exist.
     """
     by_block = modules if isinstance(modules, dict) else dict.fromkeys(candidates, modules)
     for path, names in by_block.items():
@@ -37,18 +37,18 @@ def listed_modules(modules: list[str] | dict[str, list[str]], candidates: Candid
 
 
 def targeted_modules(config: Any, candidates: Candidates) -> dict[str, list[str]]:
-    """The candidates that a configuration's `target_modules` names, by block, as PEFT would match them.
+    """The candidates that a configuration's `target_modules` matches, by block, with PEFT's rules.
 
     Args:
-        config: A PEFT configuration; `None` and `all-linear` as `target_modules` mean every candidate.
-        candidates: What there is.
+        config: A PEFT configuration. `target_modules` of `None` or `all-linear` matches every candidate.
+        candidates: The modules of this backbone.
 
     Raises:
-        MiLoraError: If it names none.
+        MiLoraError: If no candidate matches.
     """
     matcher = copy.copy(config)
     if matcher.target_modules in (None, "all-linear"):
-        # By name and not by a regular expression, with which PEFT ignores layers_to_transform.
+        # Names instead of a regular expression, because PEFT ignores layers_to_transform with the latter.
         matcher.target_modules = list(dict.fromkeys(name for names in candidates.values() for name in names))
     chosen = {
         path: [name for name in names if check_target_module_exists(matcher, f"{path}.{name}")]

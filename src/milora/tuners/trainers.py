@@ -1,8 +1,8 @@
 """Checks the trainer that calls a model: whether it removes the labels or packs rows.
 
-A router reads the prompt, and in training the labels say where it ends. `Trainer` takes the labels out of the model's
-arguments for label smoothing and for a `compute_loss_func`, and packed rows look like any others. The model's arguments
-show neither, so these checks look for the trainer among the callers.
+A router reads the prompt, and in training the labels show where the prompt ends. `Trainer` removes the labels from the
+model's arguments for label smoothing and for a `compute_loss_func`, and packed rows look like other rows. The model's
+arguments show neither case, so these checks look for the trainer in the call stack.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from milora_core.errors import MiLoraError
 
 TRAINING_STEP, PREDICTION_STEP = "training_step", "prediction_step"
-"""The methods of transformers' `Trainer` from which it, and every trainer of TRL, calls its model."""
+"""The methods in which transformers' `Trainer` and all TRL trainers call their model."""
 
 WITHHELD = (
     "{trainer} calls the model without labels{because}, so completions would count as part of the prompt and the "
@@ -33,10 +33,10 @@ TRAINER_WEIGHS = (
 
 
 def check_token_weights() -> None:
-    """Refuses a trainer that weighs the losses of tokens, to each of which the load-balancing loss is added.
+    """Refuses a trainer that weights the losses of tokens, because each includes the load-balancing loss.
 
     Raises:
-        MiLoraError: If the trainer that makes this pass does.
+        MiLoraError: If the trainer of this pass weights them.
     """
     for frame in _trainer_frames():
         trainer = frame.f_locals["self"]
@@ -45,14 +45,16 @@ def check_token_weights() -> None:
 
 
 def check_calling_trainer(*, has_labels: bool) -> None:
-    """Refuses a forward pass of a trainer that hides where the prompts of its rows end.
+    """Refuses a trainer's forward pass in which the ends of the prompts are unknown.
+
+    Passes outside a trainer are never refused. Passes of a trainer's callbacks or of `generate`, which have no labels,
+    are not refused either.
 
     Args:
-        has_labels: Whether the model was given labels.
+        has_labels: Whether the model was called with labels.
 
     Raises:
-        MiLoraError: If a trainer withholds the labels, or packs rows. Passes that no trainer makes are never refused,
-            nor are those of a trainer's callbacks or of `generate`, which have no labels to give.
+        MiLoraError: If a trainer calls the model without its labels, or packs rows.
     """
     for frame in _trainer_frames():
         trainer = frame.f_locals["self"]
@@ -64,7 +66,7 @@ def check_calling_trainer(*, has_labels: bool) -> None:
 
 
 def _trainer_frames() -> Iterator[FrameType]:
-    """The running steps of trainers, from the inside out."""
+    """The running steps of trainers, innermost first."""
     module = sys.modules.get("transformers.trainer")
     frame: FrameType | None = sys._getframe() if module is not None else None
     while frame is not None:
@@ -77,9 +79,9 @@ def _trainer_frames() -> Iterator[FrameType]:
 
 
 def _batch_has_labels(frame: FrameType, trainer: Any) -> bool:
-    """Whether the batch of a prediction step has labels: `predict` also takes rows without any."""
+    """Whether the batch of a prediction step has labels: `predict` also accepts rows without labels."""
     inputs = frame.f_locals.get("inputs")
-    # `has_labels` is what `Trainer` found before it took them out.
+    # `Trainer` sets its variable `has_labels` before it removes the labels.
     return (isinstance(inputs, Mapping) and inputs.get("labels") is not None) or bool(frame.f_locals.get("has_labels"))
 
 
