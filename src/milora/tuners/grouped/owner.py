@@ -16,16 +16,16 @@ from milora_core.errors import MiLoraError
 
 
 class GroupedOwner(ContextOwner):
-    """Owns a model's contexts, the stacks of its adapters and its single compiled decode step.
+    """Owns a model's contexts, the stacks of its adapters, and its single compiled decode step.
 
     Args:
-        model: The backbone with PEFT's layers in it.
+        model: The backbone with PEFT's layers.
         capacity: Number of adapters to reserve memory for; see [`AdapterStacks`].
 
     Attributes:
-        stacks: The model's.
-        compiled_for: The generation (or batch) with compiled decode steps; others may run eagerly at the same time.
-        eagerly: The argument of `generate` that disables compiled steps.
+        stacks: The stacks of the model's adapters.
+        compiled_for: The generation (or batch) with compiled decode steps. Others may run eagerly at the same time.
+        eagerly: The argument of `generate` that disables compiled steps, for messages.
     """
 
     eagerly = "compiled=False"
@@ -57,7 +57,7 @@ class GroupedOwner(ContextOwner):
         return adapter not in layer.lora_variant
 
     def set_capacity(self, capacity: int) -> None:
-        """Changes the reserved number of adapters; existing stacks keep their size."""
+        """Changes the number of adapters to reserve memory for. Existing stacks keep their size."""
         self.capacity = self.stacks.capacity = capacity
 
     def refresh(self) -> None:
@@ -66,7 +66,7 @@ class GroupedOwner(ContextOwner):
             self.stacks.refresh(self.identities.running())
 
     def is_compiled_for(self, request: Any) -> bool:
-        """Whether this request has the compiled decode steps; the thread's first request claims them."""
+        """Whether this request has the compiled decode steps. The thread's first request claims them."""
         if not self.is_compiled or threading.get_ident() != self._compiling_thread:
             return False
         if self.compiled_for is None:
@@ -94,11 +94,11 @@ class GroupedOwner(ContextOwner):
 
     @contextmanager
     def compiled(self, adapters: Collection[str] = (), *, named_rows: bool = False) -> Iterator[None]:
-        """Inside this context a compiled decode step may run: one generation at a time, because its rows have one
-        address.
+        """Inside this context a compiled decode step may run. Only one generation at a time can have compiled steps,
+        because they read their rows from one address.
 
         Args:
-            adapters: Those of the generation.
+            adapters: The generation's adapters.
             named_rows: See [`GroupedOwner.why_not_compiled`].
 
         Raises:
@@ -113,10 +113,10 @@ class GroupedOwner(ContextOwner):
 
     @contextmanager
     def compiled_if_possible(self, adapters: Collection[str], *, named_rows: bool = False) -> Iterator[bool]:
-        """Like [`GroupedOwner.compiled`] without an explicit request: anything that cannot be compiled runs eagerly.
+        """Like [`GroupedOwner.compiled`], but runs eagerly instead of raising if compiled steps are impossible.
 
         Args:
-            adapters: Those of the generation.
+            adapters: The generation's adapters.
             named_rows: See [`GroupedOwner.why_not_compiled`].
 
         Yields:
@@ -138,7 +138,7 @@ class GroupedOwner(ContextOwner):
         """Inside this context no other thread may generate with compiled steps.
 
         Raises:
-            MiLoraError: If one does.
+            MiLoraError: If another thread already does.
         """
         if not self._compiled_lock.acquire(blocking=False):
             raise MiLoraError(

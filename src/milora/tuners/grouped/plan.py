@@ -20,9 +20,9 @@ class Share(NamedTuple):
 
     adapter: str
     rows: list[int] | None
-    """Its rows, `None` for all."""
+    """The adapter's rows; `None` for all."""
     gates: Tensor | None
-    """(its rows), float32: the module's gate for each, `None` where all are 1."""
+    """(number of its rows), float32: the module's gate for each row; `None` if all are 1."""
 
 
 class GroupedPlan(ABC):
@@ -30,8 +30,8 @@ class GroupedPlan(ABC):
     a stack.
 
     Args:
-        owner: The model's.
-        kept: Data by module that is kept for the batch.
+        owner: The model's owner of contexts.
+        kept: Data by module, kept for the batch.
         is_compiled: Whether to write the rows to the addresses that a compiled step reads.
     """
 
@@ -108,11 +108,11 @@ class GroupedPlan(ABC):
 
 
 def rows_by_adapter(names: tuple[str, ...], rows: int) -> dict[str, list[int]]:
-    """Adapter -> its rows, in a batch of `rows` rows; beams of a row follow each other.
+    """Adapter -> its rows in a batch of `rows` rows. The beams of a prompt are consecutive rows.
 
     Args:
         names: The adapter of each prompt, [`BASE_ROW`] for none.
-        rows: Number of rows of the batch, a multiple of the names.
+        rows: Number of rows of the batch, a multiple of the number of names.
     """
     by_adapter: dict[str, list[int]] = {}
     for row, name in enumerate(names_of_rows(names, rows)):
@@ -132,7 +132,7 @@ def check_names(names: tuple[str, ...], rows: int, prompts: int | None) -> None:
     Args:
         names: The adapter of each prompt.
         rows: Rows of the pass.
-        prompts: Number of prompts of `generate`; `None` outside of a generation.
+        prompts: Number of prompts of `generate`; `None` outside a generation.
 
     Raises:
         MiLoraError: If the counts differ.

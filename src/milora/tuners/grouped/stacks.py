@@ -26,10 +26,10 @@ class ModuleRows:
 
     Attributes:
         slots: (rows), int32: each row's index in the stacks, -1 for none.
-        gates: (rows), float32, LoRA's scaling in them.
-        lora_a: The module's stacks.
-        lora_b: Likewise.
-        prepared: On a CPU, the prepared decode step; created at the first step.
+        gates: (rows), float32: each row's gate times LoRA's scaling.
+        lora_a: The module's stack of A.
+        lora_b: The module's stack of B.
+        prepared: The prepared decode step on a CPU; created at the first step.
     """
 
     slots: Tensor
@@ -39,7 +39,7 @@ class ModuleRows:
     prepared: OneToken | None = None
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result` with each row's LoRA in it: (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
+        """Adds each row's LoRA to `result`, (rows, tokens, d_out), (rows, d_out) or (rows * tokens, d_out)."""
         rows = self.slots.shape[0]
         if x.numel() == rows * x.shape[-1] and x.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
             if self.prepared is None:
@@ -61,12 +61,12 @@ class ModuleRows:
 class ModuleStack:
     """The adapters of one module.
 
-    The adapters' parameters become views of the stacks, so they are in memory once, and training and loading take
-    effect here. If an adapter's rank is below the largest, its B is a view with gaps.
+    The adapters' parameters become views of the stacks, so memory holds them once, and training and loading change the
+    stacks. If an adapter's rank is below the largest, its B is a view with gaps.
 
     Attributes:
         path: The module's path in the backbone.
-        layer: PEFT's layer around it.
+        layer: PEFT's layer of the module.
         slots: Adapter -> its index in the stacks.
         lora_a: (capacity, r, d_in), zero beyond an adapter's rank and in free slots.
         lora_b: (capacity, d_out, r).
@@ -107,7 +107,7 @@ class ModuleStack:
         return bool(self._fitted_to == _state_of(self.layer))
 
     def fit(self, adapters: list[str], capacity: int, running: Sequence[Use] = ()) -> None:
-        """Holds exactly these adapters from now on; nothing moves while they fit into the existing stacks.
+        """Makes the stacks contain exactly these adapters. Nothing moves if they fit into the existing stacks.
 
         Args:
             adapters: Adapters to stack; all have parameters of one dtype on one device.
@@ -180,11 +180,11 @@ class ModuleStack:
 class AdapterStacks:
     """The stacks of all modules of a model, created on first use and again when adapters have changed.
 
-    Excluded are layers whose base layer is not a plain linear layer (quantised backbones) and adapters that are more
-    than `x A B` in a layer (DoRA, a bias); these use their layers' own forward.
+    Layers whose base layer is not a plain linear layer (quantised backbones) are excluded, and so are adapters that are
+    more than `x A B` in a layer (DoRA, a bias). These use their layers' own forward.
 
     Args:
-        model: The backbone with PEFT's layers in it.
+        model: The backbone with PEFT's layers.
         is_plain: Whether an adapter is `x A B` in a layer.
         capacity: Number of adapters to reserve memory for, so another one is loaded without moving the others.
 
@@ -235,7 +235,7 @@ class AdapterStacks:
         return sum(s.nbytes for stack in self.modules.values() for s in (stack.lora_a, stack.lora_b))
 
     def _stackable(self, layer: LoraLayer) -> list[str]:
-        # Tuners may subclass PEFT's layer and name it as `kind`; PEFT's own subclasses are for quantised layers.
+        # Our subclasses of PEFT's layers store the original class as `kind`. PEFT's own are for quantised layers.
         if getattr(layer, "kind", type(layer)) is not LoraLinear or not isinstance(
             layer.get_base_layer(), nn.Linear | Conv1D
         ):
@@ -249,7 +249,7 @@ class AdapterStacks:
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """LoRA layers and wrapped modules by path. The adapters inside, which may be many, are not searched."""
+    """LoRA layers and wrapped modules by path. The adapters inside are not searched, because there may be many."""
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -260,16 +260,17 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
         is_lora = isinstance(module, LoraLayer)
         if is_lora or isinstance(module, AuxiliaryTrainingWrapper):
             yield path, module
-        # `named_children` and `module.name` take several times what the dictionaries do, at every module and pass.
+        # Reading `_modules` is several times faster than `named_children`; this runs for every module at every pass.
         for name, child in reversed(module._modules.items()):
             if child is not None and (name == "base_layer" or not is_lora):
                 waiting.append((f"{path}.{name}" if path else name, child))
 
 
 def _state_of(layer: LoraLayer) -> tuple[Any, ...]:
-    """What determines whether a layer's adapters can be stacked and are: compared by identity, mostly in C.
+    """The state of a layer that its stack depends on. It is compared by identity, mostly in C.
 
-    Training and loading write in place to the parameters, which are views of the stacks, so they do not change it.
+    Training and loading write to the parameters in place. The parameters are views of the stacks, so the state stays
+    the same.
     """
     parts: Any = layer._modules
     lora_a, lora_b = parts["lora_A"]._modules, parts["lora_B"]._modules

@@ -1,7 +1,8 @@
 """Modules of which PEFT keeps a full or partial copy per adapter, for rows with different adapters.
 
-They are those of `modules_to_save` (a language model's head, say) and of `trainable_token_indices`. PEFT's own
-implementation requires all rows' adapters and the active adapter to have the module, and supports few kinds of modules.
+These are the modules of `modules_to_save` (for example a language model's head) and of `trainable_token_indices`.
+PEFT's implementation requires that all rows' adapters and the active adapter have the module, and supports few kinds of
+modules.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from milora.tuners.plan import PlannedModule
 
 
 class PlannedWrapper(PlannedModule):
-    """A module that PEFT keeps per adapter: each row of a pass uses its own adapter's copy."""
+    """A module that PEFT copies per adapter. Each row of a pass uses its adapter's copy."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward if no pass is running, or if its only adapter is the active one."""
+        """Computes each row with its adapter's copy. Uses PEFT's forward if no pass is running or if all rows use the
+        active adapter."""
         context = None if torch.compiler.is_dynamo_compiling() else running(self.owner)
         wrapper: Any = self
         rows = None
@@ -38,14 +40,14 @@ class PlannedWrapper(PlannedModule):
 def forward_by_row(
     wrapper: AuxiliaryTrainingWrapper, adapter_rows: Mapping[str, list[int]], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A wrapped module's output: each row uses its adapter's module, or the backbone's if the adapter has none.
+    """Computes a wrapped module's output. A row uses its adapter's module, or the backbone's if the adapter has none.
 
     Args:
-        wrapper: PEFT's wrapper, whose adapters are not disabled.
-        adapter_rows: Adapter -> its rows; rows of no adapter are the backbone's.
+        wrapper: PEFT's wrapper; its adapters must be enabled.
+        adapter_rows: Adapter -> its rows. Rows without an adapter use the backbone's module.
         x: (rows, ...).
-        *args: Passed on.
-        **kwargs: Passed on.
+        *args: Passed to the module.
+        **kwargs: Passed to the module.
     """
     own = {adapter: rows for adapter, rows in adapter_rows.items() if rows and adapter in wrapper._adapters}
     taken = {row for rows in own.values() for row in rows}

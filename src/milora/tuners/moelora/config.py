@@ -13,20 +13,20 @@ GATES = ("token", "task")
 
 @dataclass
 class MoeLoraConfig(AttachmentConfig):
-    """Configuration of MOELoRA, in the form of the MiLoRA paper's baseline (`gate="token"`) or in its original one
-    (Liu et al. 2023, `gate="task"`).
+    """Configuration of MOELoRA: the MiLoRA paper's baseline (`gate="token"`) or the original method (Liu et al. 2023,
+    `gate="task"`).
 
     Args:
-        r: Rank of a module's LoRA, divided evenly among its experts: 32 for 8 experts of 4 rank-1 LoRAs each.
-        lora_alpha: The experts' sum is scaled by `lora_alpha / r`; `None` means `2 * r`.
-        num_experts: Experts of a module.
-        top_k: How many of them serve a token (`gate="token"`).
-        lora_dropout: Probability with which a feature of the experts' input, not of the router's, is dropped.
-        gate: `token`: every module has a router, which chooses experts for every token; `task`: the task of a row
-            decides, by one embedding and one gate for the whole model, and every expert takes part.
-        load_balancing_coef: Coefficient of a load-balancing loss over the tokens, which is added to the loss in
-            training (`gate="token"`). Neither paper has one.
-        num_tasks: How many tasks there are (`gate="task"`).
+        r: Rank of a module's LoRA, divided evenly among its experts. By default 8 experts have rank 4 each.
+        lora_alpha: The sum of the experts is scaled by `lora_alpha / r`; `None` means `2 * r`.
+        num_experts: Number of experts of a module.
+        top_k: Number of experts that each token uses (`gate="token"`).
+        lora_dropout: Dropout probability of the experts' input. The router's input has no dropout.
+        gate: `token`: a router in every module selects experts for each token. `task`: the task of a row determines the
+            weights of all experts, with one task embedding and one gate for the whole model.
+        load_balancing_coef: Coefficient of a load-balancing loss over the tokens, added to the training loss
+            (`gate="token"`). Neither paper has one.
+        num_tasks: Number of tasks (`gate="task"`).
         task_embedding_dim: Size of a task's embedding (`gate="task"`).
 
     Raises:

@@ -1,4 +1,4 @@
-"""The weights of a module's experts: for each token by a router, or for each row by its task."""
+"""The weights of a module's experts: from a router for each token, or from the task of each row."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from milora_core.errors import MiLoraError
 
 
 def top_gates(logits: Tensor, top_k: int) -> Tensor:
-    """Weights of the k experts with the highest logits, which sum to one, and zero for the others.
+    """Returns the weights of the k experts with the highest logits, which sum to one. Other weights are zero.
 
-    `g = softmax` over the kept logits, which is `p_i / sum of the kept p` with `p` the softmax over all: the usual
-    choice of mixtures of experts (Shazeer et al. 2017, Mixtral); the MiLoRA paper does not say. A tie goes to the
-    lowest index.
+    `g` is the softmax over the kept logits. It equals `p_i / sum of the kept p`, with `p` the softmax over all logits.
+    This is the usual gate of mixtures of experts (Shazeer et al. 2017, Mixtral); the MiLoRA paper does not specify it.
+    A tie goes to the lowest index.
 
     Args:
         logits: (..., experts).
@@ -24,24 +24,24 @@ def top_gates(logits: Tensor, top_k: int) -> Tensor:
     """
     if top_k == logits.shape[-1]:
         return logits.softmax(dim=-1)
-    # A stable sort keeps equal values in their order; torch.topk does not promise which of them it returns.
+    # A stable sort keeps equal values in order; torch.topk does not specify which of them it returns.
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(logits).scatter(-1, order[..., :top_k], values[..., :top_k].softmax(dim=-1))
 
 
 def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
-    """Gates that a router made of another module's input, in the layout of this module's input.
+    """Reshapes gates computed from another module's input to the layout of this module's input.
 
     Args:
-        gates: (..., experts), a row for each token in the other module's layout.
-        leading: Shape of this module's input but for the features: (batch, tokens) or (batch * tokens).
+        gates: (..., experts), one row per token in the other module's layout.
+        leading: Shape of this module's input without the features: (batch, tokens) or (batch * tokens).
         path: This module's path, for the message.
 
     Returns:
         (*leading, experts).
 
     Raises:
-        MiLoraError: If the other module had other tokens.
+        MiLoraError: If the other module had a different number of tokens.
     """
     tokens = gates.shape[:-1]
     if tokens.numel() != leading.numel():
@@ -53,18 +53,18 @@ def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
 
 
 def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
-    """Gates of a batch's rows, as a module's input needs them.
+    """Expands the gates of a batch's rows to the layout of a module's input.
 
     Args:
         gates: (batch, experts).
-        leading: Shape of the module's input but for the features: (batch, tokens, ...) or (batch * tokens).
+        leading: Shape of the module's input without the features: (batch, tokens, ...) or (batch * tokens).
         path: The module's path, for the message.
 
     Returns:
         (..., experts), broadcastable to `leading`.
 
     Raises:
-        MiLoraError: If the input does not begin with the batch.
+        MiLoraError: If the input's first dimension is not the batch.
     """
     rows, experts = gates.shape
     if leading[0] == rows:
@@ -78,12 +78,12 @@ def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
 
 
 class TaskGate(nn.Module):
-    """`g = softmax(W_T e_j)` with the embedding `e_j` of task j: every expert takes part (Liu et al. 2023).
+    """`g = softmax(W_T e_j)` with the embedding `e_j` of task j; every expert has a weight (Liu et al. 2023).
 
     Args:
-        tasks: How many there are.
+        tasks: Number of tasks.
         size: Size of an embedding.
-        experts: How many experts a module has.
+        experts: Number of experts of a module.
 
     Attributes:
         embedding: `weight` (tasks, size).
@@ -96,6 +96,6 @@ class TaskGate(nn.Module):
         self.projection = nn.Linear(size, experts, bias=False)
 
     def forward(self, tasks: Tensor) -> Tensor:
-        """(batch) to (batch, experts), float32."""
+        """Maps task numbers (batch) to gates (batch, experts), float32."""
         logits: Tensor = self.projection(self.embedding(tasks.to(self.embedding.weight.device)))
         return logits.float().softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The two layers of MOELoRA: the experts of a module, and what the whole model shares."""
+"""The two layers of MOELoRA: the experts of a module, and the parts that all modules share."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from milora_core.routing import RouterProjection, load_balancing_loss
 
 
 class MoeLoraPart(Attachment):
-    """What MOELoRA adds to a module of the backbone: see the two kinds of it.
+    """Base of [`MoeLoraLayer`] and [`MoeLoraShared`].
 
     Args:
         path: Path of the module in the backbone.
-        owner: The model's.
+        owner: The model's owner of contexts.
     """
 
     child_name = "moelora_"
@@ -51,21 +51,21 @@ class MoeLoraPart(Attachment):
 
 
 class MoeLoraLayer(MoeLoraPart):
-    """`y = W x + s B (g(x) * A x)`: the experts of a module as one LoRA whose ranks they share.
+    """`y = W x + s B (g(x) * A x)`: the experts of a module, computed as one LoRA.
 
-    Expert i has the ranks `i r/E` to `(i + 1) r/E`, and `g` holds its weight at each of them. So a module costs one
-    down-projection, one up-projection and a router, whatever the number of experts, and gives what the sum over the
-    experts `s sum_i g_i(x) B_i A_i x` gives (Liu et al. 2023; one gate for each module and token as in the MiLoRA
+    Expert i has the ranks `i r/E` to `(i + 1) r/E`, and `g` holds its weight at each of these ranks. A module therefore
+    costs one down-projection, one up-projection and a router for any number of experts. The result equals the sum over
+    the experts, `s sum_i g_i(x) B_i A_i x` (Liu et al. 2023; one gate for each module and token as in the MiLoRA
     paper's baseline).
 
-    The router (bias-free, inputs x experts, float32) reads the module's input. A module whose input is wider than the
-    hidden states (the down-projection of a feed-forward layer) has a router that reads the last input of the hidden
-    states' size that an adapted module of the block was given (the up-projection's): this gives the paper's 87.3M
-    parameters on Llama-2 7B. A narrower input (of latent attention, which holds tokens of the cache too) is read.
+    The router (no bias, inputs x experts, float32) reads the module's input. If this input is wider than the hidden
+    states (the down-projection of a feed-forward layer), the router reads the input of an earlier adapted module of the
+    block instead: the last one of the hidden states' size (the up-projection's). This gives the paper's 87.3M
+    parameters on Llama-2 7B. A narrower input (latent attention, which also has tokens of the cache) is read directly.
 
     Args:
         path: Path of the module in the backbone.
-        owner: The model's.
+        owner: The model's owner of contexts.
         block: The module's block.
         input_size: Size of the module's input.
         hidden_size: Size of the block's hidden states.
@@ -118,17 +118,17 @@ class MoeLoraLayer(MoeLoraPart):
         with _without_autocast(read.device.type):
             logits = self.router[adapter](read)
         if self.training and config.load_balancing_coef > 0:
-            # Outside a pass too: a recomputation under gradient checkpointing must save what its forward saved.
+            # Also in a recomputation: under gradient checkpointing it must save the same tensors as the forward pass.
             state.record(adapter, logits.softmax(dim=-1))
         gates = top_gates(logits, config.top_k)
         return gates if self.reads_own_input else for_input(gates, hidden.shape[:-1], self.path)
 
 
 class MoeLoraShared(MoeLoraPart):
-    """The child of the backbone itself: begins and ends passes, and holds what all modules of an adapter share.
+    """The child of the backbone. It begins and ends passes, and holds the parts that an adapter's modules share.
 
     Args:
-        owner: The model's.
+        owner: The model's owner of contexts.
         blocks: Paths of the blocks.
     """
 
@@ -147,12 +147,12 @@ class MoeLoraShared(MoeLoraPart):
             self.task_gate[adapter] = TaskGate(config.num_tasks, config.task_embedding_dim, config.num_experts)
 
     def adapters(self) -> set[str]:
-        """The adapters that it serves, with parameters of their own here or not."""
+        """All adapters of the model, with or without parameters in this layer."""
         return set(self.settings)
 
     @property
     def weight(self) -> Tensor:
-        """One of its parameters, if it has any."""
+        """One of the layer's parameters; an empty tensor if it has none."""
         return next(self.parameters(), torch.empty(0))
 
     def attach(self, module: nn.Module) -> None:
@@ -173,7 +173,7 @@ class MoeLoraShared(MoeLoraPart):
         """The backbone's pre-forward hook.
 
         Raises:
-            MiLoraError: If an active adapter needs the rows' tasks and they were not given, or are of another number.
+            MiLoraError: If an active adapter needs the rows' tasks, and they are missing or too few or too many.
         """
         if self.disable_adapters or torch.compiler.is_dynamo_compiling():
             return
@@ -187,7 +187,7 @@ class MoeLoraShared(MoeLoraPart):
         enter(ForwardContext(self.owner, PassState(self.task_gate, tasks, torch.is_grad_enabled())))
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The backbone's forward hook, also after an exception, with no output."""
+        """The backbone's forward hook. It also runs after an exception, without an output."""
         context = None if torch.compiler.is_dynamo_compiling() else running(self.owner)
         if context is None:
             return None
@@ -220,11 +220,11 @@ class MoeLoraShared(MoeLoraPart):
         generation = generation_of(self.owner)
         if len(tasks) != (rows if generation is None else generation.inputs) or rows % len(tasks) != 0:
             raise MiLoraError(f"task_ids names the tasks of {len(tasks)} rows; the batch has {rows}.")
-        # Generation repeats each prompt in succession, for beams and for several return sequences.
+        # Generation repeats each prompt in consecutive rows, for beams and for several return sequences.
         return tasks.repeat_interleave(rows // len(tasks))
 
     def _resume_in_checkpoints(self, module: nn.Module) -> None:
-        """Makes blocks see their own forward's state when they are recomputed, also after a further forward."""
+        """Makes a recomputed block use the state of its own forward pass, even if another pass ran since."""
         for path in self.blocks:
             block = module.get_submodule(path)
             if is_checkpointed(block):
@@ -236,7 +236,7 @@ def _unchanged(hidden: Tensor) -> Tensor:
 
 
 def _attended(probabilities: Tensor, mask: Any) -> Tensor:
-    """(tokens, experts), without those of padding; only a (batch, tokens) mask tells."""
+    """(tokens, experts), without padding tokens if the mask is (batch, tokens)."""
     rows = probabilities.reshape(-1, probabilities.shape[-1])
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == rows.shape[0]:
         return rows[mask.reshape(-1).to(rows.device, torch.bool)]

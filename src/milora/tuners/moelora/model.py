@@ -20,7 +20,7 @@ from milora_core.errors import MiLoraError
 
 
 class MoeLoraModel(AttachmentTuner):
-    """A backbone each of whose linear modules has a mixture of LoRA experts; made by `get_peft_model`."""
+    """A backbone with a mixture of LoRA experts in each linear module; created by `get_peft_model`."""
 
     method = "MOELoRA"
     prefix = "moelora_"
@@ -84,12 +84,12 @@ class MoeLoraModel(AttachmentTuner):
     def generate(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """The backbone's `generate`.
 
-        With `gate="task"` decode steps are not compiled, whatever the cache; see [`MoeLoraModel.why_not_compiled`].
+        With `gate="task"` decode steps are not compiled with any cache; see [`MoeLoraModel.why_not_compiled`].
 
         Args:
             *args: As for the backbone.
-            task_ids: (batch), the task of each prompt, for adapters with `gate="task"`; beams and several return
-                sequences are handled.
+            task_ids: (batch), the task of each prompt, for adapters with `gate="task"`. Beams and return sequences use
+                the task of their prompt.
             **kwargs: As for the backbone.
 
         Raises:
@@ -108,21 +108,21 @@ class MoeLoraModel(AttachmentTuner):
             self.owner.identities.end(use)
 
     def why_not_compiled(self) -> str | None:
-        """What keeps transformers from compiling the decode steps, if anything does."""
+        """Why transformers cannot compile the decode steps, or `None`."""
         if any(self.peft_config[name].gate == "task" for name in self.active_adapters):
             return "the rows' tasks are read where the model is called, which torch.compile does not see"
         return None
 
     def use_tasks(self, task_ids: Tensor | Sequence[int] | None) -> AbstractContextManager[None]:
-        """`with model.use_tasks(task_ids):` says which task each row belongs to, where no argument can; `None` nothing.
+        """`with model.use_tasks(task_ids):` sets the task of each row for calls to which you cannot pass `task_ids`.
 
-        `generate` repeats each in succession for its beams and return sequences.
+        `generate` repeats each task for the beams and return sequences of its prompt.
 
         Args:
-            task_ids: (batch), from 0 to `num_tasks - 1`.
+            task_ids: (batch), from 0 to `num_tasks - 1`. `None` sets no tasks.
 
         Raises:
-            MiLoraError: If the active adapter has no task gate, or there is no such task.
+            MiLoraError: If the active adapter has no task gate, or a task does not exist.
         """
         return self._with_tasks(task_ids, caller_scope)
 

@@ -1,4 +1,4 @@
-"""The state of one forward pass with MOELoRA adapters: the rows' tasks, what routers read, what they decided."""
+"""The state of one forward pass with MOELoRA adapters: the rows' tasks, the routers' inputs and their decisions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from milora_core.errors import MiLoraError
 
 @dataclass
 class PassState:
-    """See the module.
+    """The state of one forward pass.
 
     Attributes:
         task_gates: The adapters' task gates.
         tasks: (rows), the task of each row, or `None`.
-        builds_graph: Whether the pass is one to train from.
-        probabilities: Of each adapter, what the routers of its modules gave each expert, (..., experts) a module, if
-            their load is to be balanced.
-        ended: Whether what runs now is a recomputation.
+        builds_graph: Whether gradients are enabled in the pass.
+        probabilities: Adapter -> the experts' probabilities in each module, (..., experts), for the load-balancing
+            loss.
+        ended: Whether the pass has ended, so a block that runs now is recomputed.
     """
 
     task_gates: nn.ModuleDict | None = None
@@ -34,18 +34,18 @@ class PassState:
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def gates(self, adapter: str) -> Tensor:
-        """An adapter's gates of each row, (rows, experts)."""
+        """Returns an adapter's gates of each row, (rows, experts)."""
         assert self.tasks is not None
         assert self.task_gates is not None
         if torch.is_grad_enabled():
-            # Anew in each module: under reentrant checkpointing no tensor with a graph may come from outside the block.
+            # Computed in each module: reentrant checkpointing allows no tensor with a graph from outside the block.
             return self.task_gates[adapter](self.tasks)  # type: ignore[no-any-return]
         if adapter not in self._kept:
             self._kept[adapter] = self.task_gates[adapter](self.tasks)
         return self._kept[adapter]
 
     def record(self, adapter: str, probabilities: Tensor) -> None:
-        """Keeps a router's probabilities for the load-balancing loss, once a pass.
+        """Keeps a router's probabilities for the load-balancing loss, once per pass.
 
         Raises:
             MiLoraError: Under reentrant gradient checkpointing, whose first pass has no gradients.
@@ -60,14 +60,14 @@ class PassState:
         self.probabilities.setdefault(adapter, []).append(probabilities)
 
     def remember(self, block: str, hidden: Tensor) -> None:
-        """Keeps a module's input of the hidden states' size, (..., hidden), for modules after it in its block."""
+        """Keeps a module's input of the hidden states' size, (..., hidden), for later modules of its block."""
         self._block, self._hidden = block, hidden
 
     def recall(self, block: str, path: str) -> Tensor:
-        """The last input of the hidden states' size that a module of the block was given.
+        """Returns the last input of the hidden states' size of a module of the block.
 
         Raises:
-            MiLoraError: If there was none yet.
+            MiLoraError: If no module has been called with such an input yet.
         """
         if self._hidden is None or self._block != block:
             raise MiLoraError(
@@ -77,26 +77,26 @@ class PassState:
         return self._hidden
 
     def end(self) -> None:
-        """The forward pass has ended; what follows is a recomputation."""
+        """Marks the end of the forward pass. Later calls are recomputations."""
         self.ended, self._block, self._hidden = True, None, None
 
 
 class MoeLoraOwner(ContextOwner):
-    """Whose contexts the passes of a model are."""
+    """Owns the contexts of a model with MOELoRA adapters."""
 
     def __init__(self) -> None:
         super().__init__()
-        # torch.compile cannot read a context variable; the modules of a traced step follow each other in this object.
+        # torch.compile cannot read a context variable, so the modules of a traced step share this object.
         self.traced = PassState()
 
     def state(self, path: str) -> PassState:
-        """The running pass's.
+        """Returns the state of the running pass.
 
         Args:
-            path: The module that asks.
+            path: Path of the calling module, for the message.
 
         Raises:
-            RuntimeError: If none is running.
+            RuntimeError: If no pass is running.
         """
         if torch.compiler.is_dynamo_compiling():
             return self.traced

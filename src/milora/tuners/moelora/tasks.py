@@ -1,4 +1,4 @@
-"""Hands `task_ids` on to the tuner, for which PEFT has no way."""
+"""Passes `task_ids` to the tuner, which PEFT does not do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from peft import PeftModelForCausalLM
 
 
 def hand_on_task_ids(tuner_class: type[Any]) -> None:
-    """Makes `PeftModelForCausalLM`'s forward hand `task_ids` on; doing it again changes nothing.
+    """Makes the forward of `PeftModelForCausalLM` pass `task_ids` to the tuner. Calling it again changes nothing.
 
-    It has an argument of that name and drops it, unless the method is one of two of PEFT's own. Where the tuner is
-    another class, nothing changes.
+    PEFT's forward drops this argument except for two of PEFT's own methods. Models with other tuners are not affected.
 
     Args:
-        tuner_class: The tuner that has `use_tasks`.
+        tuner_class: The tuner class with `use_tasks`.
     """
     original = PeftModelForCausalLM.forward
     if getattr(original, "hands_on_task_ids", False):
