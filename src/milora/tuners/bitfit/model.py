@@ -7,7 +7,7 @@ from milora.tuners.bitfit.layer import BitFitLayer
 
 
 class BitFitModel(AttachmentTuner):
-    """A backbone whose linear modules have learned biases; made by `get_peft_model(model, BitFitConfig())`."""
+    """A backbone whose linear modules have learned biases; created by `get_peft_model(model, BitFitConfig())`."""
 
     method = "BitFit"
     prefix = "bitfit_"

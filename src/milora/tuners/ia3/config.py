@@ -13,13 +13,13 @@ from milora_core.errors import MiLoraError
 class IA3ProjectedConfig(AttachmentConfig):
     """Configuration of (IA)3 (Liu et al. 2022), in the projected form of the MiLoRA paper.
 
-    The name differs from PEFT's IA3; with `projection_dim=None` it is that method on other modules.
+    The name differs from PEFT's IA3. With `projection_dim=None` it is the same method on other modules.
 
     Args:
         projection_dim: Length of the learned vector that is projected to a module's factors; `None` for the original
             method, which learns the factors directly.
-        target_modules: `None` for the paper's Q, K and U, by the names that they have in known architectures. Where
-            they are one module with others (a fused query, key and value; a fused gate and up), that module as a whole.
+        target_modules: `None` for the paper's Q, K and U, by their names in known architectures. If they are part of a
+            fused module (query, key and value; gate and up), the whole module is adapted.
 
     Raises:
         MiLoraError: If `projection_dim` is below 1.

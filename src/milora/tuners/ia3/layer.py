@@ -12,7 +12,7 @@ from milora.tuners.projected_vector import ProjectedVector
 
 
 class IA3ProjectedLayer(Attachment):
-    """`y = (1 + v) * (W x + b)`, elementwise, with the learned `v` (d_out), which is zero at the start."""
+    """`y = (1 + v) * (W x + b)`, elementwise, with the learned `v` (d_out), which starts at zero."""
 
     child_name = "ia3_projected_"
     adapter_layer_names = ("scale_vector",)

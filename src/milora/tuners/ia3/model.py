@@ -16,31 +16,31 @@ QUERY_AND_KEY = frozenset(
     {
         "q_proj",
         "k_proj",
-        # Query, key and value in one.
+        # Fused query, key and value.
         "query_key_value",
         "qkv_proj",
         "c_attn",
         "Wqkv",
-        # Multi-head latent attention: what makes the heads' queries, and their keys and values.
+        # Multi-head latent attention: the projections to the heads' queries, and to their keys and values.
         "q_b_proj",
         "kv_b_proj",
     }
 )
-"""What architectures call the modules whose outputs are queries or keys."""
+"""Names of the modules whose outputs are queries or keys."""
 
 UP = frozenset({"up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "w3"})
-"""What architectures call the module that widens the hidden states in the feed-forward layer."""
+"""Names of the up-projection in the feed-forward layer."""
 
 
 class IA3ProjectedModel(AttachmentTuner):
-    """A backbone with learned factors on queries, keys and up-projections; made by `get_peft_model`."""
+    """A backbone with learned factors on queries, keys and up-projections; created by `get_peft_model`."""
 
     method = "(IA)3"
     prefix = "ia3_projected_"
     tuner_layer_cls = IA3ProjectedLayer
 
     def choose_modules(self, config: IA3ProjectedConfig, block: Block) -> dict[str, nn.Module]:
-        """See [`AttachmentTuner.choose_modules`]: queries, keys and up-projections, unless others are named."""
+        """See [`AttachmentTuner.choose_modules`]. The default is queries, keys and up-projections."""
         if config.modules or config.target_modules is not None:
             return block.linears
         return {name: module for name, module in block.linears.items() if _last(name) in QUERY_AND_KEY | UP}
@@ -51,7 +51,7 @@ class IA3ProjectedModel(AttachmentTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _check_names(self, config: IA3ProjectedConfig) -> None:
-        """Half of the method is not the method, so both kinds of module must be there.
+        """Checks that the backbone has both kinds of modules that the method adapts.
 
         Raises:
             MiLoraError: If no module has a known name for queries and keys, or none for the up-projection.

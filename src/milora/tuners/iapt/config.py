@@ -13,17 +13,17 @@ from milora_core.errors import MiLoraError
 class IAPTConfig(PrefixConfig):
     """Configuration of IAPT, instruction-aware prompt tuning (Zhu et al. 2024, arXiv 2405.18203).
 
-    In each layer a generator reads the prompt and computes soft tokens that the layer attends to. This is our reading:
-    we did not have the paper's text. The number of parameters on Llama-2 7B with the defaults, 83.93M without the
-    coefficients of the activations, matches the paper's 83.9M.
+    In each layer a generator reads the prompt and computes soft tokens that the layer attends to. This implementation
+    is our reading of the method, made without the paper's text. With the defaults it has 83.93M parameters on Llama-2
+    7B (without the coefficients of the activations), which matches the paper's 83.9M.
 
     Args:
-        num_virtual_tokens: Soft tokens of each layer.
-        bottleneck: Length of the vectors inside a generator.
+        num_virtual_tokens: Number of soft tokens of each layer.
+        bottleneck: Size of the bottleneck of a generator.
         rational_orders: Degrees of numerator and denominator of a generator's activation.
 
     Raises:
-        MiLoraError: If a number is below 1, or there are not two orders.
+        MiLoraError: If a number is below 1, or `rational_orders` does not have two numbers.
     """
 
     num_virtual_tokens: int = field(default=4, metadata={"help": "Soft tokens of each layer."})

@@ -11,7 +11,7 @@ from torch.nn import functional
 from milora_core.routing.rational import RationalActivation
 
 UP_SPREAD = 0.02
-"""Standard deviation that the up-projection starts with."""
+"""Initial standard deviation of the up-projection."""
 
 
 class SoftTokenGenerator(nn.Module):
@@ -20,10 +20,10 @@ class SoftTokenGenerator(nn.Module):
     `g` is a learnable rational function that starts as GeLU.
 
     Args:
-        size: Length d of the hidden states.
-        bottleneck: Length r of what is in between.
+        size: Size d of the hidden states.
+        bottleneck: Size r of the bottleneck.
         tokens: Number t of soft tokens.
-        orders: Degrees of the rational.
+        orders: Degrees of the rational function's numerator and denominator.
 
     Attributes:
         down: `D`, (r, d).
@@ -34,7 +34,7 @@ class SoftTokenGenerator(nn.Module):
 
     def __init__(self, size: int, bottleneck: int, tokens: int, orders: tuple[int, int]) -> None:
         super().__init__()
-        # Parameters and no `nn.Linear`s: those would be found among the block's own linear modules.
+        # Not `nn.Linear`: it would be found as one of the block's linear modules.
         self.down = nn.Parameter(torch.empty(bottleneck, size))
         self.pooler = nn.Parameter(torch.empty(tokens, bottleneck))
         self.activation = RationalActivation(orders)
@@ -42,23 +42,23 @@ class SoftTokenGenerator(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gives the matrices values to start from."""
+        """Initialises the matrices."""
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         # Not zero: equal soft tokens would stay equal.
         nn.init.normal_(self.pooler, std=self.pooler.shape[1] ** -0.5)
-        # Small, and not at zero: the block's norm follows, whose slope at zero is the inverse of its epsilon's root, so
-        # that the first step would throw the soft tokens from nothing to full length.
+        # Small but not zero. The block's norm follows, and its slope at zero is the inverse of its epsilon's root: the
+        # first step would move zero soft tokens to full length.
         nn.init.normal_(self.up, std=UP_SPREAD)
 
     def forward(self, hidden: Tensor, prompt: Tensor) -> Tensor:
-        """The soft tokens, (batch, t, d), in the parameters' type.
+        """Returns the soft tokens, (batch, t, d), in the parameters' dtype.
 
         Args:
-            hidden: (batch, tokens, d), in any floating-point type.
-            prompt: (batch, tokens), bool: the tokens of the prompts, at least one a row.
+            hidden: (batch, tokens, d), in any floating-point dtype.
+            prompt: (batch, tokens), bool: the tokens of the prompts, at least one per row.
         """
         outside = ~prompt.unsqueeze(-1)
-        # Zeroed and not only weighted by zero: what lies at padding may be NaN, and 0 * NaN is NaN.
+        # A weight of zero is not enough: values at padding may be NaN, and 0 * NaN is NaN.
         between = functional.linear(hidden.to(self.down.dtype).masked_fill(outside, 0.0), self.down)
         scores = functional.linear(between, self.pooler).float().masked_fill(outside, float("-inf"))
         pooled = torch.einsum("bnt,bnr->btr", scores.softmax(dim=1).to(between.dtype), between)

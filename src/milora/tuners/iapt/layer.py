@@ -1,4 +1,4 @@
-"""Soft tokens that an attention module reads, written from the prompt once."""
+"""Soft tokens of an attention module, computed once per prompt."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class IAPTLayer(PrefixLayer):
     `H` (prompt tokens, d) are the hidden states of the prompt at the block's input. `norm`, `W_K` and `W_V` are the
     layer's own, frozen; soft tokens have no positions.
 
-    They are written where the block's input meets its norm, which lies inside what gradient checkpointing runs a second
-    time, so that no tensor with a graph comes into the block from outside. Decode steps use the keys and values that
-    the pass over the prompt left behind.
+    The soft tokens are computed at the block's input norm. Gradient checkpointing recomputes this part too, so no
+    tensor with a graph enters the block from outside. Decode steps use the keys and values that the pass over the
+    prompt has stored.
 
     Args:
         path: Path of the attention module.
-        size: Length d of the hidden states.
-        owner: The model's.
+        size: Size d of the hidden states.
+        owner: The model's owner of contexts.
     """
 
     child_name = "iapt_"
@@ -45,13 +45,13 @@ class IAPTLayer(PrefixLayer):
         self.generator[adapter] = SoftTokenGenerator(self.size, config.bottleneck, config.num_virtual_tokens, orders)
 
     def read_from(self, entrance: nn.Module) -> None:
-        """Reads the block's input where it enters a module: its first norm, or the attention where there is none."""
+        """Reads the block's input at a module: the block's first norm, or the attention if there is no norm."""
         self._handles.append(entrance.register_forward_pre_hook(self._before_entrance, with_kwargs=True))
 
     def keys_and_values(self, adapter: str, attention: nn.Module, batch: int) -> tuple[Tensor, Tensor]:
         """See [`PrefixLayer.keys_and_values`]."""
         values = self._running().values
-        # Taken out, or in training the pass would hold the graph of what it is itself a part of.
+        # Removed, because in training the pass must not keep a graph that it is part of.
         soft_tokens = values.pop((self.path, adapter, "soft tokens"), None)
         if soft_tokens is None:
             pair: tuple[Tensor, Tensor] = values[self.path, adapter]
@@ -62,7 +62,7 @@ class IAPTLayer(PrefixLayer):
         rows = pair[0].shape[0]
         if rows == batch:
             return pair
-        # A cache whose rows were repeated by the caller.
+        # The caller has repeated the rows of the cache.
         return pair[0].repeat_interleave(batch // rows, dim=0), pair[1].repeat_interleave(batch // rows, dim=0)
 
     def _before_entrance(self, entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,19 +75,19 @@ class IAPTLayer(PrefixLayer):
                 assert prompts.prompt is not None
                 soft_tokens = self.generator[adapter](hidden, prompts.prompt.to(hidden.device)).to(hidden.dtype)
                 if getattr(entrance, self.child_name, None) is not self:
-                    # Not by a call, which would come back here.
+                    # A call would run this hook again.
                     soft_tokens = entrance.forward(soft_tokens)
                 prompts.values[self.path, adapter, "soft tokens"] = soft_tokens
 
     def _writes_anew(self) -> bool:
-        """Whether the pass is one to train from: its blocks may run twice, and nothing is kept."""
+        """Whether the pass trains. Its blocks may run twice, so nothing is kept."""
         return self.training and torch.is_grad_enabled()
 
     def _running(self) -> Prompts:
-        """The prompts of the pass that runs.
+        """Returns the prompts of the running pass.
 
         Raises:
-            RuntimeError: If there is none.
+            RuntimeError: If no pass is running.
         """
         context = running(self.owner)
         if context is None:

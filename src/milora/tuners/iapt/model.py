@@ -48,8 +48,8 @@ class IAPTHooks(PromptHooks):
 
     Args:
         backbone: The called model.
-        owner: The model's.
-        tuner: The model's.
+        owner: The model's owner of contexts.
+        tuner: The model's tuner.
     """
 
     def __init__(self, backbone: nn.Module, owner: ContextOwner, tuner: IAPTModel) -> None:
@@ -62,7 +62,7 @@ class IAPTHooks(PromptHooks):
         return not self.tuner.active_adapters or any(layer.disable_adapters for layer in layers)
 
     def begin(self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None) -> ForwardContext:
-        """See [`PromptHooks.begin`]; gradient checkpointing will recompute blocks in this context."""
+        """See [`PromptHooks.begin`]. Gradient checkpointing recomputes blocks in this context."""
         if torch.is_grad_enabled():
             for module in self.backbone.modules():
                 if is_checkpointed(module):
@@ -96,10 +96,10 @@ class IAPTHooks(PromptHooks):
 
 
 class IAPTModel(NoContinuousBatching, PrefixTuner):
-    """A backbone whose layers read soft tokens that are written from the prompt, once.
+    """A backbone whose layers attend to soft tokens that are computed once from the prompt.
 
-    Made by `get_peft_model(model, IAPTConfig())`. A forward pass reads the prompt from its arguments: all attended
-    tokens, or with labels those before the first supervised one.
+    Created by `get_peft_model(model, IAPTConfig())`. The prompt of a forward pass is all attended tokens, or with
+    labels, the attended tokens before the first supervised one.
     """
 
     method = "IAPT"
@@ -111,12 +111,12 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
         self.hooks = IAPTHooks(model, self.owner, self)
 
     def complete_adapter(self, adapter_name: str, config: IAPTConfig, *args: Any, **kwargs: Any) -> None:
-        """From now on the backbone's calls are watched for prompts."""
+        """Registers the hooks on the backbone."""
         self.hooks.watch()
 
     def _prepare_adapter_config(self, peft_config: IAPTConfig, model_config: dict[str, Any]) -> Any:
         config = super()._prepare_adapter_config(peft_config, model_config)
-        # Each attention module with its block's input size and the module that the block's input enters.
+        # Attention module -> its block's input size, and the module that reads the block's input.
         self._entrances: dict[str, tuple[int, str]] = {}
         for block in find_blocks(self.model, config.blocks):
             for path in self.choose_modules(config, block):
@@ -148,14 +148,15 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
             restore_checkpoint_function(module)
 
     def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
-        """`with model.use_prompt(mask):` marks the prompt's tokens, (batch, tokens), if there are no labels."""
+        """`with model.use_prompt(mask):` marks the prompts' tokens, (batch, tokens), for calls without labels."""
         return caller_scope(Scope(self.owner, prompt=prompt))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the backbone, with soft tokens written once, at the prefill.
+        """`generate` of the backbone. The soft tokens are computed once, at the prefill.
 
-        For assisted generation and chunked prefill, whose first pass is not the prompt, in a pass of its own before.
-        Decode steps are not compiled, whatever the cache; see [`IAPTModel.why_not_compiled`].
+        In assisted generation and chunked prefill, the first pass is not the prompt. A separate pass before the
+        generation then computes the soft tokens. Decode steps are not compiled with any cache; see
+        [`IAPTModel.why_not_compiled`].
 
         Args:
             *args: See the backbone's `generate`.
@@ -189,7 +190,7 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
             self.owner.identities.end(use)
 
     def why_not_compiled(self) -> str:
-        """What keeps transformers from compiling the decode steps."""
+        """Why transformers cannot compile the decode steps."""
         return "a decode step of IAPT reads what the pass over the prompt left behind, which torch.compile does not see"
 
 

@@ -1,4 +1,4 @@
-"""What is inside the bottleneck of a learned adapter, during the search and after it."""
+"""The inside of a learned adapter's bottleneck, during and after the search."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from milora.tuners.learned_adapter.operations import OPERATIONS
 from milora_core.routing.rational import ACTIVATIONS
 
 DROPPED = -1e9
-"""The architecture weight of a dropped candidate: its softmax is exactly zero, and so is its gradient.
+"""The architecture weight of a dropped candidate. Its softmax and its gradient are exactly zero.
 
-A value and no mask beside it, so that an adapter that is saved during the search says how far the search was.
+It is a value of the weights and not a separate mask, so an adapter saved during the search includes the search's state.
 """
 
 
 class Cell(nn.Sequential):
-    """`operation(activation(z))`, one of each."""
+    """`operation(activation(z))`, with one activation and one operation."""
 
     def __init__(self, activation: str, operation: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class SearchCell(nn.Module):
     `y = sum_i softmax(w)_i activation_i(z)`, then `sum_j softmax(v)_j operation_j(y)`.
 
     Args:
-        size: Length r of the bottleneck.
+        size: Size r of the bottleneck.
         activations: Names of the activations to choose from.
         operations: Names of the operations to choose from.
 
@@ -49,40 +49,40 @@ class SearchCell(nn.Module):
 
     @property
     def architecture_weights(self) -> list[nn.Parameter]:
-        """The weights of both choices."""
+        """The architecture weights of both choices."""
         return [self.activation_weights, self.operation_weights]
 
     @property
     def rounds(self) -> int:
-        """How many calls of [`SearchCell.drop_weakest`] it takes to decide; one where there is nothing to drop."""
+        """Number of calls of [`SearchCell.drop_weakest`] in the whole search; one if there is nothing to drop."""
         return max(*(len(weights) for weights in self.architecture_weights), 2) - 1
 
     @property
     def rounds_left(self) -> int:
-        """How many of them are still to come, before the cell is replaced by what it decided on."""
+        """Number of remaining calls of [`SearchCell.drop_weakest`] before a [`Cell`] replaces this cell."""
         return max(*(int(_remaining(weights).sum()) for weights in self.architecture_weights), 2) - 1
 
     @property
     def is_decided(self) -> bool:
-        """Whether one candidate of each choice is left."""
+        """Whether each choice has one candidate left."""
         return all(_remaining(weights).sum() == 1 for weights in self.architecture_weights)
 
     @torch.no_grad()
     def drop_weakest(self) -> None:
-        """Drops of each choice the candidate with the lowest weight, the last of equal ones, unless one is left."""
+        """Drops the candidate with the lowest weight (the last one of equals) from each choice with more than one."""
         for weights in self.architecture_weights:
             remaining = _remaining(weights).nonzero()[:, 0].tolist()
             if len(remaining) > 1:
                 weights[min(reversed(remaining), key=lambda index: float(weights[index]))] = DROPPED
 
     def found(self) -> tuple[str, str]:
-        """The names of the activation and the operation that weigh most."""
+        """The names of the activation and the operation with the highest weights."""
         activation, operation = (int(weights.argmax()) for weights in self.architecture_weights)
         return self.activations[activation], list(self.operations)[operation]
 
     def forward(self, z: Tensor) -> Tensor:
-        """(..., r) to (..., r)."""
-        # Dropped candidates are computed too, with weight zero: data-parallel training wants a gradient of everything.
+        """Maps (..., r) to (..., r)."""
+        # Dropped candidates are computed with weight zero: data-parallel training needs a gradient for all parameters.
         y = _mixture(self.activation_weights, [ACTIVATIONS[name](z) for name in self.activations])
         return _mixture(self.operation_weights, [operation(y) for operation in self.operations.values()])
 

@@ -16,21 +16,21 @@ from milora_core.routing.rational import ACTIVATIONS
 class LearnedAdapterConfig(BottleneckConfig):
     """Configuration of Learned-Adapter, in our reading.
 
-    We had no full text of the method, only that it searches, per layer, over the activation and over the operation
-    inside the bottleneck, and gradually drops the weakest candidate. Where the adapter stands (parallel to both
-    sub-layers, times 4), which operations there are to choose from, and that the choices are weighted by a softmax (as
-    in DARTS, Liu et al. 2019) is our own choice. With its defaults a found architecture has 83.9M to 84.1M parameters
-    on Llama-2 7B; the MiLoRA paper reports 81.8M.
+    We did not have the method's full text. We know that it searches, per layer, for the activation and the operation
+    inside the bottleneck, and gradually drops the weakest candidate. Our own choices are the place of the adapter
+    (parallel to both sub-layers, scaled by 4), the set of operations, and the softmax that weights the candidates (as
+    in DARTS, Liu et al. 2019). With the defaults, a found architecture has 83.9M to 84.1M parameters on Llama-2 7B; the
+    MiLoRA paper reports 81.8M.
 
     Args:
-        activations: The activations to choose from, of [`milora_core.routing.rational.ACTIVATIONS`].
-        operations: The operations to choose from, of [`milora.tuners.learned_adapter.operations.OPERATIONS`].
+        activations: The candidate activations, from [`milora_core.routing.rational.ACTIVATIONS`].
+        operations: The candidate operations, from [`milora.tuners.learned_adapter.operations.OPERATIONS`].
         architecture: The `activation` and the `operation` of each adapted module, by its path in the backbone. Without
-            it a search begins, which fills it in when it ends: see
+            it, a search starts and fills it in when it ends; see
             [`milora.training.learned_adapter_search.LearnedAdapterSearch`].
 
     Raises:
-        MiLoraError: If there is nothing to choose from, or a name is unknown.
+        MiLoraError: If a list is empty, or a name is unknown.
     """
 
     activations: list[str] = field(

@@ -1,4 +1,4 @@
-"""A bottleneck beside a sub-layer, whose inside is searched for."""
+"""A bottleneck parallel to a sub-layer, with a searched inside."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class LearnedAdapterLayer(BottleneckLayer):
         return Cell(choice["activation"], OPERATIONS[choice["operation"]](config.bottleneck))
 
     def search_cell(self, adapter: str) -> SearchCell | None:
-        """What an adapter chooses from here, `None` once it has chosen."""
+        """The adapter's search cell in this layer; `None` after the search."""
         inner = self.bottleneck[adapter].inner if adapter in self.bottleneck else None
         return inner if isinstance(inner, SearchCell) else None
 
     def settle(self, adapter: str, cell: SearchCell) -> dict[str, str]:
-        """Puts what weighs most in a cell in its place; returns it as the configuration's `architecture` has it."""
+        """Replaces a search cell by its highest-weighted candidates. Returns this layer's entry of `architecture`."""
         activation, operation = cell.found()
         self.bottleneck[adapter].inner = Cell(activation, cell.operations[operation])
         return {"activation": activation, "operation": operation}

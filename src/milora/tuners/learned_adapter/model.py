@@ -13,13 +13,13 @@ from milora_core.errors import MiLoraError
 
 
 class LearnedAdapterModel(BottleneckModel):
-    """A backbone with searched bottlenecks beside its sub-layers.
+    """A backbone with searched bottlenecks parallel to its sub-layers.
 
-    Made by `get_peft_model(model, LearnedAdapterConfig())`. An adapter whose configuration has no architecture is
-    searching: its layers hold all candidates, and [`LearnedAdapterModel.drop_weakest`] takes them away round by round
-    until one is left, when the configuration gets its `architecture`.
+    Created by `get_peft_model(model, LearnedAdapterConfig())`. If the configuration has no `architecture`, the adapter
+    searches: its layers hold all candidates, and each call of [`LearnedAdapterModel.drop_weakest`] drops the weakest.
+    When one candidate is left, the configuration gets its `architecture`.
 
-    Saving during the search keeps the candidates, their weights and which were dropped; loading resumes the search.
+    An adapter saved during the search keeps the candidates and their weights, so loading it resumes the search.
     """
 
     method = "Learned-Adapter"
@@ -28,17 +28,17 @@ class LearnedAdapterModel(BottleneckModel):
 
     @property
     def is_searching(self) -> bool:
-        """Whether an active adapter has still to choose."""
+        """Whether an active adapter is still searching."""
         return bool(self._active_cells())
 
     @property
     def rounds(self) -> int:
-        """How many calls of [`LearnedAdapterModel.drop_weakest`] the active adapters' search takes from its start."""
+        """Number of calls of [`LearnedAdapterModel.drop_weakest`] in the active adapters' whole search."""
         return max((cell.rounds for cell in self._active_cells()), default=0)
 
     @property
     def rounds_left(self) -> int:
-        """How many of them are still to come."""
+        """Number of remaining calls of [`LearnedAdapterModel.drop_weakest`]."""
         return max((cell.rounds_left for cell in self._active_cells()), default=0)
 
     def architecture_parameters(self) -> list[nn.Parameter]:
@@ -48,8 +48,8 @@ class LearnedAdapterModel(BottleneckModel):
     def drop_weakest(self) -> None:
         """Drops the weakest activation and the weakest operation of every layer of the active adapters.
 
-        When one of each is left, it takes the place of the candidates, and the adapter's configuration gets the
-        `architecture`. Parameters of dropped candidates are then gone, from the model but not from an optimiser.
+        When one of each is left, it replaces the candidates, and the adapter's configuration gets the `architecture`.
+        The dropped candidates' parameters are then removed from the model, but not from an optimizer.
 
         Raises:
             MiLoraError: If no active adapter is searching.
@@ -67,7 +67,7 @@ class LearnedAdapterModel(BottleneckModel):
                 }
 
     def reset_parameters(self) -> None:
-        """Gives the active adapters new values to start from, but not other architecture weights."""
+        """Initialises the active adapters' parameters again, except the architecture weights."""
         for adapter in self.active_adapters:
             for layer in self._layers().values():
                 if adapter in layer.bottleneck:

@@ -1,7 +1,7 @@
-"""What a learned adapter may do inside its bottleneck.
+"""The candidate operations inside a learned adapter's bottleneck.
 
-Each operation works on every token by itself, so that a prompt and its decode steps give the same with any cache, and
-starts as the identity, so that none has an advantage before it has learned something.
+Each operation treats every token separately, so prompts and decode steps give the same result with any cache. Each
+starts as the identity, so no operation has an advantage before training.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 GROUPS = 8
-"""At most this many groups of features mix among themselves: full r x r mixing would add 2 % to an adapter."""
+"""Maximum number of groups of features. A full r x r matrix would add 2 % to an adapter's parameters."""
 
 
 class Identity(nn.Module):
@@ -35,7 +35,7 @@ class Scale(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to the identity."""
+        """Resets the operation to the identity."""
         nn.init.ones_(self.weight)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class GroupedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to zero."""
+        """Resets the weight to zero."""
         nn.init.zeros_(self.weight)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Mix(GroupedLinear):
 
 
 class Gate(GroupedLinear):
-    """`2 sigmoid(M z) * z`: features let each other through, as in a gated linear unit."""
+    """`2 sigmoid(M z) * z`: features gate each other, as in a gated linear unit."""
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., r) to (..., r)."""
@@ -79,4 +79,4 @@ class Gate(GroupedLinear):
 
 
 OPERATIONS: dict[str, type[nn.Module]] = {"identity": Identity, "scale": Scale, "mix": Mix, "gate": Gate}
-"""The operations by name, each made for a bottleneck's length."""
+"""The operations by name. Each is created with the bottleneck's size."""

@@ -13,7 +13,7 @@ from milora_core.routing.rational import ACTIVATIONS
 class ParallelAdapterConfig(BottleneckConfig):
     """Configuration of Parallel-Adapter (He et al. 2021, arXiv 2110.04366).
 
-    With its defaults, the MiLoRA paper's setting, it has 83.89M parameters on Llama-2 7B.
+    The defaults are the MiLoRA paper's settings: 83.89M parameters on Llama-2 7B.
 
     Args:
         activation: The activation inside the bottleneck, one of [`milora_core.routing.rational.ACTIVATIONS`].

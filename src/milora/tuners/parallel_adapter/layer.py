@@ -1,4 +1,4 @@
-"""A bottleneck beside a sub-layer."""
+"""A bottleneck parallel to a sub-layer."""
 
 from __future__ import annotations
 

@@ -7,7 +7,10 @@ from milora.tuners.parallel_adapter.layer import ParallelAdapterLayer
 
 
 class ParallelAdapterModel(BottleneckModel):
-    """A backbone with bottlenecks beside its sub-layers; made by `get_peft_model(model, ParallelAdapterConfig())`."""
+    """A backbone with bottlenecks parallel to its sub-layers.
+
+    Created by `get_peft_model(model, ParallelAdapterConfig())`.
+    """
 
     method = "Parallel-Adapter"
     prefix = "parallel_adapter_"

@@ -11,13 +11,13 @@ from milora_core.errors import MiLoraError
 
 @dataclass
 class PTuningV2Config(PrefixConfig):
-    """Configuration of P-tuning v2 (Liu et al. 2022, arXiv 2110.07602), the prefix-tuning of Li and Liang at any size.
+    """Configuration of P-tuning v2 (Liu et al. 2022, arXiv 2110.07602): prefix-tuning of Li and Liang for all sizes.
 
-    With its defaults, the MiLoRA paper's setting, it has 84.54M parameters on Llama-2 7B.
+    The defaults are the MiLoRA paper's settings: 84.54M parameters on Llama-2 7B.
 
     Args:
-        num_virtual_tokens: Keys and values that each layer gets.
-        projection_dim: Length of the learned vectors that a layer's one projection makes keys and values of; `None`
+        num_virtual_tokens: Number of extra keys and values of each layer.
+        projection_dim: Length of the learned vectors. One projection per layer maps them to keys and values. `None`
             learns keys and values directly.
 
     Raises:

@@ -13,12 +13,12 @@ from milora.tuners.ptuning_v2.config import PTuningV2Config
 class PTuningV2Layer(PrefixLayer):
     """`attention(Q, [P_K; K], [P_V; V])` with `P_K = S_K W` and `P_V = S_V W`, the same for every input.
 
-    `S_K` and `S_V` (tokens, projection_dim) are learned, and one `W` (projection_dim, heads * head_dim) for both.
-    Without a projection `P_K` and `P_V` themselves are. The prefix has no positions.
+    `S_K` and `S_V` (tokens, projection_dim) are learned, and so is `W` (projection_dim, heads * head_dim), which they
+    share. Without a projection, `P_K` and `P_V` are learned directly. The prefix has no positions.
 
-    `W` starts at zero and the seeds at random: every key then scores 0 and every value is 0, so that attention starts
-    as the backbone's, scaled down a little and by nothing random. As usual with a prefix, it does not start as the
-    backbone's itself: a softmax gives every key something.
+    `W` starts at zero and the seeds at random, so every key scores 0 and every value is 0. Attention starts as the
+    backbone's, scaled down a little and without randomness. As with any prefix it does not start as exactly the
+    backbone's, because the softmax gives every key some weight.
     """
 
     child_name = "ptuning_v2_"

@@ -7,7 +7,7 @@ from milora.tuners.ptuning_v2.layer import PTuningV2Layer
 
 
 class PTuningV2Model(PrefixTuner):
-    """A backbone whose layers have learned keys and values; made by `get_peft_model(model, PTuningV2Config())`."""
+    """A backbone whose layers have learned keys and values; created by `get_peft_model(model, PTuningV2Config())`."""
 
     method = "P-tuning v2"
     prefix = "ptuning_v2_"

@@ -17,23 +17,23 @@ KINDS = (LORA, BITFIT)
 
 @dataclass
 class SSPConfig(AttachmentConfig):
-    """Configuration of SSP: sparse structure search (S3PET, Hu et al. 2022), over LoRA and BitFit at every module.
+    """Configuration of SSP: sparse structure search (S3PET, Hu et al. 2022) over LoRA and BitFit at every module.
 
-    An adapter without `structure` searches: every candidate is there, behind a gate. [`SSPModel.harden`] keeps the
-    most probable candidates that fit the budget and names them in `structure`; an adapter that has one is fixed.
+    An adapter without `structure` searches: it has all candidates, each with a gate. [`SSPModel.harden`] keeps the most
+    probable candidates that fit the budget and lists them in `structure`. An adapter with a `structure` is fixed.
 
-    The defaults are the MiLoRA paper's own baselines as candidates, LoRA of rank 32 and BitFit projected from 64,
-    which on Llama-2 7B have 79.95M and 87.05M parameters, and the share of them that is the paper's 80.6M.
+    By default the candidates are the MiLoRA paper's baselines: LoRA of rank 32 and BitFit projected from 64, with
+    79.95M and 87.05M parameters on Llama-2 7B. The default budget is the share of them that gives the paper's 80.6M.
 
     Args:
         r: Rank of the LoRA candidates.
-        lora_alpha: Their output is scaled by `lora_alpha / r`; `None` means `2 * r`.
-        projection_dim: Length of the vectors that are projected to the BitFit candidates' biases; `None` for biases
-            that are learned directly.
-        budget: How many parameters to keep, as a number, or as a share (a float of at most 1) of all candidates'.
-            The number is written here when the adapter is made.
-        temperature: Of the binary-concrete distribution; towards 0 the gates become binary.
-        structure: The candidates that were found: `[[module path, "lora" | "bitfit"], ...]`.
+        lora_alpha: The output of the LoRA candidates is scaled by `lora_alpha / r`; `None` means `2 * r`.
+        projection_dim: Length of the vectors that are projected to the BitFit candidates' biases; `None` learns the
+            biases directly.
+        budget: Number of parameters to keep, or a share of all candidates' parameters (a float of at most 1). A share
+            is replaced by the number when the adapter is created.
+        temperature: Temperature of the binary-concrete distribution. Towards 0 the gates become binary.
+        structure: The kept candidates: `[[module path, "lora" | "bitfit"], ...]`.
 
     Raises:
         MiLoraError: If a value is out of range, or `structure` names an unknown kind.
@@ -79,5 +79,5 @@ class SSPConfig(AttachmentConfig):
 
     @property
     def share(self) -> float | None:
-        """The budget as a share of all candidates' parameters, or `None` where it is a number."""
+        """The budget as a share of all candidates' parameters, or `None` if it is a number of parameters."""
         return self.budget if isinstance(self.budget, float) and self.budget <= 1 else None

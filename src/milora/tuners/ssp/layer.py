@@ -1,4 +1,4 @@
-"""The candidates at a linear module."""
+"""The candidates of a linear module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora.tuners.ssp.config import BITFIT, KINDS, LORA, SSPConfig
 
 
 class GateLogits(nn.Module):
-    """The gate logits alpha of a module's candidates, (candidates of the module), zero at the start."""
+    """The gate logits alpha of a module's candidates, (candidates of the module), initially zero."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -23,11 +23,11 @@ class GateLogits(nn.Module):
 
 
 class SSPLayer(Attachment):
-    """`y = W x + b + z_lora (alpha / r) B A x + z_bitfit v`; where the structure is fixed z is 1, or the term absent.
+    """`y = W x + b + z_lora (alpha / r) B A x + z_bitfit v`. In a fixed structure z is 1, or the term is absent.
 
     Args:
         path: Path of the adapted module in the backbone.
-        gates: The gates of the pass that is running, for each adapter that is searching, by path: a row of `KINDS`.
+        gates: The gates of the running pass: searching adapter -> module path -> one gate for each of `KINDS`.
     """
 
     child_name = "ssp_"
@@ -60,16 +60,16 @@ class SSPLayer(Attachment):
         return output
 
     def gate_logits(self, adapter: str) -> nn.Parameter:
-        """A searching adapter's gate logits here, one for each of `KINDS`."""
+        """A searching adapter's gate logits in this layer, one for each of `KINDS`."""
         return self.gate[adapter].logits  # type: ignore[return-value]
 
     def parameter_counts(self, adapter: str) -> list[int]:
-        """The number of parameters of each of an adapter's candidates that is here, in the order of `KINDS`."""
+        """The number of parameters of each of an adapter's candidates in this layer, in the order of `KINDS`."""
         candidates = [getattr(self, kind)[adapter] for kind in KINDS if adapter in getattr(self, kind)]
         return [sum(p.numel() for p in candidate.parameters()) for candidate in candidates]
 
     def keep(self, adapter: str, kinds: set[str], module: nn.Module, config: SSPConfig) -> None:
-        """Ends the search here: what is not kept goes, what is starts anew, in the parameters that it has."""
+        """Ends the search in this layer. Kept candidates are initialised again in place, others are deleted."""
         del self.gate[adapter]
         for kind in KINDS:
             candidates = getattr(self, kind)
@@ -80,7 +80,7 @@ class SSPLayer(Attachment):
 
 
 def new_candidate(kind: str, module: nn.Module, config: SSPConfig) -> nn.Module:
-    """A candidate for a module, as it starts: its output is zero."""
+    """Creates a candidate for a module. Its initial output is zero."""
     if kind == LORA:
         assert config.lora_alpha is not None
         return LowRank(in_features(module), out_features(module), config.r, config.lora_alpha)

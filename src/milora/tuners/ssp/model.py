@@ -15,11 +15,11 @@ from milora_core.errors import MiLoraError
 
 
 class SSPModel(AttachmentTuner):
-    """A backbone with a sparse structure of LoRAs and biases; made by `get_peft_model(model, SSPConfig())`.
+    """A backbone with a sparse structure of LoRAs and biases; created by `get_peft_model(model, SSPConfig())`.
 
-    While an adapter searches, each training pass draws its gates, and each other pass takes the probabilities for
-    gates. Gates of the pass that is running are kept here; with gradient checkpointing a backward pass must follow its
-    own forward pass before the next one. [`milora.training.ssp_search.SSPSearch`] runs the search under a `Trainer`.
+    While an adapter searches, training passes sample their gates, and other passes use the probabilities as gates. The
+    model keeps the gates of the running pass only, so with gradient checkpointing each backward pass must come before
+    the next forward pass. [`milora.training.ssp_search.SSPSearch`] runs the search in a `Trainer`.
     """
 
     method = "SSP"
@@ -27,7 +27,7 @@ class SSPModel(AttachmentTuner):
     tuner_layer_cls = SSPLayer
 
     def _pre_injection_hook(self, model: nn.Module, config: SSPConfig, adapter_name: str) -> None:
-        # Shared with the layers, so filled and emptied but never replaced.
+        # The layers share this dictionary, so it must never be replaced by another one.
         self._gates: dict[str, dict[str, Tensor]] = {}
         self._handle: Any = model.register_forward_pre_hook(self._before_forward)
 
@@ -49,10 +49,10 @@ class SSPModel(AttachmentTuner):
         return SSPLayer(path, self._gates)
 
     def complete_adapter(self, adapter_name: str, config: SSPConfig, *args: Any, **kwargs: Any) -> None:
-        """The budget becomes a number of parameters.
+        """Converts the budget to a number of parameters.
 
         Raises:
-            MiLoraError: If not even the smallest candidate fits the budget.
+            MiLoraError: If the budget is below the parameters of the smallest candidate.
         """
         if config.structure is None:
             counts = self._counts(adapter_name)
@@ -80,16 +80,16 @@ class SSPModel(AttachmentTuner):
         return any(self.peft_config[name].structure is None for name in self.active_adapters)
 
     def gate_parameters(self, adapter: str | None = None) -> list[nn.Parameter]:
-        """The gate logits of a searching adapter, (2) for each module; none where the structure is fixed.
+        """The gate logits of a searching adapter, (2) for each module; empty if the structure is fixed.
 
         Args:
-            adapter: Its name, by default the active one.
+            adapter: The adapter's name; by default the active one.
         """
         adapter = self._named(adapter)
         return [layer.gate_logits(adapter) for layer in self._searching(adapter)]
 
     def probabilities(self, adapter: str | None = None) -> dict[tuple[str, str], float]:
-        """How probable each candidate is, by module path and kind; empty where the structure is fixed."""
+        """The probability of each candidate, by module path and kind; empty if the structure is fixed."""
         adapter = self._named(adapter)
         layers = self._searching(adapter)
         if not layers:
@@ -99,7 +99,8 @@ class SSPModel(AttachmentTuner):
         return dict(zip(names, values, strict=True))
 
     def expected_parameters(self, adapter: str | None = None) -> float:
-        """The expected number of parameters, `sum p_i N_i`, which is the budget; of a fixed structure, its own."""
+        """The expected number of parameters, `sum p_i N_i`, which equals the budget. For a fixed structure, its actual
+        number of parameters."""
         adapter = self._named(adapter)
         if self.peft_config[adapter].structure is None:
             probabilities = self.probabilities(adapter).values()
@@ -107,10 +108,10 @@ class SSPModel(AttachmentTuner):
         return float(sum(sum(layer.parameter_counts(adapter)) for layer in self._layers()))
 
     def most_probable(self, adapter: str | None = None) -> dict[tuple[str, str], int]:
-        """The candidates that a search which ended now would keep, with their numbers of parameters.
+        """The candidates that [`SSPModel.harden`] would keep now, with their numbers of parameters.
 
         Args:
-            adapter: Its name, by default the active one.
+            adapter: The adapter's name; by default the active one.
         """
         adapter = self._named(adapter)
         probabilities, counts = self.probabilities(adapter), self._counts(adapter)
@@ -119,12 +120,13 @@ class SSPModel(AttachmentTuner):
         return {names[index]: counts[index] for index in kept}
 
     def harden(self, adapter: str | None = None) -> list[list[str]]:
-        """Ends the search: keeps the most probable candidates that fit the budget, as they start, and drops the rest.
+        """Ends the search: keeps the most probable candidates that fit the budget, and drops the rest.
 
-        The kept parameters stay the same objects, so an optimiser continues with them.
+        The kept candidates are initialised again. Their parameters stay the same objects, so an optimizer continues
+        with them.
 
         Args:
-            adapter: Its name, by default the active one.
+            adapter: The adapter's name; by default the active one.
 
         Returns:
             The structure, which is also written to the configuration.
@@ -166,7 +168,7 @@ class SSPModel(AttachmentTuner):
         logits = [layer.gate_logits(adapter) for layer in layers]
         alpha = torch.cat([part.float().to(logits[0].device) for part in logits])
         if alpha.is_meta:
-            # Without values: as they start.
+            # Meta tensors have no values: use the initial ones.
             alpha = torch.zeros_like(alpha, device="cpu")
         counts = torch.tensor(self._counts(adapter), device=alpha.device)
         return shifted(alpha, counts, self.peft_config[adapter].budget)
@@ -185,10 +187,10 @@ class SSPModel(AttachmentTuner):
 
 
 def _leaf(gates: Tensor) -> Tensor:
-    """The gates as a leaf that hands each gradient on to where they came from.
+    """Returns the gates as a leaf that passes each gradient to the graph of `gates`.
 
-    Reentrant gradient checkpointing runs a backward pass for each block, and the graph that the blocks share could be
-    passed through only once. `torch.autograd.grad` does not see beyond the leaf, `backward` does.
+    Reentrant gradient checkpointing runs a backward pass for each block, but the graph that the blocks share allows
+    only one. `torch.autograd.grad` stops at the leaf; `backward` continues beyond it.
     """
     if not gates.requires_grad:
         return gates
