@@ -1,4 +1,4 @@
-"""Tables and figures as rows, columns, and the runs behind each number. The paper's are in `paper.yaml`."""
+"""Tables and figures as rows, columns, and the runs of each number. The paper's sections are in `paper.yaml`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from reproduction.settings import Comparison, Limit, Request, Settings, split_fi
 
 INSTRUCTIONS = "alpaca"
 INSTRUCTION_TESTS = ("mt-bench", "mmlu", "bbh")
-"""Tasks without training rows: adapters that are tested on them are trained on Alpaca."""
+"""Tasks without training rows. Adapters for these tests are trained on Alpaca."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with the fields of its configuration and of training that a row sets.
+    """A row's method, with the fields of configuration and training that the row sets.
 
     Attributes:
         label: The row's name.
         method: One of [`milora.methods.METHODS`].
         settings: Fields of its configuration.
         training: Fields of `TrainingArguments`.
-        backbone: Another backbone than the request's, at the paper's size.
-        tuned: The label under which values are tuned where rows are tuned one by one.
+        backbone: A backbone other than the request's, with the method at the paper's size.
+        tuned: The label of the tuned values, if each row is tuned separately.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number for one seed: a variant trained on some tasks together and tested on one."""
+    """One number for one seed: a variant trained on one or several tasks and tested on one."""
 
     variant: Variant
     backbone: str
@@ -49,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table, or a point of a figure at `x`: by column, a cell for each seed."""
+    """A row of a table, or a point of a figure at `x`. `cells` holds a cell for each column and seed."""
 
     variant: Variant
     cells: Mapping[str, tuple[Cell, ...]]
@@ -63,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A table or figure: its name (`table1`), what it is made from, its columns (tasks) and rows."""
+    """A table or figure: its name (`table1`), its comparison, its columns (tasks) and rows."""
 
     name: str
     comparison: Comparison
@@ -91,7 +91,7 @@ def sections(request: Request) -> list[Section]:
 
 def _section(name: str, comparison: Comparison, request: Request) -> Section:
     limit = request.limits.get(name, Limit())
-    # The section's own tasks; those of them that are named; or where none of them is, all that are named.
+    # By default the section's tasks. If tasks are named: those of the section among them, or all of them if none is.
     named, own = limit.tasks or request.tasks, comparison.tasks
     columns = tuple(task for task in named if task in own) or named or own
     rows = []

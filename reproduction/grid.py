@@ -1,4 +1,4 @@
-"""From the cells of tables to runs: what is tuned first, which records answer a cell, and what is left to run."""
+"""Maps the cells of tables to runs: the tuning runs, the records that answer a cell, and the remaining runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from reproduction.store import FAILED, FINISHED, FORMAT, Record, backbone_name, 
 
 MT_BENCH = "mt-bench"
 ROUTED = ("milora", "midora")
-"""Methods with one router a block."""
+"""Methods with one router per block."""
 
 
 @dataclass(frozen=True)
 class Run:
     """One training with its tests.
 
-    `backbone` is as the user named it. `settings` are fields of the method's configuration, of which `budget` set those
+    `backbone` is the user's name for it. `settings` are fields of the method's configuration; `budget` determines those
     in `size`. `training` and `data` are fields of `TrainingArguments` and `DataArguments`.
     """
 
@@ -45,14 +45,14 @@ class Run:
 
     @property
     def says(self) -> Record:
-        """What the run's record says of it, and what reports find it by."""
+        """The run's fields in its record. Reports find the run by these fields."""
         said = {name: value for name, value in asdict(self).items() if name not in ("label", "tests")}
         is_folder = Path(self.backbone).is_dir()
         return {"format": FORMAT, **said, "backbone": backbone_name(self.backbone) if is_folder else self.backbone}
 
     @cached_property
     def key(self) -> str:
-        """Equal for runs that are the same by what they say."""
+        """A key that is equal for equal runs; see [`key_of`]."""
         return key_of(self.says)
 
     def digest(self, fingerprints: Mapping[str, Any]) -> str:
@@ -63,9 +63,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Choice:
-    """The values `tried` for tuned fields on some tasks, each with the perplexity on dev, and the `best` of them.
+    """The values `tried` for tuned fields on some tasks, each with its dev perplexity, and the `best` of them.
 
-    A perplexity is `None` without a record. `best` is `None` while tries are missing, or where all have failed.
+    A perplexity is `None` without a record. `best` is `None` while tries are missing, or if all have failed.
     """
 
     label: str
@@ -78,9 +78,9 @@ class Grid:
     """The cells of a request, and the records that answer them.
 
     Args:
-        request: What is asked for.
-        records: What has been done, see [`Grid.see`].
-        config: Gives the transformers configuration of a backbone, or `None` where it cannot be had.
+        request: The request.
+        records: The records so far; see [`Grid.see`].
+        config: Returns the transformers configuration of a backbone, or `None` if it is not available.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Grid:
         self.see(records)
 
     def see(self, records: Iterable[Record], waits: Callable[[str], bool] = lambda key: False) -> None:
-        """Takes notice of what has been done.
+        """Updates the grid with the current records.
 
         Args:
-            records: All of them, oldest first.
-            waits: Whether a run without a record may still come, by its key. A choice waits for such tries.
+            records: All records, oldest first.
+            waits: Maps a run's key to whether a missing record may still come. A choice waits for such tries.
         """
         self._waits = waits
         self._finished: dict[str, list[Record]] = {}
@@ -113,9 +113,9 @@ class Grid:
     # ---------------------------------------------------------------- what a cell asks for
 
     def size(self, name: str) -> Settings | None:
-        """The fields that set a method's size at the request's budget; `None` where the backbone is not at hand.
+        """The fields that set a method's size for the request's budget; `None` if the backbone is not available.
 
-        Records say the sizes that they were made with, so a report needs no backbone.
+        Records store their sizes, so a report needs no backbone.
         """
         if name in self._recorded:
             return self._recorded[name]
@@ -128,13 +128,13 @@ class Grid:
         return self._sizes[name]
 
     def tuned(self, variant: Variant) -> dict[str, tuple[Any, ...]]:
-        """The fields that are tuned for a variant, and the values to try. A method or a row may fix one."""
+        """The tuned fields of a variant and the values to try. A method or a row may fix a field."""
         own = {**self.request.of_method(variant.method)[1], **variant.training}
         values = {name: own.get(name, tried) for name, tried in self.request.tune.items()}
         return {name: tuple(tried) for name, tried in values.items() if isinstance(tried, list | tuple)}
 
     def asked(self, cell: Cell, values: Settings) -> Run:
-        """The run that a cell asks for, with its tuned values."""
+        """The run of a cell with these tuned values."""
         request, variant = self.request, cell.variant
         tuned = self.tuned(variant)
         of_method, of_training = request.of_method(variant.method)
@@ -162,7 +162,7 @@ class Grid:
     # ------------------------------------------------------------------------------ tuning
 
     def tries(self, cell: Cell) -> list[tuple[Settings, Run]]:
-        """The runs that tune a cell's method on its tasks, with the first seed; none where nothing is tuned."""
+        """The runs that tune a cell's method on its tasks, with the first seed; empty if nothing is tuned."""
         tuned = self.tuned(cell.variant)
         if not tuned:
             return []
@@ -174,7 +174,7 @@ class Grid:
         return [(values, self.asked(first, values)) for values in combinations]
 
     def choice(self, cell: Cell) -> Choice:
-        """The tuned values of a cell: the best of its tries, once none of them is to come."""
+        """The tuned values of a cell: the best of its tries, once no further try is expected."""
         tries = self.tries(cell)
         tried = tuple((values, _perplexity(self._last(run))) for values, run in tries)
         known = [(perplexity, values) for values, perplexity in tried if perplexity is not None]
@@ -202,7 +202,7 @@ class Grid:
         return [one for one in self._finished.get(run.key, ()) if all(self._has(one, test) for test in run.tests)]
 
     def runs(self) -> list[Run]:
-        """The runs that can be named so far, each once with all its tests: tries first."""
+        """The runs known so far, each once with all its tests; tries come first."""
         found: dict[str, list[Run]] = {}
         tries = [run for cell in self.cells() for _, run in self.tries(cell)]
         for run in (*tries, *map(self.run, self.cells())):
@@ -211,7 +211,7 @@ class Grid:
         return [_joined(same) for same in found.values()]
 
     def waiting(self) -> list[str]:
-        """The runs that cannot be named before tries are done, by a label each."""
+        """The labels of runs whose settings depend on unfinished tries."""
         found: dict[str, str] = {}
         for cell in self.cells():
             tries = self.tries(cell)
@@ -237,14 +237,14 @@ class Grid:
 
 
 def _joined(same: Sequence[Run]) -> Run:
-    """Runs that are the same but for their tests, as one with all tests; with the judge where one of them has it."""
+    """Joins runs that differ only in their tests into one with all tests, and with the judge if one of them has it."""
     tests = tuple(dict.fromkeys(test for run in same for test in run.tests))
     judged = next((run for run in same if "judge" in run.evaluation), same[0])
     return replace(same[0], tests=tests, evaluation=judged.evaluation)
 
 
 def _perplexity(record: Record | None) -> float | None:
-    """On dev; infinite for a run that diverged, `None` without a record."""
+    """The dev perplexity; infinite for a run that diverged, `None` without a record."""
     if record is None:
         return None
     found = record["dev_perplexity"]

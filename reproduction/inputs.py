@@ -1,4 +1,4 @@
-"""The inputs of runs: the backbone's files, the tasks' rows, a judge. Looked at only when something is to be run."""
+"""The inputs of runs: the backbone's files, the tasks' rows, a judge. They are read only if there are runs to make."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ PART = 1 << 20
 
 
 class Inputs:
-    """What runs need, each looked at once.
+    """The inputs that runs need, each read once.
 
     Args:
-        request: Says where the data are and who judges.
+        request: The request, with the data folder and the judge.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.missing: dict[str, str] = {}
-        """Why inputs are missing, by the input's name. Filled as runs are looked at."""
+        """Why inputs are missing, by the input's name. Filled by [`Inputs.possible`]."""
         self._fingerprint = cache(self._rows_fingerprint)
         self._backbone = cache(partial(_backbone_fingerprint, revision=request.data.get("model_revision", "main")))
 
     def possible(self, run: Run) -> Run | None:
-        """A run with the tests that can be made; `None` where something that it needs is missing."""
+        """Returns a run with its possible tests, or `None` if one of its inputs is missing."""
         tests = tuple(test for test in run.tests if self._is_tested(run, test))
         looks = {run.backbone: partial(self._backbone, run.backbone)}
         looks |= {f"{task} (train)": partial(self._fingerprint, task, "train") for task in run.tasks}
@@ -47,7 +47,7 @@ class Inputs:
         return replace(run, tests=tests) if tests and all(found) else None
 
     def fingerprints(self, run: Run) -> dict[str, Any]:
-        """Of everything that a run reads: equal for equal contents, wherever they lie."""
+        """Fingerprints of everything that a run reads. They depend on the contents only, not on the location."""
         return {
             "backbone": self._backbone(run.backbone),
             "train": {task: self._fingerprint(task, "train") for task in run.tasks},
@@ -56,12 +56,12 @@ class Inputs:
         }
 
     def _dev(self, run: Run) -> Sequence[str]:
-        """Where a run's dev rows come from."""
+        """The sources of a run's dev rows."""
         given = self.request.data.get("dev_data") or run.tasks
         return [given] if isinstance(given, str) else given
 
     def revisions(self, run: Run) -> dict[str, str]:
-        """The commits on the hub of what came from there, by repository."""
+        """The commits of the hub repositories that a run reads, by repository."""
         found: dict[str, str | None] = {} if _is_local(run.backbone) else {run.backbone: self._backbone(run.backbone)}
         for name in (*run.tasks, *run.tests) if self.request.data_dir is None else ():
             task = registry.get(name)
@@ -71,7 +71,7 @@ class Inputs:
         return {name: revision for name, revision in found.items() if revision is not None}
 
     def _is_tested(self, run: Run, test: str) -> bool:
-        # Without a judge, MT-Bench still has the routes of its first turns.
+        # Without a judge, MT-Bench still gives the routes of its first turns.
         if test == MT_BENCH and self.request.judge_url is None and run.method not in ROUTED:
             self.missing[MT_BENCH] = "a judge grades its answers; name one as judge_url"
             return False
@@ -108,10 +108,10 @@ def backbone_config(backbone: str, *, network: bool) -> Any:
 
     Args:
         backbone: `tiny`, a shape's name, a folder or a hub id.
-        network: Whether the hub may be asked. If not, only a cached configuration is found.
+        network: Whether to access the hub. If not, only cached configurations are found.
 
     Raises:
-        MiLoraError: If there is none.
+        MiLoraError: If the configuration is not found.
     """
     if _is_local(backbone) or backbone in SHAPES:
         return shape_config(locate(backbone) if _is_local(backbone) else backbone)
@@ -124,7 +124,7 @@ def backbone_config(backbone: str, *, network: bool) -> Any:
 
 
 def dataset_revision(repository: str) -> str | None:
-    """The commit of a hub data set that was read last, from the hub's cache; `None` where nothing is cached."""
+    """The last read commit of a hub data set, from the hub's cache; `None` if nothing is cached."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
 
@@ -134,7 +134,7 @@ def dataset_revision(repository: str) -> str | None:
 
 
 def _backbone_fingerprint(backbone: str, revision: str = "main") -> str:
-    """Of a folder its files' sizes and ends, wherever it lies; of a hub id its commit."""
+    """The fingerprint of a folder (sizes, starts and ends of its files), or the commit of a hub id."""
     if not _is_local(backbone):
         if backbone in SHAPES:
             raise MiLoraError(f"{backbone} is a shape without weights; name a folder or a hub id as backbone")

@@ -34,27 +34,27 @@ from reproduction.inputs import Inputs, backbone_config
 from reproduction.store import FINISHED, Record, canonical, full_settings
 
 ALWAYS: Mapping[str, Any] = {"report_to": "none", "disable_tqdm": True, "push_to_hub": False}
-"""Settings that a run of many has, unless others are asked for."""
+"""Settings of every run, unless the request sets them."""
 
 PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "logging_dir", "hub_model_id", "hub_token", "deepspeed")
-"""Fields of `TrainingArguments` that say where something is."""
+"""Fields of `TrainingArguments` that hold locations or names of outputs."""
 
 
 def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
-    """Trains and tests.
+    """Trains and tests an adapter.
 
     Args:
-        run: What to do.
-        folder: For checkpoints, adapter and predictions. An interrupted run resumes from its last checkpoint, or,
-            where the adapter is complete, with the tests that are left.
-        inputs: Where the rows come from, and the judge.
+        run: The run.
+        folder: Folder of checkpoints, adapter and predictions. An interrupted run resumes from its last checkpoint, or
+            with the remaining tests if the adapter is complete.
+        inputs: The sources of rows, and the judge.
 
     Returns:
         The record without its `run` and `fingerprints`.
 
     Raises:
-        UnfinishedRunError: If the judge cannot be reached. The folder keeps what the next call needs.
-        Exception: Whatever training or generation raises.
+        UnfinishedRunError: If the judge cannot be reached. The folder keeps everything that the next call needs.
+        Exception: Any error of training or generation.
     """
     started = time.monotonic()
     data = DataArguments(backbone=run.backbone, task=list(run.tasks), data_dir=inputs.request.data_dir, **run.data)
@@ -95,7 +95,7 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
 
 @cache
 def revision() -> str | None:
-    """The git revision of the code, `-dirty` where files differ from it; `None` outside git. Asked once a process."""
+    """The git revision of the code, with `-dirty` if files differ; `None` outside git. Read once per process."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
@@ -107,7 +107,7 @@ def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, 
     """The arguments of a run's training.
 
     Raises:
-        MiLoraError: If the values are refused.
+        MiLoraError: If a value is invalid.
     """
     own = {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "last" if resume else None}
     try:
@@ -118,10 +118,10 @@ def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, 
 
 
 def check_training(grid: Grid) -> None:
-    """Makes the training arguments of all runs once, so a refused value shows before the first run.
+    """Creates the training arguments of all runs once, so an invalid value raises before the first run.
 
     Raises:
-        MiLoraError: If training refuses some values.
+        MiLoraError: If a value is invalid.
     """
     for cell in grid.cells():
         for run in (grid.asked(cell, {}), *(run for _, run in grid.tries(cell))):
@@ -134,7 +134,7 @@ def _arguments_once(training: str) -> None:
 
 
 def _train(run: Run, data: DataArguments, folder: Path) -> Record:
-    """Trains, unless the folder has a complete adapter; the training's part of the record."""
+    """Trains unless the folder has a complete adapter. Returns the training's part of the record."""
     path = folder / RESULT_FILE
     is_complete = path.is_file()
     if not is_complete:
@@ -144,7 +144,7 @@ def _train(run: Run, data: DataArguments, folder: Path) -> Record:
         arguments = training_arguments(run.training, folder, run.seed, resume=checkpoint is not None)
         settings = {name: value for name, value in run.settings.items() if value is not None}
         if METHODS[run.method].config_class is MiLoraConfig:
-            # The configuration's own default, not what `milora train` prefers.
+            # Use the configuration's default, not the one of `milora train`.
             settings = {"router_norm": "tokens", **settings}
         method = MethodArguments(method=run.method, settings=settings)
         # The trainer prints a line at every log.
@@ -165,13 +165,13 @@ def _train(run: Run, data: DataArguments, folder: Path) -> Record:
 
 
 def _settings(run: Run) -> Record:
-    """All fields of milora's own configurations: defaults change, and records keep what they were made with."""
+    """All fields of milora's own configurations. Defaults may change, so records store the values in use."""
     own = METHODS[run.method].config_class.__module__.startswith("milora")
     return {**(full_settings(run.method, run.settings) if own else {}), **run.settings}
 
 
 def _full_training(arguments: Record) -> Record:
-    """All settings of the training but those at TRL's own defaults, which its version tells."""
+    """All settings of training except those at TRL's defaults, which follow from the recorded version of TRL."""
     own = TrainingArguments.__annotations__
     defaults = {one.name: one.default for one in fields(SFTConfig)}
     told = {name: value for name, value in arguments.items() if name in own or value != defaults.get(name, ...)}

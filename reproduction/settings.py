@@ -20,7 +20,7 @@ from milora_core.errors import MiLoraError, did_you_mean
 
 Settings = dict[str, Any]
 TABLE_4 = "table4"
-"""The section that is measured, without runs."""
+"""A section without runs: it is measured."""
 
 
 def _as_list(value: Any) -> Any:
@@ -54,7 +54,7 @@ class Strict(BaseModel):
 
 
 class Evaluation(Strict):
-    """How adapters are tested: on the first `test_rows` of each test split (all), with a beam search."""
+    """How adapters are tested: on the first `test_rows` rows of each test split (default: all), with beam search."""
 
     test_rows: Positive | None = None
     beams: Positive = 3
@@ -62,7 +62,7 @@ class Evaluation(Strict):
 
 
 class Limit(Strict):
-    """What one section has otherwise: its tasks, its seeds, the points of its axis."""
+    """Overrides for one section: its tasks, its seeds, the points of its axis."""
 
     tasks: Tasks = ()
     seeds: Annotated[tuple[Natural, ...], BeforeValidator(_as_list)] = ()
@@ -70,12 +70,12 @@ class Limit(Strict):
 
 
 class ComparisonRow(BaseModel):
-    """A method, and any fields of its configuration or of `TrainingArguments` to set otherwise.
+    """A method, and overrides for any fields of its configuration or of `TrainingArguments`.
 
     Attributes:
         method: One of [`milora.methods.METHODS`].
         together: Train one adapter for all tasks instead of one for each.
-        x: The place on the axis of a figure, whose lines are the methods.
+        x: The value on the axis of a figure. Each method is a line.
         backbone: A name in `other_backbones`.
     """
 
@@ -87,7 +87,7 @@ class ComparisonRow(BaseModel):
 
     @property
     def overrides(self) -> Settings:
-        """The fields that are set."""
+        """The fields that the row sets."""
         return dict(self.model_extra or {})
 
 
@@ -98,10 +98,10 @@ class Comparison(Strict):
         rows: By label.
         title: The heading; by default the name.
         tasks: The columns; by default the request's tasks.
-        average: Whether there is a column of the mean over tasks.
-        axis: The axis of a figure of lines.
-        marked: The paper's place on the axis.
-        tune_each_row: Tune every row by itself. By default a row takes the values tuned for its method.
+        average: Whether to add a column with the mean over tasks.
+        axis: The axis label, if the comparison is a figure of lines.
+        marked: The paper's value on the axis.
+        tune_each_row: Whether to tune every row separately. By default a row uses the values tuned for its method.
     """
 
     rows: dict[str, ComparisonRow] = Field(min_length=1)
@@ -121,7 +121,7 @@ def paper_sections() -> dict[str, Comparison]:
 
 
 class Request(Strict):
-    """What to reproduce, on what, and how. `reproduction/README.md` describes each field."""
+    """The settings of a reproduction. `reproduction/README.md` describes each field."""
 
     sections: Annotated[tuple[Annotated[str, BeforeValidator(_section)], ...], BeforeValidator(_as_list)] = ()
     backbone: str = "tiny"
@@ -169,15 +169,15 @@ class Request(Strict):
         return {**paper_sections(), **self.comparisons}
 
     def chosen_sections(self) -> tuple[str, ...]:
-        """The sections that are asked for; without any, all."""
+        """The requested sections; by default all."""
         return tuple(dict.fromkeys(self.sections)) or (*self.all_comparisons(), TABLE_4)
 
     def of_method(self, method: str) -> tuple[Settings, Settings]:
-        """The fields that `methods` sets: of the configuration, and of training with lists of values to try."""
+        """The fields that `methods` sets for a method: of its configuration, and of training (with lists to try)."""
         return split_fields(method, self.methods.get(method, {}))
 
     def to_yaml(self) -> str:
-        """The settings that are not at their defaults, without where things are."""
+        """The settings that differ from their defaults, without locations and the number of threads."""
         own = self.model_dump(mode="json", exclude_defaults=True, exclude={"data_dir", "judge_url", "threads"})
         return yaml.safe_dump(own, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
 
@@ -189,7 +189,7 @@ def config_fields(method: str) -> frozenset[str]:
 
 
 def split_fields(method: str, overrides: Settings) -> tuple[Settings, Settings]:
-    """Fields of a method's configuration, and the others, which are fields of training."""
+    """Splits overrides into fields of a method's configuration and fields of training."""
     own = config_fields(method)
     of_method = {name: value for name, value in overrides.items() if name in own}
     return of_method, {name: value for name, value in overrides.items() if name not in own}
@@ -197,7 +197,7 @@ def split_fields(method: str, overrides: Settings) -> tuple[Settings, Settings]:
 
 @cache
 def training_defaults() -> Settings:
-    """By field of `TrainingArguments` that a reproduction may set, its default."""
+    """The defaults of the `TrainingArguments` fields that a reproduction may set."""
     from milora.training import TrainingArguments
 
     own = ("output_dir", "seed", "resume_from_checkpoint")
@@ -214,10 +214,10 @@ _Loader.add_implicit_resolver(
 
 
 def read_request(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Request:
-    """The request of a YAML file and of overrides by dotted name, such as `training.max_steps`.
+    """Reads a request from a YAML file and from overrides by dotted name, such as `training.max_steps`.
 
     Raises:
-        MiLoraError: If the file is no YAML mapping, or a name or a value is wrong; with the first mistake.
+        MiLoraError: If the file is not a YAML mapping, or a name or a value is wrong. Names the first mistake.
     """
     values: Any = {}
     if path is not None:
@@ -242,7 +242,7 @@ def read_request(path: Path | None = None, overrides: Mapping[str, Any] | None =
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """`["training.max_steps=3", "seeds=0,1"]` as a mapping; values are YAML, commas make a list.
+    """Parses `["training.max_steps=3", "seeds=0,1"]` into a mapping. Values are YAML; commas separate list items.
 
     Raises:
         MiLoraError: If a text has no name or no value.

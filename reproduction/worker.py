@@ -1,4 +1,4 @@
-"""Works through a grid: takes one free run after the other, until all have finished or failed."""
+"""Works through a grid: takes one free run after another until all have finished or failed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Execute = Callable[[Run, Path, Inputs], Record]
 Say = Callable[[str], None]
 
 WAIT = 2.0
-"""Seconds until runs that other processes hold are looked at again."""
+"""Seconds between checks of runs that other processes are making."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Runs with a result, runs that failed in this call, and runs with neither."""
+    """The numbers of runs with a result, of runs that failed in this call, and of remaining runs."""
 
     finished: int
     failed: int
@@ -37,7 +37,7 @@ class Progress:
 
 
 class Worker:
-    """A process's part in a grid: makes its runs with `execute`, and tells `say` in a line what is done."""
+    """One process that works on a grid: makes runs with `execute` and reports each result as a line to `say`."""
 
     def __init__(
         self, grid: Grid, store: Store, inputs: Inputs, execute: Execute = execute, say: Say = lambda _: None
@@ -47,18 +47,18 @@ class Worker:
         self._inputs = inputs
         self._execute = execute
         self._say = say
-        # A run that failed before is tried again; one that fails now is not, whichever process it failed in.
+        # A run that failed before this call is tried again. A run that fails now, in any process, is not.
         self._failures_before = self._failures(store.read())
         self._impossible: set[str] = set()
         self._progress = Progress(0, 0, 0)
 
     def work(self) -> Progress:
-        """Makes every run without a result, and waits for those that other processes are making.
+        """Makes every run without a result, and waits for runs that other processes are making.
 
-        A run that fails is recorded with its message and does not stop the others.
+        A failed run is recorded with its message and does not stop the others.
 
         Raises:
-            MiLoraError: If a result cannot be written, as on a full disk; finished runs are kept.
+            MiLoraError: If a result cannot be written, for example on a full disk. Finished runs are kept.
         """
         self._store.prepare()
         is_told = False
@@ -76,10 +76,10 @@ class Worker:
                 time.sleep(WAIT)
 
     def _look(self) -> list[Run]:
-        """Reads the results; the runs that are to be made."""
+        """Reads the results and returns the runs to make."""
         records = self._store.read()
         failed = self._failures(records) - self._failures_before
-        # Runs whose inputs are missing will not come either.
+        # Do not wait for failed runs, nor for runs whose inputs are missing.
         self._grid.see(records, lambda key: key not in failed and key not in self._impossible)
         possible = [(run, self._inputs.possible(run)) for run in self._grid.runs()]
         impossible = {run.key for run, found in possible if found is None and not self._grid.answers(run)}
@@ -94,12 +94,12 @@ class Worker:
         return left
 
     def _is_done(self, run: Run) -> bool:
-        """Whether a record answers a run, and was made of the same rows and backbone as are here."""
+        """Whether a record answers a run and was made with the current rows and backbone."""
         answers = self._grid.answers(run)
         if not answers or self._inputs.possible(run) is None:
             return bool(answers)
         here = self._inputs.fingerprints(run)
-        # The fingerprints of format 1 are of other rows.
+        # Format 1 hashed only 64 rows, so its fingerprints cannot be compared.
         return any(one.get("format", 1) == 1 or _agree(one["fingerprints"], here) for one in answers)
 
     @staticmethod
@@ -107,11 +107,11 @@ class Worker:
         return Counter(key_of(record) for record in records if record["status"] == FAILED)
 
     def _try(self, run: Run) -> bool:
-        """Makes a run unless another process has it or has made it; returns whether there is a new result."""
+        """Makes a run unless another process is making or has made it. Returns whether there is a new result."""
         digest = run.digest(self._inputs.fingerprints(run))
         try:
             with self._store.lock(digest).acquire(blocking=False):
-                # Another process may have made it since the list of runs was read.
+                # Another process may have made the run since the list was read.
                 if any(one.key == run.key for one in self._look()):
                     self._make(run, digest)
         except Timeout:
@@ -125,7 +125,7 @@ class Worker:
             record = self._execute(run, folder, self._inputs)
         except Exception as error:
             if not isinstance(error, UnfinishedRunError):
-                # Its checkpoints would fail again, and keep a full disk full.
+                # Resuming from its checkpoints would fail again, and they would keep a full disk full.
                 shutil.rmtree(folder, ignore_errors=True)
             if is_disk_full(error):
                 raise MiLoraError(
@@ -139,14 +139,14 @@ class Worker:
             self._say(f"{run.label}: failed, {message}")
             return
         self._store.append({**named, **record})
-        # Until the record is written, the folder is all that there is of the run.
+        # Removed only now: before the record is written, the folder is the only result of the run.
         shutil.rmtree(folder, ignore_errors=True)
         told = ", ".join(f"{name} {_score(score)}" for name, score in record["tests"].items())
         self._say(f"{run.label}: {told or 'routes'} in {record['seconds']['total']:.0f} s")
 
 
 def _agree(recorded: Record, here: Record) -> bool:
-    """Whether a run's inputs are those of a record, which may have been tested on more."""
+    """Whether a run's inputs match a record. The record may have more tests."""
     parts = [here[split].items() <= recorded[split].items() for split in ("train", "dev", "test")]
     return recorded["backbone"] == here["backbone"] and all(parts)
 
