@@ -1,4 +1,4 @@
-"""Alpaca (Taori et al. 2023): instructions and answers that a language model wrote, for training only."""
+"""Alpaca (Taori et al. 2023): instructions and outputs written by a language model, for training only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FILES = ("alpaca/train.json", "alpaca/alpaca_data.json", "alpaca_data.json")
 
 
 class Alpaca(PublicTask):
-    """Alpaca's instructions; `dev`, 500 rows held out from them, is for early stopping.
+    """Alpaca's instructions. `dev` has 500 held-out rows for early stopping.
 
-    The public set has 52002 rows, of which the paper counts 50000. Some tens have an empty output and are left out.
-    `answer` is the output itself; outputs of a model are not compared.
+    The public data set has 52002 rows (the paper says 50000). A few dozen rows with an empty output are left out.
+    `answer` is the output. A model's outputs are not compared with it.
     """
 
     name = "alpaca"
@@ -35,7 +35,7 @@ class Alpaca(PublicTask):
         return dev if split == "dev" else train
 
     def parse(self, output: str) -> str | None:
-        """There is no parser.
+        """Alpaca has no parser.
 
         Raises:
             MiLoraError: always.

@@ -1,7 +1,7 @@
-"""Reads an answer in words from a generated text: one of a few labels, or the letter of a choice.
+"""Parses a label or the letter of a choice from a generated text.
 
-Both are tolerant of form; an answer that is negated or ambiguous does not count.
-[`milora.tasks.numbers`] reads numbers, [`milora.tasks.denials`] detects negation.
+The parsers accept many forms of an answer. A negated or ambiguous answer does not count.
+[`milora.tasks.numbers`] parses numbers, [`milora.tasks.denials`] detects negation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CUE = re.compile(
     r"\bit(?:'s| is| must be| should be)(?!\w)",
     re.IGNORECASE,
 )
-"""Cues of an answer: "the answer is", "the answer to this would be:", "Answer:", "####", a LaTeX box; or of a
-correction: "no, it is"."""
+"""Cues of an answer ("the answer is", "the answer to this would be:", "Answer:", "####", a LaTeX box) and of a
+correction ("no, it is")."""
 
 # A label may begin with "answer", so this cue is narrower than the one for letters and numbers.
 _NO_LABEL = r"no (?:doubt|question|longer|one|matter|idea)\b"
@@ -70,7 +70,7 @@ _ENUMERATION = re.compile(r"[)\]]?\s*(?:\bor\b|\band\b|\bnor\b|,)+\s*(?:(?:or|an
 
 
 class Labels:
-    """The labels of a task, and their search in a text.
+    """Finds the labels of a task in a text.
 
     Args:
         labels: The labels, in lower case, such as `answer2`, `true` or `high school physics`.
@@ -84,11 +84,11 @@ class Labels:
         self._pattern = re.compile(rf"(?<![\w/])(?<!\bnon-)(?<!\bun-)(?!{_NO_LABEL})(?:{'|'.join(forms)})(?![\w/])")
 
     def find(self, text: str) -> str | None:
-        """The label that a text gives, or `None`.
+        """The label that a text gives as its answer, or `None`.
 
-        This is the first label in the sentence after "answer is" (or "answer:"), or else the only label in the text.
-        Not counted: several different labels, two different labels side by side ("true or false") after such words, a
-        label that is negated or asked ("not true", "it can't be true", "true is wrong", "true?"; see
+        The answer is the first label in the sentence after "answer is" (or "answer:"), or else the only label in the
+        text. Not counted: several different labels, two different labels side by side ("true or false") after a cue, a
+        negated or questioned label ("not true", "it can't be true", "true is wrong", "true?"; see
         [`milora.tasks.denials`]), and a label in a list such as "true/false". Case, punctuation and a space in the
         label ("Answer 2") are ignored.
         """
@@ -106,7 +106,7 @@ class Labels:
             return None
         listed = {_letters(match[0]) for match in matches if text.startswith(":", match.end())}
         found = {_letters(match[0]) for match in self._affirmed(text, matches)}
-        if len(listed) > 1:  # the choices, word for word
+        if len(listed) > 1:  # the text lists the choices
             found |= listed
         return self._labels[found.pop()] if len(found) == 1 else None
 
@@ -124,15 +124,15 @@ class Labels:
 
 
 def find_letter(text: str, letters: str) -> str | None:
-    """The letter of the choice that a text gives, in upper case, or `None`.
+    """The letter of the choice that a text gives as its answer, in upper case, or `None`.
 
-    Among the cues ("the answer is", "Answer:", "####", a LaTeX box), the last one followed by a letter counts: in
-    brackets, before a full stop or bracket, in bold, after "option" or "choice". Without a cue it is the letter that
-    the text consists of or begins with ("C", "(c)", "C. Paris", "C) Paris"), else the one that the text states ("it is
-    C", "C is right"), else the only one in brackets. A lower-case letter counts in brackets or before punctuation, so
-    "a" remains an article. Not counted: two letters side by side ("A or B", "A/B"), the list of the choices, a letter
-    that is not a choice, and one that is negated or asked ("not C", "it can't be C", "C is wrong", "C?"; see
-    [`milora.tasks.denials`]).
+    The last cue ("the answer is", "Answer:", "####", a LaTeX box) with a letter after it counts. The letter may be in
+    brackets, before a full stop or bracket, in bold, or after "option" or "choice". Without a cue, the answer is the
+    letter that the text consists of or begins with ("C", "(c)", "C. Paris", "C) Paris"), else a stated letter ("it is
+    C", "C is right"), else the only letter in brackets. A lower-case letter counts only in brackets or before
+    punctuation, so the article "a" does not. Not counted: two letters side by side ("A or B", "A/B"), the list of the
+    choices, a letter that is not a choice, and a negated or questioned letter ("not C", "it can't be C", "C is wrong",
+    "C?"; see [`milora.tasks.denials`]).
 
     Args:
         text: The generated text.

@@ -16,11 +16,11 @@ LETTERS = "ABCDE"
 
 
 class Aqua(ReasoningTask):
-    """AQuA in LLM-Adapters' words; the answer is a letter, `A` to `E`.
+    """AQuA with LLM-Adapters' prompts. The answer is a letter, `A` to `E`.
 
-    The rationales for training are the data set's own, written by people. They vary in length and quality; the letter
-    that the last sentence adds is the gold one. From a folder, `{split}.original.jsonl` are the original files
-    (`train`, `dev`, `test`), and `{split}.json` are LLM-Adapters'.
+    The rationales for training come from the data set. People wrote them, and their length and quality vary. The last
+    sentence of a completion has the gold letter. In a folder, `{split}.original.jsonl` are the original files (`train`,
+    `dev`, `test`) and `{split}.json` are LLM-Adapters' files.
     """
 
     name = "aqua"
@@ -36,7 +36,7 @@ class Aqua(ReasoningTask):
         """The example for a row of `question`, `options` (`A)21` and so on), `rationale` and `correct` (a letter).
 
         Raises:
-            DataError: the options are not lettered in order, or `correct` is the letter of none.
+            DataError: the options are not lettered in order, or `correct` is not the letter of an option.
         """
         options: list[str] = row["options"]
         keys = [option[:1] for option in options]
@@ -48,7 +48,7 @@ class Aqua(ReasoningTask):
             raise DataError(
                 f"the question {row['question']!r}: its `correct` is {row['correct']!r}, none of {', '.join(keys)}"
             )
-        # LLM-Adapters has the questions from the code of Kojima et al. (2022), which spaces every bracket like this.
+        # LLM-Adapters took the questions from the code of Kojima et al. (2022), which puts spaces around brackets.
         choices = "".join(f"({option}" for option in options).replace("(", " (").replace(")", ") ")
         prompt = instruction_prompt(f"{row['question'].strip()} Answer Choices:{choices}")
         return cls.reasoned_example(prompt, row["rationale"], row["correct"])

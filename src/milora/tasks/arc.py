@@ -1,6 +1,6 @@
-"""ARC (Clark et al. 2018): science questions for schools, three to five choices, an easy and a challenging set.
+"""ARC (Clark et al. 2018): school science questions with three to five choices, in an easy and a challenge set.
 
-Two of ARC-Easy's test questions are also in its public train set. They are kept, so results are comparable with
+Two of ARC-Easy's test questions are also in its public train set. They are kept so that results are comparable with
 published ones.
 """
 
@@ -49,10 +49,10 @@ class ArcChallenge(Arc):
 
 
 def choice_example(question: str, choices: Mapping[str, Any], key: str) -> Example:
-    """The example of a question with `choices` (`text` and `label`, side by side) and the `key` of the right one.
+    """The example for a question with `choices` (parallel lists `text` and `label`) and the `key` of the correct one.
 
     Raises:
-        DataError: a choice has no label or no text, or `key` is none of the labels.
+        DataError: a choice has no label or no text, or `key` is not one of the labels.
     """
     fields = check_fields(choices, {"text": list, "label": list}, f"the question {question!r}, `choices`")
     texts, keys = fields["text"], fields["label"]

@@ -1,8 +1,8 @@
 """BIG-Bench Hard (Suzgun et al. 2023): 27 hard tasks with free answers.
 
-The authors' prompts, three solved examples per task with a chain of thought, are not part of the data and not included.
-The questions are asked without them. lm-eval has the prompts: run its `bbh_cot_fewshot` and `bbh_fewshot` with `milora
-lm-eval` to compare with published figures.
+The task asks the questions without the authors' prompts (three solved examples per task with a chain of thought), which
+are not part of the data. lm-eval has these prompts: to compare with published figures, run its `bbh_cot_fewshot` and
+`bbh_fewshot` with `milora lm-eval`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from milora.tasks.task import Example, Split
 from milora_core.errors import DataError, MiLoraError
 
 FOLDER = "bbh"
-# The authors of lukaemon/bbh have a loading script, which `datasets` runs no more; this is the same in Parquet files.
+# lukaemon/bbh is a loading script, which `datasets` no longer runs. This copy has the same rows as Parquet files.
 HUB_ID = "SaylorTwift/bbh"
 TASKS = (
     "boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa", "dyck_languages",
@@ -45,7 +45,7 @@ _OPTION = re.compile(r"\(\s*([a-z])\s*\)|([a-z])(?:[.):](?=\s|$)|$)")
 _OPTIONS = "ABCDEFGHIJKLMNOPQR"
 _WORDS = "yes|no|true|false|valid|invalid"
 _VERDICT = re.compile(rf"({_WORDS})(?=[.,;:!]|$| because\b)")
-# "(A) or (B)" and "yes, or no" are two answers, "no, yes" as well.
+# "(A) or (B)", "yes, or no" and "no, yes" are two answers.
 _TWO = re.compile(
     r"[.)]?\s*(?:\b(?:or|and)\b|/|&|,)+\s*(?:(?:or|and|perhaps|maybe)\s+)*"
     rf"(?:\([a-z]\)|(?:{_WORDS}|[a-z])\s*(?:$|[.,;]))"
@@ -56,14 +56,14 @@ _COUNT = re.compile(r"(-?[0-9][0-9,.]*) [a-z][a-z ]*")
 
 
 class Bbh(PublicTask):
-    """BBH's rows as `Q: ...` and `A:`; correct is an exact match after [`parse`][Bbh.parse].
+    """BBH's rows as `Q: ...` and `A:`. An output is correct if it matches exactly after [`parse`][Bbh.parse].
 
-    The benchmark's figure is the mean of its 27 tasks' accuracies. An example's `group` is its task.
+    The benchmark's accuracy is the mean of the accuracies of its 27 tasks. An example's `group` is its task.
 
     Args:
-        data_dir: A folder that holds `bbh/{task}.json`; the hub if `None`.
-        shots: Number of solved rows of the task before each question. They are always the same rows of the task and are
-            not tested, so each task has that many rows fewer.
+        data_dir: A folder that contains `bbh/{task}.json`; the hub if `None`.
+        shots: Number of solved rows of the task before each question. These rows are fixed and are not tested, so each
+            task has that many fewer test rows.
     """
 
     name = "bbh"
@@ -86,14 +86,15 @@ class Bbh(PublicTask):
         return [example for task in TASKS for example in self._of_task(task)]
 
     def parse(self, output: str) -> str | None:
-        """The answer of a text in the form of the gold answers, or `None` if empty.
+        """The answer of a text in the form of the gold answers, or `None`.
 
-        It is what follows the last "answer is" (or another cue of [`milora.tasks.answers.CUE`]) on its line, else the
-        first line. Case, space, quotation marks, bold and a full stop at the end do not matter, nor commas between
-        words. An option is its letter ("(B) robin", "B.", "b"), also where the line only states it ("not (A) but (B)");
-        a yes, no, true, false, valid or invalid with more after a comma, a full stop or "because" is that word; a
-        number is its value, whatever it counts. An answer that is denied, asked or one of two ("(B) is wrong", "yes?",
-        "(A) or (B)") is none. Reading stops at a next question ("Q:").
+        The answer is the rest of the line after the last "answer is" (or another cue of
+        [`milora.tasks.answers.CUE`]), else the first line. Case, whitespace, quotation marks, bold, a final full stop
+        and commas between words are ignored. An option is reduced to its letter ("(B) robin", "B.", "b"), also inside a
+        sentence ("not (A) but (B)"). A yes, no, true, false, valid or invalid may be followed by a comma, a full stop
+        or "because" and more text. A number is reduced to its value without the unit. An answer that is negated,
+        questioned or one of two ("(B) is wrong", "yes?", "(A) or (B)") does not count. The text after the next question
+        ("Q:") is ignored.
         """
         text = _NEXT_QUESTION.split(plain(_BOX.sub(r"answer is \1", output)))[0]
         for cue in reversed(list(CUE.finditer(text))):
@@ -116,10 +117,11 @@ class Bbh(PublicTask):
 
 
 def read_task(path: Path) -> list[dict[str, str]]:
-    """The rows of a task's file, `{"examples": [...]}` or the list alone: `input` and `target`, word for word.
+    """The unchanged `input` and `target` of each row of a task's file, `{"examples": [...]}` or a plain list.
 
     Raises:
-        DataError: the file cannot be read, has no rows or one that lacks a field; with its row, counted from 1.
+        DataError: the file cannot be read, has no rows, or a row lacks a field. The message gives the row, counted from
+            1.
     """
     value = read_json(path)
     found = value.get("examples") if isinstance(value, dict) else value
@@ -154,7 +156,7 @@ def _checked(records: Iterable[object], source: str) -> list[dict[str, str]]:
 
 
 def _answer(text: str, start: int) -> str | None:
-    """What the first line behind a place answers, `None` where it is empty, denied or asked."""
+    """The answer of the first line after `start`, or `None` if it is empty, negated or questioned."""
     line = _first_line(text[start:])
     begin = text.find(line, start) + len(line) - len(line.lstrip(" \t*:\"'("))
     end = begin + len(line.lstrip(" \t*:\"'(").rstrip(" \t.?!"))
@@ -172,7 +174,7 @@ def _first_line(text: str) -> str:
 
 
 def _normalised(text: str) -> str:
-    """An answer in the one form that gold answers and outputs are compared in."""
+    """The normalised form in which gold answers and outputs are compared."""
     text = plain(text).casefold().strip().strip("\"'")
     text = " ".join(text.split()).removesuffix(".").strip()
     option, verdict, count = _OPTION.match(text), _VERDICT.match(text), _COUNT.fullmatch(text)
@@ -187,5 +189,5 @@ def _normalised(text: str) -> str:
     if value := number(count[1].rstrip(".,") if count else text):
         return value
     if not re.search(r"\w", text):
-        return "".join(text.split())  # brackets to close
+        return "".join(text.split())  # the closing brackets of `dyck_languages`
     return " ".join(text.replace(",", " ").split())

@@ -10,10 +10,10 @@ from milora.tasks.task import Example
 
 
 class BoolQ(LabelTask):
-    """BoolQ without its passages, as LLM-Adapters poses it; the answer is `true` or `false`.
+    """BoolQ without its passages, with LLM-Adapters' prompts. The answer is `true` or `false`.
 
-    The test split is the public validation split, the last one with answers. The hub has no dev split, so dev is held
-    out from train there too.
+    The test split is the public validation split, because the answers of the original test split are not public. The
+    hub has no other dev split, so dev is held out from train.
     """
 
     name = "boolq"
@@ -25,7 +25,7 @@ class BoolQ(LabelTask):
 
     @staticmethod
     def from_hub_row(row: Mapping[str, Any]) -> Example:
-        """The example for a row of `question` (in lower case, without its mark) and `answer` (a bool)."""
+        """The example for a row of `question` (in lower case, without its question mark) and `answer` (a bool)."""
         question = row["question"].rstrip("?")
         return labelled_example(
             f"Please answer the following question with true or false, question: {question}?\n\n"

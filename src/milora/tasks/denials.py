@@ -1,11 +1,11 @@
-"""Whether a text affirms a word that it contains: "it cannot be true" contains "true" but negates it."""
+"""Detects negation: "it cannot be true" contains "true" but negates it."""
 
 from __future__ import annotations
 
 import re
 
 _AUXILIARY = "is|are|was|were|do|does|did|ca|can|could|wo|would|should|must|has|have|had|ai|might|need"
-# "No" alone answers a question: "no, it is true".
+# A plain "no" is not a negator, because it answers a question: "no, it is true".
 _NEGATOR = (
     r"(?:\b(?:not|cannot|never|neither|nor|hardly|scarcely|rarely|seldom|nowhere|nothing|nobody|no one|none|lie|myth"
     r"|misconception|unlikely|impossible|improbable|doubt(?:s|ed|ful|ing)?|disagree[sd]?|fails?|refuse[sd]?|except|unless"
@@ -18,7 +18,7 @@ _NEGATOR = (
 )
 _NEGATION = re.compile(_NEGATOR)
 _EXCEPT = re.compile(r"\b(?:anything|all|everything|any|every one|everyone)\s+but\b")
-# Negators without negation.
+# Phrases with a negator that negate nothing.
 _NO_NEGATION = re.compile(
     r"\bnothing (?:but|other than|except)\b"
     r"|\b(?:no|without|beyond|never|not|cannot|can't|don't)\s+(?:an?\s+|any\s+)?doubt\b"
@@ -27,7 +27,7 @@ _NO_NEGATION = re.compile(
     r"|\bwhether or not\b[^,]*,"
 )
 _QUOTED = re.compile(r"\"[^\"\n]*\"|(?<!\w)'[^'\n]*(?:\w'\w[^'\n]*)*'(?!\w)")
-# A clause ends here, unless a negator is right before the comma or colon: "it is not, however, true".
+# The end of a clause, except a comma or colon right after a negator: "it is not, however, true".
 _CLAUSE_END = re.compile(
     r"[.!?](?=[\s\"')\]]|$)|[;\n]|(?P<soft>[,:])|\s-+\s|--"
     r"|\b(?:but|however|though|although|so|therefore|thus|hence|because|since|while|whereas|then|yet|meaning|implies"
@@ -76,21 +76,21 @@ _QUESTION_START = re.compile(
 )
 
 _WINDOW = 300
-"""Maximum characters read on either side: longer text is not a clause but repetition."""
+"""Maximum characters read on either side. A longer "clause" is a model that repeats itself."""
 
 
 def is_denied(text: str, start: int, end: int) -> bool:
-    """Whether `text[start:end]` is not affirmed: negated, doubted, asked, or a condition.
+    """Whether `text[start:end]` is negated, doubted, questioned, or a condition.
 
-    The clause up to it is read ("it is not true", "I doubt that it is B", "rather than C", "if it is 5"), and what is
-    said of it right behind ("B is wrong", "A can't be right", "true?"). A negation in the subject of the clause denies
-    nothing ("the one that is not a mammal is B"). `text` is of [`milora.tasks.plain_text.plain`].
+    The check reads the clause before it ("it is not true", "I doubt that it is B", "rather than C", "if it is 5") and
+    the words right after it ("B is wrong", "A can't be right", "true?"). A negation inside the subject of the clause
+    does not count ("the one that is not a mammal is B"). `text` must come from [`milora.tasks.plain_text.plain`].
     """
     return denied_before(text, start, end) or denied_behind(text, end) or is_asked(text, start, end)
 
 
 def denied_before(text: str, start: int, end: int) -> bool:
-    """Whether the clause up to `start` has a negator that reaches it."""
+    """Whether a negator in the clause before `start` applies to `text[start:end]`."""
     before = text[max(0, start - _WINDOW) : start].lower()
     if not _NEGATION.search(before) and not _EXCEPT.search(before):
         return False
@@ -103,21 +103,21 @@ def denied_before(text: str, start: int, end: int) -> bool:
     clause = before[begin:]
     joint = _LAST_AND.search(clause)
     if joint and _VERB_BEHIND.match(text, end) and not _NEITHER.search(clause):
-        clause = clause[joint.start() :]  # "A is not right and B is": the second has a verb of its own
+        clause = clause[joint.start() :]  # "A is not right and B is": the second has its own verb
     negators = len(_NEGATION.findall(clause))
     is_of_the_subject = negators == 1 and _OF_THE_SUBJECT.match(clause) and not _OPINION.search(clause)
     return negators > 0 and not is_of_the_subject
 
 
 def denied_behind(text: str, end: int) -> bool:
-    """Whether what follows says that it is wrong: "B is wrong"."""
+    """Whether the text after `end` negates the word: "B is wrong"."""
     return _DENIED_BEHIND.match(text[end : end + _WINDOW].lower()) is not None
 
 
 def denied_together(text: str, end: int, start: int, last: int) -> bool:
-    """Whether a list of two, of which the first ends at `end` and the second is `text[start:last]`, is denied behind.
+    """Whether the text after a list of two words negates both: one ends at `end`, the other is `text[start:last]`.
 
-    "A and B are wrong" denies both, "A, and B is wrong" the second.
+    "A and B are wrong" negates both, "A, and B is wrong" only the second.
     """
     if _ASKED_BEHIND.match(text, last):
         return True
@@ -127,7 +127,7 @@ def denied_together(text: str, end: int, start: int, last: int) -> bool:
 
 
 def is_asked(text: str, start: int, end: int) -> bool:
-    """Whether it stands in a question, or right before a question mark."""
+    """Whether `text[start:end]` is in a question, or right before a question mark."""
     if _ASKED_BEHIND.match(text, end):
         return True
     if not _REST_OF_QUESTION.match(text[end : end + _WINDOW]):

@@ -1,4 +1,4 @@
-"""Checks the fields of records in a benchmark's own schema, with the row's location in errors."""
+"""Checks the fields of a benchmark's records. Errors name the row."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _KINDS: dict[type, str] = {
 
 
 def check_fields(record: object, fields: Mapping[str, type], where: str) -> Mapping[str, Any]:
-    """A record, once it has each of the fields, of its type; a list must be of strings.
+    """The record, after a check that it has all fields with the right types. A list must be a list of strings.
 
     Args:
-        record: What stands in the file or the dataset.
-        fields: The types of the fields that are needed: `str`, `int`, `bool`, `list` or `dict`.
-        where: The record's place, such as `test.jsonl, line 3`.
+        record: A value from a file or a dataset.
+        fields: The required fields and their types: `str`, `int`, `bool`, `list` or `dict`.
+        where: The record's location, such as `test.jsonl, line 3`.
 
     Raises:
-        DataError: the record is no object, or a field is missing, null or of another type.
+        DataError: the record is not an object, or a field is missing, null or of another type.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: a row is {json_type(record)}, it must be an object with {_listed(fields)}")

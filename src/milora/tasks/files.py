@@ -1,7 +1,7 @@
 """Reads text and rows from files and standard input: JSON lines, or a JSON array in LLM-Adapters' format.
 
-All rows and prompts of users are read here, with the same rules: UTF-8 with or without a byte order mark, lines that
-    end in LF or CRLF, and strict JSON.
+Users' rows and prompts are all read here, with the same rules: UTF-8 with or without a byte order mark, lines that end
+in LF or CRLF, and strict JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STANDARD_INPUT = "-"
 
 
 def read_file(path: Path) -> list[Row]:
-    """All rows of a file; blank lines of JSON lines are skipped, a byte order mark is removed.
+    """All rows of a file. Blank lines in JSON lines are skipped. A byte order mark is removed.
 
     Raises:
         DataError: the file cannot be opened, is not UTF-8, is of an unknown format or empty, or has a line (JSON lines)
@@ -41,7 +41,7 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
     """The JSON values of a file, one per row, each with its location. Standard input and pipes contain JSON lines.
 
     Raises:
-        DataError: see [`read_file`], except for the rows' shape.
+        DataError: as [`read_file`]. The format of the rows is not checked.
     """
     suffix = path.suffix.lower()
     if is_stream(path):
@@ -58,7 +58,7 @@ def read_values(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def read_json(path: Path) -> object:
-    """The one JSON value of a file.
+    """The JSON value of a file.
 
     Raises:
         DataError: the file cannot be opened, is not UTF-8 or is not JSON.
@@ -94,7 +94,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_text_lines(path: Path) -> list[str]:
-    """The lines of a text that are not blank, without their ends, LF or CRLF.
+    """The non-blank lines of a text file, without LF or CRLF.
 
     Raises:
         DataError: as [`read_text`].
@@ -129,7 +129,7 @@ def read_text(path: Path) -> str:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path is standard input, a pipe or a device, whose name has no format."""
+    """Whether a path is standard input, a pipe or a device. Their names do not indicate a format."""
     return str(path) == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
 
 
@@ -138,12 +138,12 @@ def _name(path: Path) -> str:
 
 
 def _read_standard_input() -> bytes:
-    # Python has no object for a descriptor that was closed when it started.
+    # `sys.stdin` is None if the descriptor was closed before Python started.
     return b"" if sys.stdin is None else sys.stdin.buffer.read()
 
 
 def _lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    # `str.splitlines` would also cut at U+2028 and its like, which JSON allows inside a string.
+    # `str.splitlines` also splits at U+2028 and similar characters, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{_name(path)}, line {number}"
@@ -160,16 +160,16 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def _parse(text: str, where: str) -> object:
-    """One JSON value.
+    """Parses one JSON value.
 
     Raises:
-        DataError: the text is none, with the place in it and what is there.
+        DataError: the text is not JSON. The message has the position and the text found there.
     """
     return _unambiguous(_decode(text, where), where)
 
 
 class _Repeated(dict[str, object]):
-    """An object of which the text gives `key` twice."""
+    """An object whose JSON text repeats `key`."""
 
     key: str
 
@@ -183,7 +183,7 @@ def _decode(text: str, where: str) -> object:
         found = text[error.pos : error.pos + 20]
         hint = "; if every line is a row, name the file .jsonl" if many_lines and error.msg == "Extra data" else ""
         raise DataError(f"{where}: not JSON: {error.msg} at {place}, found {found!r}{hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or a nesting as deep
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or very deep nesting
         raise DataError(f"{where}: not JSON that can be read: {error}") from error
 
 
@@ -201,7 +201,7 @@ def _refuse_constant(constant: str) -> object:
 
 
 def _unambiguous(value: object, where: str) -> object:
-    """The value itself, if none of its objects repeats a key: readers of JSON differ in which one counts."""
+    """The value, after a check that no object repeats a key: JSON parsers disagree on which value counts."""
     parts = [value]
     while parts:
         part = parts.pop()

@@ -1,4 +1,4 @@
-"""GSM8K (Cobbe et al. 2021): word problems of school arithmetic, answered by a number after a chain of thought."""
+"""GSM8K (Cobbe et al. 2021): grade-school math word problems, answered by a number after a chain of thought."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _GOLD = "####"
 
 
 class Gsm8k(ReasoningTask):
-    """GSM8K in the template of LLM-Adapters; an output is right if its number equals the gold one in value.
+    """GSM8K with LLM-Adapters' template. An output is correct if its number equals the gold number in value.
 
-    The chains of thought are those that people wrote for the original, without its calculator marks (`<<48/2=24>>`).
-    From a folder they are `train.original.jsonl` and `test.original.jsonl`, the files of the original, or
-    `test.json` as LLM-Adapters has it. The original has no dev split: a part of train is held out.
+    The chains of thought are the original ones, written by people, without the calculator marks (`<<48/2=24>>`). In a
+    folder, `train.original.jsonl` and `test.original.jsonl` are the original files and `test.json` is LLM-Adapters'
+    file. The original has no dev split, so a part of train is held out.
     """
 
     name = "gsm8k"
@@ -37,7 +37,7 @@ class Gsm8k(ReasoningTask):
         """The example for a row of `question` and `answer` (a chain of thought that ends in `#### N`).
 
         Raises:
-            DataError: `answer` has no such end.
+            DataError: `answer` does not end in `#### N`.
         """
         chain, mark, gold = row["answer"].rpartition(_GOLD)
         answer = number(gold)
@@ -51,7 +51,7 @@ class Gsm8k(ReasoningTask):
         return f"The answer is {answer}."
 
     def gold(self, answer: str | None) -> str | None:
-        """The number in its one form."""
+        """The number in canonical form."""
         return None if answer is None else number(answer)
 
     def parse(self, output: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The one door to the `datasets` library's loading: its many errors come out as one, with a fix."""
+"""Loads datasets with the `datasets` library and converts its errors to `DataError` with a fix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def load_split(name: str, split: str, config: str | None = None) -> Dataset:
-    """A split of a dataset: by its hub id, or from a folder that `load_dataset` or `Dataset.save_to_disk` can read.
+    """A split of a dataset on the hub, or of a folder for `load_dataset` or from `Dataset.save_to_disk`.
 
-    A single dataset that was saved to disk is its own split, whatever `split` says.
+    A single dataset saved to disk has no splits, so `split` is ignored.
 
     Raises:
         DataError: the dataset cannot be reached, read or built, or has no such split or configuration.
@@ -35,7 +35,7 @@ def load_split(name: str, split: str, config: str | None = None) -> Dataset:
 
 
 def split_names(name: str, config: str | None = None) -> list[str] | None:
-    """The splits of a dataset; `None` for a single one that was saved to disk, and is its own.
+    """The splits of a dataset, or `None` for a single dataset saved to disk.
 
     Raises:
         DataError: the dataset cannot be reached, read or built, or has no such configuration.
@@ -43,13 +43,13 @@ def split_names(name: str, config: str | None = None) -> list[str] | None:
     with _explained(f"the dataset {full_name(name, config)!r}"):
         import datasets
 
-        # A split is not loaded without the others either, so that this costs nothing where one is.
+        # Loading one split prepares all splits, so this adds no work.
         found: Any = datasets.load_from_disk(name) if _was_saved(name) else datasets.load_dataset(name, config)
         return list(found) if isinstance(found, dict) else None
 
 
 def full_name(name: str, config: str | None) -> str:
-    """A dataset and its configuration, as a user writes them: `owner/name:configuration`."""
+    """A dataset and its configuration in the form users write: `owner/name:configuration`."""
     return f"{name}:{config}" if config else name
 
 
@@ -67,7 +67,7 @@ def _explained(what: str) -> Iterator[None]:
     except DataError:
         raise
     except (OSError, ValueError, DatasetsError) as error:
-        # What building a dataset raises says nothing itself.
+        # The error of building a dataset is generic; its cause has the reason.
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
             f"{what} cannot be loaded: {reason} "

@@ -1,4 +1,4 @@
-"""Benchmarks that LLM-Adapters (Hu et al. 2023) words as instructions: its files, the original ones, or the hub's."""
+"""Benchmarks with LLM-Adapters' instructions (Hu et al. 2023), from its files, the original files or the hub."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from milora_core.errors import DataError
 
 
 class InstructionTask(PublicTask):
-    """A benchmark of rows in LLM-Adapters' wording; the same question gives the same prompt from every source.
+    """A benchmark with LLM-Adapters' prompts. A question has the same prompt from every source.
 
-    With a `data_dir`, the rows of a split are those of `{data_dir}/{folder}/{split}.original.jsonl`, which has the
-    hub's schema, else those of `{split}.json` as LLM-Adapters has it; without, those of the dataset on the hub.
+    With a `data_dir`, a split is read from `{data_dir}/{folder}/{split}.original.jsonl`, in the hub's schema, else from
+    LLM-Adapters' `{split}.json`. Without a `data_dir`, it comes from the dataset on the hub.
 
-    `dev` is the benchmark's own where there is one. LLM-Adapters' files have none, nor has every dataset: there a tenth
-    of `train`, at most 500 rows, is held out, always the same rows whatever the `seed` given to `examples`, and `train`
-    is what remains. Equal prompts stay on one side.
+    If the source has a `dev` split, it is used. LLM-Adapters' files and some datasets have none: a tenth of `train`, at
+    most 500 rows, is then held out as `dev`, and `train` is the rest. The held-out rows do not depend on the `seed` of
+    `examples`. Equal prompts are in the same split.
     """
 
     folder: ClassVar[str]
     hub_id: ClassVar[str]
     hub_config: ClassVar[str | None] = None
     hub_splits: ClassVar[Mapping[str, str]]
-    """The task's splits, by the names that they have on the hub."""
+    """Maps the task's splits to their names on the hub."""
     hub_columns: ClassVar[Mapping[str, type]]
-    """The fields of the hub's schema that are read, with their types."""
+    """The fields to read from the hub's schema, with their types."""
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None):
         super().__init__(data_dir)
@@ -43,18 +43,18 @@ class InstructionTask(PublicTask):
     @staticmethod
     @abc.abstractmethod
     def from_hub_row(row: Mapping[str, Any]) -> Example:
-        """The example that a row of the hub's dataset is; it has every field of `hub_columns`.
+        """Converts a row of the hub's dataset, which has every field of `hub_columns`, to an example.
 
         Raises:
-            DataError: it has no gold answer of the task's kind.
+            DataError: the gold answer is not valid for the task.
         """
 
     @abc.abstractmethod
     def from_file_row(self, prompt: str, completion: str, answer: str | None) -> Example:
-        """The example that a row of LLM-Adapters' files is: its instruction in the template, `output` and `answer`.
+        """Converts a row of LLM-Adapters' files to an example: its instruction in the template, `output` and `answer`.
 
         Raises:
-            DataError: it has no gold answer of the task's kind.
+            DataError: the gold answer is not valid for the task.
         """
 
     def load(self, split: Split) -> list[Example]:
@@ -68,13 +68,13 @@ class InstructionTask(PublicTask):
         return "dev" in self.hub_splits if self.data_dir is None else any(map(Path.is_file, self._files("dev")))
 
     def _load(self, split: str) -> list[Example]:
-        """The rows of a split of the source; `train` and a `dev` that is held out from it share what was read."""
+        """The rows of a split of the source, cached because `train` and a held-out `dev` share them."""
         if split not in self._sources:
             self._sources[split] = self._from_hub(split) if self.data_dir is None else self._from_folder(split)
         return self._sources[split]
 
     def _files(self, split: str) -> list[Path]:
-        """Where a split may stand in the folder; the first that exists is read."""
+        """The possible files of a split in the folder. The first existing one is read."""
         assert self.data_dir is not None
         return [self.data_dir / self.folder / f"{split}.{end}" for end in ("original.jsonl", "json")]
 
@@ -92,10 +92,10 @@ class InstructionTask(PublicTask):
         return [self._from_row(row, where) for where, row in self.read_rows(path)]
 
     def read_rows(self, path: Path) -> Iterator[tuple[str, Row]]:
-        """The rows of a file of LLM-Adapters', each with the place it stands at.
+        """The rows of one of LLM-Adapters' files, each with its location.
 
         Raises:
-            DataError: the file cannot be read, or has a row that lacks its prompt or its completion.
+            DataError: the file cannot be read, or a row lacks its prompt or its completion.
         """
         return ((f"{path}, row {place}", row) for place, row in enumerate(read_file(path), start=1))
 

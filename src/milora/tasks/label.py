@@ -1,4 +1,4 @@
-"""Tasks whose answer is one of a few labels, as LLM-Adapters (Hu et al. 2023) words them."""
+"""Tasks whose answer is one of a few labels, with the prompts of LLM-Adapters (Hu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milora_core.errors import DataError
 
 
 class LabelTask(InstructionTask):
-    """A task of labels: "the correct answer is ..."."""
+    """A task whose completion is "the correct answer is" and a label."""
 
     labels: ClassVar[tuple[str, ...]]
 
@@ -25,10 +25,10 @@ class LabelTask(InstructionTask):
         self._labels = Labels(self.labels)
 
     def from_file_row(self, prompt: str, completion: str, answer: str | None) -> Example:
-        """The row as it stands.
+        """The row as an example, unchanged.
 
         Raises:
-            DataError: its answer is none of the labels.
+            DataError: the answer is not one of the labels.
         """
         if answer not in self.labels:
             raise DataError(f"the answer is {answer!r}, it must be one of {', '.join(self.labels)}")
@@ -40,15 +40,15 @@ class LabelTask(InstructionTask):
 
 
 def labelled_example(instruction: str, answer: str) -> Example:
-    """An example in LLM-Adapters' words: its prompt template, and "the correct answer is ..." to complete it."""
+    """An example with LLM-Adapters' prompt template and the completion "the correct answer is ..."."""
     return Example(instruction_prompt(instruction), f"the correct answer is {answer}", answer)
 
 
 def chosen(question: str, keys: Sequence[str], answer: str) -> int:
-    """The place, from 0, of the choice that is the answer.
+    """The index, from 0, of the correct choice.
 
     Raises:
-        DataError: the answer is the key of none of the choices.
+        DataError: the answer is not the key of a choice.
     """
     if answer not in keys:
         raise DataError(f"the question {question!r}: its answer {answer!r} is none of {', '.join(keys)}")

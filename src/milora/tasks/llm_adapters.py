@@ -1,9 +1,9 @@
-"""How LLM-Adapters (Hu et al. 2023) reads answers: the rules behind most published figures on its benchmarks.
+"""Grading with the rules of LLM-Adapters (Hu et al. 2023), used for most published figures on its benchmarks.
 
-Its scripts (github.com/AGI-Edgerunners/LLM-Adapters, `commonsense_evaluate.py` and `evaluate.py`) take the first label
-that occurs in an output, or the last number. They do not look at what an output says of it: "it cannot be true" is
-`true`, and the letter of "The answer is (C)" is `A` to `E` wherever one occurs first. [`milora.tasks.task.Task.parse`]
-is the strict measure; this one is computed beside it, to compare with published figures.
+Its scripts (github.com/AGI-Edgerunners/LLM-Adapters, `commonsense_evaluate.py` and `evaluate.py`) use the first label
+in an output, or the last number. They ignore the context: "it cannot be true" counts as `true`, and a letter is the
+first capital `A` to `E` anywhere in the output. [`milora.tasks.task.Task.parse`] is the strict measure. This measure is
+reported in addition, to compare with published figures.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _NEXT_PROMPT = "### Response:"
 _TOLERANCE = 0.001
 
 TASKS = frozenset(_LABELS) | _NUMBERS
-"""The tasks that LLM-Adapters evaluates and this project has."""
+"""The tasks of this project that LLM-Adapters evaluates."""
 
 
 def is_correct(task: str, output: str, answer: str) -> bool:
-    """Whether LLM-Adapters' scripts count an output as right.
+    """Whether LLM-Adapters' scripts count an output as correct.
 
     Args:
         task: One of [`TASKS`].
-        output: The generated text; anything behind a second "### Response:" is not read.
+        output: The generated text. Text from another "### Response:" on is ignored.
         answer: The gold answer. Numbers may differ by 0.001.
     """
     text = output.split(_NEXT_PROMPT)[0]

@@ -1,4 +1,4 @@
-"""MMLU (Hendrycks et al. 2021): questions with four choices on 57 subjects, in the words of its authors' evaluation."""
+"""MMLU (Hendrycks et al. 2021): questions with four choices on 57 subjects, with the prompts of its authors' code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CSV_HEADER = ["question", *(f"choice{number}" for number in range(len(LETTERS)))
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its choices in order and the letter of the right one; `subject` in words, with spaces."""
+    """A question, its choices in order and the letter of the correct one. `subject` has spaces, not underscores."""
 
     subject: str
     text: str
@@ -37,21 +37,21 @@ class Question:
     answer: str
 
     def posed(self) -> str:
-        """The question and its lettered choices, a line each, up to the `Answer:` that is to be completed."""
+        """The question, its lettered choices (one per line) and `Answer:`, which the model completes."""
         lines = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=True))
         return "\n".join([self.text.strip(), *lines, "Answer:"])
 
 
 class Mmlu(PublicTask):
-    """MMLU's test rows, after some solved questions of the same subject; the answer is a letter, `A` to `D`.
+    """MMLU's test rows with few-shot prompts. The answer is a letter, `A` to `D`.
 
     The prompt is a line that names the subject, then the solved questions (the subject's dev rows, in their order),
-    then the question, each ending in `Answer:`; the completion is a space and the letter. This is the form of the
-    authors' code and of the public harnesses, without an instruction template. An example's `group` is its subject.
+    then the question; each question ends in `Answer:`. The completion is a space and the letter. The authors' code and
+    the public harnesses use the same prompt, without an instruction template. An example's `group` is its subject.
 
     Args:
-        data_dir: A folder that holds `mmlu/dev/*_dev.csv` and `mmlu/test/*_test.csv`; the hub if `None`.
-        shots: How many solved questions, 0 to 5.
+        data_dir: A folder that contains `mmlu/dev/*_dev.csv` and `mmlu/test/*_test.csv`; the hub if `None`.
+        shots: Number of solved questions, 0 to 5.
     """
 
     name = "mmlu"
@@ -69,7 +69,7 @@ class Mmlu(PublicTask):
         self.shots = shots
 
     def load(self, split: Split) -> list[Example]:
-        """Every row of a split, subject by subject."""
+        """All rows of a split, subject by subject."""
         solved: dict[str, list[Question]] = {}
         if self.shots:
             for question in read_questions(self.data_dir, "dev"):
@@ -80,7 +80,7 @@ class Mmlu(PublicTask):
         ]
 
     def parse(self, output: str) -> str | None:
-        """The letter that a text gives before its first empty line, or `None`; what follows is no answer any more.
+        """The letter that a text gives before its first empty line, or `None`. Later text is ignored.
 
         See [`milora.tasks.answers.find_letter`].
         """
@@ -100,7 +100,7 @@ def read_questions(data_dir: Path | None, split: str) -> list[Question]:
     Files are `{data_dir}/mmlu/{split}/{subject}_{split}.csv`; see [`read_subject`].
 
     Raises:
-        DataError: there are no files, or one cannot be read or has a row that is no question.
+        DataError: there are no files, a file cannot be read, or a row is not a question.
     """
     if data_dir is None:
         dataset = load_split(HUB_ID, split, HUB_CONFIG)
@@ -117,13 +117,13 @@ def read_questions(data_dir: Path | None, split: str) -> list[Question]:
 
 
 def read_subject(path: Path, subject: str) -> list[Question]:
-    """The questions of a CSV file, word for word as they stand there.
+    """The unchanged questions of a CSV file.
 
-    Its columns are `question`, `choice0` to `choice3` and `answer` (the index of a choice), with these names in the
-    first line; or without it and with a letter as the answer, as the authors published them.
+    The columns are `question`, `choice0` to `choice3` and `answer` (the index of a choice), with a header line. The
+    authors' files, which have no header and a letter as the answer, are supported too.
 
     Raises:
-        DataError: the file cannot be read, has no questions or a row that is none; with its line.
+        DataError: the file cannot be read, has no questions, or a row is not a question. The message gives the line.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     questions = []

@@ -1,6 +1,6 @@
-"""Naming the subject of an MMLU question: a task of 57 labels that a small language model can learn.
+"""Classifies MMLU questions by subject: a task with 57 labels that a small language model can learn.
 
-It is our own, made of MMLU's test questions; nobody else's figures compare with its.
+The task is specific to MiLoRA and built from MMLU's test questions, so there are no published figures for it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SUBJECTS = (
 
 
 class MmluSubject(PublicTask):
-    """The question with its choices, and its subject as the label; an example's `group` is the subject too.
+    """A question with its choices as the prompt, its subject as the label. An example's `group` is also the subject.
 
-    A hash of the question's text decides its split: 80 % train, 10 % dev, 10 % test, the same on every machine. Equal
-    questions with other choices stay on one side.
+    A hash of the question's text determines its split: 80 % train, 10 % dev, 10 % test, the same on every machine.
+    Equal questions with different choices are in the same split.
     """
 
     name = "mmlu-subject"
@@ -49,7 +49,7 @@ class MmluSubject(PublicTask):
         self._labels = Labels(self.labels)
 
     def load(self, split: Split) -> list[Example]:
-        """Every row of a split, subject by subject."""
+        """All rows of a split, subject by subject."""
         examples = []
         for question in read_questions(self.data_dir, "test"):
             if question.subject not in self.labels:

@@ -1,7 +1,7 @@
 """MT-Bench (Zheng et al. 2023): 80 questions of two turns in eight categories, answered freely and judged by a model.
 
-There is no gold answer to compare with, so the task has no rows and no parser: its questions go to
-`milora.evaluation.mt_bench`.
+The questions have no gold answers, so the task has no rows and no parser. `milora.evaluation.mt_bench` uses the
+questions.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ REFERENCE_FILES = ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl
 HUB_ID = "HuggingFaceH4/mt_bench_prompts"
 FIRST_ID = 81
 REFERENCE_CATEGORIES = ("reasoning", "math", "coding")
-"""The categories whose answers FastChat's judge sees beside a reference."""
+"""The categories in which FastChat's judge gets a reference answer."""
 
 _TURNS = 2
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation to hold.
+    """A question with several turns.
 
-    `turns` are the user's messages; `references` an answer to each, for the judge of questions that have a right
-    answer, or empty.
+    `turns` are the user's messages. `references` has one answer per turn for the judge, or is empty if the question has
+    no reference answers.
     """
 
     id: int
@@ -44,7 +44,7 @@ class Question:
 
 
 class MtBench(Task):
-    """MT-Bench by its name; what it has are [`questions`][MtBench.questions]."""
+    """MT-Bench as a named task. It has [`questions`][MtBench.questions] and no rows."""
 
     name = "mt-bench"
     max_new_tokens = 1024
@@ -54,11 +54,11 @@ class MtBench(Task):
         self.data_dir = None if data_dir is None else Path(data_dir)
 
     def questions(self) -> list[Question]:
-        """Its questions; see [`load_questions`]."""
+        """The questions; see [`load_questions`]."""
         return load_questions(self.data_dir)
 
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> Sequence[Example]:
-        """It has none.
+        """MT-Bench has no rows.
 
         Raises:
             MiLoraError: always.
@@ -66,7 +66,7 @@ class MtBench(Task):
         self._refuse("has no rows with a gold answer")
 
     def parse(self, output: str) -> str | None:
-        """There is no parser.
+        """MT-Bench has no parser.
 
         Raises:
             MiLoraError: always.
@@ -81,17 +81,19 @@ class MtBench(Task):
 
 
 def load_questions(data_dir: str | os.PathLike[str] | None = None) -> list[Question]:
-    """The questions in FastChat's order, with the references that there are.
+    """The questions in FastChat's order, with their references.
 
-    With a `data_dir` they are those of `{data_dir}/mt_bench/question.jsonl` (or `{data_dir}/question.jsonl`), and the
-    references GPT-4's answers in `reference_answer/gpt-4.jsonl` or `reference_answer_gpt-4.jsonl` beside it (30
-    questions, those of [`REFERENCE_CATEGORIES`]). Where there is no such file, the questions' own short `reference`
-    fields take its place in these categories. Without a `data_dir`, all is the hub's, which has those fields alone, and
-    no `question_id`: its rows are numbered from 81 on, in FastChat's order.
+    With a `data_dir`, the questions come from `{data_dir}/mt_bench/question.jsonl` (or `{data_dir}/question.jsonl`).
+    The references are GPT-4's answers in `reference_answer/gpt-4.jsonl` or `reference_answer_gpt-4.jsonl` in the same
+    folder (30 questions, those of [`REFERENCE_CATEGORIES`]). Without such a file, the questions' short `reference`
+    fields are used in these categories.
+
+    Without a `data_dir`, the questions come from the hub, which has only the `reference` fields. Its rows have no
+    `question_id`; they are numbered from 81 in FastChat's order.
 
     Raises:
-        DataError: a file or the dataset cannot be read, a row has a field missing, a question has not two turns, two
-            have one id, or a reference answers no question.
+        DataError: a file or the dataset cannot be read, a row lacks a field, a question does not have two turns, two
+            questions have the same id, or a reference belongs to no question.
     """
     if data_dir is None:
         return [
@@ -126,7 +128,7 @@ def load_questions(data_dir: str | os.PathLike[str] | None = None) -> list[Quest
 
 
 def question_folder(data_dir: str | os.PathLike[str]) -> Path:
-    """Where the questions lie: in `mt_bench`, where a data folder has one, else in the folder itself."""
+    """The folder of the questions: `mt_bench` in the data folder if it exists, else the data folder."""
     root = Path(data_dir)
     return root / FOLDER if (root / FOLDER).is_dir() else root
 
@@ -137,13 +139,13 @@ def _question(record: object, where: str) -> Question:
     if len(turns) != _TURNS:
         raise DataError(f"{where}: question {fields['question_id']} has {len(turns)} turns, it must have {_TURNS}")
     own = check_fields({"reference": fields.get("reference") or []}, {"reference": list}, where)["reference"]
-    # Some answer one turn only, and in other categories they are remarks rather than answers.
+    # Some references answer only one turn. In other categories they are remarks, not answers.
     complete = fields["category"] in REFERENCE_CATEGORIES and len(own) == _TURNS and all(own)
     return Question(fields["question_id"], fields["category"], turns, tuple(own) if complete else ())
 
 
 def _reference(record: object, where: str) -> tuple[int, tuple[str, ...]]:
-    """The question's id and the answers to its turns, from FastChat's record of a model's answers."""
+    """The question's id and the answers to its turns, from a record in FastChat's answer format."""
     fields = check_fields(record, {"question_id": int}, where)
     choices = fields.get("choices")
     if not isinstance(choices, list) or not choices:

@@ -1,4 +1,4 @@
-"""Reading a number out of a generated text, and the one way in which a number is written in answers."""
+"""Parses a number from a generated text and writes it in canonical form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora.tasks.plain_text import plain
 _SYMBOL = "[$\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd\u20ba\u20b4\u20aa\u20ab\u0e3f\u20a6\u20b1\u00a2]"
 _CURRENCY = rf"(?:[A-Z]{{0,3}}{_SYMBOL}\s?|[A-Z]{{3}}\s?|Rs\.?\s?)"
 _SIGN = r"(?:(?<![\w)\]%])[-+])"
-# Only where the whole run of digits and spaces has the form of a number, so that "12 345 67" remains a list.
+# Spaces separate thousands only if the whole run of digits and spaces is one number: "12 345 67" is a list.
 _SPACED = r"(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])"
 _WHOLE = (
     rf"(?:{_SPACED}|[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,2}}(?:,[0-9]{{2}})+,[0-9]{{3}}"  # 1,000,000 and 10,00,000
@@ -25,7 +25,8 @@ _MIXED = "[0-9]+ [1-9][0-9]*/[0-9]+"
 _EXPONENT = r"[-+]?[0-9]{1,3}"
 _SCIENTIFIC = rf"(?:[eE]{_EXPONENT}|\s?[x*\u00d7\u00b7]\s?10\s?\^\s?{_EXPONENT})"
 _VALUE = rf"(?:{_MIXED}|{_DECIMAL}(?:{_SCIENTIFIC}|\^\s?{_EXPONENT}|/[-+]?{_DECIMAL})?)"
-# Not inside a word ("x2"), a date, a time, a ratio or a version, and no ordinal, exponent, root or multiple of one.
+# Excluded: a number inside a word ("x2"), a date, a time, a ratio or a version; an ordinal, an exponent, a root and a
+# multiple of a root.
 _NUMBER = (
     rf"(?<![\w^\u221a])(?<!\u221a )(?<!-\()(?<![0-9][.,/:'])(?:{_SIGN}{_CURRENCY}?|{_CURRENCY}[-+]?)?{_VALUE}"
     r"(?!\s?[x*\u00d7\u00b7]\s?10\s?\^|[.,/:'_]?[0-9]|/[-+]|[eE][-+]?[0-9]|(?:st|nd|rd|th)\b|\s?\^|\s?(?:[\u221a\u03c0]|\\pi)|'[0-9])"
@@ -40,7 +41,7 @@ _SENTENCE_END = re.compile(r"(?<!Rs)(?<!approx)[.!?](?=\s|$)|\n")
 _IN_A_SENTENCE = re.compile(r"\b(?:is|are|be|was|equals)\b|'s$", re.IGNORECASE)
 _NO_WORD = re.compile(r"[^A-Za-z]*(?:[A-Za-z]\s*=)?[^A-Za-z]*")
 
-# "5 or 6", "5 to 7", "5 apples and 6 pears": not one number.
+# "5 or 6", "5 to 7" and "5 apples and 6 pears" are several numbers.
 _SECOND = re.compile(
     rf"{_UNIT}\s*(?:,\s*(?:or|and|nor|to)?|\b(?:or|and|nor|to)\b|&|/)\s*({_NUMBER}){_UNIT}[)\s]*(?=$|,|\bor\b|\band\b)"
 )
@@ -52,8 +53,8 @@ _WRONG = re.compile(
     r"(?:right|correct|true|possible|it\b|the\b))"
 )
 
-_MOST_DIGITS = 100  # more is no answer but a model that repeats itself, and costs time to calculate with
-_REACH = 600  # characters of a sentence that are read behind a cue
+_MOST_DIGITS = 100  # longer numbers come from a model that repeats itself, and are slow to compute with
+_REACH = 600  # maximum characters of a sentence read after a cue
 _DIGIT = r"(?:-?[A-Z]{0,3}[$\u20ac\u00a3\u00a5\u20b9]\s?)?\.?[0-9]"
 _SPELLINGS = (
     (r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
@@ -77,22 +78,22 @@ _SPELLINGS = (
 )
 _SPELLED = tuple((re.compile(pattern), replacement) for pattern, replacement in _SPELLINGS)
 _MINUS = re.compile(rf"\b(?:minus|negative)\s+(?={_DIGIT})", re.IGNORECASE)
-# What stands before a "minus" that takes away.
+# The text before a "minus" that means subtraction.
 _TAKEN_FROM = re.compile(r"[0-9)\]%](?:\s*%|\s+(?!(?:is|was|are|be|equals|and|or|to|but|not|by)\b)[A-Za-z]+)?\s*$")
 
 
 def find_number(text: str) -> str | None:
-    """The number that a text gives, written as [`canonical`] writes it, or `None`.
+    """The number that a text gives as its answer, in [`canonical`] form, or `None`.
 
-    Of the cues ("the answer is", "Answer:", "####", a LaTeX box) the last one counts that has a number in its sentence
-    (right behind it, where the cue is no sentence): the first number there, and of an equation its result ("the answer
-    is 2 + 3 = 5"). A sum, a range or several numbers ("5 or 6") are no answer there. Without such a cue it is the last
-    number of the text.
+    The last cue ("the answer is", "Answer:", "####", a LaTeX box) with a number in its sentence counts. After a cue
+    without a verb ("Answer:", "####", a box), no word may precede the number. The answer is the first number there, or
+    the result of an equation ("the answer is 2 + 3 = 5"). A sum, a range or several numbers ("5 or 6") are not an
+    answer. Without a cue, the answer is the last number of the text.
 
     Thousands separators (commas, apostrophes, or spaces before exactly three digits each), currency, units, per cent
-    signs, LaTeX and bold do not matter, nor does the form of the value: `1,000.0`, `$1000` and `1e3` are equal, and
-    `1/2`, `0.5`, `½` and `\\frac{1}{2}`, and `-5`, `−5` and `minus 5`. Words ("five", "million") and ordinals are not
-    read, nor is a number that is denied, asked or a bound ("not 5", "5 is wrong", "5?", "more than 5").
+    signs, LaTeX and bold are ignored. Equal values match in any form: `1,000.0`, `$1000` and `1e3`; `1/2`, `0.5`, `½`
+    and `\\frac{1}{2}`; `-5`, `−5` and `minus 5`. Not counted: words ("five", "million"), ordinals, and a number that is
+    negated, questioned or a bound ("not 5", "5 is wrong", "5?", "more than 5").
     """
     text = _spelled(text)
     for cue in reversed(list(CUE.finditer(text))):
@@ -112,7 +113,7 @@ def find_number(text: str) -> str | None:
 
 
 def number(text: str) -> str | None:
-    """The number that a text is, as [`canonical`] writes it; `None` where it is anything else."""
+    """The [`canonical`] form of a text that consists of one number, or `None` for any other text."""
     match = re.fullmatch(rf"\s*({_NUMBER})\s*", _spelled(text))
     if match is None or len(match[1]) > _MOST_DIGITS:
         return None
@@ -121,7 +122,7 @@ def number(text: str) -> str | None:
 
 
 def canonical(value: Fraction) -> str:
-    """A number's one form: a whole number, else a decimal if that is exact, else a fraction in lowest terms."""
+    """Writes a number as an integer, else as an exact decimal, else as a fraction in lowest terms."""
     if value.denominator == 1:
         return str(value.numerator)
     rest = value.denominator
@@ -139,7 +140,7 @@ def canonical(value: Fraction) -> str:
 
 
 def _spelled(text: str) -> str:
-    """A text whose numbers are written with digits and signs alone, as far as their values go."""
+    """The text with LaTeX and arithmetic words replaced by digits and signs."""
     text = plain(text)
     for pattern, replacement in _SPELLED:
         text = pattern.sub(replacement, text)
@@ -159,7 +160,7 @@ def _affirmed(text: str, matches: Iterator[re.Match[str]]) -> Iterator[re.Match[
 
 
 def _value(written: str) -> Fraction | None:
-    """The value of what `_NUMBER` matches; `None` where it has none, or one of too many digits."""
+    """The value of a match of `_NUMBER`, or `None` if it is undefined or has too many digits."""
     head = re.match(r"(?:Rs\.?|[^0-9.])*", written)
     assert head is not None
     body = written[head.end() :]
@@ -195,7 +196,7 @@ def _decimal(written: str) -> Fraction:
 
 
 def _result(expression: str) -> str | None:
-    """The side of an equation that is one number; the last, where several are."""
+    """The side of an equation that is a single number (the last such side)."""
     sides = expression.split("=")
     quantities = (_QUANTITY.fullmatch(side) for side in reversed(sides)) if len(sides) > 1 else iter(())
     return next((number(quantity[1]) for quantity in quantities if quantity), None)

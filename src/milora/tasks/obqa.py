@@ -1,4 +1,4 @@
-"""OpenBookQA (Mihaylov et al. 2018): questions of elementary science with four choices, without its book of facts."""
+"""OpenBookQA (Mihaylov et al. 2018): elementary science questions with four choices, without the book of facts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora.tasks.task import Example
 
 
 class OpenBookQA(LabelTask):
-    """OpenBookQA as LLM-Adapters poses it; the answer is `answer1` to `answer4`, the choice's place."""
+    """OpenBookQA with LLM-Adapters' prompts. The answer is `answer1` to `answer4`, the choice's position."""
 
     name = "obqa"
     folder = "openbookqa"

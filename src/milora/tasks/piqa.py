@@ -11,10 +11,10 @@ from milora_core.errors import DataError
 
 
 class Piqa(LabelTask):
-    """PIQA as LLM-Adapters poses it; the answer is `solution1` or `solution2`.
+    """PIQA with LLM-Adapters' prompts. The answer is `solution1` or `solution2`.
 
-    The test split is the public validation split of 1838 rows: the answers of the 3000 and more test rows that the
-    paper counts were never published. Dev is held out from the 16113 train rows (of which the paper counts 16000).
+    The test split is the public validation split of 1838 rows, because the answers of the more than 3000 test rows were
+    never published (the paper says 3000 test rows). Dev is held out from the 16113 train rows (the paper says 16000).
     """
 
     name = "piqa"
@@ -24,7 +24,8 @@ class Piqa(LabelTask):
         "Tested on the public validation split of 1838 rows: the answers of the test rows, of which the paper counts "
         "3000, were never published."
     )
-    # The authors' own ybisk/piqa is a loading script, which `datasets` runs no more; this is the same in Parquet files.
+    # The authors' ybisk/piqa is a loading script, which `datasets` no longer runs. This copy has the same rows as
+    # Parquet files.
     hub_id = "baber/piqa"
     hub_splits = {"train": "train", "test": "validation"}  # noqa: RUF012
     hub_columns = {"goal": str, "sol1": str, "sol2": str, "label": int}  # noqa: RUF012
@@ -34,7 +35,7 @@ class Piqa(LabelTask):
         """The example for a row of `goal`, `sol1`, `sol2` and `label` (0 or 1).
 
         Raises:
-            DataError: `label` is neither (-1 marks a row whose answer is not public).
+            DataError: `label` is neither 0 nor 1 (-1 marks a row whose answer is not public).
         """
         if row["label"] not in (0, 1):
             raise DataError(f"the goal {row['goal']!r}: its `label` is {row['label']}, it must be 0 or 1")

@@ -1,4 +1,4 @@
-"""One spelling for the characters of a generated text, and no markup, so that parsers see the words alone."""
+"""Normalises the characters of a generated text and removes markup before parsing."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _REPLY_END = re.compile(
 
 
 def plain(text: str) -> str:
-    """A text in ASCII's spelling where there is one, and without Markdown, HTML tags and LaTeX's fonts.
+    """Converts a text to ASCII where possible and removes Markdown, HTML tags and LaTeX fonts.
 
-    Digits and letters of other widths, fonts and scripts become ASCII's (`５` and `٥` are `5`, `𝐁` and `Ⓑ` are `B`),
-    every dash and minus is `-`, every space a space, `½` is `1/2`, `10³` is `10^3`, `≠` is `not`. What is struck out
-    (`~~A~~`) is left out, and so is a further prompt of the instruction template that a model goes on to write.
+    Digits and letters of other widths, fonts and scripts become ASCII (`５` and `٥` are `5`, `𝐁` and `Ⓑ` are `B`).
+    Every dash and minus becomes `-`, every space a plain space, `½` is `1/2`, `10³` is `10^3`, `≠` is `not`. Struck-out
+    text (`~~A~~`) is removed. The text ends before a further prompt of the instruction template.
     """
     text = _REPLY_END.split(text.strip(), maxsplit=1)[0]
     text = _FOREIGN.sub(_in_ascii, _DASH_BETWEEN_WORDS.sub(" - ", text))
@@ -82,7 +82,7 @@ def _spelling(character: str) -> str:
     if category == "Zs":
         return " "
     if category == "Cf":
-        return ""  # joiners and marks of direction
+        return ""  # joiners and direction marks
     if category in ("Zl", "Zp"):
         return "\n"
     if unicodedata.decomposition(character).startswith("<"):

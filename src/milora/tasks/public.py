@@ -1,4 +1,4 @@
-"""Public benchmarks: what they share wherever their rows come from, and a dev split where a benchmark has none."""
+"""The base class of public benchmarks, and a held-out dev split for benchmarks without one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from milora_core.errors import MiLoraError
 T = TypeVar("T")
 
 DEV_SHARE = 0.1
-"""How much of the rows is held out,"""
+"""The share of the rows that is held out for dev."""
 
 LARGEST_DEV = 500
-"""and how many at most."""
+"""The maximum number of rows held out for dev."""
 
 
 class PublicTask(Task):
-    """A benchmark that others publish: from a folder of files, `data_dir`, or from the hub without one.
+    """A published benchmark, read from a folder of files (`data_dir`), or from the hub if `data_dir` is `None`.
 
-    Its rows are loaded once, when they are first asked for.
+    Rows are loaded once, on first use.
     """
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None):
@@ -34,11 +34,11 @@ class PublicTask(Task):
         self._loaded: dict[str, list[Example]] = {}
 
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> Sequence[Example]:
-        """The first `count` rows of a split (all that there are with `None`), shuffled by `seed`.
+        """The first `count` rows of a split (all rows with `None`), shuffled with `seed`.
 
         Raises:
             MiLoraError: there is no such split, or `count` is negative.
-            DataError: the rows cannot be found or read, or one has no gold answer of the task's kind.
+            DataError: the rows cannot be found or read, or a gold answer is not valid for the task.
         """
         split = check_split(self.name, split, self.splits)
         if count is not None and count < 0:
@@ -51,10 +51,10 @@ class PublicTask(Task):
 
     @abc.abstractmethod
     def load(self, split: Split) -> list[Example]:
-        """Every row of a split that the task has, in the source's order.
+        """All rows of a split that the task has, in the source's order.
 
         Raises:
-            DataError: the rows cannot be found or read, or one has no gold answer of the task's kind.
+            DataError: the rows cannot be found or read, or a gold answer is not valid for the task.
         """
 
 
@@ -64,18 +64,17 @@ def hold_out(
     seed: int = 0,
     group: Callable[[T], str] = attrgetter("prompt"),
 ) -> tuple[list[T], list[T]]:
-    """What remains to train on, and a dev set; the order within each stays.
+    """Splits rows into a train and a dev set, each in the original order.
 
-    Rows of one group stay on one side. The dev set is a share of the groups, and at least one where there are several:
-    but for those that would make it larger than [`LARGEST_DEV`] rows, or than half of all. The choice depends on
-    nothing but the groups and the seed, so that with one seed no run trains on another's dev rows, whatever the files'
-    order.
+    Rows of one group are in the same set. The dev set is a share of the groups, at least one if there are several. A
+    group is skipped if it would make the dev set larger than [`LARGEST_DEV`] rows or than half of all rows. The choice
+    depends only on the groups and the seed, so runs with the same seed have the same dev rows in any order of the file.
 
     Args:
         rows: The rows.
-        share: Of the groups, above 0 and below 1.
-        seed: Decides which groups.
-        group: Of a row; by default its prompt.
+        share: Share of the groups to hold out, above 0 and below 1.
+        seed: Seed of the choice.
+        group: Function from a row to its group; by default the row's prompt.
     """
     sizes = Counter(map(group, rows))
     count = min(LARGEST_DEV, max(1, int(len(sizes) * share)), len(sizes) - 1)

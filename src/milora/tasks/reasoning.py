@@ -1,4 +1,4 @@
-"""Problems of arithmetic that are answered with a chain of thought, as LLM-Adapters (Hu et al. 2023) trains them."""
+"""Arithmetic problems answered with a chain of thought, with the prompts of LLM-Adapters (Hu et al. 2023)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _HEADING = re.compile(r"\A(?:[^\n]{0,80}\n)?\s*(?:A|Answer|Rationale):\s*")
 
 
 class ReasoningTask(InstructionTask):
-    """A task whose completion is a chain of thought, and at its end the sentence "The answer is ...".
+    """A task whose completion is a chain of thought followed by the sentence "The answer is ...".
 
-    The `output` of LLM-Adapters' files was written by a model and does not always come to the row's `answer`. One that
-    comes to another answer, or to none, is not used: the completion is then the last sentence alone.
+    A model wrote the `output` of LLM-Adapters' files, and its answer does not always equal the row's `answer`. If it
+    differs or is missing, the output is not used and the completion is the last sentence only.
     """
 
     answer_kind: ClassVar[str]
-    """What an answer is, in words, for messages."""
+    """A description of valid answers, for error messages."""
 
     max_new_tokens = 512
 
     @classmethod
     @abc.abstractmethod
     def sentence(cls, answer: str) -> str:
-        """The sentence that gives an answer, at the end of a completion."""
+        """The last sentence of a completion, which gives the answer."""
 
     @abc.abstractmethod
     def gold(self, answer: str | None) -> str | None:
-        """An `answer` field as `Example.answer` has it, or `None` if it is none of the task's kind."""
+        """An `answer` field normalised for `Example.answer`, or `None` if it is not valid for the task."""
 
     def read_rows(self, path: Path) -> Iterator[tuple[str, Row]]:
-        """The rows of a file; an `output` may be empty here, since the model that wrote them failed at some."""
+        """The rows of a file. An `output` may be empty, as the model that wrote the outputs failed on some rows."""
         for where, record in read_values(path):
             row = check_fields(record, {"instruction": str, "output": str, "answer": str}, where)
             if not row["instruction"].strip():
@@ -52,10 +52,10 @@ class ReasoningTask(InstructionTask):
             )
 
     def from_file_row(self, prompt: str, completion: str, answer: str | None) -> Example:
-        """The row, with its chain of thought if that comes to the answer.
+        """The row as an example, with its chain of thought if that ends in the gold answer.
 
         Raises:
-            DataError: its answer is none of the task's kind.
+            DataError: the answer is not valid for the task.
         """
         gold = self.gold(answer)
         if gold is None:
@@ -65,5 +65,5 @@ class ReasoningTask(InstructionTask):
 
     @classmethod
     def reasoned_example(cls, prompt: str, chain: str, answer: str) -> Example:
-        """An example whose completion is a chain of thought (if there is any) and the sentence that ends it."""
+        """An example whose completion is a chain of thought (may be empty) and the last sentence."""
         return Example(prompt, f"{chain.strip()}\n{cls.sentence(answer)}".lstrip(), answer)

@@ -1,4 +1,4 @@
-"""Every task by its name: ours, those of other distributions, and those registered in this process."""
+"""All tasks by name: MiLoRA's, other distributions', and those registered in this process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _BENCHMARKS: dict[str, Callable[..., Task]] = {
 
 
 def names() -> list[str]:
-    """The names of all tasks: the generated ones, which need no data, the public benchmarks, then other distributions'.
+    """The names of all tasks: generated tasks (they need no data), public benchmarks, then other distributions' tasks.
 
     Raises:
         MiLoraError: another distribution's task cannot be loaded.
@@ -55,7 +55,7 @@ def names() -> list[str]:
 
 
 def register(name: str, task: Callable[..., Task]) -> None:
-    """Adds a task for this process. A distribution adds its own by an entry point in the group `milora.tasks`.
+    """Adds a task for this process. A distribution adds tasks with entry points in the group `milora.tasks`.
 
     Args:
         name: The name for `--task` and [`get`].
@@ -63,7 +63,7 @@ def register(name: str, task: Callable[..., Task]) -> None:
             folder or `None`; its other parameters are the task's settings.
 
     Raises:
-        MiLoraError: there is a task of this name.
+        MiLoraError: a task with this name exists.
     """
     if name in names():
         raise MiLoraError(f"there is a task {name!r} already; choose another name")
@@ -71,12 +71,12 @@ def register(name: str, task: Callable[..., Task]) -> None:
 
 
 def get(name: str, data_dir: str | os.PathLike[str] | None = None, **settings: int) -> Task:
-    """The task of a name; a benchmark reads `data_dir`, or the hub without it.
+    """The task with this name. A benchmark reads its rows from `data_dir`, or from the hub if it is `None`.
 
     Args:
         name: One of [`names`].
-        data_dir: A folder with a folder a benchmark.
-        settings: What the benchmark's class takes besides: `shots` of `mmlu` and `bbh`.
+        data_dir: A folder with one sub-folder per benchmark.
+        settings: Further arguments of the benchmark's class: `shots` for `mmlu` and `bbh`.
 
     Raises:
         MiLoraError: no task has this name, or the task has no such setting.
@@ -92,5 +92,5 @@ def get(name: str, data_dir: str | os.PathLike[str] | None = None, **settings: i
 
 
 def _benchmarks() -> dict[str, Callable[..., Task]]:
-    # Ours come first, and win over another distribution's of the same name.
+    # MiLoRA's tasks take precedence over another distribution's task of the same name.
     return _BENCHMARKS | {name: task for name, task in plugins(TASK_GROUP).items() if name not in _BENCHMARKS}

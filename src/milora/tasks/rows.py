@@ -1,13 +1,13 @@
-"""A row to train on or to evaluate, and the strict reading of the shapes that rows come in.
+"""Rows to train and evaluate on, and strict parsing of the supported row formats.
 
-Three shapes are read, whatever container they come in (JSON lines, a JSON array, a dataset's columns):
+Three formats are supported, in any container (JSON lines, a JSON array, a dataset's columns):
 
-- `prompt` and `completion`, both strings, or both lists of chat messages (TRL's prompt-completion type);
+- `prompt` and `completion`, both strings or both lists of chat messages (TRL's prompt-completion type);
 - `messages`, a chat (TRL's conversational type);
-- `instruction`, `input` and `output` (LLM-Adapters, Alpaca), put into LLM-Adapters' template.
+- `instruction`, `input` and `output` (LLM-Adapters, Alpaca), formatted with LLM-Adapters' template.
 
-Each may have an `answer`; other fields are left alone. A row of the wrong shape is refused, never repaired: a model
-trained on half-read rows fails late, and in a way that nobody traces back to its data.
+A row may also have an `answer`. Other fields are ignored. A malformed row raises an error and is never repaired: the
+failures of a model trained on partial rows are hard to trace back to its data.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _SHAPES_IN_WORDS = "`prompt` and `completion`, or `messages`, or `instruction` a
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt, the completion to train on, and the gold `answer` where there is one.
+    """A prompt, the completion to train on, and an optional gold `answer`.
 
-    `prompt` and `completion` are both strings, or both lists of messages, for the tokenizer's chat template.
+    `prompt` and `completion` are both strings, or both lists of messages for the tokenizer's chat template.
     """
 
     prompt: Text
@@ -47,9 +47,9 @@ class Row:
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
-    """LLM-Adapters' prompt (Hu et al. 2023, after Alpaca) for an instruction and, if any, its `input`.
+    """LLM-Adapters' prompt (Hu et al. 2023, after Alpaca) for an instruction and its optional `input`.
 
-    Without the indentation that the original source has inside the template: it was never meant to be part of the text.
+    The original source indents the lines of the template by accident. This prompt omits the indentation.
     """
     paired = ", paired with an input that provides further context" if context else ""
     input_section = f"### Input:\n{context}\n\n" if context else ""
@@ -61,15 +61,14 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
 
 
 def read_records(records: Iterable[tuple[str, object]], source: str) -> list[Row]:
-    """Rows from records, each with the place it stands at (`train.jsonl, line 3`).
+    """Converts records to rows. Each record comes with its location (`train.jsonl, line 3`).
 
-    A record of `messages` gives one row for every reply of the assistant, so that each reply is trained after its own
-    prompt, as it will be generated: a router decides once per prompt, and a chat's second prompt is not its first. The
-    record's `answer` belongs to the last reply.
+    A record of `messages` becomes one row per assistant reply. The router decides once per prompt, and each reply has
+    its own prompt, so training matches generation. The record's `answer` belongs to the last reply.
 
     Raises:
-        DataError: there is no record, a record is not a row of a known shape (see the module's docstring), has an empty
-            prompt or completion, or another shape than the first one.
+        DataError: there is no record; or a record has no supported format (see the module's docstring), an empty prompt
+            or completion, or another format than the first record.
     """
     rows: list[Row] = []
     first: tuple[str, str] | None = None
@@ -87,7 +86,7 @@ def read_records(records: Iterable[tuple[str, object]], source: str) -> list[Row
 
 
 def _read_record(record: object, where: str) -> tuple[str, list[Row]]:
-    """The shape of a record, in words, and its rows."""
+    """The record's format, for messages, and its rows."""
     if not isinstance(record, Mapping):
         raise DataError(
             f"{where}: a row is {json_type(record)}, it must be an object with the fields {_SHAPES_IN_WORDS}"
@@ -99,7 +98,7 @@ def _read_record(record: object, where: str) -> tuple[str, list[Row]]:
     if shape == "instruction":
         instruction = _string(record["instruction"], "instruction", where)
         context = _string(record.get("input") or "", "input", where)
-        _refuse_blank(instruction, "instruction", where)  # the template around it would hide it
+        _refuse_blank(instruction, "instruction", where)  # inside the template it would not be blank
         completion: Text = _string(record["output"], "output", where)
         _refuse_blank(completion, "output", where)
         return "`instruction` and `output`", [Row(instruction_prompt(instruction, context), completion, answer)]
@@ -120,8 +119,8 @@ def _read_record(record: object, where: str) -> tuple[str, list[Row]]:
 
 
 def _shape(record: Mapping[Any, Any], where: str) -> str:
-    """Which of the shapes a record has; exactly one, or there would be two readings of it."""
-    # A column that a dataset has for other rows only is null in this one, so null counts as absent.
+    """The format of a record. A record that matches two formats is ambiguous and raises an error."""
+    # A dataset stores null in the columns that a row does not use, so null counts as absent.
     present = {field for field, value in record.items() if value is not None}
     complete = [shape for shape, needed in _SHAPES.items() if present.issuperset(needed)]
     if len(complete) == 1:
@@ -137,7 +136,7 @@ def _shape(record: Mapping[Any, Any], where: str) -> str:
 
 
 def _chat_rows(messages: list[Message], answer: str | None, where: str) -> list[Row]:
-    """A row for every reply of the assistant that has something before it to reply to."""
+    """One row for each assistant reply that follows another message."""
     if messages[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: the last of `messages` is from {messages[-1]['role']!r}, "
@@ -174,7 +173,7 @@ def _message(value: object, field: str, where: str) -> Message:
         )
     fields = {key: item for key, item in value.items() if item is not None}
     if set(fields) != {"role", "content"}:
-        # Tool calls, images and the like would be lost without a word, so they are refused.
+        # Tool calls and images would be lost silently, so other fields raise an error.
         found = ", ".join(f"`{key}`" for key in fields) or "none"
         raise DataError(f"{where}: `{field}` must have `role` and `content` and nothing else; fields found: {found}")
     role = _string(fields["role"], f"{field}.role", where)
@@ -189,7 +188,7 @@ def _string(value: object, field: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # JSON's \ud800 is readable but is half a character: no tokenizer takes it, and the failure would name no row.
+        # JSON allows a lone surrogate such as \ud800. Tokenizers fail on it, and their error would not name the row.
         broken = f"\\u{ord(value[error.start]):04x}"
         raise DataError(f"{where}: `{field}` has half of a surrogate pair, {broken}, which is not text") from error
     return value
@@ -197,7 +196,7 @@ def _string(value: object, field: str, where: str) -> str:
 
 def _answer(value: object, where: str) -> str | None:
     if isinstance(value, bool | int | float):
-        return json.dumps(value)  # `true` and `42` are as good as "true" and "42"
+        return json.dumps(value)  # `true` and `42` mean "true" and "42"
     return None if value is None else _string(value, "answer", where)
 
 
@@ -208,7 +207,7 @@ def _refuse_blank(text: Text, field: str, where: str) -> None:
 
 
 def json_type(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """The JSON type of a value, in words for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,6 +1,6 @@
-"""Tasks of an online shop's support desk: generated rows in everyday English, for a pretrained backbone.
+"""Generated tasks about an online shop's customer support, in everyday English, for a pretrained backbone.
 
-The bundled tasks have the few words that the bundled backbone knows. These need a real language model, and no data.
+They need a real language model but no data files. (The bundled tasks use the small vocabulary of the bundled backbone.)
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "How do I delete my account now that the {item} are here?",
     ),
 }
-"""What customers write, by the department that answers it."""
+"""Customers' messages by department."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """Who bought how many of what, and where and when it was sent."""
+    """An order: the customer, the goods and their count, the city and the day of shipping."""
 
     number: int
     name: str
@@ -73,7 +73,7 @@ class Order:
 
     @classmethod
     def draw(cls, rng: random.Random) -> Order:
-        """An order of 2 to 9 things."""
+        """A random order of 2 to 9 items."""
         name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
         things = rng.randint(2, 9), rng.choice(ITEMS)
         return cls(rng.randint(1000, 9999), name, *things, rng.choice(CITIES), rng.choice(DAYS))
@@ -88,13 +88,13 @@ class Order:
 
 
 class ShopTask(GeneratedTask):
-    """A task whose completion is the answer after a space."""
+    """A task whose completion is a space and the answer."""
 
     max_new_tokens = 24
 
     @abc.abstractmethod
     def row(self, rng: random.Random) -> tuple[str, str, str]:
-        """A prompt, its answer, and the content that decides the row's split."""
+        """A prompt, its answer, and the content that determines the row's split."""
 
     def draw(self, rng: random.Random) -> tuple[Example, str]:
         """See [`GeneratedTask.draw`]."""
@@ -108,9 +108,9 @@ class ShopTask(GeneratedTask):
 
 
 class OrderQuestions(GeneratedTask):
-    """Yes or no to a question about an order. In half of the rows the question is wrong in one detail.
+    """Yes/no questions about an order. In half of the rows one detail in the question is wrong.
 
-    The completion states the detail first, as a chain of thought: a small model judges better after it.
+    The completion states the detail first, as a chain of thought. Small models are more accurate this way.
     """
 
     name = "shop-yesno"
@@ -140,7 +140,7 @@ class OrderQuestions(GeneratedTask):
 
 
 class Departments(ShopTask):
-    """Which department answers a customer's message."""
+    """Classifies a customer's message by department."""
 
     name = "shop-department"
     max_new_tokens = 6
@@ -156,7 +156,7 @@ class Departments(ShopTask):
 
 
 class OrderRecords(ShopTask):
-    """An order's details in a fixed form."""
+    """Extracts an order's details in a fixed format."""
 
     name = "shop-record"
 

@@ -1,4 +1,4 @@
-"""From what a user passes as data (a task's name, a file, a folder, a hub id) to rows, and on to TRL's columns."""
+"""Loads rows from a data source (a task's name, a file, a folder, a hub id) and converts them to TRL's columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::(.+))?")
 
 DEV_SPLITS = ("dev", "validation", "valid", "val")
-"""What splits of dev rows are called; the first that a source has is read."""
+"""Names of dev splits. The first one that a source has is read."""
 
 
 def read_rows(
@@ -29,20 +29,21 @@ def read_rows(
     split: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> list[Row]:
-    """The rows of a source, which is looked up in this order.
+    """The rows of a source. `source` is looked up in this order:
 
-    1. A task's name (`milora.tasks.registry.names()`): `split` is `train` (the default), `dev` or `test`; `data_dir` is
-       handed to the task. A folder of the same name is `./name`.
-    2. A file: `.jsonl` (a row a line) or `.json` (an array). It is its own split: `split` is not looked at. A pipe such
-       as `/dev/stdin`, and standard input as `-`, are read as JSON lines, once.
-    3. A folder: its file `{split}.jsonl` or `{split}.json` (`train` by default), else that split of the dataset in it.
-    4. A hub id, `owner/name`, or `owner/name:configuration`: the dataset's `split` (`train` by default).
+    1. A task's name (`milora.tasks.registry.names()`). `split` is `train` (the default), `dev` or `test`. The task gets
+       `data_dir`. Write `./name` for a folder of the same name.
+    2. A file: `.jsonl` (one row per line) or `.json` (an array). A file has no splits, so `split` is ignored. Standard
+       input (`-`) and pipes such as `/dev/stdin` are read once, as JSON lines.
+    3. A folder: its file `{split}.jsonl` or `{split}.json` (`train` by default), else that split of a dataset saved in
+       the folder.
+    4. A hub id, `owner/name` or `owner/name:configuration`: the dataset's `split` (`train` by default).
 
-    See `milora.tasks.rows` for the shapes of rows.
+    See `milora.tasks.rows` for the formats of rows.
 
     Raises:
-        DataError: there is no such source or split, or it holds something that is not a row; for a file the message
-            gives the line (JSON lines) or the row (JSON array), counted from 1.
+        DataError: there is no such source or split, or a record is not a row. For a file the message gives the line
+            (JSON lines) or the row (JSON array), counted from 1.
         MiLoraError: a task has no such split.
     """
     name = os.fspath(source)
@@ -62,9 +63,9 @@ def read_rows(
 
 
 def dev_split(source: str | os.PathLike[str]) -> str | None:
-    """The split that a source has its dev rows in, the first of [`DEV_SPLITS`]; `None` where it has none of them.
+    """The name of a source's dev split: the first of [`DEV_SPLITS`] that it has, or `None`.
 
-    A file has none, nor has a single dataset that was saved to disk: they are their own split.
+    Files, and single datasets saved to disk, have no splits.
 
     Raises:
         DataError: there is no such source, or it cannot be read.
@@ -74,10 +75,10 @@ def dev_split(source: str | os.PathLike[str]) -> str | None:
 
 
 def read_dev_rows(source: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> list[Row]:
-    """The rows of a source that is there for dev: those of its [`dev_split`], or all of one that is its own split.
+    """The dev rows of a source: its [`dev_split`], or all rows if the source has no splits.
 
     Raises:
-        DataError: as [`read_rows`], or the source has splits and none of them is for dev.
+        DataError: as [`read_rows`], or none of the source's splits is a dev split.
         MiLoraError: a task has no dev split.
     """
     name = os.fspath(source)
@@ -94,13 +95,13 @@ def read_dev_rows(source: str | os.PathLike[str], data_dir: str | os.PathLike[st
 
 
 def to_dataset(rows: Sequence[Row]) -> Dataset:
-    """Rows as TRL's `SFTTrainer` takes them: the columns `prompt` and `completion`, and `answer` (null where none).
+    """A dataset for TRL's `SFTTrainer`, with the columns `prompt`, `completion` and `answer` (may be null).
 
-    Strings make TRL's standard type, lists of messages its conversational type. In both the trainer computes the loss
-    on the completion alone, so that the prompt is what the router sees.
+    Strings give TRL's standard type, lists of messages its conversational type. With both, the trainer computes the
+    loss on the completion only, and the router sees the prompt.
 
     Raises:
-        DataError: no rows, or strings and messages mixed.
+        DataError: there are no rows, or strings and messages are mixed.
     """
     if not rows:
         raise DataError("there are no rows to make a dataset of")
@@ -120,7 +121,7 @@ def to_dataset(rows: Sequence[Row]) -> Dataset:
 
 
 def _splits(name: str) -> list[str] | None:
-    """The splits of a source that is no task; `None` where it is its own split."""
+    """The splits of a source other than a task, or `None` if it has no splits."""
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted({file.stem for file in path.iterdir() if file.suffix in FILE_SUFFIXES and file.is_file()})
@@ -136,7 +137,7 @@ def _hub_dataset(name: str) -> tuple[str, str | None]:
     """The id and the configuration of a dataset on the hub.
 
     Raises:
-        DataError: the name is that of none.
+        DataError: the name is not a hub id.
     """
     found = _HUB_ID.fullmatch(name)
     if found is None or Path(found[1]).suffix.lower() in FILE_SUFFIXES:
@@ -154,7 +155,7 @@ def _not_found(name: str, path: Path) -> str:
     if not path.parent.is_dir():
         return f"{name}: no such file, and no folder {path.parent}"
     known = [entry.name for entry in path.parent.iterdir()]
-    if path.name == name:  # a bare name may be meant as a task's
+    if path.name == name:  # a bare name may be a misspelt task
         known += registry.names()
         tasks = ", ".join(registry.names())
         kinds = f"file, folder or task (tasks: {tasks}; a hub dataset is owner/name or owner/name:configuration)"

@@ -1,4 +1,4 @@
-"""What every task offers: rows for training, and a judgement of what a model answered."""
+"""The interface of tasks: rows to train and test on, and grading of a model's outputs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ SPLITS: tuple[str, ...] = get_args(Split)
 class Example:
     """One row of a task.
 
-    `prompt` is all that the model reads, `completion` what it is trained to write after it (prompt + completion is the
-    whole text; the end-of-sequence token is appended by the trainer), `answer` the gold answer that
-    [`Task.is_correct`] compares with. `group` is the part of the benchmark that the row belongs to (a subject of MMLU,
-    a task of BBH), where it has parts.
+    The model reads `prompt` and is trained to generate `completion` (prompt + completion is the whole text; the trainer
+    appends the end-of-sequence token). [`Task.is_correct`] compares an output with the gold `answer`. `group` is the
+    row's part of the benchmark (a subject of MMLU, a task of BBH), or `None` if the benchmark has no parts.
     """
 
     prompt: str
@@ -30,39 +29,39 @@ class Example:
 
 
 class Task(abc.ABC):
-    """A benchmark: where its rows come from, how an output is read, and what counts as right."""
+    """A benchmark: the source of its rows, the parser of outputs and the rule for a correct answer."""
 
     name: str
     max_new_tokens: int
-    """Enough for every gold completion of the task."""
+    """The limit of a generation, long enough for every gold completion of the task."""
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
     """The splits that the task has."""
 
     average: ClassVar[Literal["rows", "groups"]] = "rows"
-    """What the benchmark's one figure is the mean over: all rows, or the accuracies of its groups."""
+    """How the benchmark's accuracy is averaged: over all rows, or over the accuracies of its groups."""
 
     differs: ClassVar[str] = ""
-    """How it differs from the task of the MiLoRA paper, in a sentence or two; empty where it is not known to."""
+    """How the task differs from the MiLoRA paper's, in one or two sentences; empty if no difference is known."""
 
     @abc.abstractmethod
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> Sequence[Example]:
-        """The first `count` rows of a split (all of them with `None`), in an order fixed by `seed`."""
+        """The first `count` rows of a split (all rows with `None`), in an order that `seed` determines."""
 
     @abc.abstractmethod
     def parse(self, output: str) -> str | None:
-        """The answer that a generated text gives, normalised as `Example.answer` is, or `None` if it gives none."""
+        """The answer in a generated text, normalised like `Example.answer`, or `None` if the text has none."""
 
     def is_correct(self, output: str, answer: str) -> bool:
-        """Whether a generated text gives the gold answer; an output that cannot be parsed is wrong."""
+        """Whether a generated text has the gold answer. An output that cannot be parsed is wrong."""
         return self.parse(output) == answer
 
 
 def check_split(task: str, split: str, splits: Sequence[str] = SPLITS) -> Split:
-    """The split, if it is one that the task has.
+    """The split, after a check that the task has it.
 
     Raises:
-        MiLoraError: it is none.
+        MiLoraError: the task has no such split.
     """
     if split not in splits:
         raise MiLoraError(f"{task} has no split {split!r}; its splits: {', '.join(splits)}")
