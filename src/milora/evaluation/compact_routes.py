@@ -1,4 +1,4 @@
-"""Compact routes for files of predictions, which can be counted."""
+"""Compact routes for files of predictions, and statistics over them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:
-    """A prompt's route in compact form: expert -> the numbers of the blocks in which it was chosen.
+    """A prompt's route in compact form: expert -> the numbers of the blocks that chose it.
 
-    Every expert is a key, also without blocks, and a block's number is the end of its path (`model.layers.7` is 7). For
-    shares over many rows count `count[expert][block] += 1`.
+    Every expert is a key, even without blocks. A block's number is the end of its path (`model.layers.7` is 7). For
+    shares over many rows, see [`expert_shares`].
     """
     numbers = [int(block.rpartition(".")[2]) for block in route.blocks]
     chosen = route.chosen[:, row].tolist()
@@ -24,9 +24,9 @@ def compact_route(route: Route, row: int = 0) -> dict[str, list[int]]:
 
 
 def expert_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Over rows of predictions: expert -> block -> the share of prompts that chose the expert there.
+    """Statistics over rows of predictions: expert -> block -> the share of prompts that chose the expert there.
 
-    Rows without a route are left out. Every expert has every block in which any expert was chosen.
+    Rows without a route are ignored. Every expert has an entry for every block in which any expert was chosen.
     """
     routes = [row["route"] for row in rows if row.get("route")]
     numbers = sorted({number for route in routes for blocks in route.values() for number in blocks})

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 SAMPLE = 16
-"""Numbers sampled from each parameter of a backbone: training changes all of them, and reading a whole backbone takes
-long."""
+"""Numbers sampled from each parameter of a backbone. Training changes all numbers, so a sample suffices, and reading a
+whole backbone takes long."""
 
 _PLACES = frozenset({"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"})
 """Fields of an adapter's configuration that do not affect its outputs."""
@@ -34,7 +34,7 @@ def model_fingerprint(model: Any, adapters: Iterable[str] | None = None) -> str:
             values = model.peft_config[adapter].to_dict()
             settings = {name: value for name, value in values.items() if name not in _PLACES}
             digest.update(json.dumps(settings, sort_keys=True, default=_stable).encode())
-            # PEFT adds an embedding of changed size from a look at the hub, which no digest needs.
+            # Without this option PEFT queries the hub to decide whether to save resized embeddings.
             tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
             for name, tensor in sorted(tensors.items()):
                 digest.update(name.encode())
@@ -48,10 +48,10 @@ def model_fingerprint(model: Any, adapters: Iterable[str] | None = None) -> str:
 
 
 def run_fingerprint(settings: Mapping[str, Any], model: str) -> str:
-    """A digest of a run, which marks the outputs that a later run may resume.
+    """A digest of a run. A later run with the same digest may reuse its outputs.
 
     Args:
-        settings: Everything, as JSON, that determines the outputs besides the weights: the task or the question, the
+        settings: All JSON settings that determine the outputs besides the weights: the task or the question, the
             decoding, and the seed when sampling.
         model: The [`model_fingerprint`] of the model.
     """

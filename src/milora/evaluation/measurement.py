@@ -30,10 +30,10 @@ class Judging:
 
     Attributes:
         model_id: The model's name in the files.
-        url: An OpenAI-compatible API's root; `None` leaves the answers unjudged.
-        model: The judge's name there.
+        url: The root URL of an OpenAI-compatible API. With `None` the answers are not judged.
+        model: The judge's model name at this API.
         opponent: A file of another model's answers to compare with.
-        workers: Requests at a time.
+        workers: Number of concurrent requests.
     """
 
     model_id: str = "model"
@@ -48,19 +48,19 @@ class EvaluationSettings:
     """Measurement settings.
 
     Attributes:
-        split: Which rows.
-        limit: How many of them; all with `None`.
-        seed: Of their order, and of what is drawn.
-        beams: Width of the beam search; by default 3, and for MT-Bench drawing at FastChat's temperatures.
-        max_new_tokens: Length at which an answer is cut; by default what the task needs.
-        batch_size: Rows a batch.
-        accuracy: Whether answers are generated.
-        perplexity: Whether the perplexity of the gold completions is measured.
-        output_dir: Where predictions go, a file a task; `None` keeps none.
-        judging: What MT-Bench needs besides.
+        split: The split of the rows.
+        limit: Number of rows; all with `None`.
+        seed: Seed of the rows' order and of sampling.
+        beams: Number of beams; by default 3. By default MT-Bench samples at FastChat's temperatures instead.
+        max_new_tokens: Maximum length of an answer; by default the task's.
+        batch_size: Rows per batch.
+        accuracy: Whether to generate answers.
+        perplexity: Whether to measure the perplexity of the gold completions.
+        output_dir: Folder for predictions, one file per task. With `None` none are written.
+        judging: The settings of MT-Bench's judge.
 
     Raises:
-        MiLoraError: If nothing is to be measured.
+        MiLoraError: If neither accuracy nor perplexity is selected.
     """
 
     split: Split = "test"
@@ -79,13 +79,13 @@ class EvaluationSettings:
             raise MiLoraError("Nothing to measure: select accuracy, perplexity, or both.")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, beside results: what they depend on."""
+        """The settings that results depend on, for JSON."""
         values = asdict(self)
         return {name: values[name] for name in ("split", "limit", "seed", "beams", "max_new_tokens")}
 
     @property
     def figures(self) -> set[str]:
-        """Which of [`milora.evaluation.results.FIGURES`] are measured, each by the tasks that have it."""
+        """The [`milora.evaluation.results.FIGURES`] to measure. Not every task has every figure."""
         measured = {
             "accuracy": self.accuracy,
             "perplexity": self.perplexity,
@@ -101,7 +101,7 @@ class EvaluationSettings:
 
 
 Evaluator: TypeAlias = Callable[[Any, Any, Task, EvaluationSettings, Watch | None], dict[str, Any]]
-"""From a model, its tokenizer, a task and settings to results for JSON; `accuracy` is what enters the mean."""
+"""Maps a model, its tokenizer, a task, settings and progress to results for JSON. `accuracy` enters the mean."""
 
 
 def hold_conversations(
@@ -110,7 +110,7 @@ def hold_conversations(
     """The [`Evaluator`] of MT-Bench; see [`milora.evaluation.mt_bench.benchmark.run`].
 
     Raises:
-        MiLoraError: If there is no folder for the answers, or nobody to compare them with another model's.
+        MiLoraError: If there is no folder for the answers, or a comparison with another model has no judge.
     """
     assert isinstance(task, MtBench)
     _check_conversations(task, settings)
@@ -135,16 +135,16 @@ def hold_conversations(
 
 
 EVALUATORS: dict[str, Evaluator] = {MtBench.name: hold_conversations}
-"""The tasks that are measured otherwise than by comparing a row's answer, by name."""
+"""Evaluators, by task name, of tasks that are not graded by comparison with gold answers."""
 
 
 def evaluate(
     model: Any, tokenizer: Any, task: Task, settings: EvaluationSettings, progress: Watch | None = None
 ) -> dict[str, Any]:
-    """The results of a model on a task, as [`Evaluation.to_dict`] and [`Perplexity.to_dict`] have them.
+    """The results of a model on a task, in the form of [`Evaluation.to_dict`] and [`Perplexity.to_dict`].
 
     Raises:
-        MiLoraError: As [`evaluate_task`] and [`completion_perplexity`] do.
+        MiLoraError: See [`evaluate_task`] and [`completion_perplexity`].
     """
     return EVALUATORS.get(task.name, measure)(model, tokenizer, task, settings, progress)
 
@@ -180,10 +180,10 @@ def measure(
 
 
 def check_rows(task: Task, settings: EvaluationSettings) -> None:
-    """Reads a task's rows, so that what is wrong with them shows before a backbone is loaded.
+    """Reads a task's rows, so that errors in them appear before a backbone is loaded.
 
     Raises:
-        MiLoraError: If they cannot be read, or there are none, or the settings do not do for MT-Bench.
+        MiLoraError: If the rows cannot be read, there are none, or the settings are not valid for MT-Bench.
     """
     if isinstance(task, MtBench):
         _check_conversations(task, settings)

@@ -1,4 +1,4 @@
-"""Perplexity of gold completions: what can be compared on backbones too small to generate them."""
+"""Perplexity of gold completions, a measure that also works on backbones too small to generate answers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from milora.tasks.task import Example
 from milora_core.errors import MiLoraError
 
 NO_LABEL = -100
-"""Marks tokens that no loss is taken of."""
+"""The label of tokens that the loss ignores."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Of some rows' gold completions.
+    """The perplexity of gold completions.
 
     Attributes:
-        perplexity: exp of the mean negative log-likelihood of a completion's token, over all tokens of all rows.
+        perplexity: exp of the mean negative log-likelihood per completion token, over all tokens of all rows.
         loss: That mean, in nats.
-        rows: The number of rows.
-        tokens: How many tokens, each row's end-of-sequence token included.
-        no_room: Rows left out, as they have more tokens than the backbone has positions.
+        rows: Number of rows.
+        tokens: Number of tokens, including each row's end-of-sequence token.
+        no_room: Number of rows left out because they have more tokens than the backbone has positions.
     """
 
     perplexity: float
@@ -43,28 +43,27 @@ class Perplexity:
     no_room: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The perplexity for JSON."""
         return asdict(self)
 
 
 def completion_perplexity(
     model: Any, tokenizer: Any, examples: Sequence[Example], *, batch_size: int = 8, progress: Watch | None = None
 ) -> Perplexity:
-    """How well a model predicts the gold completions after their prompts, each with its end-of-sequence token.
+    """Measures a model's perplexity on gold completions after their prompts, including the end-of-sequence tokens.
 
-    exp(-1/T sum log p(token | prompt, tokens before)) over all T tokens of completions, which is the dev perplexity of
-    training. A router reads the prompt alone, as when it generates.
+    exp(-1/T sum log p(token | prompt, tokens before)) over all T completion tokens. This equals the dev perplexity of
+    training. A router reads only the prompt, as in generation.
 
     Args:
-        model: A causal language model with an active adapter of any method, or without.
-        tokenizer: The model's.
+        model: A causal language model, with or without an active adapter of any method.
+        tokenizer: The model's tokenizer.
         examples: The rows.
-        batch_size: Rows a batch; rows of similar length share one.
+        batch_size: Rows per batch. A batch has rows of similar length.
         progress: Shows progress.
 
     Raises:
-        MiLoraError: If there is no row that fits the model, one has a token that it has no embedding for, or the GPU
-            runs out of memory.
+        MiLoraError: If no row fits the model, a row has a token without an embedding, or the GPU runs out of memory.
     """
     encoded = [encode_example(tokenizer, example) for example in examples]
     check_tokens(model, tokenizer, [tokens for tokens, _ in encoded])
@@ -93,28 +92,28 @@ def completion_perplexity(
     mean = float(torch.stack(losses).sum()) / count
     if not math.isfinite(mean):
         raise MiLoraError(f"The model's loss on the gold completions is {mean}: its weights or its dtype overflow.")
-    # Beyond, a float holds no exp.
+    # exp overflows a float above about 709.
     return Perplexity(math.exp(min(mean, 700.0)), mean, len(fitting), count, len(encoded) - len(fitting))
 
 
 def encode_example(tokenizer: Any, example: Example) -> tuple[list[int], int]:
-    """The tokens of a row as training has them, prompt, completion and end of sequence, and how many are the prompt's.
+    """The tokens of a row (prompt, completion and end of sequence), as in training, and the number of prompt tokens.
 
-    As TRL's trainer does, the whole is encoded at once, and the prompt is what the whole and the prompt alone have in
-    common from the start.
+    Like TRL's trainer, this encodes the whole text at once. The prompt tokens are the longest common prefix of the
+    whole text's tokens and the prompt's tokens.
     """
     end = tokenizer.eos_token or ""
     ending = "" if example.completion.endswith(end) else end
     whole = list(tokenizer(example.prompt + example.completion + ending)["input_ids"])
     prompt = tokenizer(example.prompt)["input_ids"]
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
-    # The first token has nothing before it to be predicted from.
+    # The first token cannot be predicted, so it always counts as prompt.
     return whole, max(1, sum(1 for _ in shared))
 
 
 def _loss_sum(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    # The labels are not given to the model: to a loss of its own methods (AdaLoRA) and backbones (mixtures of experts)
-    # add terms of theirs. Methods that read the prompt are told which it is.
+    # The labels are not passed to the model, because some methods (AdaLoRA) and backbones (mixtures of experts) add
+    # terms to its loss. Methods with a router get the prompt's mask.
     use_prompt = getattr(model, "use_prompt", None)
     prompt = attention_mask.bool() & (labels == NO_LABEL)
     with nullcontext() if use_prompt is None else use_prompt(prompt):
@@ -127,7 +126,7 @@ def _loss_sum(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Ten
 def _right_padded(
     rows: Sequence[tuple[Sequence[int], int]], padding: int, device: torch.device | str
 ) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask`, `labels`, each (batch, tokens); padded as in training, so that positions agree."""
+    """`input_ids`, `attention_mask` and `labels`, each `(batch, tokens)`, right-padded as in training."""
     longest = max(len(tokens) for tokens, _ in rows)
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for tokens, prompt in rows:

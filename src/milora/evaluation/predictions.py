@@ -1,4 +1,4 @@
-"""Predictions: generated texts, judged and written as they come, in a file that a later run resumes."""
+"""Predictions: generated texts, graded and written one by one to a file that a later run resumes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Request:
     """A prompt to answer.
 
     Attributes:
-        prompt: What the model reads.
-        answer: The gold answer, where there is one.
-        adapter: The adapter that is to answer, where several could.
-        group: The part of the task that the row belongs to (MMLU's subject), where it has parts.
+        prompt: The model's input.
+        answer: The gold answer, if any.
+        adapter: The adapter that answers, if the model has several.
+        group: The row's part of the task (MMLU's subject), if the task has parts.
     """
 
     prompt: Text
@@ -38,22 +38,22 @@ class Request:
 
 
 class Predictions:
-    """The rows of a run, in a file of JSON lines if one is given, where a later run finds what is done.
+    """The rows of a run, optionally in a file of JSON lines that a later run resumes.
 
-    A row has `row` (the request's place), `prompt`, `output`, `tokens`; where they apply `adapter` and `group`; where
-    there is a gold answer `answer`, `parsed` (null where the output gives no answer) and `correct`; with `routes`,
-    `route` (see [`compact_route`], null where no router was asked). In the file, `run` says which run it is of. Rows
-    beyond the last prompt, of a run over more of them, stay in the file and are passed over.
+    A row has `row` (the request's index), `prompt`, `output`, `tokens`, and `adapter` and `group` if they apply. With a
+    gold answer it has `answer`, `parsed` (null if the output has no answer) and `correct`. With `routes` it has `route`
+    (see [`compact_route`]; null if no router was used). In the file, `run` identifies the run. Rows beyond the last
+    prompt, from a run over more rows, stay in the file and are ignored.
 
     Args:
         requests: The prompts.
-        task: Reads the answers; without one, an output is compared with the answer as a whole.
+        task: Parses the answers. Without a task, the whole output is compared with the answer.
         path: The file, or `None`.
-        run: What the rows of this run are marked with, so that those of another adapter are not taken for its own.
-        routes: Whether rows tell their route.
+        run: Identifies the run, so that rows of another adapter are not reused.
+        routes: Whether rows have a `route`.
 
     Raises:
-        MiLoraError: If the file has rows of other prompts or of another run, or its folder cannot be made.
+        MiLoraError: If the file has rows of other prompts or of another run, or its folder cannot be created.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Predictions:
         if path is not None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            # A device or a pipe can be written to, but has nothing to resume.
+            # A device or a pipe has no rows to resume.
             if path.is_file():
                 self._resume(path)
 
@@ -78,11 +78,11 @@ class Predictions:
         return self._path
 
     def missing(self) -> list[int]:
-        """The prompts that have no row yet."""
+        """The indices of prompts without a row."""
         return [index for index in range(len(self._requests)) if index not in self._rows]
 
     def add(self, index: int, text: GeneratedText) -> None:
-        """Judges a text, and writes its row at once: what is done survives an interruption.
+        """Grades a text and writes its row immediately, so finished rows survive an interruption.
 
         Raises:
             MiLoraError: If the row cannot be written.
@@ -98,7 +98,7 @@ class Predictions:
         self._keep(index, row)
 
     def add_without_room(self, index: int) -> None:
-        """Writes the row of a prompt that was not given to the model, as it leaves no room for an answer: it is wrong.
+        """Writes a wrong row for a prompt that was skipped because an answer would exceed the backbone's positions.
 
         Raises:
             MiLoraError: If the row cannot be written.
@@ -143,7 +143,7 @@ class Predictions:
         if not isinstance(index, int) or index < 0:
             raise MiLoraError(f"{where} is for another prompt than these: {ELSEWHERE}.")
         if index >= len(self._requests):
-            # Of an earlier run over more rows: theirs to keep, none of ours to count.
+            # An earlier run had more rows. They stay in the file and do not count here.
             return
         request = self._requests[index]
         expected = request.prompt, request.answer, request.adapter
@@ -153,10 +153,10 @@ class Predictions:
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of predictions in the order of the prompts; the file may still be written to.
+    """The rows of a file of predictions, in the order of the prompts. A run may still be writing the file.
 
     Raises:
-        DataError: There is no such file, or a line is no row.
+        DataError: There is no such file, or a line is not a row.
     """
     return sorted((row for _, row in read_records(path)), key=lambda row: row.get("row", 0))
 

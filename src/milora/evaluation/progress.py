@@ -1,4 +1,4 @@
-"""How what takes long shows that it goes on, whatever shows it."""
+"""The interface of progress bars for long operations."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 Watch = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""Wraps an iterable in a progress bar, given what it is and how many come."""
+"""Wraps an iterable in a progress bar. The arguments are the iterable, a description and the number of items."""

@@ -1,4 +1,4 @@
-"""`results.json`: what was measured of one model with one choice of settings, to which later calls add."""
+"""`results.json`: the results of one model with one set of settings. Later runs add to the file."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 FILE_NAME = "results.json"
 FIGURES = ("accuracy", "perplexity", "score", "pairwise")
-"""What is measured of a task: the fields that only a call which measures it can write anew."""
+"""The measurements of a task: fields that only a run that measures them may overwrite."""
 
 ELSEWHERE = "give another --output-dir, or remove the file"
 
 Results: TypeAlias = dict[str, dict[str, Any]]
-"""By task, what was measured."""
+"""Results by task name."""
 
 
 def read_results(path: Path, about: Mapping[str, Any], tasks: Collection[Task], figures: Collection[str]) -> Results:
-    """What a file has from earlier calls, to which others are added.
+    """Reads the results of earlier runs, to add new ones.
 
-    With another `limit` it is begun anew, if everything that it has is measured again.
+    If only `limit` differs and every earlier result is measured again, the earlier results are discarded.
 
     Args:
-        path: The file; without one there are no results.
-        about: What all results depend on, as far as it is known yet.
-        tasks: What is to be measured now.
-        figures: Which of [`FIGURES`] are to be measured now.
+        path: The file. If it does not exist, there are no results.
+        about: The model and settings that all results depend on, as far as known.
+        tasks: The tasks to measure now.
+        figures: The [`FIGURES`] to measure now.
 
     Raises:
-        MiLoraError: If it is of another model or other settings, or it is no file of results.
+        MiLoraError: If the file has results of another model or other settings, or is not a results file.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -65,14 +65,14 @@ def read_results(path: Path, about: Mapping[str, Any], tasks: Collection[Task], 
 
 
 def shots_of(task: Task) -> int | None:
-    """How many solved examples stand before each of a task's questions, `None` if it has none to show."""
+    """The number of solved examples before each question of a task, or `None` if the task has no such setting."""
     return getattr(task, "shots", None)
 
 
 def merged(earlier: Mapping[str, Mapping[str, Any]], measured: Mapping[str, Mapping[str, Any]]) -> Results:
-    """Earlier results with those of now in them: a task keeps what was not measured again.
+    """Merges new results into earlier ones. A task keeps the figures that were not measured again.
 
-    What is known of an MT-Bench's answers belongs to these answers: other ones take it away.
+    MT-Bench's grades belong to one set of answers. New answers remove the earlier grades.
     """
     together = {name: dict(result) for name, result in earlier.items()}
     for name, result in measured.items():
@@ -83,9 +83,9 @@ def merged(earlier: Mapping[str, Mapping[str, Any]], measured: Mapping[str, Mapp
 
 
 def with_mean(about: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The object that is printed and kept: `about`, `tasks`, and the means of their accuracies.
+    """The object to print and save: `about`, `tasks`, and the means of the tasks' accuracies.
 
-    `mean` is of the strict accuracies, `llm_adapters_mean` of those by LLM-Adapters' rule, where a task has one.
+    `mean` is over the strict accuracies, `llm_adapters_mean` over the accuracies with LLM-Adapters' rule, if any.
     """
     by_their_rule = {name: result["llm_adapters"] for name, result in tasks.items() if result.get("llm_adapters")}
     return {
@@ -97,13 +97,13 @@ def with_mean(about: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) 
 
 
 def mean_accuracy(results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The mean of the tasks' accuracies, each task with the same weight; `None` if none has one."""
+    """The unweighted mean of the tasks' accuracies, or `None` if no task has an accuracy."""
     accuracies = [result["accuracy"] for result in results.values() if result.get("accuracy") is not None]
     return sum(accuracies) / len(accuracies) if accuracies else None
 
 
 def failures(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each task that lacks judgements, grades and comparisons together: how many, and why the first one."""
+    """One line per task with missing judgements (grades and comparisons): their number and the first reason."""
     lines = []
     for name, result in results.items():
         parts = [result, result.get("pairwise", {})]

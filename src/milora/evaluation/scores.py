@@ -1,4 +1,4 @@
-"""What is said of judged rows: accuracy with its interval, whole and by group."""
+"""Scores of graded rows: accuracy with its confidence interval, overall and by group."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """How many of some rows are right.
+    """Counts of graded rows.
 
     Attributes:
-        rows: All rows.
-        correct: Those that are right.
-        unparsed: Those whose output gives no answer that could be read; they are wrong.
-        no_room: Those whose prompt leaves no room for an answer in the backbone; they are wrong, and not `unparsed`.
+        rows: Number of rows.
+        correct: Number of correct rows.
+        unparsed: Number of rows whose output has no readable answer. They are wrong.
+        no_room: Number of rows skipped because an answer would exceed the backbone's positions. They are wrong and do
+            not count as `unparsed`.
     """
 
     rows: int
@@ -31,16 +32,16 @@ class Score:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of right rows, `None` of none."""
+        """The share of correct rows, or `None` without rows."""
         return self.correct / self.rows if self.rows else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where the accuracy lies with a confidence of 95 %, by Wilson's score; `None` without rows."""
+        """The 95 % confidence interval of the accuracy (Wilson's score), or `None` without rows."""
         return wilson_interval(self.correct, self.rows) if self.rows else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The score for JSON."""
         return {"rows": self.rows, **self.accuracy_to_dict(), "unparsed": self.unparsed, "no_room": self.no_room}
 
     def accuracy_to_dict(self) -> dict[str, Any]:
@@ -55,20 +56,20 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """The score of all rows, and of each group where rows have one."""
+    """The score of all rows, and of each group if rows have groups."""
 
     whole: Score
     groups: dict[str, Score] = field(default_factory=dict)
 
     @property
     def macro_accuracy(self) -> float | None:
-        """The mean of the groups' accuracies, each group with the same weight; `None` without groups."""
+        """The unweighted mean of the groups' accuracies, or `None` without groups."""
         accuracies = [score.correct / score.rows for score in self.groups.values()]
         return sum(accuracies) / len(accuracies) if accuracies else None
 
 
 def score(rows: Sequence[dict[str, Any]]) -> Scores:
-    """Counts rows of [`milora.evaluation.predictions.Predictions`]; those without a gold answer are left out."""
+    """Counts rows of [`milora.evaluation.predictions.Predictions`]. Rows without a gold answer are ignored."""
     judged = [row for row in rows if "correct" in row]
     names = sorted({row["group"] for row in judged if row.get("group") is not None})
     groups = {name: _count([row for row in judged if row.get("group") == name]) for name in names}
@@ -76,7 +77,7 @@ def score(rows: Sequence[dict[str, Any]]) -> Scores:
 
 
 def score_as_llm_adapters(task: str, rows: Sequence[dict[str, Any]]) -> Score | None:
-    """The same rows counted by the rule of LLM-Adapters' scripts; `None` where it has no such task.
+    """The score of the same rows with LLM-Adapters' rule, or `None` if LLM-Adapters does not have the task.
 
     See [`milora.tasks.llm_adapters`].
     """
@@ -87,7 +88,7 @@ def score_as_llm_adapters(task: str, rows: Sequence[dict[str, Any]]) -> Score | 
 
 
 def wilson_interval(correct: int, rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), which is right near 0 and 1 and for few rows too.
+    """Wilson's score interval of a share (Wilson 1927). It is also accurate near 0 and 1 and for few rows.
 
     With p = correct / rows, n = rows and z the normal quantile of the confidence:
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
@@ -97,7 +98,7 @@ def wilson_interval(correct: int, rows: int, confidence: float = CONFIDENCE) -> 
     middle = share + z * z / (2 * rows)
     half = z * math.sqrt(share * (1 - share) / rows + (z / (2 * rows)) ** 2)
     scale = 1 + z * z / rows
-    # Rounding must not put the share itself outside, where the interval ends at 0 or 1.
+    # At 0 and 1, rounding could otherwise exclude the share from the interval.
     return max(0.0, min(share, (middle - half) / scale)), min(1.0, max(share, (middle + half) / scale))
 
 
