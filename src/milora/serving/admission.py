@@ -1,7 +1,7 @@
-"""Which adapter folders may be loaded: below one root, safetensors only, and of shapes that fit the backbone.
+"""Checks adapter folders before they are loaded: below one root, safetensors only, shapes that fit the backbone.
 
-All of it is known from names, sizes and the file's header. No tensor is read. An adapter that passes changes nothing of
-the backbone or of another tenant: tensors that PEFT would load into the backbone itself are refused.
+The checks use names, sizes and the file's header, and read no tensor. An accepted adapter cannot change the backbone or
+another tenant's adapter: tensors that PEFT would load into the backbone itself are rejected.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """How large an adapter may be.
+    """Limits on an adapter's size.
 
     Args:
-        rank: Of its LoRA.
-        bytes: Of its weights' file.
+        rank: Maximum LoRA rank.
+        bytes: Maximum size of the weights file.
     """
 
     rank: int = 256
@@ -58,8 +58,8 @@ class Admission:
 
     Args:
         model: The backbone.
-        root: The folder below which all adapters lie; `None` if none may be loaded.
-        limits: How large they may be.
+        root: The root folder of all adapters; `None` if no adapters may be loaded.
+        limits: Limits on an adapter's size.
     """
 
     def __init__(self, model: nn.Module, root: Path | None, limits: AdmissionLimits | None = None) -> None:
@@ -75,14 +75,14 @@ class Admission:
         self._hidden = max(size for _, size in self._embeddings.values()) if self._embeddings else None
 
     def folder(self, path: str) -> Path:
-        """The real folder of a path that a request names.
+        """The resolved folder of a path in a request.
 
         Args:
-            path: Below the root, absolute or from there.
+            path: A path below the root, absolute or relative to the root.
 
         Raises:
-            AdapterError: If it is not below the root, once links are resolved, or is no folder. Both give the same
-                error, so a request learns nothing of other folders.
+            AdapterError: If the path, with links resolved, is not below the root or not a folder. Both give the same
+                error, so a request learns nothing about other folders.
         """
         if self.root is None:
             raise AdapterError("This server has no folder of adapters: start it with --adapters DIR.")
@@ -99,11 +99,11 @@ class Admission:
         """Checks an adapter's name and files.
 
         Args:
-            name: What it is to be called.
-            folder: What [`folder`] returned.
+            name: The adapter's name.
+            folder: The folder that [`folder`] returned.
 
         Raises:
-            AdapterError: If it may not be loaded.
+            AdapterError: If the adapter may not be loaded.
         """
         if NAME.fullmatch(name) is None:
             raise AdapterError(
@@ -236,7 +236,7 @@ class Admission:
 
 
 def adapters_below(root: Path) -> dict[str, Path]:
-    """The adapters directly below a folder, by the names of their folders, in order."""
+    """The adapters directly below a folder, by folder name, sorted."""
     return {path.name: path for path in sorted(root.iterdir()) if (path / CONFIG_NAME).is_file()}
 
 

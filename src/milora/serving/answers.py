@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, whole or as chunks of a stream."""
+"""Responses in OpenAI's format, complete or as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from milora.serving.requests import TokenEvent, TokenLogprob
 from milora_core.routing import Route
 
 LOWEST_LOGPROB = -9999.0
-"""In place of minus infinity, which JSON cannot say; as in vLLM."""
+"""Replaces minus infinity, which JSON does not have; as in vLLM."""
 
 TokenTexts = Callable[[Sequence[int]], list[str]]
-"""The texts of some token ids, each alone."""
+"""Maps token ids to their texts, each decoded separately."""
 
 
 @dataclass
 class Usage:
-    """The token counts of an answer."""
+    """The token counts of a response."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -38,18 +38,18 @@ class Usage:
 
 @dataclass
 class Text:
-    """One text of an answer as it grows.
+    """One text of a response, during generation.
 
     Attributes:
-        index: Its place among the answer's choices.
-        text: What was generated so far.
-        logprobs: Of the tokens so far, if asked for.
+        index: The index among the response's choices.
+        text: The text so far.
+        logprobs: The log-probabilities of the tokens so far, if requested.
         finish_reason: `stop` or `length`, at the end.
         stop_reason: The stop token or text that ended it.
-        route: The prompt's route, if asked for.
-        first: When its first token was known, in seconds of `time.monotonic()`.
-        last: When its last token was known.
-        tokens: How many tokens it has.
+        route: The prompt's route, if requested.
+        first: Time of the first token, in seconds of `time.monotonic()`.
+        last: Time of the last token.
+        tokens: Number of tokens so far.
     """
 
     index: int
@@ -63,7 +63,7 @@ class Text:
     tokens: int = 0
 
     def add(self, event: TokenEvent) -> None:
-        """Adds what the engine generated."""
+        """Adds an event of the engine."""
         self.text += event.text
         self.logprobs += event.logprobs or ()
         self.finish_reason = event.finish_reason
@@ -76,15 +76,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Form:
-    """How the answers to one request look.
+    """The format of the response to a request.
 
     Attributes:
-        is_chat: Whether it is a chat's.
-        model: The name that the request gave.
-        with_logprobs: Whether log-probabilities were asked for.
-        with_route: Whether routes were asked for.
-        id: The answer's.
-        created: Seconds since 1970.
+        is_chat: Whether the request is a chat completion.
+        model: The model's name in the request.
+        with_logprobs: Whether log-probabilities were requested.
+        with_route: Whether routes were requested.
+        id: The response's id.
+        created: Time of creation, in seconds since 1970.
     """
 
     is_chat: bool
@@ -95,7 +95,7 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, texts: Sequence[Text], usage: Usage, token_texts: TokenTexts) -> dict[str, Any]:
-        """The answer when all is generated."""
+        """The complete response."""
         kind = "chat.completion" if self.is_chat else "text_completion"
         choices = []
         for text in texts:
@@ -106,14 +106,14 @@ class Form:
     def chunk(
         self, text: Text, event: TokenEvent, offset: int, token_texts: TokenTexts, *, is_first: bool
     ) -> dict[str, Any] | None:
-        """A chunk of a stream, with one event's share; `None` if the event shows nothing.
+        """The chunk of a stream for one event; `None` if the event has nothing to show.
 
         Args:
-            text: The text, the event included.
-            event: What was generated.
-            offset: Characters of the text before it.
+            text: The text, including the event.
+            event: The event.
+            offset: Number of characters of the text before the event.
             token_texts: The texts of token ids.
-            is_first: Whether the text has no chunk yet.
+            is_first: Whether this is the text's first chunk.
         """
         shows = event.text or event.finish_reason or (self.with_logprobs and event.tokens)
         if not shows and event.route is None:
@@ -129,7 +129,7 @@ class Form:
         return {**self._head(kind), "choices": [choice]}
 
     def last(self, usage: Usage) -> dict[str, Any]:
-        """The chunk behind the last one, with the token counts."""
+        """The final chunk, with the token counts."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return {**self._head(kind), "choices": [], "usage": usage.to_dict()}
 

@@ -51,10 +51,10 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 
 def build_app(service: Service) -> FastAPI:
-    """The application of a server.
+    """Builds the HTTP application of a server.
 
     Args:
-        service: Its parts.
+        service: The server's components.
     """
     app = FastAPI(
         title="milora serve",
@@ -109,7 +109,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        """200 if the server takes requests."""
+        """Status 200 if the server accepts requests."""
         if service.is_draining:
             return JSONResponse({"status": "draining"}, 503)
         if service.engine.healthy() is not None:
@@ -136,7 +136,7 @@ async def _generate(service: Service, body: CompletionBody | ChatBody, request: 
     is_handed_on = False
     try:
         exchange = await service.begin(body, tenant, request.state.arrived)
-        # Only now is it known to be a model's name, and no text.
+        # Only now `body.model` is known to name a model, so it may be logged.
         notes.update(model=body.model, stream=body.stream)
         events = exchange.events()
         if not body.stream:
@@ -214,7 +214,7 @@ def _end_stream(exchange: Exchange, notes: dict[str, Any], is_gone: bool) -> Non
 
 
 async def _texts_of(exchange: Exchange, logprobs: Any) -> TokenTexts:
-    """What gives the texts of the tokens in some log-probabilities."""
+    """A function for the texts of the tokens in log-probabilities."""
     if not exchange.form.with_logprobs:
         return lambda tokens: []
     needed = [token for each in logprobs for token in (each.token, *(other for other, _ in each.top))]

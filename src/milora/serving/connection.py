@@ -1,4 +1,4 @@
-"""Clients that go away, and clients that stop reading."""
+"""Detects clients that disconnect or stop reading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 T = TypeVar("T")
 
 CLIENT_GONE = 499
-"""The status of a request whose client went away, in logs and metrics; nginx's."""
+"""The status, in logs and metrics, of a request whose client disconnected; as in nginx."""
 
 
 class ClientGoneError(Exception):
@@ -22,14 +22,14 @@ class ClientGoneError(Exception):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled when the client closes its connection.
+    """Awaits `work` and returns its result. Cancels it if the client closes its connection.
 
     Args:
-        receive: ASGI's, after the body was read.
-        work: What the client waits for.
+        receive: The ASGI function, after the body was read.
+        work: The coroutine that computes the response.
 
     Raises:
-        ClientGoneError: If it did.
+        ClientGoneError: If the client closed its connection.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_gone(receive))
@@ -55,10 +55,10 @@ class EventStream(Response):
     """A response of server-sent events.
 
     Args:
-        chunks: The events; closed in any case.
-        stall_seconds: How long the client may leave the connection full before it counts as gone.
-        ended: Called once at the end, in any case, with whether the client was gone. A generator that was never begun
-            runs no `finally`, so what belongs to the request is released here.
+        chunks: The events. The generator is always closed.
+        stall_seconds: Maximum time that the client may leave the connection full before it counts as disconnected.
+        ended: Always called once at the end, with whether the client disconnected. Release the request's resources
+            here: a generator that never started does not run its `finally`.
     """
 
     media_type = "text/event-stream"
@@ -73,7 +73,7 @@ class EventStream(Response):
         self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Writes the events; ends when the client is gone."""
+        """Writes the events until the end or until the client disconnects."""
         is_gone = False
         try:
             await unless_gone(receive, self._write(send))

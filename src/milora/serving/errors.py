@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: a status code and `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's format: a status code and `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora.serving.requests import AdapterError, ServingError
 from milora_core.errors import MiLoraError
 
 RETRY_SECONDS = 1
-"""The `Retry-After` of a refusal that a short wait may cure."""
+"""The `Retry-After` of temporary errors."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -37,7 +37,7 @@ _OF_ENGINE: Mapping[str, tuple[int, str]] = {
     "invalid_adapter": (400, "invalid_adapter"),
     "adapter_in_use": (409, "adapter_in_use"),
 }
-"""The engine's kinds of errors: the status and OpenAI's `code`."""
+"""The HTTP status and OpenAI's `code` for each kind of engine error."""
 
 
 class ApiError(Exception):
@@ -45,11 +45,11 @@ class ApiError(Exception):
 
     Args:
         status: The status code.
-        message: What was wrong, what was found, the fix.
-        code: A word for programs, such as `model_not_found`.
-        param: The field of the request that was wrong.
+        message: The problem, the value found and the fix.
+        code: A machine-readable code, such as `model_not_found`.
+        param: The invalid field of the request.
         retry_after: Seconds after which the same request may succeed.
-        allow: The methods that the route takes.
+        allow: The HTTP methods that the route supports.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class ApiError(Exception):
     def of_generation(cls, error: MiLoraError) -> ApiError:
         """The response to an error that ended a text.
 
-        An adapter that cannot be read when it is needed is not the request's fault, and the engine's message has the
-        server's paths.
+        If an adapter cannot be read, the message is generic: the request is not at fault, and the engine's message
+        contains paths of the server.
         """
         if isinstance(error, AdapterError):
             return cls(
@@ -88,18 +88,18 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: MiLoraError) -> ApiError:
-        """The response to an error of the engine or of the code that makes prompts."""
+        """The response to an error of the engine or of tokenization."""
         kind = error.kind if isinstance(error, ServingError) else "invalid_request"
         status, code = _OF_ENGINE.get(kind, (500, "generation_failed"))
         return cls(status, str(error), code, retry_after=RETRY_SECONDS if status in (429, 503) else None)
 
     def body(self) -> dict[str, Any]:
-        """The body, in OpenAI's form."""
+        """The body, in OpenAI's format."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The response, with the headers that belong to it."""
+        """The response with its headers."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.allow is not None:
             headers["Allow"] = self.allow
@@ -109,7 +109,7 @@ class ApiError(Exception):
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The response to a body that pydantic refused, about the first field that it refused.
+    """The response to a body that pydantic rejected, about the first invalid field.
 
     Args:
         errors: pydantic's list of errors.

@@ -1,4 +1,4 @@
-"""One request with the engine."""
+"""The state of one request in the server."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from milora.serving.tenants import Tenant
 
 
 class Exchange:
-    """One request with the engine: its generations, what they count for, and their end.
+    """One request: its generations, its texts and token counts, and its metrics.
 
-    From when it is made until [`close`] it counts as a request of its tenant.
+    It counts as a request of its tenant from its creation until [`close`].
 
     Args:
-        tenant: Whose request it is.
-        token_texts: Gives the text of each token id, alone.
-        form: How the answer looks.
-        metrics: Where it is counted.
-        arrived: When it came, in seconds of `time.monotonic()`.
+        tenant: The tenant that sent the request.
+        token_texts: Maps token ids to their texts, each decoded separately.
+        form: The format of the response.
+        metrics: The metrics to update.
+        arrived: Time of arrival in seconds of `time.monotonic()`.
         texts_per_prompt: The request's `n`.
-        prompt_tokens: Of all prompts.
-        most_new_tokens: Of all texts.
+        prompt_tokens: Number of tokens of all prompts.
+        most_new_tokens: Maximum number of new tokens of all texts.
 
     Attributes:
         usage: The token counts so far.
-        texts: The texts so far: those of the first prompt, then those of the second.
-        first_token_seconds: From arrival to the first token.
+        texts: The texts so far: those of the first prompt, then those of the second, and so on.
+        first_token_seconds: Time from arrival to the first token.
 
     Raises:
-        ApiError: If the tenant has no place left.
+        ApiError: If the tenant has reached a limit.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Exchange:
         self.texts += [Text(start + index) for index in range(self._per_prompt)]
 
     async def events(self) -> AsyncGenerator[tuple[Text, TokenEvent], None]:
-        """What is generated, as it is: each event with its text, the event included.
+        """Yields events as they are generated, each with its text (including the event).
 
         Raises:
-            ServingError: If the engine ends one of the generations with an error.
+            ServingError: If the engine ends a generation with an error.
         """
         merged = _merged(self._generations)
         try:
@@ -98,7 +98,7 @@ class Exchange:
             await merged.aclose()
 
     def close(self) -> None:
-        """Cancels what still runs, and counts the request; may be called again."""
+        """Cancels unfinished generations and counts the request. You may call it more than once."""
         if not self._is_open:
             return
         self._is_open = False
@@ -121,7 +121,7 @@ class Exchange:
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-    """The events of several generations, with the place of each one's generation, as they come."""
+    """Merges the events of several generations in order of arrival, each with its generation's index."""
     if len(generations) == 1:
         async for event in generations[0]:
             yield 0, event

@@ -1,4 +1,4 @@
-"""What every request passes first: its key, whether the server is draining, its line in the log."""
+"""Middleware for all requests: checks the key and whether the server is draining, and logs the request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora.serving.service import Service
 from milora.serving.tenants import Tenant
 
 OPEN_PATHS = ("/health", "/version", "/openapi.json")
-"""What needs no key: nothing of a tenant is there."""
+"""Paths that need no key, as they contain no data of a tenant."""
 
 ROUTES = (
     "/v1/completions",
@@ -34,13 +34,13 @@ _NOBODY = Tenant("")
 class Gate:
     """ASGI middleware.
 
-    It puts three values into `scope["state"]`: `tenant`; `arrived`, in seconds of `time.monotonic()`; and `notes`, to
-    which the request's handler adds fields for its line in the log. The note `status` replaces the response's status,
-    for requests that fail after it was sent.
+    It sets three values in `scope["state"]`: `tenant`; `arrived`, in seconds of `time.monotonic()`; and `notes`, to
+    which the request's handler adds fields for the log. The note `status` replaces the response's status in the log if
+    a request fails after its status was sent.
 
     Args:
-        app: What is behind the gate.
-        service: The server's parts.
+        app: The wrapped application.
+        service: The server's components.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -117,7 +117,7 @@ def _authorization(scope: Scope) -> str | None:
 
 
 def _limited(receive: Receive, most: int) -> Receive:
-    """The same body, refused with 413 once it is larger than allowed."""
+    """Wraps `receive` and rejects a body larger than `most` bytes with status 413."""
     read = 0
 
     async def limited() -> Message:

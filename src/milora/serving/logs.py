@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on standard error. They hold no prompts, texts or keys."""
+"""Structured logs: one JSON object per line on standard error. They contain no prompts, texts or keys."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def log(event: str, level: int = logging.INFO, error: BaseException | None = Non
     """Writes a line.
 
     Args:
-        event: What happened, in a word or two with underscores.
+        event: The event's name, one or two words with underscores.
         level: As in `logging`.
-        error: An exception; its type and place are logged, and not its message, which may quote a prompt.
-        **fields: More of the line's fields.
+        error: An exception. Its type and location are logged, but not its message, which may quote a prompt.
+        **fields: Further fields of the line.
     """
     LOGGER.log(level, event, exc_info=error, extra={"fields": fields})
 
 
 def configure(level: str, stream: TextIO | None = None) -> None:
-    """Sends the server's and uvicorn's logs to a stream as JSON; other libraries' from warnings on.
+    """Writes the server's and uvicorn's logs to a stream as JSON, and warnings and errors of other libraries.
 
     Args:
-        level: As in `logging`, in any case.
+        level: As in `logging`, in upper or lower case.
         stream: Standard error by default.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
@@ -42,7 +42,7 @@ def configure(level: str, stream: TextIO | None = None) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """A line of JSON: `time`, `level`, `event`, then the event's own fields."""
+    """Formats a record as a line of JSON: `time`, `level`, `event`, then the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -55,7 +55,7 @@ class JsonFormatter(logging.Formatter):
         if is_ours:
             line.update(record.__dict__["fields"])
         else:
-            # Messages of libraries may quote what a request held; the template does not.
+            # Formatted messages of libraries may quote a request; the message template does not.
             line.update(logger=record.name, message=str(record.msg).partition("\n")[0])
         if record.exc_info and record.exc_info[1] is not None:
             line["error"] = type(record.exc_info[1]).__name__

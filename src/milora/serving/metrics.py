@@ -1,4 +1,4 @@
-"""What `/metrics` shows, in Prometheus' form."""
+"""The metrics of `/metrics`, in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _REQUEST = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0)
 
 
 class Metrics:
-    """The counters of the server; those of the engine are read when somebody asks.
+    """The counters of the server. The engine's figures are read at each scrape.
 
     Args:
-        statistics: The engine's.
+        statistics: Returns the engine's statistics.
         draining: Whether the server is draining.
 
     Attributes:
-        requests: Finished requests, by tenant, route of the API and status.
-        prompt_tokens: Tokens of prompts, by tenant.
-        cached_tokens: Those of them that were read from the prefix cache.
+        requests: Finished requests, by tenant, API route and status.
+        prompt_tokens: Prompt tokens, by tenant.
+        cached_tokens: Prompt tokens read from the prefix cache.
         generated_tokens: New tokens, by tenant.
-        first_token_seconds: From a request's arrival to its first token.
-        per_token_seconds: Between the tokens of a text, each text's mean.
-        request_seconds: From a request's arrival to the end of its answer.
+        first_token_seconds: Time from a request's arrival to its first token.
+        per_token_seconds: Mean time between the tokens of a text.
+        request_seconds: Time from a request's arrival to the end of its response.
     """
 
     def __init__(self, statistics: Callable[[], EngineStatistics], draining: Callable[[], bool]) -> None:
-        # When each series began is of no use here, and doubles the answer.
+        # The creation time of each series is not useful and would double the size of the response.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         tenant = ["tenant"]
@@ -77,7 +77,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -87,11 +87,11 @@ class _EngineCollector(Collector):
         self._draining = draining
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing: the engine need not run yet when this is registered."""
+        """Describes no metrics, because the engine may not run yet at registration."""
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """The engine's figures at this moment."""
+        """The engine's current figures."""
         now = self._statistics()
         for name, what, value in (
             ("milora_requests_waiting", "Requests that have not begun.", now.waiting),

@@ -1,4 +1,4 @@
-"""`milora serve` as a process: what is checked before the backbone is loaded, serving, and a clean end."""
+"""The process of `milora serve`: checks before the backbone is loaded, serving, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from milora.serving.tenants import TenantEntry, Tenants, read_digest, read_entri
 from milora_core.errors import MiLoraError
 
 KEYS_VARIABLE = "MILORA_KEYS"
-"""The content of a file of keys."""
+"""The environment variable with the content of a key file."""
 ADMIN_VARIABLE = "MILORA_ADMIN_KEY_SHA256"
 LAST_SECONDS = 5
-"""How long the last answers may take to be sent, once the engine has ended."""
+"""Maximum time to send the last responses after the engine has stopped."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server listens.
+    """The address on which the server listens.
 
     Args:
-        host: A name or an address.
-        port: 0 takes a free one.
+        host: A host name or an IP address.
+        port: The port; 0 selects a free one.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
 
     def bind(self) -> socket.socket:
-        """The socket, bound and not yet listening.
+        """A bound socket that does not listen yet.
 
         Raises:
-            MiLoraError: If it cannot be had.
+            MiLoraError: If the address cannot be bound.
         """
         try:
             family, kind, protocol, _, place = socket.getaddrinfo(
@@ -66,15 +66,15 @@ class Address:
 
 
 def read_tenants(keys: Path | None, admin_key: Path | None, environment: Mapping[str, str] = os.environ) -> Tenants:
-    """The tenants of the files that the command line names, or of the environment.
+    """Reads the tenants from the files of the command line or from the environment.
 
     Args:
-        keys: The file of keys; without one the variable `MILORA_KEYS` has its content.
-        admin_key: The file with the admin key's SHA-256; without one the variable `MILORA_ADMIN_KEY_SHA256` has it.
-        environment: Variables.
+        keys: The key file. With `None`, the variable `MILORA_KEYS` has its content.
+        admin_key: The file with the admin key's SHA-256. With `None`, the variable `MILORA_ADMIN_KEY_SHA256` has it.
+        environment: The environment variables.
 
     Raises:
-        MiLoraError: If they cannot be read.
+        MiLoraError: If a file or a variable cannot be read.
     """
     entries: list[TenantEntry] = []
     if keys is not None:
@@ -90,14 +90,15 @@ def read_tenants(keys: Path | None, admin_key: Path | None, environment: Mapping
 
 
 def run(service: Service, listening: socket.socket, drain_seconds: float) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running requests end.
+    """Serves until SIGTERM or SIGINT, then lets running requests finish.
 
-    While they do, new requests get 503 with `Retry-After`, and `/health` says so. A second signal ends at once.
+    Meanwhile new requests get status 503 with `Retry-After`, and `/health` reports the shutdown. A second signal stops
+    the server immediately.
 
     Args:
-        service: The server's parts; closed at the end.
+        service: The server's components. They are closed at the end.
         listening: A bound socket.
-        drain_seconds: How long running requests may take to end. Those that do not are ended with an error.
+        drain_seconds: Maximum time for running requests to finish. After it they end with an error.
     """
     config = uvicorn.Config(
         build_app(service),
@@ -117,7 +118,7 @@ def run(service: Service, listening: socket.socket, drain_seconds: float) -> Non
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which drains at the first signal."""
+    """A uvicorn server that drains at the first signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
@@ -125,7 +126,7 @@ class _Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Takes a signal."""
+        """Handles a signal."""
         if self._service.is_draining:
             super().handle_exit(sig, frame)
             return

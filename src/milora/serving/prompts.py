@@ -1,4 +1,4 @@
-"""Prompts as token ids, made as `milora generate` makes them: with each adapter's own tokenizer and chat template."""
+"""Tokenizes prompts like `milora generate`: with each adapter's own tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from milora.inference.generation import encode_prompt
 from milora_core.errors import MiLoraError
 
 MOST_TOKENIZERS = 32
-"""Different tokenizers in memory. A vocabulary takes tens of megabytes."""
+"""Maximum number of different tokenizers in memory. A vocabulary takes tens of megabytes."""
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
 class Prompts:
-    """Makes prompts. One thread at a time: tokenizers of the library are not safe to share.
+    """Tokenizes prompts. Use it in one thread at a time, as the library's tokenizers are not thread-safe.
 
-    Adapters whose tokenizer files are the same share one tokenizer.
+    Adapters with equal tokenizer files share one tokenizer.
 
     Args:
         model: The backbone.
-        tokenizer: The backbone's own.
+        tokenizer: The backbone's tokenizer.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -36,7 +36,7 @@ class Prompts:
         self._loaded: OrderedDict[str, Any] = OrderedDict()
 
     def add(self, name: str, folder: Path) -> None:
-        """Makes an adapter's tokenizer known.
+        """Adds an adapter's tokenizer.
 
         Raises:
             MiLoraError: If its files cannot be read.
@@ -50,11 +50,11 @@ class Prompts:
             raise
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter."""
+        """Removes an adapter's tokenizer."""
         self._of_adapter.pop(name, None)
 
     def tokenizer(self, adapter: str | None) -> Any:
-        """The tokenizer of an adapter; the backbone's for `None` and for adapters that have none."""
+        """The tokenizer of an adapter; the backbone's for `None` and for adapters without a tokenizer."""
         known = None if adapter is None else self._of_adapter.get(adapter)
         if known is None:
             return self._own
@@ -70,12 +70,12 @@ class Prompts:
         """The token ids of a prompt.
 
         Args:
-            adapter: Whose tokenizer; `None` for the backbone's.
+            adapter: The adapter whose tokenizer is used; `None` for the backbone's.
             prompt: A text, token ids, or chat messages.
 
         Raises:
-            MiLoraError: If it has no tokens, or one that the backbone has no embedding for, or the chat template does
-                not accept it.
+            MiLoraError: If the prompt has no tokens or a token without an embedding in the backbone, or the chat
+                template does not accept it.
         """
         if isinstance(prompt, str) or isinstance(prompt[0], Mapping):
             tokens = tuple(self._encode(adapter, prompt))
@@ -94,12 +94,12 @@ class Prompts:
         except MiLoraError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            # A chat template is a program: what it raises depends on the messages.
+            # A chat template is a program and may raise any error.
             raise MiLoraError(f"The chat template does not accept these messages ({type(error).__name__}).") from error
 
 
 def _digest(folder: Path) -> str | None:
-    """What the tokenizer files of a folder hold, in short; `None` without any."""
+    """A digest of the tokenizer files of a folder; `None` if there are none."""
     found = [folder / name for name in _FILES if (folder / name).is_file()]
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's fields, vLLM's additions, and `milora`. Unknown fields are refused."""
+"""The bodies of requests: OpenAI's fields, vLLM's additions, and `milora`. Unknown fields are rejected."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from milora.serving.requests import Sampling
 from milora_core.routing import Route
 
 MOST_PROMPTS = 64
-"""Prompts of one request."""
+"""Maximum number of prompts per request."""
 MOST_TEXTS = 64
-"""Texts that a prompt may ask for with `n`."""
+"""Maximum value of `n`, the number of texts per prompt."""
 LOWEST_TEMPERATURE = 0.01
-"""Above 0 and below this, probabilities overflow: such temperatures are raised to it, as in vLLM."""
+"""Smaller temperatures above 0 are raised to this value, as in vLLM, because probabilities would overflow."""
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -23,19 +23,19 @@ _Row = list[list[list[_Finite]]]
 
 
 class Body(BaseModel):
-    """A body whose fields are all known, and which is not changed."""
+    """An immutable request body that rejects unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class GivenRoute(Body):
-    """A route to follow, as an answer's `milora.route` or `milora route --json` gives it, of one row.
+    """A route of one row to follow, in the format of a response's `milora.route` and of `milora route --json`.
 
     Attributes:
         blocks: The blocks' paths.
         experts: The experts' paths.
-        gates: (blocks, 1, experts).
-        probabilities: Of the same shape; kept in the answer, and not used.
+        gates: Shape `(blocks, 1, experts)`.
+        probabilities: Same shape. Returned in the response, otherwise not used.
     """
 
     blocks: list[str]
@@ -47,34 +47,34 @@ class GivenRoute(Body):
         """The route.
 
         Raises:
-            MiLoraError: If the shapes do not agree.
+            MiLoraError: If the shapes do not match.
         """
         probabilities = self.gates if self.probabilities is None else self.probabilities
         return Route.from_dict({**self.model_dump(), "probabilities": probabilities})
 
 
 class MiLoraOptions(Body):
-    """Options of ours.
+    """MiLoRA's options.
 
     Attributes:
-        route: `true` returns the route of each prompt with the answer; a route is followed instead of the routers'.
+        route: `true` returns the route of each prompt. A route replaces the routers' decision.
     """
 
     route: bool | GivenRoute = False
 
 
 class StreamOptions(Body):
-    """How a stream is written.
+    """Options of a stream.
 
     Attributes:
-        include_usage: Whether a last chunk, without choices, has the token counts.
+        include_usage: Whether to send a last chunk with the token counts and without choices.
     """
 
     include_usage: bool = False
 
 
 class _Generation(Body):
-    """What completions and chats have in common; defaults are OpenAI's, or vLLM's for its additions."""
+    """The common fields of completions and chats. Defaults are OpenAI's, or vLLM's for its additions."""
 
     model: str
     stream: bool = False
@@ -111,14 +111,14 @@ class _Generation(Body):
         return self
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
-        """The engine's settings.
+        """The engine's sampling parameters.
 
         Args:
-            max_tokens: The most new tokens of a text.
-            logprobs: How many alternatives a token.
+            max_tokens: Maximum number of new tokens of a text.
+            logprobs: Number of alternatives per token.
 
         Raises:
-            InvalidRequestError: If options exclude each other.
+            InvalidRequestError: If options are incompatible.
         """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         temperature = self.temperature
@@ -167,7 +167,7 @@ class CompletionBody(_Generation):
         return value
 
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one by one."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -186,14 +186,14 @@ class CompletionBody(_Generation):
 
 
 class TextPart(Body):
-    """A part of a message's content; texts only."""
+    """A part of a message's content. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(Body):
-    """A chat message. `content` is a text, or text parts, which are joined by line breaks as in vLLM."""
+    """A chat message. `content` is a text or a list of text parts, which are joined by line breaks as in vLLM."""
 
     role: str = Field(pattern=r"^[a-z_]{1,32}$")
     content: str | list[TextPart]
@@ -239,8 +239,8 @@ class LoadBody(Body):
 
     Attributes:
         lora_name: The adapter's name.
-        lora_path: Its folder, below the root of adapters; relative paths start there.
-        load_inplace: Whether an adapter of this name is replaced.
+        lora_path: Its folder below the root of adapters, absolute or relative to the root.
+        load_inplace: Whether to replace a loaded adapter with this name.
     """
 
     lora_name: str

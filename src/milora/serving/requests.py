@@ -1,4 +1,4 @@
-"""Requests to the embedded engine, the events it answers with, and its errors."""
+"""Requests to the embedded engine, its response events and its errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milora_core.routing import Route
 
 
 class ServingError(MiLoraError):
-    """A request that the engine refuses or ends.
+    """A request that the engine rejects or aborts.
 
     Attributes:
         kind: What happened, for callers that map errors to status codes.
@@ -26,7 +26,7 @@ class ServingError(MiLoraError):
 
 
 class InvalidRequestError(ServingError):
-    """A value of the request is out of range, or its options exclude each other."""
+    """A value of the request is out of range, or its options are incompatible."""
 
     kind = "invalid_request"
 
@@ -38,19 +38,19 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class UnknownAdapterError(ServingError):
-    """There is no adapter of this name."""
+    """There is no adapter with this name."""
 
     kind = "unknown_adapter"
 
 
 class QueueFullError(ServingError):
-    """As many requests wait as may wait; try again later."""
+    """The queue is full. Try again later."""
 
     kind = "queue_full"
 
 
 class DeadlineError(ServingError):
-    """The request waited until its deadline and was not begun."""
+    """The request was still waiting at its deadline."""
 
     kind = "deadline"
 
@@ -62,52 +62,52 @@ class EngineStoppedError(ServingError):
 
 
 class NumericalError(ServingError):
-    """The backbone or the adapter gave NaN or infinity for this request."""
+    """The backbone or the adapter produced NaN or infinity for this request."""
 
     kind = "numerical"
 
 
 class FailedRequestError(ServingError):
-    """Computing this request raised an error, also when it was run alone."""
+    """The computation of this request raised an error, also in a batch of its own."""
 
     kind = "failed"
 
 
 class AdapterError(ServingError):
-    """The folder holds no adapter that the engine can serve."""
+    """The folder has no adapter that the engine can serve."""
 
     kind = "invalid_adapter"
 
 
 class AdapterInUseError(ServingError):
-    """Requests that are running or waiting use the adapter, or its name is taken."""
+    """Running or waiting requests use the adapter, or its name is taken."""
 
     kind = "adapter_in_use"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the texts of a request are generated; names and meanings are vLLM's.
+    """Sampling parameters of a request. Names and meanings are vLLM's.
 
     Args:
-        max_tokens: The most tokens of a text.
-        temperature: Tokens are drawn from `softmax(logits / temperature)`; 0 takes the most probable one.
-        top_p: Draws from the most probable tokens that together have this probability.
-        top_k: Draws from this many tokens; 0 from all.
-        min_p: Leaves out tokens below this share of the most probable one's probability.
-        seed: Makes the drawn tokens the same each time, whatever else the engine does.
+        max_tokens: Maximum number of tokens of a text.
+        temperature: Tokens are sampled from `softmax(logits / temperature)`. 0 means greedy sampling.
+        top_p: Samples from the most probable tokens whose cumulative probability reaches this value.
+        top_k: Samples from this many most probable tokens; 0 means all.
+        min_p: Minimum probability of a token, relative to the most probable token's.
+        seed: Makes sampling reproducible, independent of other requests.
         stop: Texts that end the generation.
         stop_token_ids: Tokens that end the generation.
-        ignore_eos: Generate to `max_tokens`, also behind an end-of-sequence token.
-        n: How many texts; with beam search the number of beams, of which all are returned, the best first.
-        logprobs: How many alternatives to give with each token's log-probability; `None` for no log-probabilities.
-        presence_penalty: Subtracted from the logits of tokens that the text has already.
-        frequency_penalty: Likewise, times how often it has them.
-        repetition_penalty: Divides the positive logits, and multiplies the negative ones, of tokens that prompt or
-            text have already.
+        ignore_eos: Continue after an end-of-sequence token, up to `max_tokens`.
+        n: Number of texts. With beam search, the number of beams. All beams are returned, the best first.
+        logprobs: Number of alternatives for each token's log-probability; `None` for no log-probabilities.
+        presence_penalty: Subtracted from the logits of tokens already in the text.
+        frequency_penalty: Subtracted from the logits of tokens already in the text, once per occurrence.
+        repetition_penalty: Divides positive logits, and multiplies negative logits, of tokens already in the prompt or
+            the text.
         use_beam_search: Beam search with `n` beams, as transformers' `generate(num_beams=n)`.
         length_penalty: A beam's score is its log-probability divided by its length to this power.
-        include_stop_str_in_output: Whether the text keeps the stop text that ended it.
+        include_stop_str_in_output: Whether the text includes the stop text that ended it.
 
     Raises:
         InvalidRequestError: If a value is out of range.
@@ -179,13 +179,13 @@ class GenerationRequest:
     """A prompt to continue.
 
     Args:
-        prompt: Token ids, with the adapter's own tokenizer and chat template applied.
-        sampling: How the texts are generated.
+        prompt: Token ids, from the adapter's own tokenizer and chat template.
+        sampling: The sampling parameters.
         adapter: The adapter's name; `None` for the bare backbone.
-        tenant: Whose request it is. Tenants share the engine in equal parts.
-        route: The route to follow in place of the routers' decision, of one row.
-        return_route: Whether the first event carries the route.
-        deadline: Seconds of `time.monotonic()`. A request that still waits then ends with [`DeadlineError`].
+        tenant: The tenant that sends the request. Tenants get equal shares of the engine.
+        route: A route of one row that replaces the routers' decision.
+        return_route: Whether the first event has the route.
+        deadline: Seconds of `time.monotonic()`. A request that is still waiting then ends with [`DeadlineError`].
     """
 
     prompt: tuple[int, ...]
@@ -199,12 +199,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability under the model, before temperature, penalties and cuts.
+    """A token's log-probability under the model, before temperature, penalties, top-k, top-p and min-p.
 
     Attributes:
         token: The token's id.
-        logprob: Its natural logarithm of the probability.
-        top: The most probable tokens at this place and theirs, the best first.
+        logprob: The natural logarithm of its probability.
+        top: The most probable tokens at this position and their log-probabilities, the best first.
     """
 
     token: int
@@ -214,18 +214,18 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """New tokens of one of a request's texts, or the end of one.
+    """New tokens of one of a request's texts, or the end of a text.
 
     Attributes:
-        index: Which of the texts.
+        index: The index of the text.
         text: The new piece of text. It may be empty while a character or a possible stop text is incomplete.
         tokens: The new tokens.
-        logprobs: One for each of the tokens, if asked for.
+        logprobs: One for each token, if requested.
         finish_reason: `"stop"` or `"length"` on the last event of a text, else `None`.
-        stop_reason: The stop token or text that ended it; `None` for an end-of-sequence token.
-        cached_tokens: Tokens of the prompt that were read from the prefix cache.
-        route: The route, on the first event of a request that asked for it; `None` without a router.
-        made: Seconds of `time.monotonic()` when the tokens were known.
+        stop_reason: The stop token or text that ended the text; `None` for an end-of-sequence token.
+        cached_tokens: Number of prompt tokens read from the prefix cache.
+        route: The route, on the first event of a request with `return_route`; `None` without a router.
+        made: Time in seconds of `time.monotonic()` at which the tokens were generated.
     """
 
     index: int
@@ -241,14 +241,14 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """An adapter that the engine knows.
+    """A registered adapter.
 
     Attributes:
         name: Its name.
-        folder: Where it was loaded from.
+        folder: The folder it is loaded from.
         kind: PEFT's name of its method, `"MILORA"` or `"LORA"`.
-        in_memory: Whether its weights are loaded; else they are read from the folder when a request needs them.
-        requests: How many running or waiting requests use it.
+        in_memory: Whether its weights are in memory. If not, they are loaded when a request needs them.
+        requests: Number of running or waiting requests that use it.
     """
 
     name: str
@@ -260,22 +260,22 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """A moment of the engine; counts are since it was made.
+    """A snapshot of the engine. Counters start when the engine is created.
 
     Attributes:
-        waiting: Requests that have not begun.
-        running: Texts that are being generated (a request with `n` texts counts `n` times).
-        cache_pages_used: Pages of the key-value cache that running texts hold.
-        cache_pages_cached: Pages that only the prefix cache holds, which are given up when others need them.
-        cache_pages_total: All pages.
-        page_tokens: Tokens of a page.
-        prefix_hit_tokens: Prompt tokens that were read from the prefix cache.
+        waiting: Requests that have not started.
+        running: Texts being generated (a request with `n` texts counts `n` times).
+        cache_pages_used: Pages of the key-value cache that running texts use.
+        cache_pages_cached: Pages that only the prefix cache uses. They are evicted when others need them.
+        cache_pages_total: Total number of pages.
+        page_tokens: Tokens per page.
+        prefix_hit_tokens: Prompt tokens read from the prefix cache.
         prompt_tokens: Prompt tokens of all requests, by tenant.
         generated_tokens: New tokens, by tenant.
         steps: Forward passes.
-        finished: Requests that ended well.
+        finished: Requests that finished without an error.
         failed: Requests that ended with an error or were cancelled.
-        preempted: Texts whose cache was taken away for others, and who computed it again.
+        preempted: Texts that lost their cache to other texts and recomputed it.
         adapters_in_memory: Adapters whose weights are loaded.
         adapters: All adapters.
     """
@@ -298,15 +298,15 @@ class EngineStatistics:
 
 
 class Generation:
-    """The answer to a request: an iterator over [`TokenEvent`]s, asynchronous or not, for one reader.
+    """The response to a request: an iterator over [`TokenEvent`]s, synchronous or asynchronous, for one reader.
 
-    Iteration ends behind the last event of the last text, or raises the [`ServingError`] that ended the request.
+    Iteration ends after the last event of the last text, or raises the [`ServingError`] that ended the request.
 
     Args:
-        on_cancel: Called once when the reader cancels, from the reader's thread.
+        on_cancel: Called once when the reader cancels, in the reader's thread.
 
     Attributes:
-        submitted: Seconds of `time.monotonic()` when it was made.
+        submitted: Time of creation in seconds of `time.monotonic()`.
     """
 
     def __init__(self, on_cancel: Callable[[], None]) -> None:
@@ -324,7 +324,7 @@ class Generation:
         return self._is_cancelled
 
     def cancel(self) -> None:
-        """Ends the request at the engine's next step; may be called from any thread, and again."""
+        """Ends the request at the engine's next step. You may call it from any thread and more than once."""
         with self._changed:
             if self._is_cancelled or self._is_over:
                 return
@@ -332,11 +332,11 @@ class Generation:
         self._on_cancel()
 
     def put(self, event: TokenEvent) -> None:
-        """Adds an event; the engine's side."""
+        """Adds an event. Only the engine calls this."""
         self._add(event)
 
     def end(self, error: Exception | None = None) -> None:
-        """Ends the iteration, with an error or without; the engine's side."""
+        """Ends the iteration, with or without an error. Only the engine calls this."""
         self._is_over = True
         self._add(error)
 

@@ -1,4 +1,4 @@
-"""The server's parts, and the one way from a request's body to the engine's events."""
+"""The server's components, and the path from a request's body to the engine's events."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """What a server does besides generating.
+    """Settings of a server besides the engine's.
 
     Args:
-        model: The name by which requests ask for the bare backbone.
-        positions: The most tokens of a prompt and its text; `None` for no limit.
-        queue_seconds: How long a request may wait to begin.
-        stall_seconds: How long a client may leave a stream unread.
-        body_bytes: The largest body of a request.
+        model: The name of the bare backbone in requests.
+        positions: Maximum number of tokens of a prompt and its text; `None` for no limit.
+        queue_seconds: Maximum time that a request may wait to start.
+        stall_seconds: Maximum time that a client may leave a stream unread.
+        body_bytes: Maximum size of a request's body.
     """
 
     model: str
@@ -54,18 +54,18 @@ class ServiceSettings:
 
 
 class Service:
-    """The parts of a running server.
+    """The components of a running server.
 
     Args:
-        engine: What generates.
-        prompts: What makes prompts.
-        tenants: Who may use it.
-        admission: What adapters may be loaded.
-        settings: The rest.
+        engine: The engine.
+        prompts: Tokenizes prompts.
+        tenants: The tenants and their keys.
+        admission: Checks adapters before they are loaded.
+        settings: Further settings.
 
     Attributes:
-        is_draining: Whether new requests are refused, as the server is about to end.
-        metrics: What `/metrics` shows.
+        is_draining: Whether the server is shutting down and rejects new requests.
+        metrics: The metrics for `/metrics`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Service:
         self.is_draining = False
         self.metrics = Metrics(engine.statistics, lambda: self.is_draining)
         self._prompts = prompts
-        # Tokenizers are used in one thread only, and never in the event loop's: a prompt of megabytes takes a second.
+        # Tokenizers run in one separate thread: a prompt of megabytes would block the event loop for a second.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="milora-tokenizer")
         self._changing_adapters = asyncio.Lock()
 
@@ -91,7 +91,7 @@ class Service:
         """Checks and loads an adapter while the server runs.
 
         Raises:
-            MiLoraError: If it may not be loaded, its name is taken, or the one of its name is in use.
+            MiLoraError: If it may not be loaded, its name is taken, or the adapter that it replaces is in use.
         """
         async with self._changing_adapters:
             check_name(name, self.settings.model)
@@ -115,23 +115,23 @@ class Service:
         """Unloads an adapter.
 
         Raises:
-            ServingError: If there is none, or it is in use.
+            ServingError: If there is no such adapter, or it is in use.
         """
         async with self._changing_adapters:
             await asyncio.to_thread(self.engine.unload_adapter, name)
             self._prompts.remove(name)
 
     def visible_adapters(self, tenant: Tenant) -> list[AdapterInfo]:
-        """The adapters that a tenant sees, by name."""
+        """The adapters visible to a tenant, sorted by name."""
         return sorted(
             (each for each in self.engine.adapters() if tenant.may_use(each.name)), key=lambda each: each.name
         )
 
     def adapter_of(self, model: str, tenant: Tenant) -> str | None:
-        """The adapter that a request's `model` stands for; `None` for the bare backbone.
+        """The adapter that a request's `model` names; `None` for the bare backbone.
 
         Raises:
-            ApiError: If the tenant may not use it. An adapter of somebody else is answered like one that is not there.
+            ApiError: If the tenant may not use it. Another tenant's adapter gives the same error as a missing one.
         """
         if model == self.settings.model:
             if tenant.backbone:
@@ -141,7 +141,7 @@ class Service:
         raise no_such_model(model)
 
     async def token_texts(self, adapter: str | None, tokens: Sequence[int]) -> dict[int, str]:
-        """The text of each token id, alone."""
+        """The text of each token id, decoded separately."""
 
         def decode() -> dict[int, str]:
             tokenizer = self._prompts.tokenizer(adapter)
@@ -150,16 +150,16 @@ class Service:
         return await self._in_tokenizer_thread(decode)
 
     async def begin(self, body: CompletionBody | ChatBody, tenant: Tenant, arrived: float) -> Exchange:
-        """Makes a request's prompts and hands them to the engine.
+        """Tokenizes a request's prompts and submits them to the engine.
 
         Args:
             body: The request.
-            tenant: Whose it is.
-            arrived: When it came, in seconds of `time.monotonic()`.
+            tenant: The tenant that sent it.
+            arrived: Time of arrival in seconds of `time.monotonic()`.
 
         Raises:
-            ApiError: If the tenant may not, or not now.
-            MiLoraError: If the prompt or the options are wrong, or the engine refuses.
+            ApiError: If the tenant may not use the model, or has reached a limit.
+            MiLoraError: If the prompt or the options are invalid, or the engine rejects the request.
         """
         adapter = self.adapter_of(body.model, tenant)
         chat = [message.as_template_takes_it() for message in body.messages] if isinstance(body, ChatBody) else None
@@ -209,12 +209,12 @@ class Service:
         return exchange
 
     def close(self) -> None:
-        """Ends the engine and the tokenizers' thread."""
+        """Stops the engine and the tokenizers' thread."""
         self.engine.close()
         self._tokenizing.shutdown()
 
     def _default_tokens(self, longest: int, asked: int, texts: int, tenant: Tenant) -> int:
-        """The most new tokens of a request that sets no limit: what positions and the tenant's minute leave."""
+        """The default `max_tokens` of a request: as many as the positions and the tenant's rate limit allow."""
         tokens = 16 if self.settings.positions is None else self.settings.positions - longest
         if tenant.tokens_per_minute is not None:
             tokens = min(tokens, (tenant.tokens_per_minute - asked) // texts)
@@ -225,16 +225,16 @@ class Service:
 
 
 def admitted(adapters: Mapping[str, Path], backbone: str, admission: Admission, prompts: Prompts) -> dict[str, Path]:
-    """The adapters that may be served, when a server starts; the others are logged and left out.
+    """Checks adapters when a server starts. Those that may not be served are logged and skipped.
 
     Args:
         adapters: Folders by name.
-        backbone: The backbone's name for requests, which no adapter may have.
-        admission: What may be loaded.
-        prompts: Learns their tokenizers.
+        backbone: The backbone's name in requests. No adapter may have it.
+        admission: Checks the adapters.
+        prompts: The adapters' tokenizers are added to it.
 
     Returns:
-        The real folders by name.
+        The resolved folders of the remaining adapters, by name.
     """
     result = {}
     for name, folder in adapters.items():
@@ -251,17 +251,17 @@ def admitted(adapters: Mapping[str, Path], backbone: str, admission: Admission, 
 
 
 def check_name(name: str, backbone: str) -> None:
-    """Refuses the backbone's name for an adapter.
+    """Checks that an adapter does not have the backbone's name.
 
     Raises:
-        AdapterError: If it is.
+        AdapterError: If it does.
     """
     if name == backbone:
         raise AdapterError(f"{name!r} is the backbone's name here: call the adapter something else.")
 
 
 def no_such_model(model: str) -> ApiError:
-    """The answer about a model that is not there, and about one that is not the caller's."""
+    """The error for a model that does not exist or that the caller may not use."""
     return ApiError(
         404, f"The model {model[:128]!r} does not exist, or this key may not use it.", "model_not_found", param="model"
     )

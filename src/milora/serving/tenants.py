@@ -1,4 +1,4 @@
-"""Tenants: which API key may use which adapters, and how much of the server."""
+"""Tenants: API keys, the adapters that each key may use, and its limits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _DIGEST = r"^[0-9a-f]{64}$"
 
 
 class TenantEntry(BaseModel):
-    """A tenant in the file of keys.
+    """A tenant in the key file.
 
     Attributes:
-        name: In logs and metrics.
-        key_sha256: SHA-256 of the API key, in hexadecimal. Keys must be random and long; 32 bytes are good.
-        adapters: Names of adapters, or patterns with `*`, that the key sees and uses.
-        backbone: Whether the key may use the bare backbone too.
+        name: The tenant's name in logs and metrics.
+        key_sha256: SHA-256 of the API key, in hexadecimal. Keys must be random and long; use 32 bytes.
+        adapters: Names of the adapters that the key may use, or patterns with `*`.
+        backbone: Whether the key may also use the bare backbone.
         metrics: Whether the key may read `/metrics`, which shows the figures of all tenants.
-        concurrent_requests: The most requests at a time; `None` for no limit.
-        tokens_per_minute: The most prompt and new tokens a minute; `None` for no limit.
+        concurrent_requests: Maximum number of concurrent requests; `None` for no limit.
+        tokens_per_minute: Maximum number of prompt and new tokens per minute; `None` for no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,17 +46,17 @@ class TenantEntry(BaseModel):
 
 @dataclass
 class Tenant:
-    """A tenant and what it uses at the moment. Only the event loop's thread touches it.
+    """A tenant and its current use. Only the event loop's thread may access it.
 
     Attributes:
-        name: In logs and metrics.
-        adapters: Names or patterns.
+        name: The tenant's name in logs and metrics.
+        adapters: Names or patterns of adapters.
         backbone: Whether it may use the bare backbone.
         reads_metrics: Whether it may read `/metrics`.
         is_admin: Whether it may load and unload adapters.
-        concurrent_requests: The most requests at a time.
-        tokens_per_minute: The most tokens a minute.
-        clock: Seconds that only grow.
+        concurrent_requests: Maximum number of concurrent requests.
+        tokens_per_minute: Maximum number of tokens per minute.
+        clock: A monotonic clock, in seconds.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Tenant:
         self._filled = self.clock()
 
     def may_use(self, adapter: str) -> bool:
-        """Whether an adapter is the tenant's."""
+        """Whether the tenant may use an adapter."""
         return any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
     def begin(self) -> None:
-        """Counts a request in.
+        """Counts the start of a request.
 
         Raises:
-            ApiError: If as many are running as the key allows.
+            ApiError: If the key's limit of concurrent requests is reached.
         """
         if self.concurrent_requests is not None and self._running >= self.concurrent_requests:
             raise ApiError(
@@ -95,16 +95,16 @@ class Tenant:
         self._running += 1
 
     def end(self) -> None:
-        """Counts a request out."""
+        """Counts the end of a request."""
         self._running -= 1
 
     def reserve(self, tokens: int) -> None:
-        """Takes a request's prompt tokens and the most new tokens it asks for from this minute's tokens.
+        """Reserves a request's prompt tokens and its maximum of new tokens.
 
-        The tokens come back evenly: `tokens_per_minute / 60` a second.
+        The budget refills evenly, by `tokens_per_minute / 60` per second.
 
         Raises:
-            ApiError: If the key never allows so many, or not yet.
+            ApiError: If the tokens exceed the key's limit or the remaining budget.
         """
         limit = self.tokens_per_minute
         if limit is None:
@@ -136,17 +136,17 @@ class Tenant:
 
 
 class Tenants:
-    """All tenants by their keys.
+    """All tenants by key.
 
-    Without keys everybody is one tenant that sees all adapters. The keys themselves are never kept.
+    Without keys, all requests belong to one tenant that may use all adapters. Only digests of the keys are stored.
 
     Args:
-        entries: The tenants that have keys.
-        admin_sha256: SHA-256 of the key that may load and unload adapters; `None` if nobody may.
-        clock: Seconds that only grow.
+        entries: The tenants with keys.
+        admin_sha256: SHA-256 of the key that may load and unload adapters; `None` to disable this.
+        clock: A monotonic clock, in seconds.
 
     Raises:
-        MiLoraError: If two tenants have one name or one key.
+        MiLoraError: If two tenants have the same name or the same key.
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class Tenants:
         return self._open is not None
 
     def of(self, authorization: str | None) -> Tenant | None:
-        """The tenant of an `Authorization` header; `None` if it has no key that is known.
+        """The tenant of an `Authorization` header; `None` without a known key.
 
-        The comparison takes the same time for every key: it is between digests, with all of them.
+        The digest is compared with all known digests, so the comparison takes the same time for every key.
         """
         scheme, _, key = (authorization or "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).hexdigest()
@@ -199,14 +199,14 @@ class Tenants:
 
 
 def read_entries(text: str, source: str) -> list[TenantEntry]:
-    """The tenants of a file of keys, in YAML or JSON.
+    """The tenants of a key file, in YAML or JSON.
 
     Args:
-        text: The file.
-        source: What to call it in errors.
+        text: The file's content.
+        source: The file's name for errors.
 
     Raises:
-        MiLoraError: If it is no list of tenants.
+        MiLoraError: If the content is not a list of tenants.
     """
     try:
         parsed = yaml.safe_load(text)
@@ -224,7 +224,7 @@ def read_digest(text: str, source: str) -> str:
     """A SHA-256 in hexadecimal, as `sha256sum` prints it.
 
     Raises:
-        MiLoraError: If it is none.
+        MiLoraError: If the text is not a SHA-256.
     """
     words = text.split()
     digest = words[0].lower() if words else ""
@@ -234,10 +234,10 @@ def read_digest(text: str, source: str) -> str:
 
 
 def read_file(path: Path, what: str) -> str:
-    """The text of a file that the command line names.
+    """The text of a file named on the command line.
 
     Raises:
-        MiLoraError: If it cannot be read.
+        MiLoraError: If the file cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -247,6 +247,6 @@ def read_file(path: Path, what: str) -> str:
 
 
 def _first(errors: list[Any]) -> str:
-    """The first of pydantic's errors, without the value, which may be a key."""
+    """The first of pydantic's errors, without the value because it may be a key."""
     place = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in errors[0]["loc"])
     return f"tenant {place}: {errors[0]['msg']}."
