@@ -9,7 +9,7 @@ import torch
 from milora.benchmark.timed import timed
 
 COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
-"""Size of the buffer whose copy measures a device's bandwidth: far above every cache."""
+"""Size of the copied buffer, much larger than every cache."""
 COPIES = 5
 
 
@@ -17,10 +17,10 @@ class Copy:
     """Copies a large buffer at each call.
 
     Args:
-        device: Where.
+        device: The device of the buffer.
 
     Attributes:
-        bytes: That it moves: those that it reads and those that it writes.
+        bytes: Bytes read and written per copy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Copy:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes, the median of some copies."""
+    """Bytes per second that a copy reads and writes, the median of several copies."""
     copy = Copy(device)
     run = timed(copy, device)
     return copy.bytes / statistics.median(run() for _ in range(COPIES))

@@ -17,14 +17,14 @@ from milora.tuners.moelora import MoeLoraModel
 Returned = TypeVar("Returned")
 
 GRAPHS_OF_A_CASE = 16
-"""More than a decode step of one method needs, including recompilations in the warm-up."""
+"""An upper bound of the graphs of one method's decode step, including recompilations in the warm-up."""
 
 
 @contextmanager
 def room_for_graphs(cases: int) -> Iterator[None]:
-    """Lifts the limit on recompilations, which counts all methods' graphs of one function together.
+    """Raises the recompilation limit. Dynamo counts the graphs of all methods for one function together.
 
-    Without this the methods that come last would silently run uncompiled.
+    Otherwise the last methods would silently run uncompiled.
     """
     limits = {"recompile_limit": GRAPHS_OF_A_CASE * cases, "accumulated_recompile_limit": 16 * GRAPHS_OF_A_CASE * cases}
     config: Any = torch._dynamo.config
@@ -33,11 +33,11 @@ def room_for_graphs(cases: int) -> Iterator[None]:
 
 
 def why_not_compiled(model: Any, beams: int) -> str | None:
-    """Why a method's decode steps cannot be compiled like the others'; `None` if they can.
+    """The reason why a method's decode steps cannot be compiled; `None` if they can.
 
     Args:
         model: The bare backbone or a `PeftModel`.
-        beams: Width of the search.
+        beams: Number of beams.
     """
     if beams > 1:
         return "transformers compiles no step of a beam search"
@@ -50,9 +50,9 @@ def why_not_compiled(model: Any, beams: int) -> str | None:
 
 
 class Compilations:
-    """Counts the graphs that are compiled for each method, and the places where Dynamo broke one in two.
+    """Counts the compiled graphs and the graph breaks of each method.
 
-    Graphs are compiled while a method warms up, and none while it is measured. A step that is one graph has no break.
+    Graphs should be compiled in the warm-up only. A step that is one graph has no break.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Compilations:
         self._breaks: dict[str, int] = {}
 
     def during(self, name: str, run: Callable[[], Returned]) -> Returned:
-        """Runs something, and counts for `name` what is compiled meanwhile."""
+        """Calls `run` and counts the graphs compiled during the call for `name`."""
         graphs, breaks = _graphs(), _breaks()
         result = run()
         self._graphs[name] = self.of(name) + _graphs() - graphs
@@ -68,11 +68,11 @@ class Compilations:
         return result
 
     def of(self, name: str) -> int:
-        """How many graphs were compiled for `name`."""
+        """The number of graphs compiled for `name`."""
         return self._graphs.get(name, 0)
 
     def breaks(self, name: str) -> int:
-        """How often a graph broke while `name` was traced."""
+        """The number of graph breaks of `name`."""
         return self._breaks.get(name, 0)
 
 

@@ -1,4 +1,4 @@
-"""`milora bench decode`: tokens per second after the first, and peak memory, of methods side by side."""
+"""`milora bench decode`: compares methods' tokens per second after the first token, and their peak memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DECODE_METHODS = (
     "midora",
 )
 SHORT = 4
-"""New tokens of the run that estimates how many a method can generate."""
+"""New tokens of the run that estimates a method's speed."""
 
 
 def decode_methods(compiled: bool) -> tuple[str, ...]:
@@ -42,14 +42,14 @@ def decode_methods(compiled: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DecodeSettings(Settings):
-    """What is generated.
+    """The settings of a decode benchmark.
 
     Args:
         methods: Names, see [`milora.benchmark.methods.variant`].
-        beams: Widths of the search, each measured by itself; 1 is greedy.
-        batch: Prompts a batch.
+        beams: Numbers of beams, each measured separately; 1 is greedy.
+        batch: Prompts per batch.
         prompt_tokens: Length of the prompts.
-        new_tokens: Tokens to generate, the first included, which counts as prefill.
+        new_tokens: Tokens to generate, including the first, which counts as prefill.
 
     Raises:
         MiLoraError: If a value is unknown or out of range.
@@ -77,15 +77,15 @@ class DecodeSettings(Settings):
 def decode(settings: DecodeSettings, progress: Progress = lambda line: None, build: Build = build_method) -> Result:
     """Measures decoding.
 
-    Every method is a copy of the backbone's modules around the same weights, with its own adapter layers. Time is
-    taken from the logits of the first new token to those of the last, so the prefill is not in it; for a method that
-    merges a route in the first decode step, from the second token on, and the row says what the first step took. Memory
-    is the backbone's, what the method keeps, and the most that one generation has on top.
+    Every method is a copy of the backbone's modules that shares the weights and has its own adapter layers. The time is
+    measured from the logits of the first new token to the logits of the last, without the prefill. For a method that
+    merges a route in the first decode step, it starts at the second token, and the row has the first step's time.
+    Memory is the backbone's, the method's own, and the peak growth in one generation.
 
     Args:
         settings: What to measure.
-        progress: Called with the progress.
-        build: Makes a method from its name, the backbone and the settings.
+        progress: Called with progress messages.
+        build: Builds a method from its name, the backbone and the settings.
     """
     with opened(settings, progress, len(settings.methods) * len(settings.beams)) as session:
         prompts = random_prompts(session.backbone, settings.batch, settings.prompt_tokens, settings.seed)
@@ -97,7 +97,7 @@ def decode(settings: DecodeSettings, progress: Progress = lambda line: None, bui
 
 
 def _with_one_route(prepared: Prepared, prompts: Mapping[str, Tensor]) -> Prepared:
-    """A route can only be merged where all rows have the same: they get that of the first."""
+    """Gives all rows the first row's route. A route can only be merged if all rows have the same one."""
     batch = prompts["input_ids"].shape[0]
     if not prepared.method.variant.merges_route or batch == 1:
         return prepared
@@ -107,15 +107,15 @@ def _with_one_route(prepared: Prepared, prompts: Mapping[str, Tensor]) -> Prepar
 
 @dataclass
 class GenerationCase:
-    """Methods that generate from the same prompts with the same beams.
+    """Methods that generate from the same prompts with the same number of beams.
 
     Attributes:
-        session: Where the rows go.
-        methods: By name.
-        prompts: As from [`random_prompts`].
-        beams: Width of the search.
+        session: The session that collects the rows.
+        methods: The methods by name.
+        prompts: Prompts from [`random_prompts`].
+        beams: Number of beams.
         new_tokens: Tokens to generate.
-        fields: What the rows say besides, such as the number of tenants.
+        fields: Further fields of the rows, such as the number of tenants.
     """
 
     session: Session
@@ -126,7 +126,7 @@ class GenerationCase:
     fields: Mapping[str, Any] | None = None
 
     def measure(self) -> None:
-        """Warms up and measures memory, method by method, then speed in turn."""
+        """Warms up each method and measures its memory, then measures the methods' speed in turn."""
         session, compiles = self.session, self.session.settings.compile
         batch, length = self.prompts["input_ids"].shape
         warming, later = Compilations(), Compilations()
@@ -183,10 +183,10 @@ class GenerationCase:
         )
 
     def _warm_up(self, name: str) -> int:
-        """Runs a method, unmeasured, and says how many tokens it can be asked for."""
+        """Runs a method without measurement and returns the number of tokens it can generate in a round."""
         settings = self.session.settings
         if settings.compile:
-            # A run of another length would compile for a cache of another length.
+            # A run of another length would compile again, for another cache length.
             affordable, runs = self.new_tokens, settings.warmups
         else:
             short = self._run(name, min(SHORT, self.new_tokens))

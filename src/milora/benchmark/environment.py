@@ -14,11 +14,11 @@ import torch
 LIBRARIES = ("milora", "torch", "transformers", "peft", "triton")
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES")
 MATRIX_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""Instruction sets that decide how fast a processor multiplies matrices."""
+"""Instruction sets that determine the speed of matrix products."""
 
 
 def environment(device: str | torch.device) -> dict[str, Any]:
-    """Versions, processor, threads, load, and the GPU where one is used."""
+    """Versions, processor, threads, load, and the GPU if one is used."""
     target = torch.device(device)
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -20,7 +20,7 @@ FEWEST_TOKENS = 4
 
 
 class TokenClock(LogitsProcessor):  # type: ignore[misc]
-    """Records when the logits of each new token are ready, and changes nothing.
+    """Records the time at which the logits of each new token are ready. It does not change the logits.
 
     On a GPU the times are events in the stream, without synchronisation during generation.
     """
@@ -35,7 +35,7 @@ class TokenClock(LogitsProcessor):  # type: ignore[misc]
         return scores
 
     def tick(self) -> None:
-        """Notes a moment."""
+        """Records the current time."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
@@ -44,7 +44,7 @@ class TokenClock(LogitsProcessor):  # type: ignore[misc]
             self.ticks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Seconds from the first moment to every other."""
+        """Seconds from the first recorded time to each later one."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return [self.ticks[0].elapsed_time(tick) / 1000 for tick in self.ticks[1:]]
@@ -56,11 +56,11 @@ class Timing:
     """The times of one generation.
 
     Attributes:
-        prompts: Rows of the batch.
-        ticks: Seconds from the call until the logits of each new token were there.
+        prompts: Number of rows of the batch.
+        ticks: Seconds from the call until the logits of each new token were ready.
         whole: Seconds until the call returned.
         merges_route: Whether the first decode step merged a route into the weights.
-        output: (batch, tokens), prompt and new tokens.
+        output: Prompt and new tokens, `(batch, tokens)`.
     """
 
     prompts: int
@@ -76,18 +76,18 @@ class Timing:
 
     @property
     def first_step(self) -> float | None:
-        """Seconds of the first decode step, in which a method may prepare what the others use."""
+        """Seconds of the first decode step, which may include a method's preparations for later steps."""
         return self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else None
 
     @property
     def step(self) -> float:
-        """Seconds of a decode step, in the mean over all; where a route was merged, over all but the first."""
+        """Mean seconds of a decode step, without the first step if a route was merged."""
         first = 1 if self.merges_route and len(self.ticks) > 2 else 0
         return (self.ticks[-1] - self.ticks[first]) / (len(self.ticks) - 1 - first)
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows, one a row and step however many beams are searched, by decoding time."""
+        """New tokens of all rows per second of decoding: one per row and step, independent of the beams."""
         return self.prompts / self.step
 
     def __str__(self) -> str:
@@ -97,16 +97,17 @@ class Timing:
 
 
 def random_prompts(backbone: Any, batch: int, tokens: int, seed: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, both (batch, tokens), on the backbone's device."""
+    """`input_ids` and `attention_mask`, both `(batch, tokens)`, on the backbone's device."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(1, backbone.config.vocab_size, (batch, tokens), generator=generator).to(backbone.device)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def generation_arguments(device: torch.device, beams: int, new_tokens: int, compiled: bool) -> dict[str, Any]:
-    """Greedy or beam search that nothing ends before the last token; compiled, with a static cache.
+    """Arguments for greedy or beam search that always generates all tokens. Compiled search has a static cache.
 
-    Arguments and no `GenerationConfig`: PEFT reads the number of beams off them where rows have different adapters.
+    They are arguments, not a `GenerationConfig`, because PEFT reads `num_beams` from them for rows with different
+    adapters.
     """
     arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "num_beams": beams, "do_sample": False}
     if compiled:
@@ -125,18 +126,18 @@ def generate(
     new_tokens: int,
     compiled: bool = False,
 ) -> Timing:
-    """Generates once, and takes the time.
+    """Times one generation.
 
     Args:
-        method: Whose model generates.
-        prompts: As from [`random_prompts`].
-        device: Where.
-        beams: Width of the search.
-        new_tokens: How many; with 1 there is a prefill only.
+        method: The method whose model generates.
+        prompts: Prompts from [`random_prompts`].
+        device: The model's device.
+        beams: Number of beams.
+        new_tokens: Number of new tokens; 1 means only a prefill.
         compiled: Whether decode steps are compiled.
 
     Raises:
-        RuntimeError: If fewer tokens came out.
+        RuntimeError: If fewer tokens were generated.
     """
     clock = TokenClock(device)
     processors = LogitsProcessorList([clock])
@@ -156,12 +157,12 @@ def generate(
 
 
 def first_generation(session: Session) -> Callable[[MeasuredMethod], Timing]:
-    """A short generation by which a method makes what it keeps, such as DoRA's caches."""
+    """A function that runs a short generation, so that a method allocates its caches, such as DoRA's."""
     probe = random_prompts(session.backbone, 1, 2, session.settings.seed)
     return lambda method: generate(method, probe, session.device, beams=1, new_tokens=2)
 
 
 def affordable_tokens(timing: Timing, new_tokens: int, round_seconds: float) -> int:
-    """How many tokens a method generates in a round that is to last no longer than `round_seconds`."""
+    """The number of tokens that a method can generate in a round of at most `round_seconds`."""
     steps = int((round_seconds - timing.first_token) / timing.step)
     return max(min(FEWEST_TOKENS, new_tokens), min(new_tokens, steps + 1))

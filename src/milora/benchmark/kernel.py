@@ -1,4 +1,4 @@
-"""`milora bench kernel`: the operator for rows with different adapters, against its reference and its byte count."""
+"""`milora bench kernel`: compares the operator for rows with different adapters with its reference and byte count."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from milora_core.kernels import add_grouped_lora, grouped_lora_reference
 
 OPERATOR, REFERENCE, COPY = "operator", "reference", "copy"
 COLD_BYTES = 2**28
-"""The stacks that calls go through in turn are together at least this large, so that none is found in a cache."""
+"""Minimum total size of the stacks that calls use in turn, so that no stack is in a cache."""
 
 
 @dataclass(frozen=True)
 class KernelSettings(Settings):
-    """Which calls.
+    """The settings of a kernel benchmark.
 
     Args:
-        batches: Numbers of rows, each with an adapter of its own, each measured by itself.
+        batches: Numbers of rows, each measured separately. Each row has its own adapter.
         d_in: Size of the module's input.
         d_out: Size of its output.
-        rank: Of the adapters.
-        active: One row in `active` selects the module; 1 means all.
-        calls: Of one measurement.
+        rank: Rank of the adapters.
+        active: One row in `active` selects the module; 1 means all rows.
+        calls: Number of calls per measurement.
 
     Raises:
         MiLoraError: If a value is out of range.
@@ -53,7 +53,7 @@ class KernelSettings(Settings):
 
 @dataclass(frozen=True)
 class _Calls:
-    """Arguments of calls, the stacks of which lie apart in memory."""
+    """Arguments of calls, each with stacks at a different memory location."""
 
     x: Tensor
     adapters: Tensor
@@ -63,7 +63,7 @@ class _Calls:
 
     @property
     def bytes(self) -> int:
-        """That one call must read and write: A and B of the rows that chose the module, their inputs and outputs."""
+        """Bytes that one call must read and write: A, B, inputs and outputs of the rows that selected the module."""
         rows = int((self.gates != 0).sum())
         lora_a, lora_b = self.stacks[0]
         weights = lora_a[0].nbytes + lora_b[0].nbytes
@@ -71,14 +71,14 @@ class _Calls:
 
 
 def kernel(settings: KernelSettings, progress: Progress = lambda line: None) -> Result:
-    """Measures a decode step's call of the operator: one token a row.
+    """Measures the operator as a decode step calls it, with one token per row.
 
-    On a GPU the calls are captured into a CUDA graph, see [`timed`]. The device's bandwidth is measured beside, in the
-    same rounds, as a copy of a large buffer.
+    On a GPU the calls are captured into a CUDA graph, see [`timed`]. The same rounds also measure the device's
+    bandwidth, with a copy of a large buffer.
 
     Args:
         settings: What to measure.
-        progress: Called with the progress.
+        progress: Called with progress messages.
     """
     settings = settings.resolved()
     record = Record(settings, progress)

@@ -1,4 +1,4 @@
-"""How much memory a method needs, apart from what others keep in the same process."""
+"""Measures a method's memory separately from other methods in the same process."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.autograd.profiler import profile
 from milora.benchmark.sharing import tensor_bytes
 
 ALLOCATION = "[memory]"
-"""What torch's profiler calls an allocation (or, with a negative size, a release)."""
+"""The name of an allocation (or, with a negative size, a release) in torch's profiler."""
 
 
 @contextmanager
 def only_new_objects() -> Iterator[None]:
-    """Lets the garbage collector, and so [`live_bytes`], look only at objects made from here on.
+    """Limits the garbage collector, and thus [`live_bytes`], to objects created inside this context.
 
-    Imported libraries are hundreds of thousands of objects, and a collection comes before every measurement.
+    Imported libraries have hundreds of thousands of objects, and every measurement starts with a collection.
     """
     gc.collect()
     gc.freeze()
@@ -35,22 +35,22 @@ def only_new_objects() -> Iterator[None]:
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of the tensors on a device: torch's own count on a GPU, those that the collector can see on a CPU."""
+    """Bytes of the tensors on a device: torch's count on a GPU, the collector's tensors on a CPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    # By type and not by isinstance, which asks proxies of other libraries for their class and may wake them.
+    # `isinstance` would access `__class__` of other libraries' proxies and may load them, so this checks the type.
     found = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and not isinstance(item, FakeTensor)]
     return tensor_bytes(item for item in found if item.device.type == device.type and item.layout == torch.strided)
 
 
 def peak_growth(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes of tensors that `run` had at one time on top of those that existed before.
+    """The peak growth, in bytes, of tensor memory during `run`.
 
-    On a GPU it is what torch's allocator says. On a CPU every allocation and release of torch's allocator is recorded
-    by its profiler, and summed: unlike the process's resident set, that is the same every time, and holds nothing of
-    the freed memory that the C library keeps. Scratch memory that oneDNN and MKL allocate for themselves is not in it.
+    On a GPU torch's allocator reports it. On a CPU torch's profiler records every allocation and release of torch's
+    allocator, and their sum is used. Unlike the process's resident set, it is reproducible and excludes freed memory
+    that the C library keeps. Scratch memory allocated by oneDNN and MKL is not included.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -60,7 +60,7 @@ def peak_growth(run: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
-    # Kineto announces itself on standard error otherwise.
+    # Without this, Kineto writes messages to standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(profile_memory=True) as recorded:
         run()

@@ -1,4 +1,4 @@
-"""The measured methods, each with its own modules around the one backbone's weights."""
+"""The measured methods. Each has its own modules and shares the backbone's weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from milora_core.errors import MiLoraError, did_you_mean
 from milora_core.routing import RouterProjection
 
 BASE = "base"
-"""The frozen backbone itself, without adapters."""
+"""The name of the frozen backbone without adapters."""
 
 _STEPS = {"adalora": {"total_step": 1000}}
 """Fields that a configuration requires but inference does not use."""
@@ -35,11 +35,11 @@ class Variant:
     Attributes:
         method: Its name in `milora.methods`; `None` for the bare backbone.
         overrides: Fields of its configuration.
-        dora_caching: Whether PEFT's DoRA caching is switched on while it runs.
+        dora_caching: Whether PEFT's DoRA caching is enabled during runs.
         merged: Whether the adapter is merged into (a copy of) the weights.
         together: Whether `serve_together` is called on the model.
-        merges_route: Whether each generation merges one route, which all rows of a batch must then have.
-        bilevel: Whether a training step has one of Theta, the rational activations, on dev rows after it.
+        merges_route: Whether each generation merges one route. All rows of a batch must then have this route.
+        bilevel: Whether each training step is followed by a step of Theta, the rational activations, on dev rows.
         generate: Further arguments of `generate`.
     """
 
@@ -72,10 +72,10 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def variant(name: str) -> Variant:
-    """The variant of a name.
+    """The variant with this name.
 
     Raises:
-        MiLoraError: If there is none; the message has the names and the nearest.
+        MiLoraError: If there is none. The message lists the names and suggests a similar one.
     """
     if name in VARIANTS:
         return VARIANTS[name]
@@ -91,14 +91,14 @@ def variant(name: str) -> Variant:
 
 
 def check_names(names: Sequence[str], *, training: bool = False) -> None:
-    """Refuses names that cannot be measured, before a backbone is built for them.
+    """Checks names of methods before a backbone is built.
 
     Args:
-        names: Of methods.
+        names: Names of methods.
         training: Whether training steps are measured.
 
     Raises:
-        MiLoraError: If there is none, one is unknown, is there twice, or differs from another in training alone.
+        MiLoraError: If there are no names, or a name is unknown, repeated, or differs from another only in training.
     """
     if not names:
         raise MiLoraError(f"No method is given; give some of {', '.join(VARIANTS)}.")
@@ -114,10 +114,10 @@ class MeasuredMethod:
     """A method that is ready to run.
 
     Attributes:
-        name: As in the results.
-        variant: How it was made.
-        model: The bare backbone for `base`, a `PeftModel` (or for a merged adapter a plain model) otherwise.
-        own_weights: Bytes of backbone weights that it holds a second time, which alone it would not need twice.
+        name: The name in results.
+        variant: The variant it was built from.
+        model: The bare backbone for `base`, a plain model for a merged adapter, otherwise a `PeftModel`.
+        own_weights: Bytes of backbone weights that it copies only because methods share a process.
     """
 
     name: str
@@ -127,7 +127,7 @@ class MeasuredMethod:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context for its runs: PEFT's DoRA caching, on or off."""
+        """A context for its runs, with PEFT's DoRA caching on or off."""
         with DoraCaching(enabled=self.variant.dora_caching):
             yield
 
@@ -149,13 +149,13 @@ def build_backbone(settings: Settings) -> Any:
 def build_method(
     name: str, backbone: Any, settings: Settings, adapters: Sequence[str] = ("default",)
 ) -> MeasuredMethod:
-    """A method around the backbone's weights, in eval mode, with random values in the adapter's every tensor.
+    """A method on the backbone's weights, in eval mode, with random values in all adapter tensors.
 
     Args:
-        name: As for [`variant`].
-        backbone: What [`build_backbone`] returned; it is left as it is.
-        settings: The benchmark's.
-        adapters: Names of the adapters; each gets random values of its own.
+        name: See [`variant`].
+        backbone: The model from [`build_backbone`]. It is not changed.
+        settings: The benchmark's settings.
+        adapters: Names of the adapters. Each gets different random values.
 
     Raises:
         MiLoraError: If there is no such method.
@@ -187,7 +187,7 @@ def build_method(
 
 @torch.no_grad()
 def randomize(model: Any, frozen: set[int]) -> None:
-    """Gives an adapter values as after a training: nothing is zero, and routers tell prompts apart.
+    """Gives an adapter values as after training: no tensor is zero, and routers choose different experts per prompt.
 
     Args:
         model: A `PeftModel`.
@@ -195,7 +195,7 @@ def randomize(model: Any, frozen: set[int]) -> None:
     """
     for module in model.modules():
         if isinstance(module, RouterProjection):
-            # Pooled hidden states of random backbones are small; this makes the choice a matter of their direction.
+            # Pooled hidden states of random backbones are small. With these values their direction decides the choice.
             for parameter in module.parameters():
                 parameter.normal_()
     for parameter in model.parameters():
@@ -209,12 +209,12 @@ def with_generate_arguments(method: MeasuredMethod, **arguments: Any) -> Measure
 
 
 def cast(model: Any, frozen: set[int], dtype: torch.dtype) -> None:
-    """Gives all of an adapter but its routers one dtype: methods differ in what they make of a backbone in bfloat16.
+    """Casts an adapter, except its routers, to one dtype, because methods differ in their default dtype.
 
     Args:
         model: A `PeftModel`.
         frozen: Identities of the backbone's parameters.
-        dtype: Of the adapter.
+        dtype: The adapter's dtype.
     """
     routers = {id(p) for name, module in model.named_modules() if _is_router(name, module) for p in module.parameters()}
     for parameter in model.parameters():

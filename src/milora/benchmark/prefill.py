@@ -1,4 +1,4 @@
-"""`milora bench prefill`: the time to the first token, and what of it is pooling and routing."""
+"""`milora bench prefill`: the time to the first token, and the share of pooling and routing."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PREFILL_METHODS = (BASE, "lora", "lora-merged", "dora-cached", "moelora", "milor
 
 @dataclass(frozen=True)
 class PrefillSettings(Settings):
-    """What is read.
+    """The settings of a prefill benchmark.
 
     Args:
         methods: Names, see [`milora.benchmark.methods.variant`].
-        batch: Prompts a batch.
-        prompt_tokens: Lengths of the prompts, each measured by itself.
+        batch: Prompts per batch.
+        prompt_tokens: Lengths of the prompts, each measured separately.
 
     Raises:
-        MiLoraError: If a value is unknown or out of range, or `compile` is asked for.
+        MiLoraError: If a value is unknown or out of range, or `compile` is set.
     """
 
     methods: tuple[str, ...] = PREFILL_METHODS
@@ -46,7 +46,7 @@ class PrefillSettings(Settings):
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prefill: how long it took, and another one's share of routing."""
+    """The time of one prefill, and the share of routing in another prefill."""
 
     timing: Timing
     routing_share: float | None
@@ -59,13 +59,13 @@ class Prefill:
 def prefill(settings: PrefillSettings, progress: Progress = lambda line: None, build: Build = build_method) -> Result:
     """Measures the time from the call of `generate` to the logits of the first new token.
 
-    The share of pooling and routing is taken in a second prefill right after, in which the routers are timed, so that
-    the clocks are not in the first.
+    The share of pooling and routing is measured in a second prefill right after, so that timing the routers does not
+    slow the first.
 
     Args:
         settings: What to measure.
-        progress: Called with the progress.
-        build: Makes a method from its name, the backbone and the settings.
+        progress: Called with progress messages.
+        build: Builds a method from its name, the backbone and the settings.
     """
     with opened(settings, progress, len(settings.methods)) as session:
         methods = session.prepare(settings.methods, build, first_generation(session))

@@ -13,13 +13,13 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Result:
-    """Rows, and what is needed to judge them.
+    """Rows, with the settings, order and environment of their measurement.
 
     Attributes:
         command: `decode`, `prefill`, `train` or `tenants`.
-        settings: What was asked for.
-        rows: One for each method and case.
-        order: The turns as they were taken.
+        settings: The settings.
+        rows: One row per method and case.
+        order: The turns in the order of measurement.
         environment: See [`milora.benchmark.environment.environment`].
     """
 
@@ -30,7 +30,7 @@ class Result:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The result for JSON."""
         return {
             "command": self.command,
             "settings": self.settings,

@@ -1,4 +1,4 @@
-"""Measures methods in turn, round after round, and summarises the numbers."""
+"""Measures methods in turn over several rounds and summarises the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 BASE = "base"
 DISTURBED = 0.15
-"""A round is disturbed if the bare backbone's speed in it is further than this share from the median."""
+"""A round is disturbed if the bare backbone's speed differs from its median by more than this share."""
 
 Sample = TypeVar("Sample")
 Progress = Callable[[str], None]
@@ -18,7 +18,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Turn:
-    """One measurement's place: which round of which case, and whose turn it was."""
+    """The case, the round and the method of one measurement."""
 
     case: str
     round: int
@@ -27,11 +27,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rounds(Generic[Sample]):
-    """What was measured.
+    """The measurements of a case.
 
     Attributes:
-        samples: By method, one sample a round.
-        order: The turns as they were taken.
+        samples: By method, one sample per round.
+        order: The turns in the order of measurement.
     """
 
     samples: Mapping[str, list[Sample]]
@@ -53,13 +53,13 @@ def in_turn(
     times. Rounds that are still disturbed are left out.
 
     Args:
-        case: What is measured, for the progress.
-        methods: Names.
-        rounds: How often each is measured.
+        case: The case's name, for progress messages.
+        methods: The methods' names.
+        rounds: Number of measurements of each method.
         measure: Measures one method once.
-        progress: Is told of every measurement.
-        describe: What to tell of it.
-        value: The speed of a sample, by which the backbone's rounds are compared; without it no round is repeated.
+        progress: Called with a message about every measurement.
+        describe: Describes a sample for the message.
+        value: The speed of a sample, to find disturbed rounds. Without it no round is repeated.
     """
     found: list[dict[str, Sample]] = []
     order: list[Turn] = []
@@ -67,7 +67,7 @@ def in_turn(
     def one_round(number: int, place: int) -> dict[str, Sample]:
         samples = {}
         for name in methods:
-            # A collection in the middle of a measurement would count against one method.
+            # A collection during a measurement would slow down one method.
             gc.collect()
             gc.disable()
             try:
@@ -96,13 +96,13 @@ def in_turn(
 
 
 def disturbed(values: Sequence[float]) -> list[int]:
-    """The rounds in which the bare backbone is further than [`DISTURBED`] from its median, worst first.
+    """The rounds in which the bare backbone's speed differs from its median by more than [`DISTURBED`], worst first.
 
-    Of two rounds in the middle the faster one is the median: disturbances slow a machine down. So at least one round
-    is never disturbed.
+    For an even number of rounds, the median is the faster of the two middle rounds, because disturbances slow a machine
+    down. At least one round is never disturbed.
 
     Args:
-        values: The bare backbone's speeds, one a round.
+        values: The bare backbone's speeds, one per round.
     """
     median = statistics.median_high(values)
     off = {index: abs(value / median - 1) for index, value in enumerate(values)}
@@ -110,24 +110,24 @@ def disturbed(values: Sequence[float]) -> list[int]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def ratios(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """[`spread`] of the ratios, each to the reference of the same round."""
+    """[`spread`] of the ratios to the reference, round by round."""
     return spread([value / other for value, other in zip(values, reference, strict=True)])
 
 
 def compared(values: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]:
-    """What a row says of one method's values: `ratio_to_base`, and in `ratios` those to every other method."""
+    """The fields of a row about one method's values: `ratio_to_base`, and `ratios` to every other method."""
     to_others = {other: ratios(values[name], of_other) for other, of_other in values.items() if other != name}
     to_base = ratios(values[name], values["base"])["median"] if "base" in values else None
     return {"ratio_to_base": to_base, "ratios": to_others, "rounds": list(values[name])}
 
 
 def compared_memory(values: Mapping[str, float], name: str) -> dict[str, Any]:
-    """What a row says of one method's peak memory."""
+    """The fields of a row about one method's peak memory."""
     return {
         "peak_memory_mib": values[name],
         "memory_ratios": {other: values[name] / of_other for other, of_other in values.items() if other != name},

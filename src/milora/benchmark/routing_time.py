@@ -13,10 +13,10 @@ from milora.tuners.milora.router import RouterLayer
 
 
 class RoutingTime:
-    """Adds up the time that a model's routers take, from a block's input to the chosen experts.
+    """Sums the time of a model's routers, from a block's input to the chosen experts.
 
     Args:
-        device: Where the model runs.
+        device: The model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class RoutingTime:
         self._clocks: list[TokenClock] = []
 
     def timed(self, route: Any) -> Any:
-        """The same function, its calls timed."""
+        """The same function with timed calls."""
 
         def timed_route(*args: Any, **kwargs: Any) -> Any:
             clock = TokenClock(self._device)
@@ -37,13 +37,13 @@ class RoutingTime:
         return timed_route
 
     def seconds(self) -> float:
-        """In all calls together."""
+        """Total seconds of all calls."""
         return sum(clock.seconds()[0] for clock in self._clocks)
 
 
 @contextmanager
 def routing_time(model: Any, device: torch.device) -> Iterator[RoutingTime | None]:
-    """Times the routers of a model, as long as it lasts; `None` for a model without."""
+    """Times a model's routers inside the context. Yields `None` for a model without routers."""
     routers = [module for module in model.modules() if isinstance(module, RouterLayer)]
     if not routers:
         yield None

@@ -1,4 +1,4 @@
-"""A load generator for OpenAI-compatible servers: Poisson arrivals, many tenants, and several servers in turn."""
+"""A load generator for OpenAI-compatible servers, with Poisson arrivals, many tenants and several servers."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ WORDS = [
     "morning",
     "question",
 ]
-"""The words of prompts: common words, most of them one token for most tokenizers."""
+"""The words of prompts: common words, mostly one token each for most tokenizers."""
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and the models that are asked for there.
+    """A server and the models to request.
 
     Args:
-        name: In results.
-        url: Of its API, such as `http://127.0.0.1:8000/v1`.
-        models: The models; empty for all that it lists.
+        name: The name in results.
+        url: The URL of the API, such as `http://127.0.0.1:8000/v1`.
+        models: The models; empty for all models that the server lists.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        """An endpoint of `[NAME=]URL[#MODEL,MODEL]`.
+        """Parses an endpoint `[NAME=]URL[#MODEL,MODEL]`.
 
         Raises:
-            MiLoraError: If it has no URL.
+            MiLoraError: If the text has no URL.
         """
         name, separator, rest = text.partition("=")
         if not separator or "://" in name:
@@ -89,25 +89,25 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """A load.
+    """The settings of a load.
 
     Args:
-        endpoints: Servers, which take turns.
+        endpoints: The servers. They are measured in turn.
         keys: API keys by model.
         key: The API key of all other models.
-        requests: How many, in a round.
-        rate: Requests a second, with Poisson arrivals; 0 sends all at once.
-        concurrency: The most requests at a time; `None` for no limit.
-        prompt_words: Shortest and longest prompt.
-        shared_words: Words that all prompts begin with, beside those.
-        new_tokens: The most new tokens of a request.
-        ignore_eos: Generate all of them; milora and vLLM know this, other servers may not.
+        requests: Number of requests per round.
+        rate: Requests per second, with Poisson arrivals. 0 sends all requests at once.
+        concurrency: Maximum number of concurrent requests; `None` for no limit.
+        prompt_words: Minimum and maximum number of words of a prompt.
+        shared_words: Number of further words in a prefix that all prompts share.
+        new_tokens: Maximum number of new tokens per request.
+        ignore_eos: Always generate `new_tokens` tokens. MiLoRA and vLLM support this, other servers may not.
         chat: Use the chat route.
-        temperature: 0 is greedy.
-        rounds: How often each endpoint has its turn. Each round has its own arrivals and prompts, the same for all.
-        seed: Of arrivals, models and prompts.
-        timeout: Seconds after which a request has failed.
-        body: More fields of the requests.
+        temperature: The sampling temperature; 0 is greedy.
+        rounds: Number of rounds per endpoint. Each round has new arrivals and prompts, the same for all endpoints.
+        seed: Seed of arrivals, models and prompts.
+        timeout: Seconds after which a request fails.
+        body: Further fields of the requests.
 
     Raises:
         MiLoraError: If a value is out of range.
@@ -138,13 +138,13 @@ class ServeSettings:
             raise MiLoraError("Two endpoints have one name: give them as NAME=URL.")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, without keys."""
+        """The settings for JSON, without keys."""
         return {name: value for name, value in asdict(self).items() if name not in ("keys", "key")}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A request to come: when, for which of the models (a number), with what prompt."""
+    """A planned request: the time to send it, a random number that selects the model, and the prompt."""
 
     due: float
     model: int
@@ -152,7 +152,7 @@ class Planned:
 
 
 def planned(settings: ServeSettings, round_number: int) -> list[Planned]:
-    """The requests of a round; the same for the same seed."""
+    """The requests of a round. The same seed gives the same requests."""
     generator = random.Random(f"{settings.seed}-{round_number}")
     shared = " ".join(generator.choice(WORDS) for _ in range(settings.shared_words))
     due, requests = 0.0, []
@@ -166,16 +166,16 @@ def planned(settings: ServeSettings, round_number: int) -> list[Planned]:
 def serve_load(
     settings: ServeSettings, tell: Tell = lambda line: None, watch: Tell = lambda line: None
 ) -> dict[str, Any]:
-    """Puts a load on servers and measures it.
+    """Sends a load to servers and measures their responses.
 
     Args:
         settings: The load.
-        tell: Told in a line what comes next.
-        watch: Told at each answer.
+        tell: Called with a line about the next step.
+        watch: Called at each response.
 
     Returns:
-        `rows`: one for each endpoint and round, see [`milora.benchmark.serve_summary.summary`]; `medians`: each
-        endpoint's over its rounds, with ratios to the first; `answers`: all answers, without texts.
+        `rows`: one per endpoint and round, see [`milora.benchmark.serve_summary.summary`]; `medians`: each endpoint's
+        medians over its rounds, with ratios to the first endpoint; `answers`: all responses, without texts.
 
     Raises:
         MiLoraError: If a server cannot be reached, or lists no models.
@@ -191,7 +191,7 @@ async def _serve_load(settings: ServeSettings, tell: Tell, watch: Tell) -> dict[
         models = {each.name: each.models or await _models(client, each, settings) for each in settings.endpoints}
         for round_number in range(settings.rounds):
             requests = planned(settings, round_number)
-            # The first of a round is another one each time: what warms up or throttles hits all alike.
+            # The order rotates every round, so warm-up and throttling affect all endpoints equally.
             turn = round_number % len(settings.endpoints)
             for endpoint in [*settings.endpoints[turn:], *settings.endpoints[:turn]]:
                 tell(f"round {round_number + 1}/{settings.rounds}, {endpoint.name}: {len(requests)} requests")
@@ -211,7 +211,7 @@ async def _serve_load(settings: ServeSettings, tell: Tell, watch: Tell) -> dict[
 
 
 def medians(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Each endpoint's medians over its rounds, and its throughput over the first endpoint's, round by round."""
+    """Each endpoint's medians over its rounds, and the median ratio of its throughput to the first endpoint's."""
     names = list(dict.fromkeys(row["endpoint"] for row in rows))
     of_first = {row["round"]: row["tokens_per_second"] for row in rows if row["endpoint"] == names[0]}
     result: dict[str, dict[str, float | None]] = {}
@@ -268,7 +268,7 @@ def _body(model: str, prompt: str, settings: ServeSettings) -> dict[str, Any]:
 
 
 async def _models(client: httpx2.AsyncClient, endpoint: Endpoint, settings: ServeSettings) -> tuple[str, ...]:
-    """The models that an endpoint lists, for each of the keys."""
+    """The models that an endpoint lists for any of the keys."""
     found: dict[str, None] = {}
     try:
         for key in {settings.key, *settings.keys.values()} if settings.keys else {settings.key}:

@@ -18,14 +18,14 @@ class Answer:
     """The result of a request. Times are seconds from the run's start.
 
     Attributes:
-        model: Which adapter, or the backbone.
-        due: When it was to be sent; latencies count from then, so a client that is behind does not flatter the server.
-        tokens: How many tokens the server says it generated; without its word, how many pieces came.
-        prompt_tokens: How many tokens the server says the prompt has.
-        arrivals: When each piece of text came.
-        ended: When the stream ended.
-        text: All of it.
-        error: What went wrong; empty if nothing did.
+        model: The adapter, or the backbone.
+        due: Planned time of sending. Latencies start here, so a late client does not make the server look faster.
+        tokens: Number of generated tokens that the server reports, else the number of pieces of text.
+        prompt_tokens: Number of prompt tokens that the server reports.
+        arrivals: Time of arrival of each piece of text.
+        ended: Time of the stream's end.
+        text: The complete text.
+        error: The error, or empty.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Answer:
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result for JSON."""
         return asdict(self)
 
 
@@ -58,11 +58,11 @@ async def ask(
     """Sends a request and fills in its answer.
 
     Args:
-        client: The connections.
-        url: The route's.
-        body: The request's, with `stream`.
+        client: The HTTP client.
+        url: The route's URL.
+        body: The request's body, with `stream`.
         key: The API key.
-        answer: What is filled in.
+        answer: The result to fill in.
         start: The run's start, in seconds of `time.perf_counter()`.
     """
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}

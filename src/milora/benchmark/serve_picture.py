@@ -1,4 +1,4 @@
-"""The picture of a load run: how many answers had come after which time."""
+"""Plots the latency distributions of a load run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from milora.plots import new_figure, save_figure
 
 MOST_TENANTS = 8
-"""With more tenants than these on one endpoint, lines would be hard to distinguish, so one line is drawn for all."""
+"""Maximum number of lines for tenants of one endpoint. With more tenants, one line is drawn for all."""
 
 
 def draw_load(result: Mapping[str, Any], path: Path) -> None:
     """Draws the distributions of the time to the first token and of the time between tokens.
 
-    A line is an endpoint, or a tenant where there is one endpoint with few tenants.
+    Each line is an endpoint, or a tenant if there is only one endpoint with few tenants.
 
     Args:
-        result: What [`milora.benchmark.serve.serve_load`] returned.
-        path: Where to write; the ending decides the format.
+        result: The result of [`milora.benchmark.serve.serve_load`].
+        path: The file to write. Its suffix determines the format.
 
     Raises:
         MiLoraError: If matplotlib is missing or cannot write the format.

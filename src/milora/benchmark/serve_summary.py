@@ -15,11 +15,12 @@ PERCENTILES = (50, 90, 95, 99)
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     """A run's throughput, latencies, and fairness between tenants.
 
-    `first_token`, `between_tokens`, `per_token` and `request` are in seconds: from a request's due time to its first
-    piece of text; between the pieces; a text's mean, (end - first) / (tokens - 1); from its due time to its end.
+    Times are in seconds. `first_token` is the time from a request's due time to its first piece of text,
+    `between_tokens` the time between pieces, `per_token` a text's mean, (end - first) / (tokens - 1), and `request` the
+    time from the due time to the end.
 
     Args:
-        answers: Of one run.
+        answers: The responses of one run.
     """
     good = [answer for answer in answers if not answer.error]
     seconds = max(answer.ended for answer in answers) - min(answer.due for answer in answers)
@@ -44,11 +45,11 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def fairness(answers: Sequence[Answer]) -> dict[str, float | None]:
-    """How evenly tenants were served.
+    """Fairness between tenants.
 
     Returns:
         `jain`: Jain's index `(sum x)^2 / (n sum x^2)` of the tenants' mean speeds, tokens of a request over its
-        seconds (Jain, Chiu and Hawe, 1984): 1 if all are equal, 1 / n if one has everything.
+        seconds (Jain, Chiu and Hawe, 1984): 1 if all are equal, 1 / n if one tenant gets everything.
         `slowest_to_fastest_first_token`: the largest of the tenants' median times to the first token over the smallest.
     """
     by_tenant: dict[str, list[Answer]] = {}
@@ -65,7 +66,7 @@ def fairness(answers: Sequence[Answer]) -> dict[str, float | None]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """A percentile, interpolated between the two values next to it, as NumPy does.
+    """A percentile with linear interpolation, as in NumPy.
 
     Raises:
         ValueError: If there are no values.

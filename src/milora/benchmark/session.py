@@ -22,7 +22,7 @@ from milora.benchmark.settings import Settings
 from milora.benchmark.sharing import model_bytes
 
 Build = Callable[[str, Any, Settings], MeasuredMethod]
-"""Makes a method from its name, the backbone and the settings."""
+"""Builds a method from its name, the backbone and the settings."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Prepared:
     """A method and its memory.
 
     Attributes:
-        method: Ready to run.
-        kept: Bytes that it keeps besides the backbone: its adapters, and what it made at its first use.
+        method: The method, ready to run.
+        kept: Bytes that it keeps besides the backbone: its adapters and caches from its first use.
     """
 
     method: MeasuredMethod
@@ -43,7 +43,7 @@ class Measured(Generic[Sample]):
     """The results of a case.
 
     Attributes:
-        samples: By method, one sample a round.
+        samples: By method, one sample per round.
         memory: By method, the peak in MiB.
     """
 
@@ -51,17 +51,17 @@ class Measured(Generic[Sample]):
     memory: Mapping[str, float]
 
     def fields(self, name: str, key: str, value: Callable[[Sample], float]) -> dict[str, Any]:
-        """What a row says of one method: the spread of a value as `key`, how it compares, and the peak memory."""
+        """The fields of a row: a value's spread as `key`, its ratios to other methods, and the peak memory."""
         values = {method: [value(sample) for sample in samples] for method, samples in self.samples.items()}
         return {**spread_fields(key, values[name]), **compared(values, name), **compared_memory(self.memory, name)}
 
     def median(self, name: str, value: Callable[[Sample], float]) -> float:
-        """Of a value, over the rounds of one method."""
+        """The median of a value over the rounds of one method."""
         return statistics.median(value(sample) for sample in self.samples[name])
 
 
 class Record:
-    """What a benchmark has measured so far, and in which turns.
+    """The measurements of a benchmark so far, and their order.
 
     Args:
         settings: Resolved.
@@ -90,7 +90,7 @@ class Record:
         return measured.samples
 
     def result(self, command: str) -> Result:
-        """What has been measured."""
+        """The result of all measurements."""
         after = environment(self.device)["load_average"]
         return Result(
             command,
@@ -118,7 +118,7 @@ class Session(Record):
 
     @cached_property
     def copy_bandwidth(self) -> float:
-        """Bytes a second that a copy on the device reads and writes; measured once, and told in the environment."""
+        """Bytes per second of a copy on the device, measured once and added to the environment."""
         self.progress("measuring the bandwidth")
         found = copy_bandwidth(self.device)
         self.environment["copy_gigabytes_per_second"] = found / GIGA
@@ -127,12 +127,12 @@ class Session(Record):
     def prepare(
         self, names: Sequence[str], build: Build, first_use: Callable[[MeasuredMethod], Any]
     ) -> dict[str, Prepared]:
-        """Makes methods, and tells what each keeps.
+        """Builds methods and measures the memory that each keeps.
 
         Args:
-            names: Of the methods.
-            build: Makes one.
-            first_use: Runs a method once, so that it makes what it makes at its first use.
+            names: The methods' names.
+            build: Builds one method.
+            first_use: Runs a method once, so that it allocates its caches.
         """
         prepared: dict[str, Prepared] = {}
         for name in names:
@@ -154,16 +154,16 @@ class Session(Record):
         describe: Callable[[Sample], str] = str,
         value: Callable[[Sample], float] | None = None,
     ) -> Measured[Sample]:
-        """Warms up and measures memory, method by method, then whatever `timed` returns in turn.
+        """Warms up each method and measures its memory, then measures the methods in turn with `timed`.
 
         Args:
-            case: What is measured, for the progress.
-            methods: By name.
-            run: Runs a method once, to warm it up and for its peak memory.
-            timed: Runs it once in its turn.
-            warm_up: Runs it unmeasured; by default `run`, as often as the settings have it.
-            describe: What to tell of a sample.
-            value: The speed of a sample; rounds in which it shows the bare backbone disturbed are measured again.
+            case: The case's name, for progress messages.
+            methods: The methods by name.
+            run: Runs a method once, for the warm-up and the peak memory.
+            timed: Measures one run of a method.
+            warm_up: Runs a method without measurement. By default it calls `run` as often as the settings say.
+            describe: Describes a sample for progress messages.
+            value: The speed of a sample. Rounds in which the bare backbone is disturbed are measured again.
         """
         memory: dict[str, float] = {}
         for name, prepared in methods.items():
@@ -177,7 +177,7 @@ class Session(Record):
         return Measured(self.in_turn(case, list(methods), timed, describe, value), memory)
 
     def peak_memory(self, prepared: Prepared, run: Callable[[], Any]) -> float:
-        """MiB: the backbone's, what the method keeps, and the most that `run` has on top of both."""
+        """Peak memory in MiB: the backbone's, the method's own, and the peak growth during `run`."""
         return (self.backbone_bytes + prepared.kept + peak_growth(run, self.device)) / MIB
 
 
@@ -186,9 +186,9 @@ def opened(settings: Settings, progress: Progress, cases: int, *, training: bool
     """A session with the backbone built.
 
     Args:
-        settings: What was asked for; defaults that depend on the machine are filled in.
-        progress: Called with the progress.
-        cases: How many combinations of method and shape may be compiled.
+        settings: The settings. Machine-dependent defaults are filled in.
+        progress: Called with progress messages.
+        cases: Maximum number of compiled combinations of method and shape.
         training: Whether methods are trained.
     """
     session = Session(settings.resolved(training=training), progress)

@@ -21,20 +21,20 @@ class Settings:
     """The backbone and the settings that all methods share.
 
     Args:
-        backbone: A named shape or a folder with a `config.json`; the weights are random. By default TinyLlama's shape
+        backbone: A named shape or a folder with a `config.json`. The weights are random. By default TinyLlama's shape
             on a CPU and Llama-2 7B's on a GPU.
-        layers: Number of Transformer blocks instead of the shape's own.
-        device: Where it runs; the GPU where there is one by default.
-        dtype: The backbone's.
-        adapter_dtype: The adapters' (routers are float32 always): the backbone's, or `float32` as PEFT makes them by
-            itself. `None` takes the backbone's for inference, and `float32` for training.
-        attention: transformers' `attn_implementation`; its own choice by default.
+        layers: Number of Transformer blocks; by default the shape's.
+        device: The device; by default the GPU if there is one.
+        dtype: The backbone's dtype.
+        adapter_dtype: The adapters' dtype (routers are always float32): the backbone's, or `float32`, which is PEFT's
+            default. `None` means the backbone's for inference and `float32` for training.
+        attention: transformers' `attn_implementation`; by default its own choice.
         compile: Decode with a static cache and a compiled forward pass, for every method.
-        rounds: How often each method is measured, in turn with the others.
-        warmups: Runs of each method before, the speed of which is not measured.
-        round_seconds: A method that would take longer for one run generates fewer tokens in it, at least four; its row
-            says how many.
-        seed: Of the weights and the prompts.
+        rounds: Number of measurements of each method, in turn with the others.
+        warmups: Number of unmeasured runs of each method before the measurements.
+        round_seconds: Maximum time of a run. A slower method generates fewer tokens, at least four; its row has the
+            number.
+        seed: Seed of the weights and the prompts.
 
     Raises:
         MiLoraError: If a value is unknown or out of range.
@@ -69,10 +69,10 @@ class Settings:
             raise MiLoraError(f"round_seconds must be above 0; found {self.round_seconds}.")
 
     def resolved(self: Own, *, training: bool = False) -> Own:
-        """With the defaults that depend on the machine filled in.
+        """The settings with machine-dependent defaults filled in.
 
         Raises:
-            MiLoraError: If the device is not there.
+            MiLoraError: If the device is not available.
         """
         device = device_of(self.device)
         return replace(
@@ -90,15 +90,15 @@ class Settings:
         return dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """For the result."""
+        """The settings for the result."""
         return asdict(self)
 
 
 def check_at_least(name: str, value: int | tuple[int, ...], least: int) -> None:
-    """Refuses a number, or any of several, that is too small.
+    """Checks that a number, or each of several, is not below a minimum.
 
     Raises:
-        MiLoraError: If `value < least`.
+        MiLoraError: If a number is below `least`.
     """
     for number in value if isinstance(value, tuple) else (value,):
         if number < least:

@@ -1,4 +1,4 @@
-"""Many methods on one backbone in memory: copies of its modules that share its weights."""
+"""Copies a backbone's modules without its weights, so that many methods share one backbone in memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from milora.tuners.generate_options import forget_compiled_step
 
 
 def shared_copy(backbone: nn.Module, own: Iterable[nn.Module] = ()) -> Any:
-    """A copy of a model's modules whose parameters and buffers are the same tensors as the model's.
+    """A copy of a model's modules whose parameters and buffers are the model's tensors.
 
-    Adapters put into the copy leave the model itself as it was: it has no wrapped modules and no hooks. The copy is of
-    a class of its own, below the model's: before torch.compile runs one model's graph for another, it compares their
-    classes and not their hooks, and would leave out an adapter that consists of hooks.
+    Adapters in the copy do not change the model: it gets no wrapped modules and no hooks. The copy's class is a new
+    subclass of the model's class. torch.compile reuses a graph for models of the same class without comparing their
+    hooks, and would ignore an adapter that consists of hooks.
 
     Args:
         backbone: The model to copy.
-        own: Modules in it of whose parameters the copy gets its own.
+        own: Modules whose parameters are copied instead of shared.
     """
     owned = {id(parameter) for module in own for parameter in module.parameters()}
     shared = {id(tensor): tensor for tensor in _tensors(backbone) if id(tensor) not in owned}
@@ -32,7 +32,7 @@ def shared_copy(backbone: nn.Module, own: Iterable[nn.Module] = ()) -> Any:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of some tensors, each storage counted once."""
+    """Bytes of the tensors' storages. Each storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 

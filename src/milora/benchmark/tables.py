@@ -1,4 +1,4 @@
-"""Results as tables, on a terminal and in Markdown."""
+"""Formats results as tables, for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ COLUMNS: Mapping[str, Mapping[str, Cell]] = {
         "/ base": _number("bytes_ratio_to_base", 4),
     },
 }
-"""The columns of each command's table; numbers in parentheses are the least and the greatest."""
+"""The columns of each command's table. Numbers in parentheses are the minimum and the maximum."""
 
 
 def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -111,7 +111,7 @@ def cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """What was measured, on what."""
+    """The benchmark, the backbone and the device."""
     settings, environment = result["settings"], result["environment"]
     parts = [f"{result['command']}: {settings['backbone']}"]
     if result["command"] == "kernel":
@@ -129,7 +129,7 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """Notes below a result's table: which rows of a compiled measurement ran eagerly, and why."""
+    """Notes below a result's table: the rows of a compiled measurement that ran eagerly, with the reason."""
     reasons: dict[str, list[str]] = {}
     for row in result["rows"]:
         if row.get("not_compiled"):
@@ -154,6 +154,6 @@ def print_table(result: Mapping[str, Any]) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A result's table in Markdown, its title above."""
+    """A result's table in Markdown, with its title above."""
     header, rows = cells(result)
     return "\n\n".join([title(result), markdown_table(header, rows), *notes(result)]) + "\n"

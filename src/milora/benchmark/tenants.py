@@ -24,20 +24,20 @@ from milora_core.errors import MiLoraError
 
 TENANT_METHODS = (BASE, "lora", "lora-together", "milora")
 SERVES_ROWS = ("lora", "milora", "midora")
-"""Methods that support different adapters for the rows of one batch (`adapter_names`); PEFT refuses DoRA."""
+"""Methods that support different adapters for the rows of one batch (`adapter_names`). PEFT does not support DoRA."""
 
 
 @dataclass(frozen=True)
 class TenantsSettings(Settings):
-    """Who shares a batch.
+    """The settings of a benchmark with several tenants per batch.
 
     Args:
-        methods: Names, see [`milora.benchmark.methods.variant`]; `base` runs the same batch without adapters.
-        tenants: Numbers of tenants, each measured by itself.
-        batch: Rows; as many as there are tenants by default, otherwise the tenants take turns.
-        beams: Widths of the search.
+        methods: Names, see [`milora.benchmark.methods.variant`]. `base` runs the same batch without adapters.
+        tenants: Numbers of tenants, each measured separately.
+        batch: Number of rows, assigned to the tenants in turn; by default one row per tenant.
+        beams: Numbers of beams.
         prompt_tokens: Length of the prompts.
-        new_tokens: Tokens to generate, the first included, which counts as prefill.
+        new_tokens: Tokens to generate, including the first, which counts as prefill.
 
     Raises:
         MiLoraError: If a value is unknown or out of range, or a method serves one adapter at a time.
@@ -68,11 +68,11 @@ class TenantsSettings(Settings):
 
 
 def tenants(settings: TenantsSettings, progress: Progress = lambda line: None) -> Result:
-    """Measures `generate(..., adapter_names=[...])`: decoding as [`milora.benchmark.decode.decode`] does.
+    """Measures `generate(..., adapter_names=[...])` in the same way as [`milora.benchmark.decode.decode`].
 
     Args:
         settings: What to measure.
-        progress: Called with the progress.
+        progress: Called with progress messages.
     """
     cases = len(settings.methods) * len(settings.tenants) * len(settings.beams)
     with opened(settings, progress, cases) as session:
@@ -82,7 +82,7 @@ def tenants(settings: TenantsSettings, progress: Progress = lambda line: None) -
 
 
 def _measure(session: Session, settings: TenantsSettings, number: int) -> None:
-    """One number of tenants; its models end with it, before those of the next number are built."""
+    """Measures one number of tenants. Its models are freed before the next number's models are built."""
     names = [f"tenant-{index}" for index in range(number)]
     methods = _prepare(session, settings.methods, names)
     batch = settings.batch or number

@@ -1,4 +1,4 @@
-"""The seconds that a call takes on a device."""
+"""Times a call on a device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], float]:
     """A function that runs `run` and returns the seconds.
 
-    On a GPU the run is captured into a CUDA graph, as in a compiled decode step, so that launching it costs nothing.
+    On a GPU the run is captured into a CUDA graph, as in a compiled decode step, so the launch cost is not included.
 
     Args:
-        run: What to time; it is run once, untimed.
-        device: Where it runs.
+        run: The function to time. It is first run once without timing.
+        device: The device it runs on.
     """
     run()
     if device.type != "cuda":

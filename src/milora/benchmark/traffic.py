@@ -1,22 +1,22 @@
-"""The bytes that a decode step must read and the operations it must do, by formula, from the sizes of the modules.
+"""The bytes that a decode step must read and its operations, computed from the sizes of the modules.
 
-Decoding one token reads every weight of the backbone once, independent of the batch; so on most machines the bytes
-determine the time. For a step over `rows` rows (prompts times beams) whose keys and values hold `context` tokens:
+Decoding one token reads every weight of the backbone once, independent of the batch, so the bytes determine the time on
+most machines. A step over `rows` rows (prompts times beams) with a cache of `context` tokens needs:
 
-- backbone: all weights of the blocks, the last norm and the head; of the embedding `rows` rows;
+- backbone: all weights of the blocks, the last norm and the head, and `rows` rows of the embedding;
 - adapter: the weights that the step uses (below);
-- cache: `rows * context` keys and values of each block;
-- operations: 2 for each weight of a linear module and row, and 4 * context * heads * head_dim a block and row.
+- cache: `rows * context` keys and values per block;
+- operations: 2 per weight of a linear module and row, and 4 * context * heads * head_dim per block and row.
 
 Adapters, per adapted module with `A (r, d_in)` and `B (d_out, r)`:
 
-- LoRA, and DoRA's low-rank part: A and B; DoRA with caching: the magnitude and the cached norm besides (`2 d_out`);
-  DoRA without: the norm of `W + s B A` anew, for which W is read again and B A multiplied out (`2 d_in r d_out`
-  operations), written and read: at least `3 d_in d_out` values more;
-- MOELoRA: A and B of all experts (they are one product each) and the module's router;
-- MiLoRA: A and B of the chosen experts, for one prompt k / N of all in the mean over uniformly distributed choices; for
-  `n` prompts with independent choices an expert is read with probability `1 - (1 - k / N)^n`. The router runs at the
-  prefill only. MiDoRA: `2 d_out` of the chosen besides.
+- LoRA, and DoRA's low-rank part: A and B. DoRA with caching also reads the magnitude and the cached norm (`2 d_out`).
+  DoRA without caching recomputes the norm of `W + s B A`: it reads W again, multiplies B A out (`2 d_in r d_out`
+  operations), writes it and reads it: at least `3 d_in d_out` more values;
+- MOELoRA: A and B of all experts (one product each) and the module's router;
+- MiLoRA: A and B of the chosen experts. With uniformly distributed choices this is k / N of all for one prompt. With
+  `n` prompts and independent choices, an expert is read with probability `1 - (1 - k / N)^n`. The router runs only at
+  the prefill. MiDoRA also reads `2 d_out` values of the chosen experts.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ COUNTED = ("lora", "dora", "moelora", "milora", "midora")
 
 @dataclass(frozen=True)
 class TrafficSettings(Settings):
-    """Which step.
+    """The settings of a decode step.
 
     Args:
         methods: Names, see [`milora.benchmark.methods.variant`].
-        batch: Prompts a batch.
-        beams: Width of the search.
-        context: Tokens whose keys and values are read.
+        batch: Prompts per batch.
+        beams: Number of beams.
+        context: Number of tokens whose keys and values are read.
 
     Raises:
         MiLoraError: If a value is unknown or out of range, or there is no formula for a method.
@@ -71,12 +71,12 @@ class TrafficSettings(Settings):
 
 @dataclass(frozen=True)
 class Step:
-    """What a decode step reads and does.
+    """The bytes and operations of a decode step.
 
     Attributes:
-        weight_bytes: Of the backbone.
-        adapter_bytes: Of the adapter, and of what is made of it anew.
-        cache_bytes: Keys and values.
+        weight_bytes: Bytes of the backbone's weights.
+        adapter_bytes: Bytes of the adapter's weights and of values recomputed from them.
+        cache_bytes: Bytes of keys and values.
         operations: Floating-point operations.
     """
 
@@ -87,12 +87,12 @@ class Step:
 
     @property
     def total_bytes(self) -> float:
-        """All that is read."""
+        """All bytes that are read."""
         return self.weight_bytes + self.adapter_bytes + self.cache_bytes
 
 
 def traffic(settings: TrafficSettings) -> Result:
-    """The formulas' values for methods on a shape; nothing is measured and no weights are made.
+    """The formulas' values for methods on a shape. Nothing is measured and no weights are created.
 
     Raises:
         MiLoraError: If there is no such shape.
@@ -125,8 +125,8 @@ def step(name: str, backbone: Any, settings: TrafficSettings) -> Step:
     """One method's decode step.
 
     Args:
-        name: As for [`milora.benchmark.methods.variant`].
-        backbone: A model of the shape, on `meta`; it is left as it is.
+        name: See [`milora.benchmark.methods.variant`].
+        backbone: A model of the shape, on `meta`. It is not changed.
         settings: The batch and the context.
     """
     rows = settings.batch * settings.beams
@@ -178,12 +178,12 @@ def _modules(name: str, backbone: Any, settings: TrafficSettings) -> Sequence[_P
 
 
 def backbone_traffic(backbone: Any, rows: int, context: int) -> tuple[float, float]:
-    """Bytes of the backbone's weights that a decode step reads, and the operations that it does with them.
+    """Bytes of the backbone's weights that a decode step reads, and the backbone's operations.
 
     Args:
         backbone: A model, on `meta` or with weights.
         rows: Prompts times beams.
-        context: Tokens whose keys and values are read.
+        context: Number of tokens whose keys and values are read.
     """
     embedding = backbone.get_input_embeddings().weight
     head = backbone.get_output_embeddings().weight
@@ -223,6 +223,6 @@ def _query_size(backbone: Any) -> int:
 
 
 def _cache_values(backbone: Any) -> int:
-    """Numbers of keys and values that one token takes in all blocks."""
+    """Number of values in the keys and values of one token, over all blocks."""
     blocks, _, groups, head = _heads(backbone)
     return 2 * blocks * groups * head

@@ -1,4 +1,4 @@
-"""`milora bench train`: the time and the peak memory of an optimiser's step."""
+"""`milora bench train`: the time and the peak memory of a training step."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """What a step is.
+    """The settings of a training benchmark.
 
     Args:
-        methods: Names, see [`milora.benchmark.methods.variant`]; those that can be trained.
-        batch: Rows.
-        tokens: Of each row; the first half is the prompt and has no loss.
-        gradient_checkpointing: Whether blocks are run a second time in the backward pass.
+        methods: Names of methods that can be trained, see [`milora.benchmark.methods.variant`].
+        batch: Rows per batch.
+        tokens: Tokens per row. The first half is the prompt and has no loss.
+        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
 
     Raises:
         MiLoraError: If a value is unknown or out of range, or a method cannot be trained.
@@ -62,12 +62,12 @@ class Training:
     """A method with its optimiser.
 
     Args:
-        method: What to train. One that is `bilevel` has Theta, the rational activations, out of its optimiser, and
-            trains them as [`milora.training.BilevelActivations`] does: a step of their own after every other, by the
-            same [`milora.training.dev_step.DevStep`], at `milora train`'s learning rate.
-        device: Where.
-        gradient_checkpointing: Whether blocks are run a second time in the backward pass.
-        dev_batches: For the steps of Theta.
+        method: The method to train. For a `bilevel` method, the optimiser excludes Theta, the rational activations.
+            Like [`milora.training.BilevelActivations`], it trains Theta with a separate
+            [`milora.training.dev_step.DevStep`] after every step, at `milora train`'s learning rate.
+        device: The device.
+        gradient_checkpointing: Whether blocks are recomputed in the backward pass.
+        dev_batches: Batches for the steps of Theta.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Training:
         self.optimizer = torch.optim.AdamW([p for p in self.parameters if p.requires_grad], lr=1e-4)
 
     def step(self, rows: Mapping[str, Tensor]) -> float:
-        """Forward, backward, AdamW, and where Theta has steps of its own one of them; the seconds that it took."""
+        """Runs forward, backward, AdamW and, for a bilevel method, a step of Theta. Returns the seconds."""
         self._wait()
         started = time.perf_counter()
         self.model(**rows).loss.backward()
@@ -103,8 +103,8 @@ class Training:
 
 
 def _dev_step(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> DevStep:
-    """What trains Theta, which is taken out of what else trains."""
-    # TRL comes with it, which takes seconds to import, and no other method needs.
+    """The step that trains Theta. Theta is removed from the trainable parameters of the main step."""
+    # This imports TRL, which takes seconds and which other methods do not need.
     from milora.training.arguments import TrainingArguments
     from milora.training.bilevel_activations import activation_parameters
     from milora.training.dev_step import DevStep, require_gradients
@@ -116,13 +116,13 @@ def _dev_step(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> DevStep:
 
 
 def enable_checkpointing(backbone: Any) -> None:
-    """Switches gradient checkpointing on, under the name that transformers gives it."""
+    """Enables gradient checkpointing with transformers' method."""
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def labelled_rows(backbone: Any, batch: int, tokens: int, seed: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, all (batch, tokens), the first half of each row without loss."""
+    """`input_ids`, `attention_mask` and `labels`, all `(batch, tokens)`. The first half of each row has no loss."""
     rows = random_prompts(backbone, batch, tokens, seed)
     labels = rows["input_ids"].clone()
     labels[:, : tokens // 2] = IGNORED
@@ -132,16 +132,16 @@ def labelled_rows(backbone: Any, batch: int, tokens: int, seed: int) -> dict[str
 def train_steps(settings: TrainSettings, progress: Progress = lambda line: None, build: Build = build_method) -> Result:
     """Measures training steps: forward with loss, backward, and AdamW on the adapter.
 
-    `milora-bilevel` is `milora` with a step of Theta, the rational activations, on as many dev rows after it, as
-    `milora train` takes it: its ratio to `milora` is what bi-level training costs.
+    `milora-bilevel` is `milora` with a step of Theta, the rational activations, on the same number of dev rows after
+    each step, as in `milora train`. Its ratio to `milora` is the cost of bi-level training.
 
-    Memory is the backbone's, what the method keeps (adapter and optimiser's states), and the most that a step has on
-    top: activations and gradients.
+    Memory is the backbone's, the method's own (adapter and optimiser states), and the peak growth in a step
+    (activations and gradients).
 
     Args:
         settings: What to measure.
-        progress: Called with the progress.
-        build: Makes a method from its name, the backbone and the settings.
+        progress: Called with progress messages.
+        build: Builds a method from its name, the backbone and the settings.
     """
     with opened(settings, progress, len(settings.methods), training=True) as session:
         rows = labelled_rows(session.backbone, settings.batch, settings.tokens, settings.seed)

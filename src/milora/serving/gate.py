@@ -35,8 +35,8 @@ class Gate:
     """ASGI middleware.
 
     It sets three values in `scope["state"]`: `tenant`; `arrived`, in seconds of `time.monotonic()`; and `notes`, to
-    which the request's handler adds fields for the log. The note `status` replaces the response's status in the log if
-    a request fails after its status was sent.
+    which the request's handler adds fields for the log. The note `status` replaces the response's status in logs and
+    metrics if a request fails after its status was sent.
 
     Args:
         app: The wrapped application.
