@@ -17,7 +17,7 @@ from milora_core.errors import MiLoraError
 
 
 def answers_file(folder: Path, model_id: str) -> Path:
-    """Where the answers of a model lie, as in FastChat's `data/mt_bench`."""
+    """The file of a model's answers, as in FastChat's `data/mt_bench`."""
     return folder / "model_answer" / f"{_file_name(model_id)}.jsonl"
 
 
@@ -35,29 +35,30 @@ def run(
     progress: Watch | None = None,
     **generation: Any,
 ) -> dict[str, Any]:
-    """Answers the questions, and has the answers judged if there is a judge.
+    """Generates answers to the questions and, with a judge, grades them.
 
-    The folder is laid out as FastChat's `data/mt_bench`: `model_answer/{model}.jsonl`,
+    The folder has the layout of FastChat's `data/mt_bench`: `model_answer/{model}.jsonl`,
     `model_judgment/{judge}_single.jsonl` and `model_judgment/{judge}_pair.jsonl`.
 
     Args:
-        model: A causal language model, with an adapter or without.
-        tokenizer: The model's.
-        questions: What to ask.
-        folder: The output folder; existing answers and judgements are not made again.
+        model: A causal language model, with or without an adapter.
+        tokenizer: The model's tokenizer.
+        questions: The questions.
+        folder: The output folder. Existing answers and judgements are reused.
         model_id: The model's name in the files.
-        judge: Grades the answers; `None` leaves them unjudged.
+        judge: Grades the answers. With `None` they are not graded.
         opponent: A file of another model's answers to compare with.
-        prompts_folder: Where FastChat's `judge_prompts.jsonl` is looked for.
-        workers: Requests to the judge at a time.
+        prompts_folder: The folder that may have FastChat's `judge_prompts.jsonl`.
+        workers: Number of concurrent requests to the judge.
         progress: Shows progress.
         **generation: `max_new_tokens`, `beams`, `seed` and `batch_size` of
             [`milora.evaluation.mt_bench.model_answers.answer_questions`].
 
     Returns:
-        `model`, `questions` (how many), `answers` (the file), `answers_digest` (of their texts), `no_room` (how many
-        turns had no room for an answer); with a judge `judge`, `prompts` ("fastchat" or "own"), `failed`, `reason`, and
-        what [`milora.evaluation.mt_bench.grades.grades`] gives; with an opponent too `pairwise`, likewise.
+        `model`, `questions` (their number), `answers` (the file), `answers_digest` (of the texts), `no_room` (the
+        number of turns skipped because an answer would exceed the backbone's positions). With a judge also `judge`,
+        `prompts` ("fastchat" or "own"), `failed`, `reason`, and the fields of
+        [`milora.evaluation.mt_bench.grades.grades`]. With an opponent also `pairwise`, with similar fields.
 
     Raises:
         MiLoraError: If there is an opponent and no judge, or grading failed for all answers.

@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible API, by the `openai` SDK (the extra `judge`)."""
+"""A client for chat models behind an OpenAI-compatible API, with the `openai` SDK (the extra `judge`)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from openai import APIError
 
 KEY_VARIABLES = ("MILORA_JUDGE_API_KEY", "OPENAI_API_KEY")
-"""Where the key is looked for, in this order; it is never taken from the command line, where other users see it."""
+"""Environment variables of the key, in this order. The command line has no option, as other users can see it there."""
 
 
 class ChatEndpoint:
     """`POST {url}/chat/completions`, with the SDK's retries.
 
-    Requests that time out, cannot connect, or are answered with 408, 409, 429 or 5xx are repeated at most `retries`
-    times, with exponential backoff or after the time that the server's `Retry-After` gives. Threads may share one.
+    Requests are retried at most `retries` times after a time-out, a connection error, or status 408, 409, 429 or 5xx,
+    with exponential backoff or the server's `Retry-After`. An endpoint is thread-safe.
 
     Args:
         url: The API's root, such as `https://api.openai.com/v1`.
-        model: The model's name there.
-        key: Sent as a bearer token; by default from the environment (`KEY_VARIABLES`), none if there is none.
-        timeout: Seconds to wait for an answer.
-        retries: How often a request is repeated.
+        model: The model's name at this API.
+        key: The bearer token; by default from the environment (`KEY_VARIABLES`), if set.
+        timeout: Seconds to wait for a response.
+        retries: Maximum number of retries.
 
     Raises:
-        MiLoraError: If `url` is no HTTP address.
+        MiLoraError: If `url` is not an HTTP address.
         MissingExtraError: If the SDK is not installed.
     """
 
@@ -43,7 +43,7 @@ class ChatEndpoint:
         self.model = model
         self._address = f"{url.rstrip('/')}/chat/completions"
         self._key = key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-        # A local server may ask for no key, and the SDK insists on one.
+        # A local server may need no key, but the SDK requires one.
         self._headers: Any = {} if self._key else {"Authorization": openai.Omit()}
         self._client = openai.OpenAI(base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=retries)
 
@@ -51,8 +51,8 @@ class ChatEndpoint:
         """The model's reply to a conversation.
 
         Raises:
-            MiLoraError: If there is none after all repetitions, the server refuses (the key, the model, the request),
-                or what it sends is no chat completion.
+            MiLoraError: If all retries fail, the server rejects the key, the model or the request, or its response is
+                not a chat completion.
         """
         import openai
 

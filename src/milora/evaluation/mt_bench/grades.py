@@ -11,10 +11,10 @@ from milora.tasks.mt_bench import Question
 
 
 def grades(records: Sequence[Mapping[str, Any]], questions: Sequence[Question]) -> dict[str, Any]:
-    """Mean grades: `score` over both turns (MT-Bench's figure), by turn, by category; and what could not be read.
+    """Mean grades: `score` over both turns (MT-Bench's score), by turn and by category, and the count of `unparsed`.
 
-    Judgements without a grade count in no mean, as in FastChat, and are counted in `unparsed`. Means are `None` where
-    there is nothing to average.
+    As in FastChat, judgements without a grade are excluded from the means. They are counted in `unparsed`. A mean
+    without grades is `None`.
     """
     category = {question.id: question.category for question in questions}
     graded = [record for record in records if record["score"] != UNPARSED]
@@ -31,9 +31,9 @@ def grades(records: Sequence[Mapping[str, Any]], questions: Sequence[Question]) 
 
 
 def wins(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The first model's wins, ties and losses; a model wins where it does in both places, as in FastChat.
+    """The first model's wins, ties and losses. As in FastChat, a model wins if it wins in both positions.
 
-    `win_rate` counts a tie as half a win. Pairs with a judgement that gives no verdict are in `unparsed` only.
+    `win_rate` counts a tie as half a win. Pairs with a judgement without a verdict count only in `unparsed`.
     """
     counts = {"wins": 0, "ties": 0, "losses": 0, "unparsed": 0}
     for record in records:

@@ -11,7 +11,7 @@ from milora.tasks.files import read_values
 from milora_core.errors import DataError
 
 FILE_NAME = "judge_prompts.jsonl"
-"""FastChat's name of a file of judge prompts."""
+"""FastChat's name for the file of judge prompts."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class JudgePrompt:
     Attributes:
         name: FastChat's name, which identifies the judgement.
         system: The system message.
-        template: The user's message, with places in braces for the questions, answers and references.
+        template: The user's message, with placeholders in braces for the questions, answers and references.
     """
 
     name: str
@@ -32,7 +32,7 @@ class JudgePrompt:
         """The messages for one judgement.
 
         Raises:
-            DataError: If the template has a place that `parts` has nothing for.
+            DataError: If the template has a placeholder that is not in `parts`.
         """
         try:
             text = self.template.format(**parts)
@@ -52,13 +52,13 @@ def name_of(kind: str, *, with_reference: bool, second_turn: bool) -> str:
 
 
 def load(folder: Path | None) -> dict[str, JudgePrompt]:
-    """The judge prompts by name: FastChat's, if `folder` holds its `judge_prompts.jsonl`, else our own.
+    """The judge prompts by name: FastChat's if `folder` has its `judge_prompts.jsonl`, else MiLoRA's.
 
-    Scores compare with published ones only if they were given by the same judge on the same prompts. Ours ask for the
-    same things in the same form of answer, in other words.
+    Scores are comparable with published ones only with the same judge and the same prompts. MiLoRA's prompts ask for
+    the same judgement in the same format, with different wording.
 
     Raises:
-        DataError: If a line of the file is no judge prompt.
+        DataError: If a line of the file is not a judge prompt.
     """
     prompts = dict(OWN)
     path = None if folder is None else folder / FILE_NAME
@@ -105,7 +105,7 @@ def _own() -> dict[str, JudgePrompt]:
 
 
 def _template(kind: str, *, with_reference: bool, second_turn: bool) -> str:
-    # The places' names are FastChat's: one turn has no number.
+    # The placeholders' names are FastChat's: one turn has no number.
     turns = ["_1", "_2"] if second_turn else [""]
     sides = {"": "the assistant"} if kind == "single" else {"_a": "assistant A", "_b": "assistant B"}
     parts = []

@@ -1,4 +1,4 @@
-"""Judgements of answers: single answers graded, or two models' answers compared."""
+"""Judges answers: grades single answers or compares two models' answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from milora_core.errors import DataError, MiLoraError
 from milora_core.files import writing
 
 UNPARSED = -1
-"""The grade of a judgement that gives none, as FastChat writes it."""
+"""The grade of a judgement without a grade, as in FastChat."""
 
 _RATING = (re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]"), re.compile(r"\[(\d+(?:\.\d+)?)\]"))
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -45,7 +45,7 @@ class Outcome:
     """The result of a set of judgements.
 
     Attributes:
-        records: The judgements in FastChat's format, those of earlier runs included.
+        records: The judgements in FastChat's format, including those of earlier runs.
         failed: The number of failed judgements.
         reason: The reason of the first failure.
     """
@@ -61,11 +61,11 @@ class JudgeRun:
 
     Attributes:
         judge: The judge.
-        prompts: What it is asked, by name; see [`milora.evaluation.mt_bench.judge_prompts.load`].
-        path: JSON lines as FastChat's `gpt-4_single.jsonl` or `gpt-4_pair.jsonl`, to which judgements are appended as
-            they come: what it holds of the same answers, judge and prompts is not asked again.
-        workers: How many requests are made at a time.
-        progress: Shows progress, a judgement a step.
+        prompts: The judge's prompts by name; see [`milora.evaluation.mt_bench.judge_prompts.load`].
+        path: JSON lines like FastChat's `gpt-4_single.jsonl` or `gpt-4_pair.jsonl`. Each judgement is appended
+            immediately. Judgements in the file of the same answers, judge and prompts are reused.
+        workers: Number of concurrent requests.
+        progress: Shows progress, one step per judgement.
     """
 
     judge: Judge
@@ -76,7 +76,7 @@ class JudgeRun:
 
 
 def parse_rating(judgement: str) -> float:
-    """The grade from 1 to 10 that a judgement gives as `[[7]]` (or `[7]`), `UNPARSED` if it gives none."""
+    """The grade from 1 to 10 in a judgement, as `[[7]]` (or `[7]`), or `UNPARSED` if there is none."""
     for pattern in _RATING:
         if match := pattern.search(judgement):
             rating = float(match[1])
@@ -85,7 +85,7 @@ def parse_rating(judgement: str) -> float:
 
 
 def parse_verdict(judgement: str) -> str | None:
-    """`A`, `B` or `C` (a tie) as a judgement gives it, `None` if it gives none or several different ones."""
+    """The verdict of a judgement, `A`, `B` or `C` (a tie), or `None` if it has none or several different ones."""
     found = set(_VERDICT.findall(judgement))
     return found.pop() if len(found) == 1 else None
 
@@ -93,16 +93,16 @@ def parse_verdict(judgement: str) -> str | None:
 def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer]) -> Outcome:
     """Grades every turn of every answer.
 
-    The judge is not asked about a turn without room for an answer: it has the lowest grade, 1, in a record like others,
-    so that FastChat's own means count it too.
+    A turn that was skipped because an answer would exceed the backbone's positions gets the lowest grade, 1, without a
+    request to the judge. Its record looks like the others, so FastChat's means include it.
 
     Args:
-        run: Who grades, and where the grades go.
-        questions: What was asked.
-        answers: What was answered, by one model.
+        run: The judge and the file of judgements.
+        questions: The questions.
+        answers: The answers of one model.
 
     Raises:
-        DataError: If a prompt has a place that cannot be filled, or the file is no file of judgements.
+        DataError: If a prompt has an unknown placeholder, or the file is not a file of judgements.
         MiLoraError: If a judgement cannot be written.
     """
     asked = {question.id: question for question in questions}
@@ -125,20 +125,20 @@ def grade(run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer
 def compare(
     run: JudgeRun, questions: Sequence[Question], answers: Sequence[Answer], others: Sequence[Answer]
 ) -> Outcome:
-    """Compares the answers of two models, each pair twice with the positions swapped, as FastChat does.
+    """Compares the answers of two models, each pair twice with the positions swapped, as in FastChat.
 
-    The judge is not asked about turns without room for an answer: such a turn loses against one with an answer, and two
-    of them are a tie.
+    Turns that were skipped because an answer would exceed the backbone's positions are decided without the judge: a
+    skipped turn loses against an answer, and two skipped turns are a tie.
 
     Args:
-        run: Who compares, and where the verdicts go.
-        questions: What was asked.
-        answers: The first model's (`model_1`).
-        others: The second model's, of the same questions.
+        run: The judge and the file of judgements.
+        questions: The questions.
+        answers: The first model's answers (`model_1`).
+        others: The second model's answers to the same questions.
 
     Raises:
-        DataError: If a question has an answer of one model only, a prompt has a place that cannot be filled, or the
-            file is no file of judgements.
+        DataError: If a question has an answer of only one model, a prompt has an unknown placeholder, or the file is
+            not a file of judgements.
         MiLoraError: If a judgement cannot be written.
     """
     asked = {question.id: question for question in questions}
@@ -175,9 +175,9 @@ class _Job:
     """A pending judgement.
 
     Attributes:
-        about: What its record says besides: of what, and by whom.
-        messages: What the judge is sent, by the beginning of the names of the fields that its reply goes to.
-        replies: What stands in the place of its reply where there is nothing to judge.
+        about: The fields of its record that identify the judged answers and the judge.
+        messages: The messages to the judge, by the prefix of the record's fields for its reply.
+        replies: Fixed replies that replace the judge's if there is nothing to judge.
     """
 
     about: dict[str, Any]
@@ -185,13 +185,13 @@ class _Job:
     replies: dict[str, str]
 
     def is_answered_by(self, record: dict[str, Any]) -> bool:
-        """Whether a record is of this judgement, and of the same answers and prompt: both may have been made anew."""
+        """Whether a record has this judgement, for the same answers and the same prompt."""
         asked = {f"{game}user_prompt": messages[1]["content"] for game, messages in self.messages.items()}
         return all(record.get(name) == value for name, value in {**self.about, **asked}.items())
 
 
 def _have(jobs: Sequence[_Job], run: JudgeRun, read: Callable[[str, str], dict[str, Any]]) -> Outcome:
-    """Does what is not in the file yet. A failure stops no other job, and is tried again by the next run."""
+    """Runs the jobs that are not in the file. A failed job does not stop others, and the next run retries it."""
     with writing(run.path):
         drop_half_line(run.path)
     done = _known(jobs, run.path)
@@ -223,10 +223,10 @@ def _have(jobs: Sequence[_Job], run: JudgeRun, read: Callable[[str, str], dict[s
 def _in_threads(
     ask: Callable[[int], dict[str, Any]], indices: Sequence[int], workers: int
 ) -> Generator[tuple[int, dict[str, Any] | BaseException], None, None]:
-    """What `ask` returns or raises for each index, as it comes; none is begun after the iterator was closed.
+    """Yields the result or the error of `ask` for each index on completion. Closing the iterator starts no more calls.
 
-    The threads are daemons, which a `ThreadPoolExecutor` has not: an interruption does not wait for requests that are
-    under way, each of which may take minutes.
+    The threads are daemons, unlike those of a `ThreadPoolExecutor`, so an interruption does not wait for running
+    requests, which may take minutes.
     """
     waiting: SimpleQueue[int] = SimpleQueue()
     coming: SimpleQueue[tuple[int, dict[str, Any] | BaseException]] = SimpleQueue()
@@ -256,7 +256,7 @@ def _in_threads(
 
 
 def _known(jobs: Sequence[_Job], path: Path) -> dict[int, dict[str, Any]]:
-    """By the job's place, the records of a file that are of one of the jobs, the last one where there are several."""
+    """The records in a file that belong to the jobs, by the job's index. The last record of a job counts."""
     by_identity = {_identity(job.about): index for index, job in enumerate(jobs)}
     known: dict[int, dict[str, Any]] = {}
     for where, record in read_records(path) if path.exists() else ():
@@ -280,7 +280,7 @@ def _prompt_for(kind: str, question: Question, turn: int, prompts: Mapping[str, 
 
 
 def _reply_without_room(sides: Mapping[str, Answer], turn: int) -> str | None:
-    """The verdict on a pair of which one or both left no room for an answer, `None` where both have one."""
+    """The fixed verdict on a pair with one or two skipped turns, or `None` if both turns have an answer."""
     empty = {side for side, answer in sides.items() if turn in answer.no_room}
     if not empty:
         return None
@@ -289,7 +289,7 @@ def _reply_without_room(sides: Mapping[str, Answer], turn: int) -> str | None:
 
 
 def _parts(question: Question, turn: int, sides: dict[str, Answer]) -> dict[str, str]:
-    """What fills a prompt's places: everything up to the turn."""
+    """The values of a prompt's placeholders, up to the turn."""
     parts = {f"ref_answer_{number}": text for number, text in enumerate(question.references[:turn], start=1)}
     if turn == 1:
         parts["question"] = question.turns[0]

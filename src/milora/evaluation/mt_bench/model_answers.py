@@ -24,7 +24,7 @@ from milora_core.files import writing
 
 TURNS = 2
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-"""By category, as FastChat has them; greedy for the others."""
+"""FastChat's temperatures by category. Other categories are greedy."""
 
 KEPT = "; its answers are kept, and the same command resumes after them"
 
@@ -39,12 +39,11 @@ class Answer:
         question: Its id.
         model: The model's name.
         turns: The answers.
-        run: What they were made with, model, question, decoding and seed, in a digest; `None` for those of other
+        run: A digest of model, question, decoding and seed; `None` for answers of other programs.
+        no_room: The numbers of the turns, from 1, that were skipped because an answer would exceed the backbone's
+            positions. Their text is empty.
+        routes: The [`compact_route`] of each turn's prompt, `None` if no router was used; empty for answers of other
             programs.
-        no_room: The numbers of the turns, from 1, whose conversation left no room for an answer in the backbone's
-            positions; their text is empty.
-        routes: The route of each turn's prompt as [`compact_route`] writes it, `None` where no router was asked; empty
-            for answers of other programs.
     """
 
     question: int
@@ -68,36 +67,36 @@ def answer_questions(
     batch_size: int = 8,
     progress: Watch | None = None,
 ) -> list[Answer]:
-    """Answers both turns of every question, and writes them to a file of JSON lines as FastChat's, as they are done.
+    """Answers both turns of every question and appends each answer to a file in FastChat's format (JSON lines).
 
     The second turn's prompt is the whole conversation so far. It is a separate prompt with its own route.
-    Prompts are the tokenizer's chat template if it has one, else LLM-Adapters' instruction template, which is repeated
-    for the second turn.
+    Prompts use the tokenizer's chat template if it has one, else LLM-Adapters' instruction template, repeated for the
+    second turn.
 
-    A conversation that exceeds the backbone's positions with `max_new_tokens` new tokens is skipped, not truncated: its
-    answer is empty, and this turn and the following ones are in `no_room`.
+    A conversation that exceeds the backbone's positions with `max_new_tokens` new tokens is skipped, not truncated. Its
+    answer is empty, and this turn and later turns are in `no_room`.
 
-    A line has FastChat's fields, and beside them, where its readers do not look, `run`, `routes` and, where there is
-    such a turn, `no_room`; see [`Answer`].
+    A line has FastChat's fields and the further fields `run`, `routes` and, if turns were skipped, `no_room`, which
+    FastChat ignores; see [`Answer`].
 
     Args:
-        model: A causal language model, with an adapter or without.
-        tokenizer: The model's.
-        questions: What to answer.
-        path: The file; answers that it holds already are not made again.
+        model: A causal language model, with or without an adapter.
+        tokenizer: The model's tokenizer.
+        questions: The questions.
+        path: The file. Answers in it are not generated again.
         model_id: The model's name in the file.
-        max_new_tokens: Length at which an answer is cut.
-        beams: Beam search for every category; `None` draws at FastChat's temperatures, greedily where they are 0.
-        seed: Of torch's random numbers, where tokens are drawn.
-        batch_size: The most prompts a batch.
-        progress: Shows progress, a batch a step.
+        max_new_tokens: Maximum length of an answer.
+        beams: Number of beams for every category. `None` samples at FastChat's temperatures (greedy at 0).
+        seed: Seed of sampling.
+        batch_size: Maximum number of prompts per batch.
+        progress: Shows progress, one step per batch.
 
     Returns:
         The answers in the questions' order.
 
     Raises:
-        DataError: If the file holds answers of another model, or of this name's with other weights, decoding or seed,
-            or to a question in other words, or is no file of answers.
+        DataError: If the file has answers of another model, with other weights, decoding or seed, or to a changed
+            question, or is not a file of answers.
         MiLoraError: If the file cannot be written, or the GPU runs out of memory.
     """
     with writing(path):
@@ -120,7 +119,7 @@ def answer_questions(
 
 
 def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
-    """The answers in a file of FastChat's format to some questions; the last one counts where there are several.
+    """The answers to questions in a file in FastChat's format. The last answer to a question counts.
 
     Raises:
         DataError: If there is no such file, or a line is not an answer of two turns.
@@ -147,10 +146,10 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[Answer]:
 
 
 def read_opponent(path: Path, questions: Sequence[Question]) -> list[Answer]:
-    """The answers in a file of FastChat's format to all of some questions, to compare others with.
+    """Another model's answers to all questions, in a file in FastChat's format.
 
     Raises:
-        DataError: As [`read_answers`] does, or if a question has no answer there.
+        DataError: As [`read_answers`], or if a question has no answer in the file.
     """
     answers = read_answers(path, questions)
     answered = {answer.question for answer in answers}
@@ -186,7 +185,7 @@ class _Conversation:
 def _hold(
     model: Any, tokenizer: Any, questions: Sequence[Question], decoding: Decoding, batch_size: int
 ) -> list[_Conversation]:
-    """All turns of some conversations, side by side."""
+    """Answers all turns of a batch of conversations."""
     conversations = [_Conversation(question) for question in questions]
     for turn in range(TURNS):
         asked: list[_Conversation] = []
@@ -221,7 +220,7 @@ def _record(answer: Answer) -> dict[str, Any]:
 def _runs(
     model: Any, questions: Sequence[Question], max_new_tokens: int, beams: int | None, seed: int
 ) -> dict[int, str]:
-    """By question, what marks an answer that need not be made again."""
+    """The digest of each question's run. An answer with the same digest is reused."""
     weights = model_fingerprint(model)
     runs = {}
     for question in questions:
@@ -248,7 +247,7 @@ def _check_origin(answers: Iterable[Answer], path: Path, model_id: str, runs: Ma
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Of one category each, which share a temperature."""
+    """Batches of questions of one category, which share a temperature."""
     if size < 1:
         raise MiLoraError(f"batch_size must be at least 1; found {size}.")
     for category in dict.fromkeys(question.category for question in questions):
@@ -264,12 +263,12 @@ def _decoding(category: str, max_new_tokens: int, beams: int | None) -> Decoding
 
 
 def conversation_prompt(tokenizer: Any, asked: Sequence[str], said: Sequence[str]) -> Text:
-    """What a model reads in a turn: the conversation so far, in its chat template or the instruction template.
+    """The prompt of a turn: the conversation so far, in the chat template or the instruction template.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         asked: The user's turns so far.
-        said: The answers to all of them but the last.
+        said: The answers to all turns except the last.
     """
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": asked[0]}]
