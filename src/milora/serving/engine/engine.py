@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the model, and what others may ask of it."""
+"""The engine: one thread that owns the model, with a thread-safe interface."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from milora.serving.requests import (
 _log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.2
-"""How often an idle engine looks for deadlines that have passed."""
+"""Interval at which an idle engine checks for expired deadlines."""
 
 
 class Engine:
-    """Continuous batching of many tenants' requests on one backbone; its methods may be called from any thread.
+    """Continuous batching of many tenants' requests on one backbone. You may call its methods from any thread.
 
-    Requests join and leave between steps. A step computes single tokens of texts that are being generated and pieces of
-    prompts side by side, each with its own adapter and route: MiLoRA, MiDoRA, LoRA and DoRA adapters and the bare
-    backbone in one batch. It serves decoder-only models that call transformers' attention interface with full or
-    sliding-window attention (Llama, Qwen, Mistral, Gemma and others), and refuses others by name. On a CPU, steps use
-    the native kernels; elsewhere torch's operators compute them, which has not been measured on a GPU.
+    Requests join and leave the batch between steps. A step computes single tokens of running texts and chunks of
+    prompts together, each with its own adapter and route: MiLoRA, MiDoRA, LoRA and DoRA adapters and the bare backbone
+    in one batch. It supports decoder-only models that call transformers' attention interface with full or
+    sliding-window attention (Llama, Qwen, Mistral, Gemma and others), and rejects others by name. On a CPU, steps use
+    the native kernels. On other devices they use torch's operators; this has not been measured on a GPU.
 
     Args:
-        backbone: A Hugging Face causal language model without adapters, in eval mode; the engine's alone until
+        backbone: A Hugging Face causal language model without adapters, in eval mode. Do not use it elsewhere until
             [`Engine.close`].
-        tokenizer: The backbone's.
-        adapters: Folders by name, whose weights are read when they are needed; none by default.
+        tokenizer: The backbone's tokenizer.
+        adapters: Adapter folders by name; none by default. Weights are loaded when a request needs them.
         settings: Sizes and limits.
 
     Raises:
-        MiLoraError: If the backbone cannot be served, or a folder holds no adapter that can.
+        MiLoraError: If the backbone cannot be served, or a folder has no adapter that can be served.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Engine:
             InvalidRequestError: If a value is out of range for this backbone.
             PromptTooLongError: If prompt and new tokens do not fit the backbone's positions or the cache.
             UnknownAdapterError: If there is no such adapter.
-            QueueFullError: If as many requests wait as may wait.
+            QueueFullError: If the queue is full.
             EngineStoppedError: If the engine is draining, closed, or has failed.
         """
         check_request(request, self.settings, self._runner)
@@ -122,10 +122,10 @@ class Engine:
         return generation
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Loads an adapter between two steps, and returns when that has been done.
+        """Loads an adapter between two steps and returns when it is loaded.
 
         Raises:
-            AdapterError: If the folder holds no adapter that can be served on this backbone.
+            AdapterError: If the folder has no adapter that can be served on this backbone.
             AdapterInUseError: If the name is taken.
             EngineStoppedError: If the engine is closed or has failed.
         """
@@ -139,10 +139,10 @@ class Engine:
         self._between_steps(load)
 
     def unload_adapter(self, name: str) -> None:
-        """Forgets an adapter.
+        """Removes an adapter.
 
         Raises:
-            UnknownAdapterError: If there is none of this name.
+            UnknownAdapterError: If there is no adapter with this name.
             AdapterInUseError: If a waiting or running request uses it.
             EngineStoppedError: If the engine is closed or has failed.
         """
@@ -155,12 +155,12 @@ class Engine:
         self._between_steps(unload)
 
     def adapters(self) -> tuple[AdapterInfo, ...]:
-        """The adapters that there are, in the order in which they came."""
+        """All adapters, in the order in which they were added."""
         with self._changed:
             return self._pool.describe()
 
     def statistics(self) -> EngineStatistics:
-        """Counts and sizes of this moment."""
+        """A snapshot of the engine's counters and sizes."""
         pages = self._cache.pool
         with self._changed:
             return EngineStatistics(
@@ -182,26 +182,26 @@ class Engine:
             )
 
     def healthy(self) -> str | None:
-        """`None` while the engine works, or what is wrong."""
+        """`None` while the engine works, else a description of the problem."""
         if self._failure is not None:
             return self._failure
         return None if self._thread.is_alive() else "The engine is closed."
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Refuses new requests and waits until all others have ended.
+        """Rejects new requests and waits until all others have ended.
 
         Args:
-            timeout: The most seconds to wait; `None` for any time.
+            timeout: Maximum seconds to wait; `None` for no limit.
 
         Returns:
-            Whether all have ended.
+            Whether all requests have ended.
         """
         with self._changed:
             self._is_draining = True
             return self._changed.wait_for(lambda: not self._unfinished, timeout)
 
     def close(self) -> None:
-        """Stops the engine; requests that have not ended get [`EngineStoppedError`]. The backbone is free again."""
+        """Stops the engine. Unfinished requests end with [`EngineStoppedError`]. The backbone is then free again."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -249,7 +249,7 @@ class Engine:
             self._stop()
 
     def _wait(self) -> bool:
-        """Waits for something to do; whether the engine goes on."""
+        """Waits for work. Returns whether the engine continues."""
         with self._changed:
             if not (self._unfinished or self._commands or self._is_closing):
                 self._changed.wait(IDLE_SECONDS)
@@ -268,7 +268,7 @@ class Engine:
             self._scheduler.add(self._arrived.popleft())
 
     def _drop_ended(self) -> None:
-        """Ends the requests that were cancelled, and those that wait beyond their deadline."""
+        """Ends cancelled requests and waiting requests past their deadline."""
         now = time.monotonic()
         for job in [*self._scheduler.waiting(), *self._scheduler.running]:
             if job.generation.is_cancelled:
@@ -304,7 +304,7 @@ class Engine:
         self._writer.advance(parts, logits)
 
     def _step_apart(self, parts: list[Part], error: Exception) -> None:
-        """After a step that failed: each request alone, so that only those end that fail by themselves."""
+        """After a failed step, runs each request separately, so that only requests that fail again end."""
         _log.warning("A step failed (%s); its requests are run alone.", error)
         for job in dict.fromkeys(part.text.job for part in parts):
             own = [part for part in parts if part.text.job is job]

@@ -1,4 +1,4 @@
-"""What an operator can choose of the engine."""
+"""The settings of the engine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from milora_core.errors import MiLoraError
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How much the engine does at once, and the memory it takes.
+    """Limits on the engine's batches and memory.
 
     Args:
-        most_texts: The most texts that are generated at once.
-        step_tokens: The most tokens of a step; longer prompts are read in pieces, beside texts that are being
-            generated. A prompt whose routers read more tokens than that is read in one piece.
+        most_texts: Maximum number of texts generated concurrently.
+        step_tokens: Maximum number of tokens per step. Longer prompts are prefilled in chunks, together with texts that
+            are being generated. A prompt whose routers read more tokens is prefilled in one chunk.
         cache_bytes: Memory for keys and values.
-        page_tokens: Tokens of a page of the cache; prompts share whole pages.
-        prefix_cache: Whether prompts with the same beginning share what was computed of it.
-        most_waiting: The most requests that wait; more are refused.
-        packs_weights: On a CPU, whether the linear layers' weights are kept a second time, in the layout in which small
-            batches are multiplied fastest.
-        adapters_in_memory: The most adapters in memory; the others are read from disk when they are needed.
+        page_tokens: Tokens per page of the cache. Prompts share whole pages.
+        prefix_cache: Whether prompts with the same prefix share its cached pages.
+        most_waiting: Maximum number of waiting requests. Further requests are rejected.
+        packs_weights: On a CPU, whether to keep a second copy of the linear layers' weights, in the fastest layout for
+            small batches.
+        adapters_in_memory: Maximum number of adapters in memory. Others are loaded from disk when a request needs them.
 
     Raises:
         MiLoraError: If a number is below 1.
