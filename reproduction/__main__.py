@@ -1,4 +1,4 @@
-"""`python -m reproduction`: makes the runs that tables and figures lack, then writes the report."""
+"""`python -m reproduction`: makes the missing runs of tables and figures, then writes the report."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        0; 1 if runs failed or Table 4 could not be made; 2 after a user's mistake, which is one line on standard error;
-        128 + signal when a signal ends it.
+        0; 1 if runs failed or Table 4 could not be made; 2 after a user's mistake, with one line on standard error;
+        128 + signal if a signal ends it.
     """
     try:
         with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     works = not (options.dry_run or options.no_run)
     store = Store(options.output)
     records = store.read()
-    # Records of format 1 do not say which sizes the budget came to.
+    # Records of format 1 do not store the sizes for the budget.
     needs_config = works or any(record.get("format", 1) == 1 for record in records)
     grid = Grid(request, records, partial(_config, network=works) if needs_config else lambda backbone: None)
     runs = _plan(grid, records)
@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(grid: Any, records: Any) -> list[dict[str, str]]:
-    """Every run with its state; `after tuning` where its settings depend on tries."""
+    """Every run with its state; `after tuning` if its settings depend on tries."""
     grid.see(records, lambda key: True)
     runs = [
         (run.label, "finished" if grid.answers(run) else "failed before" if run.key in grid.failed else "open")
@@ -118,7 +118,7 @@ def _plan(grid: Any, records: Any) -> list[dict[str, str]]:
 
 
 def _work(grid: Any, store: Any) -> tuple[int, dict[str, str]]:
-    """Makes the runs; how many failed, and which inputs are missing."""
+    """Makes the runs. Returns the number of failed runs and the missing inputs."""
     import torch
     from datasets import disable_progress_bars
     from transformers.utils import logging

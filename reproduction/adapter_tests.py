@@ -1,4 +1,4 @@
-"""The tests of a run's adapter: accuracy by task, MT-Bench, and what its routers chose."""
+"""The tests of a run's adapter: accuracy by task, MT-Bench, and the routers' choices."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Scores = dict[str, dict[str, Any]]
 
 
 class UnfinishedRunError(MiLoraError):
-    """A run cannot be finished for now, although nothing is wrong with it. The next call continues it."""
+    """A run cannot finish now for an external reason. The next call continues it."""
 
 
 class AdapterTests:
     """The tests of a run.
 
     Args:
-        run: Which.
+        run: The run.
         model: The backbone with the run's adapter.
-        tokenizer: The model's.
-        folder: For predictions, answers and judgements; those in it are not made again.
-        inputs: Where rows come from, and the judge.
+        tokenizer: The model's tokenizer.
+        folder: Folder of predictions, answers and judgements. Existing ones are reused.
+        inputs: The sources of rows, and the judge.
     """
 
     def __init__(self, run: Run, model: Any, tokenizer: Any, folder: Path, inputs: Inputs) -> None:
@@ -47,7 +47,7 @@ class AdapterTests:
         self._judging = Judging(url=inputs.request.judge_url, model=inputs.request.judge_model)
 
     def test(self) -> tuple[Scores, Scores]:
-        """Scores by task, and of methods with routers the experts' shares by task.
+        """Returns the scores by task, and for methods with routers the experts' shares by task.
 
         Raises:
             UnfinishedRunError: If the judge cannot be reached.
@@ -85,7 +85,7 @@ class AdapterTests:
         return figures | theirs
 
     def _first_turn_routes(self) -> list[dict[str, Any]]:
-        """The route of each question's first turn, without an answer, of the questions that the positions hold."""
+        """The routes of the first turns, without answers, for questions that fit the model's positions."""
         positions = positions_of(self._model)
         turns = [question.turns[:1] for question in MtBench(self._data_dir).questions()]
         prompts = [conversation_prompt(self._tokenizer, turn, ()) for turn in turns]
@@ -96,7 +96,7 @@ class AdapterTests:
         return [{"route": compact_route(routes, row)} for row in range(len(fitting))]
 
     def _graded_conversations(self) -> dict[str, Any]:
-        """Holds MT-Bench's conversations and has them graded, as `milora evaluate --task mt-bench` does.
+        """Runs MT-Bench's conversations and grades them with the judge, as `milora evaluate --task mt-bench` does.
 
         Returns:
             `score` (the mean grade, of 10), `rows` (turns), `no_room` (turns without room for an answer), `ungraded`
@@ -131,7 +131,7 @@ def share_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows: Predictions, all with a route.
 
     Returns:
-        `experts`, `blocks` (their numbers), `share` (blocks x experts), and `prompts`, their number.
+        `experts`, `blocks` (their numbers), `share` (blocks x experts), and `prompts` (the number of prompts).
     """
     shares = expert_shares(rows)
     blocks = sorted(next(iter(shares.values())))

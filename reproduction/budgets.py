@@ -1,4 +1,4 @@
-"""Equal budgets: the size of each method with which it trains about as many parameters as the others."""
+"""Equal budgets: finds the size with which each method trains about the same number of parameters."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from milora.methods import RANK, parameter_counts
 from milora_core.errors import MiLoraError
 
 TOLERANCE = 0.05
-"""How far from the target a method's number of tunable parameters may lie, as a share of the target."""
+"""Largest allowed difference between a method's tunable parameters and the target, as a share of the target."""
 
 PAPER_BACKBONES = ("llama-2-7b", "llama-2-13b", "gemma-2b")
-"""The shapes that the paper's own settings are for."""
+"""The shapes of the backbones for which the paper's settings were chosen."""
 
 CLOSE = 0.01
 NEIGHBOURHOOD = 6
-"""A size is looked for this far from where it is expected, unless one next to it is as close to the target as this."""
+"""The search covers this many sizes around the expected one, unless a neighbour is within `CLOSE` of the target."""
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """The field of a configuration that makes a method larger, the paper's value, and what it is a multiple of."""
+    """The field of a configuration that sets a method's size, the paper's value, and the step between values."""
 
     field: str
     paper: int
@@ -51,11 +51,11 @@ SIZES: Mapping[str, Size] = {
 """The size of each method. SSP has none: its budget is a number of parameters."""
 
 EXPERTS = 8
-"""MOELoRA's experts of a module in the paper, of which half serve a token."""
+"""Number of MOELoRA's experts per module in the paper. Each token uses half of them."""
 
 
 def paper_backbone(config: Any) -> str | None:
-    """Which of [`PAPER_BACKBONES`] a transformers configuration is a model of, by its dimensions."""
+    """The one of [`PAPER_BACKBONES`] with the dimensions of a transformers configuration, or `None`."""
     for name in PAPER_BACKBONES:
         if _dimensions(shape_config(name)) == _dimensions(config):
             return name
@@ -65,9 +65,10 @@ def paper_backbone(config: Any) -> str | None:
 def size_at(name: str, config: Any, budget: str | int) -> Settings:
     """The fields that bring a method within 5 % of a budget of tunable parameters.
 
-    Sizes are whole numbers, the nearest to the target; counted by [`milora.methods.parameter_counts`] (DoRA's
-    magnitudes are not) on a model without weights. SSP's budget is the target. MOELoRA's rank is shared evenly among
-    its experts: the paper's eight, or the nearest number with which the rank is near enough. Half serve a token.
+    Sizes are the whole numbers nearest to the target. [`milora.methods.parameter_counts`] counts the parameters
+    (without DoRA's magnitudes) on a model without weights. SSP's budget is the target. MOELoRA's rank is divided evenly
+    among its experts: the paper's eight, or the nearest number for which a rank is near enough. Each token uses half of
+    them.
 
     Args:
         name: One of [`milora.methods.METHODS`].
@@ -76,7 +77,7 @@ def size_at(name: str, config: Any, budget: str | int) -> Settings:
             the paper's backbones `milora` is `paper`: the paper made the budgets equal by hand.
 
     Returns:
-        Nothing where the paper's settings are taken.
+        The fields; empty if the paper's settings apply.
 
     Raises:
         MiLoraError: If no size is near enough.
@@ -102,7 +103,7 @@ def size_at(name: str, config: Any, budget: str | int) -> Settings:
 
 
 def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -> int:
-    """The size whose count is nearest to the target, looked for around where a straight line through two counts is."""
+    """The size whose count is nearest to the target. The search is around the linear estimate from two counts."""
 
     @cache
     def count(steps: int) -> int:
@@ -111,8 +112,7 @@ def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -
     first = max(size.paper // size.step, 1)
     growth = (count(2 * first) - count(first)) / first
     guess = max(round(first + (target - count(first)) / growth), 1)
-    # Counts need not lie on a line, nor even grow with every step: Learned-Adapter's mix has blocks, whose size must
-    # divide the bottleneck.
+    # Counts may not be linear or even increasing: the block size of Learned-Adapter's mix must divide the bottleneck.
     for reach in (1, NEIGHBOURHOOD):
         around = range(max(guess - reach, 1), guess + reach + 1)
         best = min(around, key=lambda steps: abs(count(steps) - target))

@@ -1,4 +1,4 @@
-"""The paper's figures: accuracy along an axis, and the shares of experts in what the routers choose."""
+"""The paper's figures: accuracy along an axis, and the experts' shares of the routers' choices."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from reproduction.experiments import Section
 from reproduction.measurements import Measurements, Shares, Summary
 
 SERIES = (("#08519c", "o"), ("#d95f0e", "s"), ("0.35", "^"), ("#756bb1", "D"))
-"""Colour and marker of each line: distinct for the colour-blind and in grey print."""
+"""Colour and marker of each line. They are distinct for colour-blind readers and in grey print."""
 
 TASK_COLORS = ("#08519c", "#6baed6", "#d95f0e", "#fdae6b", "0.35", "0.7", "#756bb1")
 LEAST_RANGE = 10.0
-"""Percentage points that an axis shows at least, so noise does not look like a trend."""
+"""Minimum range of an axis in percentage points, so noise does not look like a trend."""
 
 PAPER_LIMIT = 0.3
 """No expert has a larger share in the paper's figure 2."""
@@ -71,7 +71,7 @@ def share_figure(by_task: Mapping[str, Shares], title: str, path: Path) -> None:
     first = next(iter(by_task.values()))
     experts = short_experts(first.experts)
     figure = new_figure(layout="constrained")
-    # Cells of the heat maps hold "100%".
+    # Cells of the heat maps must fit "100%".
     heat_height = min(max(0.3 * len(first.blocks), 1.2), 5.0)
     figure.set_size_inches(max(0.55 * len(experts) * len(by_task) + 1.5, 8.0), 3.6 + heat_height)
     figure.suptitle(title, fontsize=11, fontweight="bold")
@@ -125,7 +125,7 @@ def _draw_line(
     axes: Any, name: str, style: tuple[str, str], values: Sequence[float], points: Mapping[float, Summary]
 ) -> None:
     color, marker = style
-    # Evenly spaced whatever the values: they are powers, or 0 and powers.
+    # Always evenly spaced, because the values are powers, or 0 and powers.
     places = [values.index(x) for x in sorted(points)]
     ordered = [points[x] for x in sorted(points)]
     if any(len(summary.values) > 1 for summary in ordered):

@@ -18,7 +18,7 @@ PERCENT = 100.0
 
 @dataclass(frozen=True)
 class Summary:
-    """Values, one a seed, and how many seeds were asked for."""
+    """Values, one per seed, and the number of requested seeds."""
 
     values: tuple[float, ...]
     asked: int
@@ -29,7 +29,7 @@ class Summary:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        """`78.2 (77.0 to 79.1)`: the median, the least and the greatest; the number of seeds where some are missing."""
+        """`78.2 (77.0 to 79.1)`: median, minimum and maximum; also the number of seeds if some are missing."""
         spread = f"{min(self.values):.1f} to {max(self.values):.1f}" if len(self.values) > 1 else ""
         partial = f"{len(self.values)} of {self.asked} seeds" if len(self.values) < self.asked else ""
         inside = "; ".join(part for part in (spread, partial) if part)
@@ -48,20 +48,20 @@ class Measurements:
         self._found: dict[tuple[int, str], list[Record | None]] = {}
 
     def by_seed(self, row: Row, column: str) -> list[Record | None]:
-        """For each seed the record behind a number, `None` where there is none."""
+        """The record of a number for each seed; `None` if missing."""
         key = (id(row), column)
         if key not in self._found:
             self._found[key] = [self.grid.record(cell) for cell in row.cells[column]]
         return self._found[key]
 
     def records(self, row: Row, column: str) -> list[Record]:
-        """The records behind a number."""
+        """The existing records of a number."""
         return [record for record in self.by_seed(row, column) if record is not None]
 
     def summary(self, row: Row, section: Section, column: str) -> Summary | None:
-        """Of a column in percent (of MT-Bench the judge's mean grade, of 10), or of the average over columns.
+        """Summarises a column in percent (MT-Bench: the judge's mean grade, of 10), or the average over columns.
 
-        The average is over the seeds that have all columns. `None` without any value.
+        The average is over the seeds that have all columns. Returns `None` if there is no value.
         """
         columns = section.columns if column == "average" else (column,)
         by_column = [[_score(record, name) for record in self.by_seed(row, name)] for name in columns]
@@ -86,14 +86,14 @@ def _score(record: Record | None, column: str) -> float | None:
 
 @dataclass(frozen=True)
 class Shares:
-    """What the routers chose for the prompts of a task, in the mean over seeds.
+    """The routers' choices for the prompts of a task, as the mean over seeds.
 
     Attributes:
-        experts: Their paths in a block.
-        blocks: Their numbers.
+        experts: The experts' paths in a block.
+        blocks: The blocks' numbers.
         by_block: (blocks, experts): the share of prompts that chose the expert in the block.
-        overall: (experts, 3): the share of all choices in all blocks, the least and the greatest seed's.
-        seeds: How many.
+        overall: (experts, 3): the share of all choices in all blocks; the minimum and the maximum over seeds.
+        seeds: Number of seeds.
     """
 
     experts: list[str]
@@ -104,7 +104,7 @@ class Shares:
 
 
 def shares(section: Section, measured: Measurements) -> dict[str, Shares]:
-    """Figure 2's numbers by task, of the tasks that have been measured."""
+    """Figure 2's numbers for each measured task."""
     found = {}
     for column in section.columns:
         of_task = [record["expert_shares"].get(column) for record in measured.records(section.rows[0], column)]

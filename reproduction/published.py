@@ -1,7 +1,7 @@
-"""Figures as printed in the paper (Zhang et al. 2024, arXiv 2410.18035), to set measured ones beside.
+"""The numbers printed in the paper (Zhang et al. 2024, arXiv 2410.18035), for comparison with measured ones.
 
-They stand in `published.json` as they do in the paper: tables by the paper's names of rows and columns. Here they are
-by our names of methods and tasks.
+`published.json` holds the paper's tables with the paper's names of rows and columns. This module returns them by our
+names of methods and tasks.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ TABLES: Mapping[str, str] = {
     "table3": "table3_instruction_tuning_llama2_7b",
     "table5": "table5_ablation_llama2_7b",
 }
-"""The tables whose rows have a number in each column, by where they stand in the file."""
+"""The tables whose rows have a number in each column, with their place in the file."""
 
 _TASKS = {"mt_bench_gpt4": "mt-bench"}
 
 
 @cache
 def everything() -> dict[str, Any]:
-    """The file as it is."""
+    """The content of the file."""
     content: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return content
 

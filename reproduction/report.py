@@ -1,4 +1,4 @@
-"""The report: tables in Markdown, CSV and JSON, and figures, from the records in a folder. People write the prose."""
+"""Writes the report (tables in Markdown, CSV and JSON, and figures) from the records in a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Table = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the Markdown, all files relative to the folder, and why parts are missing."""
+    """A written report: the Markdown file, all files relative to the folder, and the reasons for missing parts."""
 
     path: Path
     files: tuple[str, ...]
@@ -44,11 +44,11 @@ class Report:
 
 
 def write_report(grid: Grid, folder: Path, speed: Callable[[Path], Table] | None = None) -> Report:
-    """Writes the report of the runs that have finished, each file whole or not at all.
+    """Writes the report of the finished runs. Each file is written completely or not at all.
 
     Args:
-        grid: What is reported, with its records.
-        folder: Where to write.
+        grid: The grid, with its records.
+        folder: The report's folder.
         speed: Measures Table 4 into a folder and returns its rows. A [`MiLoraError`] leaves the rest of the report.
 
     Raises:
@@ -90,7 +90,7 @@ def write_report(grid: Grid, folder: Path, speed: Callable[[Path], Table] | None
 
 
 def _section(section: Section, measured: Measurements, numbers: Table, folder: Path, files: list[str]) -> list[str]:
-    """A section's Markdown: its picture, its table, and how many rows were lost."""
+    """A section's Markdown: its picture, its table, and the number of skipped rows."""
     parts = []
     path = folder / f"{section.name}.png"
     by_task = shares(section, measured) if section.name == "figure2" else {}
@@ -121,7 +121,7 @@ def _section(section: Section, measured: Measurements, numbers: Table, folder: P
 
 
 def _readable(section: Section, measured: Measurements, numbers: Table) -> Table:
-    """The numbers as people read them: a row for each of the section's, beside the paper's numbers."""
+    """The section's table for readers, with the paper's numbers."""
     with_paper = {one["column"] for one in numbers if one["paper"] != ""}
     rows: dict[str, dict[str, Any]] = {}
     for row in section.rows:
@@ -141,7 +141,7 @@ def _readable(section: Section, measured: Measurements, numbers: Table) -> Table
 
 
 def _numbers(section: Section, measured: Measurements) -> Table:
-    """A row for each number, for programs."""
+    """The section's numbers for programs, one row per number."""
     if section.name == "figure2":
         return _share_numbers(section, measured)
     comparison = section.comparison
@@ -196,7 +196,7 @@ def _share_numbers(section: Section, measured: Measurements) -> Table:
 
 
 def _paper(section: Section, row: Row, column: str) -> float | None:
-    """The paper's number; `None` where it has none."""
+    """The paper's number, or `None`."""
     if section.name == "table7":
         # Two rows without names; the text says that the second one is MiLoRA's.
         pair = published.table7().get(row.label.partition(":")[0])
@@ -216,7 +216,7 @@ def _paper_heading(section: Section, column: str) -> str:
 
 
 def _made_with(records: Sequence[Record]) -> Table:
-    """By revision, machine and versions: how many runs, and their hours."""
+    """The number of runs and their hours, by revision, machine and versions."""
     runs: Counter[tuple[str, ...]] = Counter()
     seconds: Counter[tuple[str, ...]] = Counter()
     for record in records:
@@ -234,7 +234,7 @@ def _made_with(records: Sequence[Record]) -> Table:
 
 
 def _data(records: Sequence[Record]) -> Table:
-    """By task, split and fingerprint: how many runs. Two fingerprints of one split are two data sets."""
+    """The number of runs by task, split and fingerprint. Two fingerprints of one split mean two data sets."""
     counts = Counter(
         (task, split, fingerprint)
         for record in records
@@ -267,7 +267,7 @@ def _has(record: Record, wanted: Mapping[str, Any]) -> bool:
 
 
 def _tuning(grid: Grid) -> Table:
-    """What was tried on dev and taken."""
+    """The values tried on dev, and the chosen ones."""
     choices = [grid.choice(cell) for cell in grid.cells() if grid.tuned(cell.variant)]
     return [
         {

@@ -1,4 +1,4 @@
-"""The results of runs, a line each, in a file that only grows; any number of processes may add to it."""
+"""The results of runs, one line each, in an append-only file. Any number of processes may append to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reproduction.settings import training_defaults
 
 FILE = "results.jsonl"
 WORKING_FOLDER = ".working"
-"""Beside the results: locks, adapters and checkpoints of unfinished runs."""
+"""Folder beside the results with locks, adapters and checkpoints of unfinished runs."""
 
 FORMAT = 2
 """1: settings without the fields at their defaults, fingerprints of 64 rows. 2: all settings, all rows."""
@@ -29,7 +29,7 @@ SPEED_ONLY = (
     *("dataloader_num_workers", "disable_tqdm", "eval_on_start", "logging_steps", "logging_strategy", "report_to"),
     *("per_device_eval_batch_size", "use_cpu"),
 )
-"""Fields of training that decide how fast a run is or what it prints; records agree without them."""
+"""Fields of training that affect only a run's speed or output. They are not part of a run's key."""
 
 Record = dict[str, Any]
 
@@ -49,10 +49,10 @@ class Store:
         self.working = folder / WORKING_FOLDER
 
     def prepare(self) -> None:
-        """Makes the folders; git ignores the working folder.
+        """Creates the folders. Git ignores the working folder.
 
         Raises:
-            MiLoraError: If they cannot be made.
+            MiLoraError: If they cannot be created.
         """
         try:
             (self.working / "locks").mkdir(parents=True, exist_ok=True)
@@ -65,20 +65,20 @@ class Store:
         return FileLock(self.working / "locks" / f"{name}.lock")
 
     def run_folder(self, digest: str) -> Path:
-        """Where a run keeps its adapter and checkpoints while it works."""
+        """The folder of a running run's adapter and checkpoints."""
         return self.working / "runs" / digest
 
     def read(self) -> list[Record]:
-        """All records, oldest first. Half a line at the end, left by a full disk, is skipped."""
+        """All records, oldest first. An incomplete last line, left by a full disk, is skipped."""
         return [record for _, record in read_records(self.path)] if self.path.exists() else []
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record as one line.
 
         Raises:
-            MiLoraError: If it cannot be written; earlier records are kept.
+            MiLoraError: If it cannot be written. Earlier records are kept.
         """
-        # Locked: only one process at a time may cut off half a line.
+        # Locked, because only one process at a time may remove an incomplete line.
         with self.lock("results"):
             try:
                 drop_half_line(self.path)
@@ -91,10 +91,10 @@ class Store:
 
 
 def key_of(run: Mapping[str, Any]) -> str:
-    """Equal for runs that are the same by what they say, whatever their digests and fingerprints are.
+    """The key of a run. It does not depend on digests and fingerprints.
 
-    That is the backbone's name, the method with all fields of its configuration, the tasks, the seed, and how it was
-    trained and tested. Fields that are left out count as their defaults.
+    It includes the backbone's name, the method with all fields of its configuration, the tasks, the seed, and the
+    settings of training and tests. Missing fields count as their defaults.
     """
     training = {
         name: value
@@ -109,17 +109,17 @@ def key_of(run: Mapping[str, Any]) -> str:
 
 
 def backbone_name(backbone: str) -> str:
-    """The last part of a folder or a hub id: copies of a model have one name."""
+    """The last part of a folder or a hub id, so copies of a model have the same name."""
     return Path(backbone).name
 
 
 def canonical(value: Any) -> str:
-    """One text for equal settings, whatever the order of their keys."""
+    """The settings as text that does not depend on the order of keys."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=list)
 
 
 def full_settings(method: str, settings: Mapping[str, Any]) -> Record:
-    """All fields of a method's configuration, those at their defaults included, as JSON has them."""
+    """All fields of a method's configuration, including defaults, as JSON values."""
     return dict(_full_settings(method, canonical(settings)))
 
 

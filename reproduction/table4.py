@@ -1,4 +1,4 @@
-"""Table 4: speed and memory of decoding, measured by `milora.benchmark` and kept beside the other results."""
+"""Table 4: speed and memory of decoding, measured by `milora.benchmark` and stored beside the other results."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ TITLES = {"base": "the backbone alone", "dora-cached": "DoRA (cached)"}
 
 
 def table4(folder: Path, say: Callable[[str], None] = lambda _: None, *, measure: bool = True) -> list[dict[str, Any]]:
-    """The rows of Table 4, which is measured if `table4.json` is not in the folder.
+    """The rows of Table 4. They are measured if `table4.json` is not in the folder.
 
-    A file that was made before disturbed rounds were measured again may have some: their numbers are left out.
+    Older files may contain disturbed rounds; their numbers are left out.
 
     Args:
-        folder: The report's.
-        say: Is told what is measured.
-        measure: Whether to measure at all.
+        folder: The report's folder.
+        say: Receives progress messages.
+        measure: Whether to measure if the file is missing.
 
     Raises:
-        MiLoraError: If there is no file and nothing is measured, or the file cannot be read.
+        MiLoraError: If the file is missing and `measure` is false, or it cannot be read.
     """
     path = folder / FILE
     if not path.exists():
@@ -44,7 +44,7 @@ def table4(folder: Path, say: Callable[[str], None] = lambda _: None, *, measure
             raise MiLoraError("not measured yet")
         working = folder / WORKING_FOLDER
         working.mkdir(parents=True, exist_ok=True)
-        # Two processes that measure at once would disturb each other.
+        # Two processes that measure at the same time would disturb each other.
         with FileLock(working / "table4.lock"):
             if not path.exists():
                 write_json(path, decode(DecodeSettings(methods=METHODS, beams=(1, 3)), say).to_dict())

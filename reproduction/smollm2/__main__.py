@@ -1,9 +1,9 @@
-"""Runs what a settings file lists and `--records` does not have yet; may be stopped and started again at any time.
+"""Makes the runs of a settings file that are not in `--records` yet. You can stop and restart it at any time.
 
     python -m reproduction.smollm2 reproduction/smollm2/ablation.yaml --backbone FOLDER --data FOLDER --records FILE
 
-A run is known by its settings: its record is one line of JSON, written when it has ended. Two processes may share a
-file of records: each leaves out what the other is at.
+A run is identified by its settings. Its record is one line of JSON, written when it ends. Two processes can share a
+file of records: each skips the runs of the other.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def finished(records: Path) -> set[str]:
 
 
 def backbone_digest(folder: Path) -> str:
-    """Of the weights, so that records of another conversion are not taken for these."""
+    """A fingerprint of the weights, so records of another conversion are not reused."""
     digest = hashlib.sha256()
     with open(folder / "model.safetensors", "rb") as file:
         while part := file.read(1 << 24):

@@ -1,4 +1,4 @@
-"""Whether two methods differ on the same test rows. What is compared is which rows were right: a string of 0 and 1."""
+"""Tests whether two methods differ on the same test rows. Strings of 0 and 1 say which rows were right."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def mcnemar(a: str, b: str) -> float:
 
 
 def bootstrap(a: Sequence[str], b: Sequence[str], samples: int = SAMPLES) -> tuple[float, float, float]:
-    """The mean difference in accuracy, and its 95 % interval by drawing test rows with replacement.
+    """The mean difference in accuracy, and its 95 % interval from test rows drawn with replacement.
 
     Args:
-        a: A seed each: which rows were right.
-        b: The same rows and seeds of the other method.
-        samples: Draws.
+        a: For each seed, which rows were right.
+        b: The same for the other method, with the same rows and seeds.
+        samples: Number of draws.
     """
     right = [np.array([[char == "1" for char in row] for row in of], dtype=float).mean(axis=0) for of in (a, b)]
     difference = right[0] - right[1]

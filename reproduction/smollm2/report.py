@@ -1,9 +1,9 @@
-"""Tables, paired tests and the picture that decides, from the records of `python -m reproduction.smollm2`.
+"""Tables, paired tests and a picture from the records of `python -m reproduction.smollm2`.
 
     python -m reproduction.smollm2.report docs/results/smollm2
 
-Reads `start.json`, `ablation.jsonl`, `table1.jsonl` and `decode.json` (`milora bench decode --json`) as far as they are
-there; writes `tables.md`, and `cost.png` once a method has both an accuracy and a decode cost.
+Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl` and `decode.json` (`milora bench decode --json`) that
+exist. Writes `tables.md`, and `cost.png` if a method has both an accuracy and a decode cost.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from reproduction.smollm2.comparing import bootstrap, mcnemar
 Record = dict[str, Any]
 
 DECODE_NAMES = {"dora": "dora-cached"}
-"""What `milora bench decode` calls a method that serves its adapter with other code than it trains with."""
+"""Names in `milora bench decode` of methods that serve with other code than they train with."""
 
 
 def read(file: Path) -> list[Record]:
-    """The records of a file; none where it is missing."""
+    """The records of a file; empty if it is missing."""
     return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """`0.41 (0.40 to 0.43)`: the median over seeds, the least and the greatest."""
+    """`0.41 (0.40 to 0.43)`: median, minimum and maximum over seeds."""
     middle = f"{median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
@@ -54,7 +54,7 @@ def start_table(study: dict[str, Any]) -> str:
 
 
 def ablation_table(records: Iterable[Record]) -> str:
-    """A line a setting: dev loss and accuracy, and routes after training."""
+    """One line per setting: dev loss and accuracy, and routes after training."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record["name"]].append(record)
@@ -98,7 +98,7 @@ def _gradients(records: Sequence[Record]) -> str:
 
 
 def best_rates(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each method at the learning rate that was best on dev, over all seeds, one a seed."""
+    """The records of each method, one per seed, at the learning rate that was best on dev over all seeds."""
     rates: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         rates[record["name"]][record["learning_rate"]].append(record)
@@ -162,7 +162,7 @@ def cost_points(best: dict[str, list[Record]], decode: dict[str, Any]) -> dict[s
 
 
 def draw(points: dict[str, tuple[float, float]], best: dict[str, list[Record]], path: Path) -> None:
-    """Accuracy against decode speed; bars are the seeds' least and greatest."""
+    """Draws accuracy against decode speed. Bars show the minimum and maximum over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def write(folder: Path) -> None:
-    """Writes what the folder has records for."""
+    """Writes the tables for which the folder has records."""
     parts = []
     if (folder / "start.json").is_file():
         parts += ["## Routers before training", start_table(json.loads((folder / "start.json").read_text()))]

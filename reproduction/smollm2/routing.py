@@ -1,4 +1,4 @@
-"""What routers decided on a set of prompts, and statistics of it."""
+"""The routers' decisions on a set of prompts, and their statistics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from milora.tuners.milora.router import routers_of
 
 MINIMUM = 1e-6
-"""A chosen expert whose probability is below this was chosen by float32's rounding or by its index."""
+"""An expert with a probability below this is chosen only because of float32 rounding or its index."""
 
 
 class Centred(nn.Module):
-    """`(h - m) / s`: `m` is the running mean of pooled vectors, `s` the running root mean square of what is left."""
+    """`(h - m) / s`: `m` is the running mean of pooled vectors, `s` the running root mean square of `h - m`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Centred(nn.Module):
         self.size: Tensor | None = None
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """(batch, hidden), as the activation is given it."""
+        """Returns (batch, hidden), the activation's input."""
         if self.training or self.mean is None:
             with torch.no_grad():
                 mean = pooled.mean(dim=0)
@@ -36,11 +36,11 @@ class Centred(nn.Module):
 
 
 class Recorder:
-    """Keeps, in a `with` block, the decisions of a MiLoRA model's routers; of another model nothing.
+    """Records the decisions of a MiLoRA model's routers in a `with` block. Records nothing for other models.
 
     Attributes:
-        probabilities: A task -> (rows, blocks, experts).
-        chosen: A task -> (rows, blocks, experts), bool.
+        probabilities: Task -> (rows, blocks, experts).
+        chosen: Task -> (rows, blocks, experts), bool.
     """
 
     def __init__(self, model: Any) -> None:
@@ -65,7 +65,7 @@ class Recorder:
             del router.decide
 
     def end_task(self) -> None:
-        """What has been recorded since the last one belongs to a task."""
+        """Assigns the decisions recorded since the last call to a task."""
         if not self.routers:
             return
         kept = self._decisions

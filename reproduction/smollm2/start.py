@@ -1,8 +1,8 @@
-"""What routers decide before any training: every router norm, pooler and centring, on real prompts.
+"""The routers' decisions before training on real prompts, for every router norm, pooler and centring.
 
     python -m reproduction.smollm2.start --backbone FOLDER --data FOLDER > docs/results/smollm2/start.json
 
-An adapter changes nothing before its first step, so one forward pass of the bare backbone serves all of them.
+An adapter changes nothing before its first step, so one forward pass of the backbone is enough for all variants.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def block_inputs(model: Any, examples: list[Example]) -> tuple[list[Tensor], Ten
 def statistics_of(
     inputs: tuple[list[Tensor], Tensor], norm: str, pooler: str, centre: bool, seed: int, train: int, of_first: int
 ) -> dict[str, Any]:
-    """Of the routers of one seed.
+    """Measures the routers of one seed.
 
     Args:
-        inputs: Of the training prompts, from which a centred router takes its mean and size, then the dev prompts.
+        inputs: The inputs of the training prompts (for a centred router's mean and size), then of the dev prompts.
         norm: Where the router's input is normalised.
-        pooler: Its name.
-        centre: Whether routers see differences from the mean of the training prompts.
-        seed: Of `W_r`.
-        train: How many are training prompts.
-        of_first: How many dev prompts are of the first task.
+        pooler: Name of the pooler.
+        centre: Whether routers read differences from the mean of the training prompts.
+        seed: Seed of `W_r`.
+        train: Number of training prompts.
+        of_first: Number of dev prompts of the first task.
     """
     torch.manual_seed(seed)
     hidden, mask = inputs

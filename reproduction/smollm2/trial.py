@@ -1,7 +1,7 @@
-"""One training run on a real language model, and everything that is measured of it.
+"""One training run on a real language model, and its measurements.
 
-The loop is plain: AdamW, linear decay after a warm-up, the method's own losses, answers scored by their likelihood. The
-routers' rational activations stay as they start: a step moves a coefficient by the learning rate at most, and at the
+The loop uses AdamW, linear decay after a warm-up, the method's own losses, and scores answers by their likelihood. The
+routers' rational activations are not trained: a step changes a coefficient by at most the learning rate, and at the
 paper's 1e-6 the steps of such a run change no decision.
 """
 
@@ -31,19 +31,19 @@ CHOICES = {
     "arc-challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "boolq": ("true", "false"),
 }
-"""What a task's answers are; a completion ends in one of them."""
+"""The answers of each task. A completion ends in one of them."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens.
+    """A tokenized row.
 
     Attributes:
         ids: Prompt and completion with the end of sequence.
-        prompt: Number of the prompt's tokens.
-        decisive: Place of the first token in which the task's answers differ.
-        candidates: The token that each answer has there.
-        answer: Which of them is right.
+        prompt: Number of prompt tokens.
+        decisive: Position of the first token in which the task's answers differ.
+        candidates: The token of each answer at this position.
+        answer: Index of the right answer.
     """
 
     task: str
@@ -55,7 +55,7 @@ class Example:
 
 
 def examples_of(task: str, split: str, tokenizer: Any, data: str, rows: int | None, most_tokens: int) -> list[Example]:
-    """The first rows of a task that have at most so many tokens."""
+    """The first rows of a task that have at most the given number of tokens."""
     found: list[Example] = []
     for row in read_rows(task, split, data):
         prompt, completion = str(row.prompt), str(row.completion)
@@ -75,7 +75,7 @@ def examples_of(task: str, split: str, tokenizer: Any, data: str, rows: int | No
 
 
 def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """(batch, tokens): padded on the right; labels where the completion is."""
+    """(batch, tokens): padded on the right, with labels for the completions."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), pad)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -89,23 +89,23 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is trained and measured.
+    """The settings of a run.
 
     Args:
         method: One of [`milora.methods.METHODS`].
-        settings: Of its configuration, beside the paper's.
-        seed: Of the adapter's start and of the batches.
-        tasks: Each batch has as many rows of each.
+        settings: Fields of its configuration that differ from the paper's.
+        seed: Seed of the adapter's initialisation and of the batches.
+        tasks: The tasks. Each batch has the same number of rows of each.
         steps: Optimizer steps.
-        batch: Rows a step.
-        learning_rate: Peak, after a warm-up of 6 %.
-        router_rate: What the routers' learning rate is multiplied by.
-        router_scale: What the routers' starting weights `W_r` are multiplied by.
-        centre: Whether routers read the pooled vector's difference from its running mean, at unit size.
-        train_rows: Of each task.
-        dev_rows: Of each task.
-        test_rows: Of each task; `None` for all.
-        most_tokens: Longer rows are left out.
+        batch: Rows per step.
+        learning_rate: Peak learning rate, after a warm-up of 6 %.
+        router_rate: Factor of the routers' learning rate.
+        router_scale: Factor of the routers' initial weights `W_r`.
+        centre: Whether routers read the pooled vector's difference from its running mean, scaled to unit size.
+        train_rows: Training rows of each task.
+        dev_rows: Dev rows of each task.
+        test_rows: Test rows of each task; `None` for all.
+        most_tokens: Maximum length of a row. Longer rows are left out.
     """
 
     method: str = "milora"
@@ -125,7 +125,7 @@ class Trial:
 
 
 def run(trial: Trial, backbone: str, data: str) -> dict[str, Any]:
-    """Trains and measures; the record of a run, without its settings."""
+    """Trains and measures. Returns the record of a run, without its settings."""
     started = time.monotonic()
     torch.manual_seed(trial.seed)
     model, tokenizer = load_backbone(backbone, dtype="float32", device="cpu")
@@ -176,7 +176,7 @@ def router_weight(router: RouterLayer) -> nn.Parameter:
 def train(
     model: Any, trial: Trial, rows: dict[str, list[Example]], pad: int
 ) -> tuple[list[float], list[float], list[dict[str, float]]]:
-    """Seconds, the loss without auxiliary losses, and the gradient of W_r by block, of each step."""
+    """Trains. Returns each step's seconds, loss without auxiliary losses, and gradient of W_r by block."""
     of_routers = [p for name, p in model.named_parameters() if "milora_router" in name and p.requires_grad]
     own = {id(parameter) for parameter in of_routers}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -219,7 +219,7 @@ def train(
 
 
 def batches(rows: dict[str, list[Example]], trial: Trial) -> Iterator[list[Example]]:
-    """As many rows of each task, drawn without replacement until a task's rows are used up; by the seed alone."""
+    """Batches with the same number of rows of each task, drawn without replacement. They depend only on the seed."""
     order = random.Random(trial.seed)
     waiting: dict[str, list[Example]] = {task: [] for task in rows}
     for _ in range(trial.steps):
@@ -245,7 +245,7 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
         for task, examples in rows.items():
             right: list[bool] = [False] * len(examples)
             task_total, task_tokens = 0.0, 0
-            # Rows of like length together, so that little is padding.
+            # Rows of similar length together, to reduce padding.
             order = sorted(range(len(examples)), key=lambda place: len(examples[place].ids))
             for start in range(0, len(order), batch):
                 places = order[start : start + batch]
