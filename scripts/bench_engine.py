@@ -1,8 +1,8 @@
 """Measures the embedded engine on SmolLM2's shape, interleaved in rounds: `python scripts/bench_engine.py CASE [...]`.
 
-Cases: `decode` (a step of 16 tenants against `generate(adapter_names=...)`), `throughput` (staggered requests of MiLoRA
-tenants against the engine's own base and transformers' continuous batching with one PEFT LoRA), `prefix` (time to first
-token of 8 tenants that ask about one document of 1,500 tokens). Prints one JSON object.
+Cases: `decode` (a step of 16 tenants, compared with `generate(adapter_names=...)`), `throughput` (staggered requests of
+MiLoRA tenants, compared with the engine's base model and with transformers' continuous batching with one PEFT LoRA),
+`prefix` (time to first token of 8 tenants with prompts about one document of 1,500 tokens). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def decode(bench: Bench, rounds: int) -> dict[str, Any]:
                 for prompt, adapter in zip(prompts, adapters, strict=True)
             ]
             made = [[event.made for event in generation] for generation in running]
-            # From where all are being generated to where the first ends.
+            # From the step at which all requests generate to the end of the first one.
             begin, end = max(times[0] for times in made), min(times[-1] for times in made)
             steps = len({time for times in made for time in times if begin < time <= end}) / len(made)
             return 1000 * (end - begin) / max(steps, 1)

@@ -1,10 +1,10 @@
-"""Measures `milora train`'s seconds a step in two source trees, in turns: A B A B ...
+"""Measures the seconds per step of `milora train` in two source trees, alternating: A B A B ...
 
     python scripts/bench_training_step.py --tree OLD --tree NEW --steps 4 -- --backbone FOLDER --task arc-easy ...
 
-Each tree has a process of its own that runs `milora train` with the flags after `--` and stops before every step until
-it is told to make one. A step's time runs until the next would begin: forward, backward, optimizer and, with bi-level
-training, the dev step. The first step of each is a warm-up. Prints one JSON object.
+Each tree has its own process, which runs `milora train` with the flags after `--` and waits for a signal before every
+step. A step's time ends where the next step would begin. It includes forward, backward, optimizer and, with bi-level
+training, the dev step. The first step of each tree is a warm-up. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Tree:
         self.losses: list[float] = []
 
     def wait(self) -> str:
-        """Reads answers up to a step's end, or to the process's."""
+        """Reads answers until a step or the process ends."""
         for line in self.answers:
             kind, *values = line.split()
             if kind == "dev":
@@ -93,13 +93,13 @@ class Tree:
         return "end"
 
     def go(self) -> None:
-        """Lets the next step begin."""
+        """Starts the next step."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
     def summary(self) -> dict[str, Any]:
-        """What was measured, without the warm-up."""
+        """The measurements, without the warm-up."""
         return {
             "seconds": self.seconds[1:],
             "median_seconds": statistics.median(self.seconds[1:]),
@@ -110,7 +110,7 @@ class Tree:
 
 
 def main() -> None:
-    """Runs the trees in turns."""
+    """Runs the trees alternately."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", action="append", required=True, type=Path)
     parser.add_argument("--steps", type=int, default=4, help="steps of each, the warm-up included")

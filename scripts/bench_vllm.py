@@ -1,10 +1,10 @@
-"""Throughput of MiLoRA on vLLM beside vLLM's own LoRA and its base model, measured in turns on this machine.
+"""Measures the throughput of MiLoRA on vLLM, alternating with vLLM's own LoRA and its base model.
 
     .venv-vllm/bin/python scripts/bench_vllm.py --json
 
-Engines of the same random backbone (SmolLM2-135M's shape) stay alive in processes of their own and run the same
-requests in turns, so that a busy machine slows all of them. 32 requests of 8 tenants with prompts of 16 to 48 tokens
-each get 32 new tokens. It needs the environment that `make setup-vllm` makes.
+The engines have the same random backbone (SmolLM2-135M's shape) and separate processes. They run the same requests in
+turns, so a busy machine slows all of them. 32 requests of 8 tenants have prompts of 16 to 48 tokens and get 32 new
+tokens each. The script needs the environment of `make setup-vllm`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ READY = "READY"
 
 
 def main() -> None:
-    """Measures all engines, or serves one of them (`--engine`, for the processes that it starts)."""
+    """Measures all engines, or serves one of them (`--engine`, used by the started processes)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each engine; the median counts (default 5)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def measure(folder: Path, engines: list[str], rounds: int, dtype: str) -> dict[str, list[float]]:
-    """Seconds of each run of each engine, after a run that does not count."""
+    """The seconds of each run of each engine, after a warm-up run."""
     processes = {name: start(name, folder, dtype) for name in engines}
     try:
         for name in engines:
@@ -121,7 +121,7 @@ def start(name: str, folder: Path, dtype: str) -> subprocess.Popen[str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, processors)),
-        # Stock vLLM, without any plugin of ours.
+        # Stock vLLM, without our plugin.
         **({} if name == "milora" else {"VLLM_PLUGINS": "none"}),
     }
     command = [sys.executable, __file__, "--engine", name, "--folder", str(folder), "--dtype", dtype]
@@ -131,7 +131,7 @@ def start(name: str, folder: Path, dtype: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], name: str) -> str:
-    """The next word that an engine's process says to us."""
+    """The next message of an engine's process."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(READY):
@@ -140,7 +140,7 @@ def wait_for(process: subprocess.Popen[str], name: str) -> str:
 
 
 def serve(name: str, folder: Path, dtype: str) -> None:
-    """Runs the requests whenever a line comes in, and says how long it took."""
+    """Runs the requests for each line on standard input, and reports the seconds."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -153,7 +153,7 @@ def serve(name: str, folder: Path, dtype: str) -> None:
         max_num_seqs=REQUESTS,
         max_num_batched_tokens=4096,
         block_size=32,
-        # Otherwise only the first run would compute the prompts.
+        # With prefix caching, only the first run would compute the prompts.
         enable_prefix_caching=False,
         **lora,
     )
@@ -232,7 +232,7 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Any],
 
 
 def tokenizer_of(vocabulary: int, kind: Any) -> Any:
-    """A tokenizer that has a word for each token."""
+    """A tokenizer with one word per token."""
     from tokenizers import Tokenizer, models
 
     words = {f"w{number}": number for number in range(vocabulary)}

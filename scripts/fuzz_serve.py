@@ -1,10 +1,10 @@
-"""Sends thousands of wrong, hostile and ordinary requests to a `milora serve`, and looks for what must never happen.
+"""Sends thousands of wrong, hostile and ordinary requests to a `milora serve`, and checks for failures.
 
     python scripts/fuzz_serve.py --requests 10000
 
-A failure is a crash, a 5xx that is not by design, an error without OpenAI's form, a text that is not the one that the
-tenant gets alone, a name or a text of another tenant, a prompt or a key in the log, or requests that stay behind in the
-engine. The same seed sends the same requests. Prints a JSON object; the status is 1 if there is a failure.
+Failures are a crash, an unintended 5xx, an error that is not in OpenAI's format, a text that differs from the tenant's
+text without other requests, a name or a text of another tenant, a prompt or a key in the log, and requests that remain
+in the engine. The same seed sends the same requests. Prints a JSON object. The exit status is 1 after a failure.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def key_of(tenant: str) -> str:
 
 
 def make_adapters(root: Path) -> None:
-    """An adapter a tenant, and folders that must not be loaded."""
+    """Creates an adapter for each tenant, and folders that must not be loaded."""
     import shutil
 
     import torch
@@ -100,7 +100,7 @@ def make_adapters(root: Path) -> None:
 
 
 class Server:
-    """The process that is tried."""
+    """The process under test."""
 
     def __init__(self, root: Path) -> None:
         digests = {name: hashlib.sha256(key_of(name).encode()).hexdigest() for name in TENANTS}
@@ -144,7 +144,7 @@ class Server:
 
 
 class Fuzzer:
-    """Requests from a seed, and what was wrong with their answers."""
+    """Requests from a seed, and the failures of their answers."""
 
     def __init__(self, server: Server, client: httpx2.AsyncClient, seed: int) -> None:
         self.server, self.client = server, client
@@ -158,11 +158,11 @@ class Fuzzer:
         ]  # fmt: skip
 
     def _prompt(self, tenant: str) -> str:
-        """One of few prompts of a tenant; each names its tenant in a word that nobody else uses."""
+        """One of a few prompts of a tenant. Each contains a word that identifies the tenant."""
         return f"Question: secretof{tenant} {self.random.choice('abcdef')}?"
 
     async def learn(self) -> None:
-        """What each tenant gets alone; adapters whose texts were alike could be mixed up unseen."""
+        """Stores each tenant's texts without other requests. Adapters must differ, or a mix-up would go unnoticed."""
         texts = set()
         for tenant in TENANTS:
             response = await self.send("admin", self.body(tenant, "Question: which?"))
@@ -180,14 +180,14 @@ class Fuzzer:
         return {"model": tenant, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
 
     async def send(self, tenant: str, body: Any, path: str = "/v1/completions") -> httpx2.Response:
-        """A request with a tenant's key, its answer checked."""
+        """Sends a request with a tenant's key and checks the answer."""
         key = ADMIN_KEY if tenant == "admin" else key_of(tenant)
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         return self._check(tenant, await self.client.post(self.server.url + path, content=content, headers=headers))
 
     def _check(self, tenant: str, response: httpx2.Response) -> httpx2.Response:
-        """What holds for every answer."""
+        """Checks the conditions that hold for every answer."""
         status, text = response.status_code, response.text
         self.statuses[str(status)] += 1
         if response.request.method == "HEAD":
@@ -349,7 +349,7 @@ class Fuzzer:
             writer.close()
 
     async def _leave(self) -> None:
-        """Goes away in the middle of a long answer, or of the request."""
+        """Disconnects in the middle of a long answer or of the request."""
         tenant = self.random.choice(TENANTS)
         body = {**self.body(tenant, self._prompt(tenant)), "max_tokens": 300, "stream": self.random.random() < 0.7}
         content = json.dumps({**body, "ignore_eos": True}).encode()
@@ -382,7 +382,7 @@ class Fuzzer:
 
 
 async def fuzz(server: Server, requests: int, seed: int, at_once: int, show: Callable[[str], None]) -> dict[str, Any]:
-    """Sends the requests; gives what was found."""
+    """Sends the requests and returns the result."""
     limits = httpx2.Limits(max_connections=at_once, max_keepalive_connections=at_once)
     async with httpx2.AsyncClient(timeout=120, limits=limits) as client:
         fuzzer = Fuzzer(server, client, seed)
@@ -417,7 +417,7 @@ async def fuzz(server: Server, requests: int, seed: int, at_once: int, show: Cal
 
 
 async def _at_the_end(server: Server, client: httpx2.AsyncClient, fuzzer: Fuzzer) -> None:
-    """Nothing is left in the engine, nobody's adapter has changed, and the log holds no text or key."""
+    """Checks that the engine is empty, no adapter has changed, and the log has no text or key."""
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     left: list[str] = []
     for _ in range(200):

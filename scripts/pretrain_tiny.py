@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Pretrains the bundled backbone from scratch: a tokenizer and a Llama of a few million parameters.
 
-All of its text is generated (`milora.tasks.bundled.corpus`), so nothing is downloaded. The budget is a number of steps:
-the same seed on the same machine with the same number of threads gives the same weights. Where other programs use the
-processor too, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait make it several times slower.
+All text is generated (`milora.tasks.bundled.corpus`), so nothing is downloaded. The budget is a number of steps: the
+same seed on the same machine with the same number of threads gives the same weights. If other programs use the
+processor too, set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait make training several times slower.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SPECIAL_TOKENS = PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 VOCABULARY_SIZE = 1200
 TOKENIZER_DOCUMENTS = 20_000
 PIECES = r" ?[A-Za-z]+[0-9]?| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+"
-"""What becomes tokens of its own or is put together from them: words, with a digit behind (`answer2`); digits."""
+"""The pieces that the tokenizer splits a text into: words, with an optional digit (`answer2`), digits, and others."""
 MAX_POSITIONS = 2048
 
 SHORT, LONG = (16, 128), (2, 1024)
-"""Rows and tokens of a batch. Documents are short; the long batches make the model used to far positions."""
+"""Rows and tokens of a batch. Documents are short; the long batches train distant positions."""
 LONG_EVERY = 25
 COPY_ROWS = 2
-"""Rows of each short batch that hold random tokens, repeated: they train copying of anything at all."""
+"""Rows of each short batch with repeated random tokens: they train copying of any text."""
 MATRIX_LEARNING_RATE = 4e-3
 OTHER_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 50
@@ -45,7 +45,7 @@ EMBEDDING_GAIN, FINAL_GAIN, RANDOM_GAIN, NOTE_GAIN, MATCH_GAIN, COPY_GAIN = 5.0,
 WEIGHT_DECAY = 0.01
 EMPTY_ROW_NOISE = 1e-3
 GIVEN_WEIGHT = 0.2
-"""Weight in the loss of what is made up in a document: it cannot be foreseen, only its style can be learned."""
+"""Loss weight of a document's random parts: they cannot be predicted, only their style can be learned."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -170,10 +170,10 @@ def build_matching_heads(model: LlamaForCausalLM) -> None:
 def build_shifting_heads(model: LlamaForCausalLM) -> None:
     """Gives the first block two heads that always look one and two tokens back, and fixes where they look.
 
-    All that the corpus asks for is looking things up: find where a word stood and tell what came after it. That takes
-    one head that notes at each token what came before it, and a second one, in a later block, that finds the note.
-    Training discovers the pair only after a long plateau, which minutes on a processor do not pay for; with the first
-    half given, it learns the second half at once. What the heads note, and all else, is learned.
+    The corpus mainly needs lookups: find an earlier occurrence of a word and continue with the token after it. This
+    takes one head that stores the previous tokens at each token, and a second head in a later block that finds them.
+    Training discovers the pair only after a long plateau, which takes too long on a CPU. With the first half given, it
+    learns the second half quickly. The values that the heads store, and everything else, are learned.
     """
     width = model.config.head_dim
     attention = model.model.layers[0].self_attn
@@ -198,14 +198,14 @@ def build_shifting_heads(model: LlamaForCausalLM) -> None:
 
 
 def without_gradient(gradient: torch.Tensor, fixed: tuple[slice | int, ...]) -> torch.Tensor:
-    """The gradient of a weight a part of which must stay as it is."""
+    """The gradient of a weight with a fixed part."""
     gradient = gradient.clone()
     gradient[fixed] = 0.0
     return gradient
 
 
 def fill_empty_rows(model: LlamaForCausalLM, seed: int) -> None:
-    """Gives matrix rows that are zero a little noise: methods that divide by a row's length (DoRA) need one."""
+    """Adds a little noise to zero rows of matrices: methods that divide by a row's norm (DoRA) need nonzero rows."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -308,7 +308,7 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps:
 
 
 def warmup_then_cosine(step: int, steps: int) -> float:
-    """The share of the full learning rate at a step: it rises linearly, then falls to nothing along a cosine."""
+    """The share of the full learning rate at a step: a linear warm-up, then a cosine decay to zero."""
     return min((step + 1) / WARMUP_STEPS, (1 + math.cos(math.pi * step / steps)) / 2)
 
 

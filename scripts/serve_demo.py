@@ -1,7 +1,7 @@
-"""What `make serve-demo` runs: three tenants on one backbone, `milora serve`, and a curl call for each.
+"""Demo of `milora serve` (`make serve-demo`): three tenants on one backbone, and a curl call for each.
 
-The tenants learn to answer the same question in three manners. The backbone is SmolLM2 if `make smollm2` has made its
-folder, else the bundled one.
+The tenants learn to answer the same question in three styles. The backbone is SmolLM2 if `make smollm2` has created its
+folder, otherwise the bundled one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TENANTS = ("ada", "bo", "cy")
 
 
 def train_tenants(backbone: str, into: Path) -> tuple[str, int]:
-    """Trains the tenants' adapters; gives a question to ask them, and how long answers are."""
+    """Trains the tenants' adapters. Returns a question for them, and the length of answers."""
     import torch
     from datasets.utils.logging import disable_progress_bar as disable_progress_bars
     from peft import get_peft_model
@@ -86,7 +86,7 @@ def train_tenants(backbone: str, into: Path) -> tuple[str, int]:
 
 
 def start_server(backbone: str, folder: Path) -> tuple[subprocess.Popen[str], str, dict[str, str]]:
-    """Starts `milora serve`; gives the process, its address and each tenant's key."""
+    """Starts `milora serve`. Returns the process, its address and each tenant's key."""
     keys = {name: secrets.token_hex(32) for name in TENANTS}
     entries = [
         {"name": name, "key_sha256": hashlib.sha256(key.encode()).hexdigest(), "adapters": [name]}
@@ -106,7 +106,7 @@ def start_server(backbone: str, folder: Path) -> tuple[subprocess.Popen[str], st
 
 
 def main() -> None:
-    """Trains, serves, asks."""
+    """Trains the adapters, serves them and sends the requests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", help="'tiny', a folder or a hub id.")
     parser.add_argument("--stay", action="store_true", help="Serve until interrupted.")

