@@ -34,7 +34,7 @@ def test_every_part_of_the_demo(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_output_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MiLoraError, match="is a file; give a folder"):
+    with pytest.raises(MiLoraError, match="is a file; use a folder"):
         run_demo(tmp_path / "file", DemoSettings())
     assert main(["demo", "--output", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().out == ""

@@ -68,7 +68,7 @@ def test_by_hand() -> None:
 def test_an_unreadable_model_is_told_what_was_looked_for_and_how_to_help() -> None:
     model = Plain()
     model.config = SimpleNamespace(num_hidden_layers=7)
-    with pytest.raises(MiLoraError, match=r"blocks of Plain .* one list of 7 modules, found none\..*blocks='model"):
+    with pytest.raises(MiLoraError, match=r"blocks of Plain: .* one list of 7 modules, found none\..*blocks='model"):
         find_blocks(model)
     model.config.num_hidden_layers = 2
     model.other = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 8)}) for _ in range(2))

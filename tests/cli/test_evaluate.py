@@ -219,7 +219,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, capsys: pytest.Capture
     killed.send_signal(signal.SIGSTOP)
     refused = complaint(capsys, *shared[:3], "bundled-choice", *shared[4:], str(path.parent))
     assert f"killed is in use by process {killed.pid} on " in refused
-    assert "give another --output-dir" in refused
+    assert "use another --output-dir" in refused
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL

@@ -161,7 +161,7 @@ def test_a_checkpoint_of_something_else(backbone: Path, tmp_path: Path) -> None:
         run("milora", backbone, tmp_path, "out", resume_from_checkpoint=checkpoint)
     SMALL["lora"] = {"r": 8}
     try:
-        with pytest.raises(MiLoraError, match="has r=4, and 8 is asked for"):
+        with pytest.raises(MiLoraError, match="has r=4, but 8 is requested"):
             run("lora", backbone, tmp_path, "out", resume_from_checkpoint=checkpoint)
     finally:
         del SMALL["lora"]

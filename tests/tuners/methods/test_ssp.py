@@ -354,7 +354,7 @@ def test_a_structure_of_another_backbone() -> None:
 def test_hardening_twice() -> None:
     model = adapted()
     model.harden()
-    with pytest.raises(MiLoraError, match="is fixed"):
+    with pytest.raises(MiLoraError, match="is already fixed"):
         model.harden()
     with pytest.raises(MiLoraError, match="No adapter named 'other'"):
         model.harden("other")
