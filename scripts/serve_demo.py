@@ -35,11 +35,8 @@ def train_tenants(backbone: str, into: Path) -> tuple[str, int]:
 
     from milora import MiLoraConfig
     from milora.backbone.loading import TINY, load_backbone
-    from milora.demo import BUNDLED, SHOP
+    from milora.demo import BUNDLED, SHOP, fine_tune
     from milora.tasks.rows import Row
-    from milora.tasks.sources import to_dataset
-    from milora.training.arguments import TrainingArguments
-    from milora.training.trainer import MiLoraTrainer
 
     is_tiny = backbone == TINY
     stage, steps, batch = (BUNDLED, 40, 8) if is_tiny else (SHOP, 14, 8)
@@ -61,25 +58,17 @@ def train_tenants(backbone: str, into: Path) -> tuple[str, int]:
         rows = [Row(example.prompt, manners[name](example.completion), example.answer) for example in examples]
         config = MiLoraConfig(adapted_tokens="completion", pooler="last", router_norm="centered")
         model = get_peft_model(model, config)
-        arguments = TrainingArguments(
-            output_dir=str(into / "checkpoints"),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            total_train_batch_size=batch,
-            learning_rate=5e-3 if is_tiny else 1e-3,
-            activation_training="joint",
-            gradient_checkpointing=False,
-            eval_strategy="no",
-            eval_on_start=False,
-            load_best_model_at_end=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            use_cpu=model.device.type == "cpu",
-            disable_tqdm=True,
-        )
         with redirect_stdout(io.StringIO()):
-            MiLoraTrainer(model, arguments, train_dataset=to_dataset(rows), processing_class=tokenizer).train()
+            fine_tune(
+                model,
+                tokenizer,
+                rows,
+                into / "checkpoints",
+                steps=steps,
+                batch_size=batch,
+                learning_rate=5e-3 if is_tiny else 1e-3,
+                progress=False,
+            )
         model.save_pretrained(into / "adapters" / name)
         print(f"{name}'s adapter: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
     return task.examples("test", 1, 0)[0].prompt, task.max_new_tokens + 4

@@ -14,7 +14,7 @@ PACKAGES = ("milora", "milora_core", "milora_vllm")
 
 
 class DocstringLinks(griffe.Extension):
-    """Writes each reference's full path behind it, which is what mkdocs-autorefs looks up.
+    """Adds each reference's full path, which mkdocs-autorefs looks up.
 
     A name is looked up as Python would: in the object, its class, its module and the module's imports; then among the
     package's classes and functions, where one alone has that name.

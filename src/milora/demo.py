@@ -95,6 +95,15 @@ class DemoSettings:
         given = {name: value for name, value in settings.items() if value is not None}
         return cls(backbone, **{**({} if backbone == TINY else of_pretrained), **given})
 
+    def training(self, steps: int) -> dict[str, Any]:
+        """The keyword arguments of [`fine_tune`]."""
+        return {
+            "steps": steps,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+
     @property
     def stage(self) -> Stage:
         """The tasks for this backbone."""
@@ -162,7 +171,7 @@ def run_demo(
         for task in tasks.values()
         for example in task.examples("train", each, settings.seed)
     ]
-    _train(model, tokenizer, rows, settings.steps, settings, output / "checkpoints")
+    fine_tune(model, tokenizer, rows, output / "checkpoints", **settings.training(settings.steps))
     after = _accuracies(model, tokenizer, settings, watch)
     adapter = output / ASSISTANT
     model.save_pretrained(str(output), selected_adapters=[ASSISTANT])
@@ -181,17 +190,39 @@ def run_demo(
     )
 
 
-def _train(
-    model: Any, tokenizer: Any, rows: Sequence[Row], steps: int, settings: DemoSettings, checkpoints: Path
+def fine_tune(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    checkpoints: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    progress: bool = True,
 ) -> None:
+    """Trains a small adapter in a few steps, without dev rows; the model is in eval mode afterwards.
+
+    Args:
+        model: The backbone with the adapter.
+        tokenizer: The backbone's.
+        rows: Training rows.
+        checkpoints: The trainer's folder.
+        steps: Optimiser steps.
+        batch_size: Rows per step.
+        learning_rate: Peak learning rate. The routers' activations learn at a hundredth of it.
+        seed: Order of the rows.
+        progress: Whether to show a progress bar.
+    """
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        total_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        per_device_train_batch_size=batch_size,
+        total_train_batch_size=batch_size,
+        learning_rate=learning_rate,
         activation_training="joint",
-        activation_learning_rate=settings.learning_rate / 100,
+        activation_learning_rate=learning_rate / 100,
         gradient_checkpointing=False,
         eval_strategy="no",
         eval_on_start=False,
@@ -200,7 +231,8 @@ def _train(
         logging_strategy="no",
         report_to="none",
         use_cpu=model.device.type == "cpu",
-        seed=settings.seed,
+        seed=seed,
+        disable_tqdm=not progress,
     )
     MiLoraTrainer(model, arguments, train_dataset=to_dataset(rows), processing_class=tokenizer).train()
     model.eval()
@@ -237,7 +269,7 @@ def _two_tenants(model: Any, tokenizer: Any, settings: DemoSettings, output: Pat
     rows = [Row(example.prompt, stage.manner(example.completion), example.answer) for example in examples]
     model.add_adapter(BRISK, MiLoraConfig(**stage.settings))
     model.set_adapter(BRISK)
-    _train(model, tokenizer, rows, settings.brisk_steps, settings, output / "checkpoints")
+    fine_tune(model, tokenizer, rows, output / "checkpoints", **settings.training(settings.brisk_steps))
     model.save_pretrained(str(output), selected_adapters=[BRISK])
     example = task.examples("test", 1, settings.seed)[0]
     names = [ASSISTANT, BRISK, "__base__"]

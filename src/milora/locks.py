@@ -48,7 +48,7 @@ def writing_alone(
 
 @contextmanager
 def writing_file_alone(path: Path, advice: str = "wait until it ends, or name another output") -> Iterator[None]:
-    """Like [`writing_alone`] for a file, or a folder that is written at once: the lock is a hidden file beside it.
+    """Like [`writing_alone`] for a file, or a folder that is written at once: the lock is a hidden file next to it.
 
     The lock's file is removed at the end. A process that waited for the removed file tries again.
     """

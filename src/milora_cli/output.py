@@ -25,7 +25,7 @@ PrintResult: TypeAlias = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def json_only(active: bool) -> Iterator[PrintResult]:
-    """With `--json`, reserves standard output for one JSON object, whatever libraries print.
+    """With `--json`, reserves standard output for one JSON object. Output of libraries goes to standard error.
 
     Yields:
         A function that prints the result as JSON if `active`, and does nothing otherwise.

@@ -6,15 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from milora.serving.events import Generation, TokenEvent, TokenLogprob
 from milora.serving.requests import (
     AdapterInfo,
     AdapterInUseError,
     EngineStatistics,
     EngineStoppedError,
-    Generation,
     GenerationRequest,
-    TokenEvent,
-    TokenLogprob,
     UnknownAdapterError,
 )
 from support.tokenizer import CHARACTERS

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from milora.serving.engine import Engine, EngineSettings
-from milora.serving.requests import GenerationRequest, Sampling, TokenEvent
+from milora.serving.events import TokenEvent
+from milora.serving.requests import GenerationRequest, Sampling
 from support.adapted import adapted
 from support.architectures import ARCHITECTURES, VOCABULARY
 from support.tokenizer import character_tokenizer

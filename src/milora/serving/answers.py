@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from milora.serving.requests import TokenEvent, TokenLogprob
+from milora.serving.events import TokenEvent, TokenLogprob
 from milora_core.routing import Route
 
 LOWEST_LOGPROB = -9999.0

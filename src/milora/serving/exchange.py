@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
 from milora.serving.answers import Form, Text, Usage
 from milora.serving.errors import ApiError
+from milora.serving.events import Generation, TokenEvent
 from milora.serving.metrics import Metrics
-from milora.serving.requests import Generation, TokenEvent
 from milora.serving.tenants import Tenant
 
 

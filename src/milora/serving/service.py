@@ -21,13 +21,7 @@ from milora.serving.logs import log
 from milora.serving.metrics import Metrics
 from milora.serving.prompts import Prompts
 from milora.serving.protocol import ChatBody, CompletionBody, GivenRoute
-from milora.serving.requests import (
-    AdapterError,
-    AdapterInfo,
-    AdapterInUseError,
-    GenerationRequest,
-    UnknownAdapterError,
-)
+from milora.serving.requests import AdapterError, AdapterInfo, AdapterInUseError, GenerationRequest, UnknownAdapterError
 from milora.serving.tenants import Tenant, Tenants
 from milora_core.errors import MiLoraError
 

@@ -106,6 +106,10 @@ class TestClient:
         server.reply = lambda body, number: None
         with pytest.raises(MiLoraError, match=r"does not answer"):
             endpoint(server, timeout=0.2, retries=1).complete([], temperature=0, max_tokens=1)
+        # The client may give up before the server's thread has read the request.
+        end = time.monotonic() + 10
+        while len(server.requests) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
         assert len(server.requests) == 2
 
     def test_no_server(self) -> None:

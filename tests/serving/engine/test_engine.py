@@ -1,4 +1,4 @@
-"""Each text of the engine equals what `generate` alone writes, whatever else runs beside it."""
+"""Each text of the engine equals the one that `generate` writes alone, next to any other requests."""
 
 import random
 import time

@@ -315,10 +315,28 @@ def test_an_adapter_takes_the_place_of_one_of_the_same_shapes(tmp_path: Path) ->
         for name in ["a", "dora-a", *["b", "dora-b", "a", "dora-a"] * 2]:
             assert read(engine.submit(greedy(DOCUMENT, name, 8))).tokens == [alone(name, DOCUMENT, 8)], name
         assert made == ["a", "dora-a"]
-        with pytest.raises(AdapterError, match="NaN"):
-            read(engine.submit(greedy(DOCUMENT, "broken", 8)))
+        for _ in range(3):
+            with pytest.raises(AdapterError, match="NaN"):
+                read(engine.submit(greedy(DOCUMENT, "broken", 8)))
+        assert {info.name for info in engine.adapters() if info.in_memory} == {"a", "dora-a"}
         for name in ["rank", "lora", "a", "b", "dora"]:
             assert read(engine.submit(greedy(DOCUMENT, name, 8))).tokens == [alone(name, DOCUMENT, 8)], name
+
+
+def test_a_load_that_fails_unexpectedly_is_the_callers_alone(
+    folders: dict[str, Path], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str, folder: Path) -> None:
+        raise RuntimeError("the disk is gone")
+
+    with engine_on("llama", {"one": folders["one"]}) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._pool, "open", fails)
+            with pytest.raises(RuntimeError, match="the disk is gone"):
+                engine.load_adapter("two", folders["two"])
+        assert engine.healthy() is None
+        assert read(engine.submit(greedy(DOCUMENT, "one", 4))).tokens == [alone("one", DOCUMENT, 4)]
+        engine.load_adapter("two", folders["two"])
 
 
 def test_files_that_changed_since_loading_are_not_taken_for_the_old_ones(

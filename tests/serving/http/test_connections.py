@@ -17,8 +17,8 @@ from support.fake_engine import FakeEngine, spelled
 
 from milora.serving.app import build_app
 from milora.serving.connection import EventStream
+from milora.serving.events import TokenEvent
 from milora.serving.logs import JsonFormatter
-from milora.serving.requests import TokenEvent
 from milora.serving.service import Service
 
 from .conftest import bearer, entry

@@ -12,15 +12,9 @@ from support.fake_engine import FakeEngine, spelled
 from support.tokenizer import CHARACTERS, character_tokenizer
 
 from milora.serving.app import build_app
+from milora.serving.events import TokenEvent
 from milora.serving.logs import JsonFormatter
-from milora.serving.requests import (
-    AdapterError,
-    DeadlineError,
-    EngineStoppedError,
-    NumericalError,
-    QueueFullError,
-    TokenEvent,
-)
+from milora.serving.requests import AdapterError, DeadlineError, EngineStoppedError, NumericalError, QueueFullError
 from milora_core.routing import Route
 
 

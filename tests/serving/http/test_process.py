@@ -1,4 +1,4 @@
-"""A real `milora serve`: texts are those of `generate` alone, whatever else happens to the server."""
+"""A real `milora serve`: texts equal those of `generate` alone while other things happen to the server."""
 
 from __future__ import annotations
 

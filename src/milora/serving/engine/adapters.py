@@ -10,7 +10,7 @@ from typing import Any
 
 from milora.backbone.adapter_tokenizer import adapter_tokenizer
 from milora.serving.engine.adapter import Adapter
-from milora.serving.engine.slots import AdapterSlots
+from milora.serving.engine.slots import AdapterSlots, shapes_of
 from milora.serving.requests import AdapterError, AdapterInfo, AdapterInUseError, UnknownAdapterError
 from milora.tuners.milora.packed import PackedRoute
 from milora.tuners.milora.routed import BlockRouting
@@ -134,13 +134,14 @@ class AdapterPool:
             self.slots.make(adapter)
             return
         idle = [each for each in self._loaded if not each.running]
-        # One of the same shapes, if there is one, as its place is taken over in a tenth of the time.
-        replaced = next((each for each in idle if self.slots.fits(adapter, each)), idle[0])
-        del self._loaded[replaced]
-        if self.slots.fits(adapter, replaced):
+        # An adapter of the same shapes is replaced first if there is one: that takes a tenth of the time.
+        shapes = shapes_of(adapter)
+        replaced = next((each for each in idle if self.slots.shapes(each) == shapes), None)
+        if replaced is not None:
             self.slots.take_over(adapter, replaced)
+            del self._loaded[replaced]
         else:
-            self.slots.clear(replaced)
+            self.unload(idle[0])
             self.slots.make(adapter)
 
     def tokenizer_of(self, adapter: Adapter | None) -> Any:

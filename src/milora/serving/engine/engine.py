@@ -19,12 +19,12 @@ from milora.serving.engine.scheduler import Part, Scheduler
 from milora.serving.engine.sequence import Job
 from milora.serving.engine.settings import EngineSettings
 from milora.serving.engine.writer import Writer, failed
+from milora.serving.events import Generation
 from milora.serving.requests import (
     AdapterInfo,
     DeadlineError,
     EngineStatistics,
     EngineStoppedError,
-    Generation,
     GenerationRequest,
     QueueFullError,
     ServingError,
@@ -260,7 +260,7 @@ class Engine:
             command, done = self._commands.popleft()
             try:
                 done.set_result(command())
-            except ServingError as error:
+            except Exception as error:  # The caller's; the requests that run are not affected.
                 done.set_exception(error)
 
     def _take_arrived(self) -> None:

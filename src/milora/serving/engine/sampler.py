@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milora.serving.requests import Sampling, TokenLogprob
+from milora.serving.events import TokenLogprob
+from milora.serving.requests import Sampling
 
 MOST_SORTED = 1024
 """Tokens that are sorted for a cut at first; where they do not suffice, all are."""

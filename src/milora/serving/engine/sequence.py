@@ -11,7 +11,8 @@ from milora.serving.engine.adapter import Adapter
 from milora.serving.engine.beams import BeamSearch
 from milora.serving.engine.detokenizer import Detokenizer
 from milora.serving.engine.sampler import Sampler
-from milora.serving.requests import Generation, GenerationRequest
+from milora.serving.events import Generation
+from milora.serving.requests import GenerationRequest
 from milora.tuners.milora.packed import PackedRoute
 
 

@@ -67,9 +67,9 @@ class AdapterSlots:
         """Takes all adapters and PEFT's layers out of the backbone."""
         self.model.unload()
 
-    def fits(self, adapter: Adapter, other: Adapter) -> bool:
-        """Whether an adapter can take over the place of another one."""
-        return shapes_of(adapter) == self._shapes[other.slot]
+    def shapes(self, adapter: Adapter) -> Hashable:
+        """The shapes ([`shapes_of`]) of an adapter that is in memory."""
+        return self._shapes[adapter.slot]
 
     def make(self, adapter: Adapter) -> None:
         """Adds an adapter to the model.
@@ -97,13 +97,12 @@ class AdapterSlots:
         """Writes an adapter's weights into the place of another one of the same shapes.
 
         Raises:
-            MiLoraError: If the file holds NaN or infinity; neither of the two is in memory then.
+            MiLoraError: If the file holds NaN or infinity. The other adapter then keeps its place.
         """
         slot = replaced.slot
         tensors = load_file(adapter.folder / SAFETENSORS_WEIGHTS_NAME)
         broken = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
         if broken is not None:
-            self.clear(replaced)
             raise MiLoraError(f"The adapter's file has NaN or infinity in {broken}.")
         if slot not in self._tensors:
             self._tensors[slot] = get_peft_model_state_dict(self.model, adapter_name=slot)

@@ -17,7 +17,8 @@ from milora.serving.engine.detokenizer import Detokenizer
 from milora.serving.engine.sampler import Sampler, token_logprob
 from milora.serving.engine.scheduler import Part, Scheduler
 from milora.serving.engine.sequence import Job, Text
-from milora.serving.requests import FailedRequestError, NumericalError, ServingError, TokenEvent, TokenLogprob
+from milora.serving.events import TokenEvent, TokenLogprob
+from milora.serving.requests import FailedRequestError, NumericalError, ServingError
 
 _log = logging.getLogger(__name__)
 
