@@ -3,7 +3,8 @@
     python -m reproduction.smollm2 reproduction/smollm2/ablation.yaml --backbone FOLDER --data FOLDER --records FILE
 
 A run is identified by its settings. Its record is one line of JSON, written when it ends. Two processes can share a
-file of records: each skips the runs of the other.
+file of records: each skips the runs of the other. Where a settings file gives several learning rates, the first seed
+runs with each, and the other seeds with the one of the lowest dev loss. Start the command again if it says `waiting`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,8 +31,8 @@ from reproduction.smollm2.trial import Trial, run
 LIBRARIES = ("torch", "transformers", "peft", "trl", "scikit-learn")
 
 
-def trials_of(settings: dict[str, Any]) -> Iterator[tuple[str, Trial]]:
-    """Name and trial of each run in the file's order: every `run` with each of its seeds and learning rates."""
+def entries_of(settings: dict[str, Any]) -> Iterator[tuple[str, list[Trial]]]:
+    """Name and trials of each entry in the file's order: every learning rate with every seed, by seed."""
     known = {field.name for field in fields(Trial)}
     for entry in settings["runs"]:
         values = {**settings.get("common", {}), **entry}
@@ -41,9 +42,14 @@ def trials_of(settings: dict[str, Any]) -> Iterator[tuple[str, Trial]]:
             raise SystemExit(f"{name}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         if "tasks" in values:
             values["tasks"] = tuple(values["tasks"])
-        for rate in rates:
-            for seed in seeds:
-                yield name, Trial(**values, learning_rate=float(rate), seed=seed)
+        yield name, [Trial(**values, learning_rate=float(rate), seed=seed) for seed in seeds for rate in rates]
+
+
+def best_rate(trials: Iterable[Trial], backbone: str, records: dict[str, dict[str, Any]]) -> float | None:
+    """The learning rate with the lowest dev loss; `None` while a trial has no record."""
+    losses = {trial.learning_rate: records.get(identity(trial, backbone)) for trial in trials}
+    found = {rate: record["dev"]["loss"] for rate, record in losses.items() if record is not None}
+    return min(found, key=lambda rate: found[rate]) if len(found) == len(losses) else None
 
 
 def identity(trial: Trial, backbone: str) -> str:
@@ -52,11 +58,12 @@ def identity(trial: Trial, backbone: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished(records: Path) -> set[str]:
-    """The identities of the runs that have a record."""
-    if not records.is_file():
-        return set()
-    return {json.loads(line)["run"] for line in records.read_text().splitlines() if line.strip()}
+def read_records(file: Path) -> dict[str, dict[str, Any]]:
+    """Identity -> record of the runs that have one."""
+    if not file.is_file():
+        return {}
+    lines = (json.loads(line) for line in file.read_text().splitlines() if line.strip())
+    return {record["run"]: record for record in lines}
 
 
 def backbone_digest(folder: Path) -> str:
@@ -86,34 +93,43 @@ def main() -> None:
         ).strip()
     )
     options.records.parent.mkdir(parents=True, exist_ok=True)
-    for name, trial in trials_of(yaml.safe_load(options.settings.read_text())):
-        key = identity(trial, digest)
-        is_there = key in finished(options.records)
-        label = f"{name} seed {trial.seed} learning rate {trial.learning_rate:g}"
-        if options.list or is_there:
-            print(f"{'finished' if is_there else 'missing '} {key} {label}", flush=True)
-            continue
-        try:
-            with FileLock(options.records.with_suffix(f".{key}.lock"), timeout=0):
-                print(f"running  {key} {label}", flush=True)
-                record = {
-                    "run": key,
-                    "name": name,
-                    "experiment": options.settings.stem,
-                    **asdict(trial),
-                    "backbone": digest,
-                    **run(trial, str(options.backbone), options.data),
-                    "revision": revision,
-                    "versions": {library: version(library) for library in LIBRARIES},
-                    "python": platform.python_version(),
-                    "threads": torch.get_num_threads(),
-                    "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                }
-                # One write of a whole line: another process's lines stay whole.
-                with open(options.records, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-        except Timeout:
-            print(f"elsewhere {key} {label}", flush=True)
+    for name, trials in entries_of(yaml.safe_load(options.settings.read_text())):
+        first = [trial for trial in trials if trial.seed == trials[0].seed]
+        for trial in trials:
+            key = identity(trial, digest)
+            records = read_records(options.records)
+            label = f"{name} seed {trial.seed} learning rate {trial.learning_rate:g}"
+            if trial not in first and len(first) > 1 and key not in records:
+                rate = best_rate(first, digest, records)
+                if rate is None:
+                    print(f"waiting  {key} {label}: the learning rate is not chosen yet", flush=True)
+                    continue
+                if rate != trial.learning_rate:
+                    continue
+            if options.list or key in records:
+                print(f"{'finished' if key in records else 'missing '} {key} {label}", flush=True)
+                continue
+            try:
+                with FileLock(options.records.with_suffix(f".{key}.lock"), timeout=0):
+                    print(f"running  {key} {label}", flush=True)
+                    record = {
+                        "run": key,
+                        "name": name,
+                        "experiment": options.settings.stem,
+                        **asdict(trial),
+                        "backbone": digest,
+                        **run(trial, str(options.backbone), options.data),
+                        "revision": revision,
+                        "versions": {library: version(library) for library in LIBRARIES},
+                        "python": platform.python_version(),
+                        "threads": torch.get_num_threads(),
+                        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    }
+                    # One write of a whole line: another process's lines stay whole.
+                    with open(options.records, "a") as file:
+                        file.write(json.dumps(record) + "\n")
+            except Timeout:
+                print(f"elsewhere {key} {label}", flush=True)
 
 
 if __name__ == "__main__":

@@ -98,13 +98,13 @@ def _gradients(records: Sequence[Record]) -> str:
 
 
 def best_rates(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each method, one per seed, at the learning rate that was best on dev over all seeds."""
+    """The records of each method, one per seed, at the learning rate with the most seeds, then the lowest dev loss."""
     rates: dict[str, dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         rates[record["name"]][record["learning_rate"]].append(record)
     best = {}
     for name, of_name in rates.items():
-        rate = min(of_name, key=lambda rate: mean(record["dev"]["loss"] for record in of_name[rate]))
+        rate = min(of_name, key=lambda r: (-len(of_name[r]), mean(record["dev"]["loss"] for record in of_name[r])))
         best[name] = sorted(of_name[rate], key=lambda record: record["seed"])
     return best
 

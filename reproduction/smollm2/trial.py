@@ -233,7 +233,11 @@ def batches(rows: dict[str, list[Example]], trial: Trial) -> Iterator[list[Examp
 
 @torch.no_grad()
 def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 10) -> dict[str, Any]:
-    """Perplexity of the completions, which answers were right (a string of 0 and 1 in the rows' order), and routes."""
+    """Perplexity of the completions, which answers were right (a string of 0 and 1 in the rows' order), and routes.
+
+    `answer_losses` has `-log p` of each row's right answer, where `p` is a softmax over the task's answers. It shows
+    differences that are too small to change which answer is the most likely.
+    """
     model.eval()
     backbone = model.get_base_model()
     hidden: list[Tensor] = []
@@ -244,6 +248,7 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
     with Recorder(model) as recorder:
         for task, examples in rows.items():
             right: list[bool] = [False] * len(examples)
+            answer_losses: list[float] = [0.0] * len(examples)
             task_total, task_tokens = 0.0, 0
             # Rows of similar length together, to reduce padding.
             order = sorted(range(len(examples)), key=lambda place: len(examples[place].ids))
@@ -258,11 +263,13 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
                 for row, (place, example) in enumerate(zip(places, part, strict=True)):
                     scores = hidden[0][row, example.decisive - 1].float() @ head[example.candidates].float().T
                     right[place] = int(scores.argmax()) == example.answer
+                    answer_losses[place] = round(-scores.log_softmax(0)[example.answer].item(), 4)
             recorder.end_task()
             result["tasks"][task] = {
                 "rows": len(examples),
                 "accuracy": sum(right) / len(right),
                 "right": "".join("01"[value] for value in right),
+                "answer_losses": answer_losses,
                 "loss": task_total / task_tokens,
             }
             total, tokens = total + task_total, tokens + task_tokens

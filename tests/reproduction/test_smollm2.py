@@ -93,9 +93,33 @@ def test_labels_are_the_completion() -> None:
 
 @pytest.mark.parametrize("file", SETTINGS, ids=lambda file: file.stem)
 def test_settings_files_name_runs_that_differ(file: Path) -> None:
-    runs = [value for _, value in runner.trials_of(yaml.safe_load(file.read_text()))]
+    runs = [value for _, values in runner.entries_of(yaml.safe_load(file.read_text())) for value in values]
 
     assert len({runner.identity(value, "backbone") for value in runs}) == len(runs)
+
+
+def test_the_first_seed_chooses_the_learning_rate_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    settings = tmp_path / "settings.yaml"
+    entry = {"name": "one", "seeds": [0, 1], "learning_rates": [0.1, 0.2, 0.3]}
+    settings.write_text(yaml.safe_dump({"runs": [entry]}))
+    made: list[tuple[int, float]] = []
+
+    def run(value: Trial, backbone: str, data: str) -> dict[str, Any]:
+        made.append((value.seed, value.learning_rate))
+        return {"dev": {"loss": abs(value.learning_rate - 0.2)}}
+
+    monkeypatch.setattr(runner, "run", run)
+    arguments = [str(settings), "--backbone", str(tmp_path), "--records", str(tmp_path / "r.jsonl"), "--revision", "a"]
+    monkeypatch.setattr(sys, "argv", ["smollm2", *arguments, "--list"])
+    runner.main()
+    assert capsys.readouterr().out.count("waiting") == 3
+    monkeypatch.setattr(sys, "argv", ["smollm2", *arguments])
+    runner.main()
+
+    assert made == [(0, 0.1), (0, 0.2), (0, 0.3), (1, 0.2)]
 
 
 def test_a_finished_run_is_not_repeated_and_an_interrupted_one_is(
