@@ -85,7 +85,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{model}", dependencies=bearer)
     async def one_model(model: str, request: Request) -> dict[str, Any]:
-        """One of them."""
+        """One model, if the key may use it."""
         for card in _models(service, request.state.tenant):
             if card["id"] == model:
                 return card

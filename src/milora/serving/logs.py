@@ -45,7 +45,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as a line of JSON: `time`, `level`, `event`, then the event's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Returns the line."""
         is_ours = hasattr(record, "fields")
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),

@@ -176,12 +176,12 @@ class CompletionBody(_Generation):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most new tokens; `None` for as many as positions are left."""
+        """Maximum number of new tokens; `None` for all remaining positions."""
         return self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """Alternatives a token; `None` for no log-probabilities."""
+        """Number of alternatives per token; `None` for no log-probabilities."""
         return self.logprobs
 
 
@@ -200,7 +200,7 @@ class Message(Body):
     name: str | None = None
 
     def as_template_takes_it(self) -> dict[str, str]:
-        """The message for the tokenizer's chat template."""
+        """The message in the form that the tokenizer's chat template expects."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         named = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": content, **named}
@@ -225,12 +225,12 @@ class ChatBody(_Generation):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The most new tokens; `None` for as many as positions are left."""
+        """Maximum number of new tokens; `None` for all remaining positions."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """Alternatives a token; `None` for no log-probabilities."""
+        """Number of alternatives per token; `None` for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

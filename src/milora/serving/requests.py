@@ -64,7 +64,7 @@ class NumericalError(ServingError):
 
 
 class FailedRequestError(ServingError):
-    """The computation of this request raised an error, also in a batch of its own."""
+    """The computation of this request raised an error, also when it ran alone."""
 
     kind = "failed"
 
@@ -89,7 +89,7 @@ class Sampling:
         max_tokens: Maximum number of tokens of a text.
         temperature: Tokens are sampled from `softmax(logits / temperature)`. 0 means greedy sampling.
         top_p: Samples from the most probable tokens whose cumulative probability reaches this value.
-        top_k: Samples from this many most probable tokens; 0 means all.
+        top_k: Samples from the `top_k` most probable tokens; 0 means all.
         min_p: Minimum probability of a token, relative to the most probable token's.
         seed: Makes sampling reproducible, independent of other requests.
         stop: Texts that end the generation.
@@ -198,9 +198,9 @@ class AdapterInfo:
     """A registered adapter.
 
     Attributes:
-        name: Its name.
-        folder: The folder it is loaded from.
-        kind: PEFT's name of its method, `"MILORA"` or `"LORA"`.
+        name: The adapter's name.
+        folder: The folder that it is loaded from.
+        kind: PEFT's name for its method, `"MILORA"` or `"LORA"`.
         in_memory: Whether its weights are in memory. If not, they are loaded when a request needs them.
         requests: Number of running or waiting requests that use it.
     """

@@ -1,4 +1,4 @@
-"""An adapter that the engine knows, and what follows from how it was trained."""
+"""An adapter known to the engine, and the facts that its configuration determines."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ KINDS = ("MILORA", "LORA")
 
 
 class Adapter:
-    """An adapter that the engine knows, in memory or not.
+    """An adapter known to the engine, in memory or not.
 
     Args:
-        name: Its name.
-        folder: Its folder.
-        number: Tells it from any other adapter of its name, before or after it.
+        name: The adapter's name.
+        folder: The adapter's folder.
+        number: Identifies the adapter among all adapters that ever had this name.
 
     Attributes:
-        kind: PEFT's name of its method.
+        kind: PEFT's name for the adapter's method.
         config: PEFT's configuration.
-        slot: Its name in the model while it is in memory, where names may hold no dots.
-        uses: How many waiting or running requests use it.
-        running: How many of these are running, so that it must stay in memory.
-        is_late: Whether prompts but for their last token are the bare backbone's (`adapted_tokens="completion"`).
-        is_shared: Whether what it leaves to the bare backbone is the same for all adapters.
+        slot: The adapter's name in the model while it is in memory. PEFT's adapter names may not contain dots.
+        uses: Number of waiting or running requests that use the adapter.
+        running: Number of running requests that use it. While this is above 0, the adapter stays in memory.
+        is_late: Whether the bare backbone computes all prompt tokens but the last (`adapted_tokens="completion"`).
+        is_shared: Whether the tokens that the bare backbone computes are the same for all adapters.
     """
 
     def __init__(self, name: str, folder: Path, number: int) -> None:
@@ -60,10 +60,10 @@ class Adapter:
         self._reads_last = is_routed and config.pooler == "last" and self._window is None
 
     def deciding(self, prompt: int) -> tuple[int, int] | None:
-        """The first prompt token that the routers read, and how many; `None` for a LoRA adapter.
+        """The index of the first prompt token that the routers read, and the number they read; `None` for LoRA.
 
         Args:
-            prompt: Tokens of the prompt.
+            prompt: Number of prompt tokens.
         """
         if self.kind == "LORA":
             return None
@@ -72,10 +72,10 @@ class Adapter:
         return 0, prompt if self._window is None else min(prompt, self._window)
 
     def salt(self, route: PackedRoute | None) -> Hashable | None:
-        """What computes its cached tokens; `None` while the route is not known.
+        """A key for the weights that compute the cached tokens; `None` while the route is unknown.
 
         Args:
-            route: The request's route, if it is known.
+            route: The request's route, if known.
         """
         if self.is_shared and (route is not None or self._reads_last):
             return ()
@@ -85,10 +85,10 @@ class Adapter:
         return (self.number, gates)
 
     def check_files(self) -> None:
-        """Refuses a folder whose files were changed since it was loaded: texts and caches are of the old ones.
+        """Rejects a folder with files that changed since the adapter was opened: cached pages belong to the old files.
 
         Raises:
-            AdapterError: If they were.
+            AdapterError: If a file changed.
         """
         if self._state_of_files() != self.files:
             raise AdapterError(

@@ -1,4 +1,4 @@
-"""The adapters of the engine: which are known, which are in memory, and their routes."""
+"""The engine's adapters: known ones, ones in memory, and their routes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from milora_core.errors import did_you_mean
 from milora_core.routing import Route
 
 MOST_ROUTES = 1024
-"""Decided routes that are kept for later requests with the same deciding tokens."""
+"""Maximum number of routes kept for later requests with the same deciding tokens."""
 
 
 class AdapterPool:
-    """The adapters by name, of which so many are in memory; the least recently used go when others come.
+    """The adapters by name. A limited number is in memory; loading another evicts the least recently used.
 
     Args:
-        backbone: The model, which gets PEFT's layers.
-        tokenizer: The backbone's.
-        most: How many adapters are in memory at most.
+        backbone: The model. It gets PEFT's layers.
+        tokenizer: The backbone's tokenizer.
+        most: Maximum number of adapters in memory.
 
     Attributes:
         slots: The adapters in the model.
@@ -48,7 +48,7 @@ class AdapterPool:
 
     @property
     def in_memory(self) -> int:
-        """How many adapters are in memory."""
+        """Number of adapters in memory."""
         return len(self._loaded)
 
     def describe(self) -> tuple[AdapterInfo, ...]:
@@ -59,10 +59,10 @@ class AdapterPool:
         )
 
     def find(self, name: str) -> Adapter:
-        """An adapter by its name.
+        """Returns an adapter by its name.
 
         Raises:
-            UnknownAdapterError: If there is none.
+            UnknownAdapterError: If there is no adapter with this name.
         """
         adapter = self._known.get(name)
         if adapter is None:
@@ -71,25 +71,25 @@ class AdapterPool:
         return adapter
 
     def open(self, name: str, folder: str | Path) -> Adapter:
-        """An adapter that is not known yet; nothing but its configuration is read.
+        """Creates an adapter without making it known. Reads only its configuration.
 
         Raises:
             AdapterInUseError: If the name is taken.
-            AdapterError: If the folder holds no adapter of a method that the engine serves.
+            AdapterError: If the folder has no adapter of a method that the engine serves.
         """
         if name in self._known:
             raise AdapterInUseError(f"There is an adapter {name!r} already; unload it first.")
         return Adapter(name, Path(folder), next(self._numbers))
 
     def publish(self, adapter: Adapter) -> None:
-        """Makes an adapter known; its weights are read when a request needs them."""
+        """Makes an adapter known. Its weights are loaded when a request needs them."""
         self._known[adapter.name] = adapter
 
     def withdraw(self, name: str) -> Adapter:
-        """Makes an adapter unknown.
+        """Removes an adapter from the known ones and returns it.
 
         Raises:
-            UnknownAdapterError: If there is none of this name.
+            UnknownAdapterError: If there is no adapter with this name.
             AdapterInUseError: If a waiting or running request uses it.
         """
         adapter = self.find(name)
@@ -98,21 +98,21 @@ class AdapterPool:
         return self._known.pop(name)
 
     def unload(self, adapter: Adapter) -> None:
-        """Takes an adapter's weights out of memory."""
+        """Removes an adapter's weights from memory."""
         if adapter in self._loaded:
             del self._loaded[adapter]
             self.slots.clear(adapter)
 
     def is_loaded(self, adapter: Adapter) -> bool:
-        """Whether its weights are in memory."""
+        """Whether the adapter's weights are in memory."""
         return adapter in self._loaded
 
     def can_load(self) -> bool:
-        """Whether there is room for one more, or one that no running request uses."""
+        """Whether another adapter fits in memory, perhaps after evicting one that no running request uses."""
         return len(self._loaded) < self._most or any(not adapter.running for adapter in self._loaded)
 
     def load(self, adapter: Adapter) -> None:
-        """Brings an adapter into memory, in place of the least recently used one that nobody runs with.
+        """Loads an adapter into memory. If memory is full, evicts the least recently used idle adapter.
 
         Raises:
             AdapterError: If its files cannot be read, do not fit the backbone, or have changed.
@@ -134,7 +134,7 @@ class AdapterPool:
             self.slots.make(adapter)
             return
         idle = [each for each in self._loaded if not each.running]
-        # An adapter of the same shapes is replaced first if there is one: that takes a tenth of the time.
+        # Prefers to replace an adapter of the same shapes, which takes a tenth of the time.
         shapes = shapes_of(adapter)
         replaced = next((each for each in idle if self.slots.shapes(each) == shapes), None)
         if replaced is not None:
@@ -145,16 +145,16 @@ class AdapterPool:
             self.slots.make(adapter)
 
     def tokenizer_of(self, adapter: Adapter | None) -> Any:
-        """The tokenizer that an adapter's texts are decoded with."""
+        """The tokenizer that decodes an adapter's texts."""
         return self._tokenizer if adapter is None else adapter.tokenizer
 
     def new_route(self, adapter: Adapter, forced: Route | None, prompt: tuple[int, ...]) -> tuple[PackedRoute, bool]:
-        """The route of a request that begins, and whether it is known.
+        """The route of a starting request, and whether the route is known.
 
-        It is for a LoRA adapter, one that the request gives, or one that was decided before from the same tokens.
+        It is known for a LoRA adapter, if the request gives a route, or if the deciding tokens were routed before.
 
         Raises:
-            MiLoraError: If the given route is not of this adapter.
+            MiLoraError: If the given route does not belong to this adapter.
         """
         route = PackedRoute(adapter.slot)
         routers = [r for r in self.slots.model.base_model.hooks.routers.values() if adapter.slot in r.experts]
@@ -173,13 +173,13 @@ class AdapterPool:
         if stored is None:
             return route, False
         self._routes.move_to_end(key)
-        stored.adapter = adapter.slot  # It may have come back to another.
+        stored.adapter = adapter.slot  # A reloaded adapter may be in another slot.
         return stored, True
 
     def store_route(self, adapter: Adapter, prompt: tuple[int, ...], route: PackedRoute) -> None:
-        """Keeps a decided route for later requests with the same deciding tokens, whose cached pages it finds."""
+        """Keeps a route for later requests with the same deciding tokens. The prefix cache needs the route as a key."""
         if adapter.salt(None) is not None:
-            return  # Such pages are found without it.
+            return  # The key of this adapter's pages does not depend on the route.
         self._routes[_route_key(adapter, prompt)] = route
         if len(self._routes) > MOST_ROUTES:
             self._routes.popitem(last=False)

@@ -1,8 +1,8 @@
-"""The attention of a packed pass over the paged cache, as transformers' models call it.
+"""The attention of a packed pass over the paged cache, called by transformers' models.
 
-`AttentionInterface.register` is transformers' public way to give its models an attention of one's own. Each layer hands
-over the queries, keys and values of all tokens of the pass; keys and values are stored first, then single tokens attend
-to their cache in one call, and pieces of prompts one after the other.
+`AttentionInterface.register` is transformers' public interface for custom attention functions. Each layer passes the
+queries, keys and values of all tokens of the pass. The function stores the keys and values, then computes the attention
+of all single tokens in one call, and that of prompt chunks one after the other.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from milora_core.errors import MiLoraError
 from milora_core.kernels.paged_attention import PagedAttention
 
 NAME = "milora_packed"
-"""The name under which transformers' models find the attention."""
+"""The attention's name in transformers' `AttentionInterface`."""
 
 UNSUPPORTED = ("s_aux", "position_bias")
-"""Arguments of attention layers that change the result and are not supported: learned sinks, position biases."""
+"""Unsupported arguments of attention layers that change the result: learned sinks and position biases."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Piece:
     """Adjacent tokens of one text in a packed pass.
 
     Args:
-        start: Place of the first in the pass.
-        count: How many.
-        past: How many tokens of the text the cache holds already.
-        pages: The text's pages, with those of its new tokens.
+        start: Index of the first token in the pass.
+        count: Number of tokens.
+        past: Number of the text's tokens that the cache already has.
+        pages: The text's pages, including those of its new tokens.
     """
 
     start: int
@@ -48,12 +48,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Options:
-    """How a layer attends.
+    """A layer's attention options.
 
     Args:
-        scaling: Factor of the products of queries and keys.
-        window: How many tokens a token attends to, itself included; `None` for all before it.
-        softcap: `c` of `c tanh(scores / c)`; `None` for the scores as they are.
+        scaling: Factor applied to the products of queries and keys.
+        window: Number of tokens that a token attends to, including itself; `None` for itself and all earlier tokens.
+        softcap: `c` in `c tanh(scores / c)`; `None` for no soft cap.
     """
 
     scaling: float
@@ -63,8 +63,11 @@ class Options:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_single: bool = False
     ) -> Tensor:
-        """(rows, heads, tokens, size of a value) from `query` (rows, heads, tokens, size) and `key` and `value` with
-        fewer heads and as many tokens as `mask` has columns; without a mask causal, or all with `is_single`."""
+        """Attention of `query` (rows, heads, tokens, size) over `key` and `value` (rows, fewer heads, columns, size).
+
+        `mask` is (tokens, columns), bool. Without a mask, attention is causal; with `is_single`, it covers all columns.
+        Returns (rows, heads, tokens, size of a value).
+        """
         groups = query.shape[1] // key.shape[1]
         is_causal = mask is None and not is_single
         if self.softcap is None:
@@ -82,13 +85,13 @@ class Options:
 
 
 class PackedAttention:
-    """Where the tokens of one pass read and write the cache.
+    """The cache slots that the tokens of one pass read and write.
 
-    On a CPU with the native kernel, single tokens read their pages where they lie; elsewhere these are gathered.
+    On a CPU with the native kernel, single tokens read their pages in place. Otherwise the pages are gathered first.
 
     Args:
         cache: The cache.
-        pieces: In the order of the tokens; single tokens come first.
+        pieces: The pieces in token order, single tokens first.
     """
 
     def __init__(self, cache: KeyValueCache, pieces: Sequence[Piece]) -> None:
@@ -112,11 +115,11 @@ class PackedAttention:
         """Stores the new keys and values and attends to the cache.
 
         Args:
-            layer: The layer's place in the cache.
+            layer: The layer's index in the cache.
             query: (1, heads, tokens, size of a key).
             key: (1, key-value heads, tokens, size of a key).
             value: (1, key-value heads, tokens, size of a value).
-            options: How the layer attends.
+            options: The layer's options.
 
         Returns:
             (1, tokens, heads, size of a value).
@@ -171,7 +174,7 @@ class PackedAttention:
         longest = max(lengths)
         if self._read is None:
             read = [self._slots(piece.pages, 0, piece.past + 1) for piece in self._singles]
-            # Padded with slots of their own: others may hold anything, and 0 * NaN is NaN.
+            # Pads each row with one of the row's own slots: other slots may hold NaN, and 0 * NaN is NaN.
             padded = [functional.pad(slots, (0, longest - len(slots)), value=int(slots[-1])) for slots in read]
             self._read = torch.cat(padded)
         of_rows = [
@@ -189,7 +192,7 @@ class PackedAttention:
         return options.attend(queries, of_rows[0], of_rows[1], self._masks[key], is_single=True)[:, :, 0]
 
     def _chunk_mask(self, piece: Piece, window: int | None) -> Tensor | None:
-        """(tokens, cached and new tokens), bool; `None` for plain causal attention without a past."""
+        """(tokens, cached and new tokens), bool; `None` for causal attention without cached tokens."""
         total = piece.past + piece.count
         if not piece.past and (window is None or total <= window):
             return None
@@ -209,7 +212,7 @@ _running: ContextVar[PackedAttention] = ContextVar("milora_packed_attention")
 
 @contextmanager
 def attending(attention: PackedAttention) -> Iterator[None]:
-    """Inside, models with the attention [`NAME`] use this one."""
+    """Inside this context, models with the attention [`NAME`] use `attention`."""
     token = _running.set(attention)
     try:
         yield
@@ -228,10 +231,10 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention layers call; see `AttentionInterface`.
+    """The function that transformers' attention layers call; see `AttentionInterface`.
 
     Raises:
-        MiLoraError: If a layer asks for something that is not supported.
+        MiLoraError: If a layer passes an unsupported argument.
     """
     unknown = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if unknown or attention_mask is not None:

@@ -1,4 +1,4 @@
-"""Beam search over a request's texts, with transformers' rules, so the texts are those of `generate(num_beams=n)`."""
+"""Beam search over a request's texts. It follows transformers' rules and gives the texts of `generate(num_beams=n)`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from milora.serving.requests import Sampling
 
 NEVER = -1.0e9
-"""transformers' score for what must not be chosen."""
+"""transformers' score for continuations that must not be chosen."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A text that has ended, or one that only fills a place until enough have.
+    """A finished text, or a placeholder until there are enough finished texts.
 
     Attributes:
-        score: Its log-probability, divided by its length to the power of the length penalty.
-        tokens: Its new tokens, the last one included.
-        is_real: Whether it has ended.
+        score: The text's log-probability, divided by `length ** length_penalty`.
+        tokens: The new tokens, including the last one.
+        is_real: Whether the text has ended.
     """
 
     score: float
@@ -29,19 +29,19 @@ class Finished:
 
 
 class BeamSearch:
-    """The search of one request (`early_stopping=False`).
+    """The beam search of one request (`early_stopping=False`).
 
-    Each step takes the best `(e + 1) n` continuations of all beams, `e` being the number of tokens that end a text.
-    Those of the best `n` that end are finished texts, of which the best `n` are kept; the best `n` that do not end are
-    the next beams. The search ends when the best beam cannot overtake the worst of `n` finished texts.
+    Each step selects the best `(e + 1) n` continuations of all beams for `e` tokens that end a text. Of the best `n`,
+    those that end become finished texts; the best `n` finished texts are kept. The best `n` continuations that do not
+    end are the next beams. The search ends when no beam can exceed the worst of `n` finished texts.
 
     Args:
-        sampling: The request's.
+        sampling: The request's sampling parameters.
         ends: Tokens that end a text.
 
     Attributes:
-        beams: (log-probability, new tokens) of each beam, the best first.
-        finished: The best finished texts so far, the best first; complete when the search is over.
+        beams: (log-probability, new tokens) of each beam, best first.
+        finished: The best finished texts so far, best first; final once the search has ended.
         is_over: Whether the search has ended.
     """
 
@@ -57,10 +57,10 @@ class BeamSearch:
         """One step of the search.
 
         Args:
-            logits: (beams, vocabulary), float32, behind each beam.
+            logits: (beams, vocabulary), float32: the next-token logits of each beam.
 
         Returns:
-            For each of the next beams, which beam it continues.
+            For each of the next beams, the index of the beam that it continues.
         """
         width, penalty = self._sampling.n, self._sampling.length_penalty
         scores = logits.log_softmax(dim=-1) + torch.tensor([score for score, _ in self.beams])[:, None]
@@ -79,7 +79,7 @@ class BeamSearch:
         for rank, (score, text) in enumerate(zip(normalized.tolist(), texts, strict=True)):
             is_real = bool(has_ended[rank]) and rank < width
             self.finished.append(Finished(score if is_real else score + NEVER, text, is_real))
-        # A stable sort, as equal scores keep their order.
+        # The sort is stable, so equal scores keep their order.
         self.finished = sorted(self.finished, key=lambda each: -each.score)[:width]
         self.beams = [(score, texts[place]) for score, place in zip(best.values.tolist(), chosen, strict=True)]
         worst = min(each.score for each in self.finished)

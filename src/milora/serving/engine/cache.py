@@ -1,4 +1,4 @@
-"""The key-value cache: pages of tokens that texts own, share and leave to later prompts with the same beginning."""
+"""The paged key-value cache. Texts share pages, and later prompts with the same prefix reuse them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from milora_core.errors import MiLoraError
 
 
 class PagePool:
-    """Pages of the cache, by number: who holds them, and which tokens those hold that nobody does.
+    """Allocates the cache's pages and finds pages by their tokens.
 
-    A full page is known by the tokens in it, those before it, and a salt that stands for what computed them (an adapter
-    and its route, or the bare backbone). Keys hold the tokens themselves, so no two prompts are taken for each other.
-    Pages that nobody holds stay known until the room is needed; the one that was let go first is given away first.
+    The key of a full page consists of its tokens, the tokens before it, and a salt that identifies the weights (an
+    adapter and its route, or the bare backbone). Keys contain the tokens themselves, not hashes, so no two prompts
+    collide. Pages without holders stay cached until their space is needed; the page released first is evicted first.
 
     Args:
-        pages: How many there are.
-        page_tokens: Tokens of a page.
+        pages: Number of pages.
+        page_tokens: Tokens per page.
     """
 
     def __init__(self, pages: int, page_tokens: int) -> None:
@@ -37,16 +37,16 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that can be taken now."""
+        """Number of pages that can be taken now."""
         return len(self._free) + len(self._idle)
 
     @property
     def idle(self) -> int:
-        """Pages that nobody holds and that are still known by their tokens."""
+        """Number of cached pages without a holder."""
         return len(self._idle)
 
     def take(self) -> int:
-        """A page for one holder, with anything in it; there must be one [`PagePool.available`]."""
+        """Takes a page, with undefined contents, for one holder. At least one page must be [`PagePool.available`]."""
         if self._free:
             page = self._free.popleft()
         else:
@@ -56,7 +56,7 @@ class PagePool:
         return page
 
     def share(self, page: int) -> None:
-        """One more holder of a page."""
+        """Adds a holder to a page."""
         if self._holders[page] == 0:
             del self._idle[page]
         self._holders[page] += 1
@@ -66,8 +66,8 @@ class PagePool:
         return self._holders[page] > 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder less of each of a text's pages, given in the text's order."""
-        for page in reversed(pages):  # The end of a prompt is given away before its beginning, which more prompts have.
+        """Removes one holder from each of a text's pages, which are given in text order."""
+        for page in reversed(pages):  # More prompts share the beginning, so the end is evicted first.
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 if page in self._key_of:
@@ -76,15 +76,15 @@ class PagePool:
                     self._free.append(page)
 
     def match(self, salt: Hashable, tokens: Sequence[int], limit: int) -> tuple[list[int], Hashable]:
-        """The pages known for the beginning of some tokens; they must be shared before another page is taken.
+        """Finds the cached pages of a prefix of some tokens. Call [`PagePool.share`] on them before taking other pages.
 
         Args:
-            salt: What computes the tokens.
+            salt: Identifies the weights that compute the tokens.
             tokens: The tokens.
-            limit: The most tokens to look for.
+            limit: Maximum number of tokens to look up.
 
         Returns:
-            The pages, and the node that the page after them is a child of.
+            The pages, and the parent node of the page after them.
         """
         size, node = self.page_tokens, self.root(salt)
         found: list[int] = []
@@ -102,15 +102,15 @@ class PagePool:
         return ("root", salt)
 
     def remember(self, page: int, node: Hashable, tokens: Sequence[int]) -> Hashable:
-        """Makes a full page known; of two pages with the same tokens the first is.
+        """Adds a full page to the prefix cache, unless it already has a page with the same key.
 
         Args:
             page: The page.
-            node: The node of the page before it.
+            node: The node of the previous page.
             tokens: The page's tokens.
 
         Returns:
-            The node of the page.
+            The page's node.
         """
         key = (node, tuple(tokens))
         if key not in self._known:
@@ -124,19 +124,19 @@ class KeyValueCache:
     """Keys and values of all layers, by slot: slot `page * page_tokens + i` is the i-th token of a page.
 
     Args:
-        budget: Bytes that they may take.
-        page_tokens: Tokens of a page.
-        layers: How many attention layers there are.
-        shape: (key-value heads, size of a key, size of a value) of a layer.
-        dtype: Of keys and values.
-        device: Where they are.
+        budget: Maximum size in bytes.
+        page_tokens: Tokens per page.
+        layers: Number of attention layers.
+        shape: (key-value heads, size of a key, size of a value) of each layer.
+        dtype: The dtype of keys and values.
+        device: The device of keys and values.
 
     Attributes:
-        keys: A tensor a layer, (slots, key-value heads, size of a key).
-        values: A tensor a layer, (slots, key-value heads, size of a value).
+        keys: One tensor per layer, (slots, key-value heads, size of a key).
+        values: One tensor per layer, (slots, key-value heads, size of a value).
 
     Raises:
-        MiLoraError: If the budget is below one page.
+        MiLoraError: If the budget is too small for one page.
     """
 
     def __init__(
@@ -160,11 +160,11 @@ class KeyValueCache:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it holds at most."""
+        """Maximum number of tokens in the cache."""
         return self.pool.pages * self.pool.page_tokens
 
     def copy(self, source: int, target: int) -> None:
-        """Copies the keys and values of a page."""
+        """Copies a page's keys and values to another page."""
         size = self.pool.page_tokens
         for tensor in (*self.keys, *self.values):
             tensor[target * size : (target + 1) * size] = tensor[source * size : (source + 1) * size]

@@ -1,4 +1,4 @@
-"""What the engine refuses before a request is queued."""
+"""Checks requests before the engine queues them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from milora.serving.requests import GenerationRequest, InvalidRequestError, Prom
 
 
 def check_request(request: GenerationRequest, settings: EngineSettings, runner: Runner) -> None:
-    """Checks a request against the backbone and the engine's sizes.
+    """Checks a request against the backbone's and the engine's limits.
 
     Raises:
-        InvalidRequestError: If the prompt is empty or has a token that the backbone has not, or `n` is too large.
-        PromptTooLongError: If prompt and new tokens do not fit the backbone's positions or the cache.
+        InvalidRequestError: If the prompt is empty or has a token outside the vocabulary, or `n` is too large.
+        PromptTooLongError: If prompt and new tokens exceed the backbone's positions or the cache.
     """
     prompt, sampling = request.prompt, request.sampling
     if not prompt:

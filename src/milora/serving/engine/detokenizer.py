@@ -1,4 +1,4 @@
-"""The text of tokens as they come: whole characters at once, and stop texts that reach over several tokens."""
+"""Incremental detokenization: emits whole characters and finds stop texts that span several tokens."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What tokenizers give for a character of which tokens are missing."""
+"""Tokenizers return this for a character with missing tokens."""
 
 
 class Detokenizer:
     """The text of one generation.
 
-    Decoding the whole text at each token would take quadratic time, so only the last tokens are decoded: the new piece
-    is the text of a few old tokens and the new ones, without the text of the old ones.
+    Decoding the whole text at each token would take quadratic time. Instead, a few old tokens and the new ones are
+    decoded, and the text of the old ones is cut off.
 
     Args:
         tokenizer: The tokenizer of the request's adapter.
         stop: Texts that end the generation.
-        keep_stop: Whether the text keeps the one that ended it.
+        keep_stop: Whether to keep the stop text in the output.
 
     Attributes:
-        stopped_by: The stop text that was found.
+        stopped_by: The stop text that was found, or `None`.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, keep_stop: bool = False) -> None:
@@ -35,12 +35,12 @@ class Detokenizer:
         self.stopped_by: str | None = None
 
     def add(self, token: int) -> str:
-        """The piece of text that a token completes; empty while a character or a possible stop text is incomplete."""
+        """Returns the text that a token completes; empty while a character or a possible stop text is incomplete."""
         self._tokens.append(token)
         return self._piece(is_last=False)
 
     def finish(self) -> str:
-        """What has been held back, at the end of the generation."""
+        """Returns the text held back so far. Call it at the end of the generation."""
         return self._piece(is_last=True)
 
     def _piece(self, *, is_last: bool) -> str:
@@ -71,5 +71,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of a text that is a beginning of a stop text, and not all of it."""
+    """Length of the longest suffix of a text that is a proper prefix of a stop text."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

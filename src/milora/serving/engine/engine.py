@@ -260,7 +260,7 @@ class Engine:
             command, done = self._commands.popleft()
             try:
                 done.set_result(command())
-            except Exception as error:  # The caller's; the requests that run are not affected.
+            except Exception as error:  # The error goes to the caller. Running requests are not affected.
                 done.set_exception(error)
 
     def _take_arrived(self) -> None:
@@ -304,7 +304,7 @@ class Engine:
         self._writer.advance(parts, logits)
 
     def _step_apart(self, parts: list[Part], error: Exception) -> None:
-        """After a failed step, runs each request separately, so that only requests that fail again end."""
+        """After a failed step, runs each request separately. Only requests that fail again end."""
         _log.warning("A step failed (%s); its requests are run alone.", error)
         for job in dict.fromkeys(part.text.job for part in parts):
             own = [part for part in parts if part.text.job is job]
@@ -330,7 +330,7 @@ class Engine:
 
     def _stop(self) -> None:
         with self._changed:
-            self._is_closing = True  # Nothing arrives from here on.
+            self._is_closing = True  # No request can arrive after this.
         message = "The engine was closed." if self._failure is None else f"The engine has stopped: {self._failure}"
         self._take_arrived()
         for job in list(self._unfinished):

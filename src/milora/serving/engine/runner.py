@@ -1,4 +1,4 @@
-"""Runs a step: the tokens of many texts in one packed pass of the backbone."""
+"""Runs a step: one packed pass of the backbone over the tokens of many texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DYNAMIC_ROPE = ("dynamic", "longrope")
 
 CHECK_TOKENS = 12
 CHECK_TOLERANCE = 0.02
-"""Of the largest logit: how far the packed pass may be from the model's own, in any dtype."""
+"""Maximum difference from the model's own logits, relative to the largest logit, in any dtype."""
 
 
 class Runner:
@@ -37,7 +37,7 @@ class Runner:
         packs_weights: See [`milora.serving.engine.settings.EngineSettings`].
 
     Raises:
-        MiLoraError: If the backbone cannot be run in packed passes; the message says why.
+        MiLoraError: If packed passes do not support the backbone; the message says why.
     """
 
     def __init__(self, backbone: Any, budget: int, page_tokens: int, *, packs_weights: bool = True) -> None:
@@ -63,20 +63,20 @@ class Runner:
         self._check(tokens, own.logits[0].float())
 
     def close(self) -> None:
-        """Gives the backbone its own attention and products back."""
+        """Restores the backbone's attention and linear layers."""
         for linear in self._packed:
             PackedLinear.unpack(linear)
         self.backbone.set_attn_implementation(self._own_attention)
 
     def run(self, parts: Sequence[Part], adapters: AdapterPool) -> Tensor:
-        """Computes parts of texts, writes their keys and values, and lets the routers decide for prompts.
+        """Computes parts of texts, writes their keys and values, and routes prompts.
 
         Args:
-            parts: What to compute; single tokens come first.
+            parts: The parts to compute, single tokens first.
             adapters: The model's adapters.
 
         Returns:
-            (texts, vocabulary), float32, on the CPU: the logits behind each part that ends its text.
+            (texts, vocabulary), float32, on the CPU: the next-token logits of each part that completes its text.
         """
         pieces, segments, outputs = [], [], []
         tokens: list[int] = []
@@ -90,7 +90,7 @@ class Runner:
             segments.append(_segment(part, start))
             if part.gives_token:
                 outputs.append(len(tokens) - 1)
-        # Some models take the number 0 for all tokens, so one is asked for where none is needed.
+        # Some models return the logits of all tokens for `logits_to_keep=0`, so at least one position is requested.
         packed = PackedTokens(segments, outputs or [len(tokens) - 1], adapters.slots.packed)
         with entered(Scope(adapters.slots.owner, packed=packed)):
             logits = self._forward(tokens, positions, pieces, packed.outputs)
@@ -101,7 +101,7 @@ class Runner:
         return logits if outputs else logits[:0]
 
     def forget_decisions(self, parts: Sequence[Part]) -> None:
-        """Clears what routers decided in a pass that failed."""
+        """Discards the routes decided in a failed pass."""
         for part in parts:
             job = part.text.job
             if job.route is not None and not job.is_routed:
@@ -121,11 +121,11 @@ class Runner:
             return logits.float().cpu()
 
     def _check(self, tokens: Tensor, expected: Tensor) -> None:
-        """Compares a prompt in two chunks and single tokens with the model's own pass over it."""
+        """Compares a prompt's logits from two chunks and single tokens with those of the model's own pass."""
         size, ids = self.cache.pool.page_tokens, tokens[0].tolist()
         pages = list(range(-(-len(ids) // size)))
         if len(pages) > self.cache.pool.pages:
-            return  # Too small to serve anything.
+            return  # The cache is too small to serve any request.
         logits = [
             self._forward(ids[past:end], range(past, end), [Piece(0, end - past, past, pages)], range(end - past))
             for past, end in ((0, 4), (4, 8), *((place, place + 1) for place in range(8, len(ids))))

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits: penalties, temperature and cuts as in vLLM, each text with its own generator."""
+"""Samples tokens from logits: penalties, temperature, `min_p`, `top_k` and `top_p` as in vLLM."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from milora.serving.events import TokenLogprob
 from milora.serving.requests import Sampling
 
 MOST_SORTED = 1024
-"""Tokens that are sorted for a cut at first; where they do not suffice, all are."""
+"""Number of tokens sorted at first for `min_p`, `top_k` and `top_p`. If they are not enough, all are sorted."""
 
 
 class Sampler:
-    """Draws the tokens of one text.
+    """Samples the tokens of one text.
 
     Args:
-        sampling: How.
-        index: Which of the request's texts; each has a generator of its own.
+        sampling: The sampling parameters.
+        index: Index of the text in its request. Each text has its own random generator.
     """
 
     def __init__(self, sampling: Sampling, index: int) -> None:
@@ -32,7 +32,7 @@ class Sampler:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the token is the most probable one of the logits as they are."""
+        """Whether the next token is always the argmax of the unchanged logits."""
         return self.sampling.is_greedy and not self._has_penalties
 
     @property
@@ -41,12 +41,12 @@ class Sampler:
         return (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) != (0.0, 0.0, 1.0)
 
     def draw(self, logits: Tensor, prompt: Sequence[int], text: Sequence[int]) -> int:
-        """The next token.
+        """Samples the next token.
 
         Args:
-            logits: (vocabulary), float32, on the CPU; left as they are.
+            logits: (vocabulary), float32, on the CPU; not changed.
             prompt: The prompt's tokens.
-            text: The tokens so far.
+            text: The new tokens so far.
         """
         sampling = self.sampling
         if self._has_penalties:
@@ -61,7 +61,7 @@ class Sampler:
 
 
 def penalized(logits: Tensor, prompt: Sequence[int], text: Sequence[int], sampling: Sampling) -> Tensor:
-    """The logits with the penalties of [`Sampling`] for tokens that prompt or text have, as a new tensor."""
+    """Returns new logits with the penalties of [`Sampling`] for the tokens of the prompt and the text."""
     logits = logits.clone()
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt, *text}))
@@ -75,14 +75,14 @@ def penalized(logits: Tensor, prompt: Sequence[int], text: Sequence[int], sampli
 
 
 def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The tokens that `min_p`, `top_k` and `top_p` leave, in this order, and their probabilities.
+    """The tokens that remain after `min_p`, `top_k` and `top_p`, applied in this order, and their probabilities.
 
     Args:
         logits: (vocabulary), divided by the temperature.
-        sampling: The cuts.
+        sampling: The sampling parameters.
 
     Returns:
-        Tokens and their probabilities, which do not sum to one; sorted unless all are kept.
+        Tokens and their probabilities. The probabilities are not renormalized. Both are sorted unless all are kept.
     """
     probabilities = logits.softmax(dim=0)
     size = len(logits)
@@ -107,7 +107,7 @@ def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
             if is_whole:
                 return tokens, values
             continue
-        # A token is kept if those before it have less than top_p.
+        # A token is kept if the tokens before it sum to less than top_p.
         before = values.cumsum(0) - values
         kept = int((before < sampling.top_p * total).sum())
         if kept < len(values) or is_whole:
@@ -116,12 +116,12 @@ def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """The log-probabilities of a chosen token and of the most probable ones, from the logits as they are.
+    """The log-probabilities of a chosen token and of the most probable tokens, from the unchanged logits.
 
     Args:
         logits: (vocabulary), float32.
         token: The chosen token.
-        count: How many of the most probable ones.
+        count: Number of most probable tokens.
     """
     logprobs = logits.log_softmax(dim=-1)
     values, tokens = logprobs.topk(count)

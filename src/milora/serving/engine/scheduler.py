@@ -1,10 +1,10 @@
-"""Which requests run and what each step computes: fair between tenants, within the cache and a budget of tokens.
+"""Selects the requests that run and the tokens of each step: fair between tenants, within the cache and a token budget.
 
-Tenants are served by virtual token counters (Sheng et al. 2024, "Fairness in Serving Large Language Models"): each has
-a counter of what was computed for it, and of those who wait the one with the least is next. A tenant that comes back
-is lifted to the least of those that are busy, so nobody saves up. While all rows are taken, a waiting tenant with fewer
-rows than its equal part gets one of a tenant that has more: that tenant's latest request waits again. What it has
-computed stays in the prefix cache as long as there is room.
+Tenants have virtual token counters (Sheng et al. 2024, "Fairness in Serving Large Language Models"). Each counts the
+tokens computed for its tenant, and the waiting tenant with the lowest counter is next. A returning tenant's counter is
+raised to the lowest counter of the busy tenants, so idle time earns no credit. While all rows are taken, a waiting
+tenant with less than an equal share of the rows preempts the latest request of a tenant with more than its share. The
+preempted request waits again, and its pages stay in the prefix cache while there is space.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from milora.serving.requests import InvalidRequestError, ServingError
 from milora_core.errors import MiLoraError
 
 NEW_TOKEN_COST = 2
-"""What a new token counts beside a prompt token's 1, as in the paper: it has a step of its own."""
+"""Cost of a new token, as in the paper, where a prompt token costs 1: each new token needs a separate step."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a step computes of a text: its next `count` tokens."""
+    """The next `count` tokens of a text, computed in one step."""
 
     text: Text
     count: int
 
     @property
     def gives_token(self) -> bool:
-        """Whether the text's next token is known after the step."""
+        """Whether the step gives the text's next token."""
         return self.count == self.text.remaining
 
 
 class Scheduler:
-    """Waiting and running requests; used by the engine's thread alone.
+    """Waiting and running requests. Only the engine's thread may use it.
 
     Args:
-        pages: The cache's.
+        pages: The cache's pages.
         adapters: The adapters.
-        most_rows: The most texts that are generated at once.
-        step_tokens: The most tokens of a step, unless a prompt's deciding tokens alone are more.
-        shares_prefixes: Whether the prefix cache is used.
+        most_rows: Maximum number of texts generated concurrently.
+        step_tokens: Maximum number of tokens per step, exceeded only by a single prompt with more deciding tokens.
+        shares_prefixes: Whether to use the prefix cache.
 
     Attributes:
-        running: Requests that have rows, in the order in which they began.
-        preempted: How many texts lost their rows or pages to others.
+        running: Requests that have rows, in the order in which they started.
+        preempted: Number of preempted texts.
         prefix_hit_tokens: Prompt tokens read from the prefix cache.
     """
 
@@ -69,19 +69,19 @@ class Scheduler:
     # ------------------------------------------------------------------ queue
 
     def add(self, job: Job) -> None:
-        """A new request."""
+        """Adds a new request to its tenant's queue."""
         busy = [self._service[tenant] for tenant in self._busy()]
         if job.tenant not in self._busy() and busy:
             self._service[job.tenant] = max(self._service[job.tenant], min(busy))
         self._waiting.setdefault(job.tenant, deque()).append(job)
 
     def waiting(self) -> Iterator[Job]:
-        """All requests that wait."""
+        """Yields all waiting requests."""
         for queue in list(self._waiting.values()):
             yield from list(queue)
 
     def drop(self, job: Job) -> None:
-        """Takes a request out, with its rows and pages."""
+        """Removes a request and frees its rows and pages."""
         if job in self.running:
             self._stop(job)
             return
@@ -92,11 +92,11 @@ class Scheduler:
                 del self._waiting[job.tenant]
 
     def charge(self, part: Part) -> None:
-        """Counts what a step computed for a tenant."""
+        """Adds a computed part to its tenant's counter."""
         self._service[part.text.job.tenant] += NEW_TOKEN_COST if part.count == 1 else part.count
 
     def release(self, text: Text) -> None:
-        """Gives the pages of a text back."""
+        """Releases a text's pages."""
         self._pages.release(text.pages)
         text.pages, text.computed, text.known, text.node, text.logits = [], 0, 0, None, None
 
@@ -106,10 +106,10 @@ class Scheduler:
     # ------------------------------------------------------------------- step
 
     def plan(self, failed: list[tuple[Job, ServingError]]) -> list[Part]:
-        """What the next step computes.
+        """Plans the next step.
 
         Args:
-            failed: Gets the requests that cannot begin, with the reason.
+            failed: Receives the requests that cannot start, with the reason.
         """
         self._admit(failed)
         parts: list[Part] = []
@@ -127,19 +127,19 @@ class Scheduler:
                 needed = self._deciding_tokens(text)
                 if needed is not None and count < needed:
                     if has_prompt:
-                        continue  # It waits for a step that is its own.
+                        continue  # Its deciding tokens exceed the rest of this step.
                     count = needed
                 if self._make_room(text, count):
                     parts.append(Part(text, count))
                     budget -= count
                     has_prompt = True
-        # Without requests that lost their rows after they had been planned; single tokens first.
+        # Drops the parts of requests that were preempted after they had been planned.
         planned = [part for part in parts if part.text.job in self.running]
         return sorted(planned, key=lambda part: part.count > 1)
 
     @staticmethod
     def _deciding_tokens(text: Text) -> int | None:
-        """How many tokens the text's next piece must have at least, for the routers to read what they decide by."""
+        """Minimum size of the text's next piece, so it contains all tokens that the routers read."""
         deciding = text.job.deciding
         if deciding is None or deciding[1] == 1:
             return None
@@ -155,7 +155,7 @@ class Scheduler:
             if not self._has_adapter(job) or (is_full and not is_poor):
                 blocked.add(tenant)
             elif not self._has_rows(job, is_poor=is_poor) or not self._has_pages(job):
-                # Others that have their part of the rows wait too, or a request for many rows would never get them.
+                # Tenants with their share of the rows wait too, or a request for many rows would never start.
                 blocked.add(tenant)
                 is_full = True
             else:
@@ -169,11 +169,11 @@ class Scheduler:
         return sum(job.rows for job in self.running if tenant is None or job.tenant == tenant)
 
     def _equal_part(self) -> int:
-        """How many rows each tenant has if all have as many."""
+        """The number of rows in an equal share."""
         return max(self._most_rows // len(self._busy()), 1)
 
     def _has_rows(self, job: Job, *, is_poor: bool) -> bool:
-        """Whether there are rows for a request; one of a tenant with few is given those of a tenant with more."""
+        """Whether a request gets rows, if needed by preempting a tenant with more than an equal share."""
         while self._rows() + job.rows > self._most_rows:
             richest = max((other.tenant for other in self.running), key=self._rows)
             if not is_poor or richest == job.tenant or self._rows(richest) <= self._equal_part():
@@ -185,7 +185,7 @@ class Scheduler:
         return job.adapter is None or self._adapters.is_loaded(job.adapter) or self._adapters.can_load()
 
     def _has_pages(self, job: Job) -> bool:
-        """Whether the cache has room for what a request has to compute before its next token."""
+        """Whether the cache has enough pages for the tokens that a request computes before its next token."""
         size = self._pages.page_tokens
         needed = sum(-(-len(text.tokens) // size) for text in job.texts)
         return not self.running or needed <= self._pages.available
@@ -218,7 +218,7 @@ class Scheduler:
     # ------------------------------------------------------------------ cache
 
     def _read_prefix(self, text: Text) -> None:
-        """Takes over what the prefix cache has of a text; the last token is computed at any rate."""
+        """Reuses cached pages for the beginning of a text. The last token is always computed."""
         salt = text.job.salt()
         if salt is None:
             return
@@ -230,7 +230,7 @@ class Scheduler:
         text.computed = len(text.pages) * self._pages.page_tokens
 
     def remember(self, text: Text) -> None:
-        """Makes the full pages that a step has computed known to the prefix cache."""
+        """Adds a text's full pages to the prefix cache."""
         salt = text.job.salt()
         if salt is None or not self._shares_prefixes:
             return
@@ -243,7 +243,7 @@ class Scheduler:
             text.known += 1
 
     def _make_room(self, text: Text, count: int) -> bool:
-        """Gives a text the pages for its next tokens; others lose theirs if need be. Whether it has been done."""
+        """Allocates pages for a text's next tokens, preempting requests if necessary. Returns whether it succeeded."""
         size = self._pages.page_tokens
         needed = -(-(text.computed + count) // size)
         while needed - len(text.pages) > self._pages.available:
@@ -267,13 +267,13 @@ class Scheduler:
         self._waiting.setdefault(job.tenant, deque()).appendleft(job)
 
     def branch(self, parents: Sequence[Text]) -> list[tuple[int, int]]:
-        """Gives a request new texts that continue its texts, with their full pages in common.
+        """Replaces a request's texts by new ones that continue them and share their full pages.
 
         Args:
-            parents: The text that each new one continues. All tokens of all of the request's texts are computed.
+            parents: The text that each new text continues. All tokens of the request's texts must be computed.
 
         Returns:
-            Pages to copy, (from, to): the last page of a text, if it is not full, is its own.
+            Pages to copy, (from, to). A partly filled last page is not shared.
         """
         job, size = parents[0].job, self._pages.page_tokens
         for text in job.texts:

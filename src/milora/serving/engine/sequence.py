@@ -1,4 +1,4 @@
-"""A request that is waiting or running, and its texts."""
+"""Waiting and running requests, and their texts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from milora.tuners.milora.packed import PackedRoute
 
 @dataclass(eq=False)
 class Text:
-    """One text of a request: its tokens, and where their keys and values are.
+    """One text of a request: its tokens and its cache pages.
 
     Attributes:
         job: The request.
-        index: Which of its texts.
-        tokens: The prompt's and the new ones.
-        computed: How many of them the cache holds.
-        pages: The pages of the cache, in order.
-        known: How many full pages the prefix cache knows.
-        node: The prefix cache's node of the last of these.
-        logits: (vocabulary): what follows, while other beams of the request are still to be computed.
+        index: Index of the text in its request.
+        tokens: Prompt tokens and new tokens.
+        computed: Number of tokens in the cache.
+        pages: The text's cache pages, in order.
+        known: Number of full pages in the prefix cache.
+        node: The prefix cache's node of the last of these pages.
+        logits: (vocabulary): the next-token logits, kept until the request's other beams are computed.
     """
 
     job: Job
@@ -44,12 +44,12 @@ class Text:
 
     @property
     def remaining(self) -> int:
-        """Tokens that are still to be computed before the next one is known."""
+        """Number of tokens to compute before the next token can be sampled."""
         return len(self.tokens) - self.computed
 
     @property
     def new_tokens(self) -> list[int]:
-        """The tokens behind the prompt."""
+        """The tokens after the prompt."""
         return self.tokens[len(self.job.request.prompt) :]
 
 
@@ -58,18 +58,18 @@ class Job:
     """A request in the engine.
 
     Attributes:
-        request: What was asked for.
-        generation: Where events go.
+        request: The request as submitted.
+        generation: Receives the events.
         adapter: The adapter; `None` for the bare backbone.
-        number: Its place in the order of arrival.
-        route: Its route; `None` without an adapter. It is incomplete until the routers have decided.
+        number: Position in the order of arrival.
+        route: The route; `None` without an adapter. It is incomplete until the routers have decided.
         is_routed: Whether the route is known.
-        texts: Its unfinished texts; one until the prompt is read.
-        finished: How many texts have ended.
-        cached_tokens: Tokens of the prompt that the prefix cache held.
-        is_forked: Whether the prompt has been read and each text goes its own way.
-        has_begun: Whether the reader has had an event.
-        search: The beam search, if it is one.
+        texts: The unfinished texts; only one until the prompt is computed.
+        finished: Number of finished texts.
+        cached_tokens: Number of prompt tokens found in the prefix cache.
+        is_forked: Whether the prompt is computed and the request has one text per completion.
+        has_begun: Whether an event was sent.
+        search: The beam search, if the request uses one.
     """
 
     request: GenerationRequest
@@ -90,36 +90,36 @@ class Job:
 
     @property
     def tenant(self) -> str:
-        """Whose it is."""
+        """The request's tenant."""
         return self.request.tenant
 
     @property
     def rows(self) -> int:
-        """How many texts it has at once, at most."""
+        """Maximum number of texts that it generates concurrently."""
         return self.request.sampling.n - self.finished
 
     @property
     def bare_tokens(self) -> int:
-        """How many tokens at the beginning of a text the adapter leaves to the bare backbone."""
+        """Number of leading tokens that the bare backbone computes."""
         if self.adapter is None or not self.adapter.is_late:
             return 0
         return len(self.request.prompt) - 1
 
     @property
     def deciding(self) -> tuple[int, int] | None:
-        """The first token that the routers read, and how many they read; `None` if there is nothing to decide."""
+        """Index of the first token that the routers read, and the number they read; `None` if no routing is left."""
         if self.adapter is None or self.is_routed:
             return None
         return self.adapter.deciding(len(self.request.prompt))
 
     def salt(self) -> Hashable | None:
-        """What computes the tokens that the prefix cache may hold; `None` while that is not known."""
+        """A key for the weights that compute the cached tokens; `None` while the route is unknown."""
         if self.adapter is None:
             return ()
         return self.adapter.salt(self.route if self.is_routed else None)
 
     def cacheable(self, tokens: int) -> int:
-        """How many of a text's first tokens the prefix cache may hold."""
+        """Number of a text's first `tokens` tokens that the prefix cache may hold."""
         if self.adapter is not None and self.adapter.is_shared:
             return min(tokens, self.bare_tokens)
         return tokens

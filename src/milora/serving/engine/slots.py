@@ -1,4 +1,4 @@
-"""The places of adapters in the model: PEFT's layers for each, which an adapter of the same shapes can take over."""
+"""Adapter slots in the model: each has PEFT's layers, which an adapter of the same shapes can reuse."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ NOT_OF_SHAPES = (
 
 
 class AdapterSlots:
-    """The backbone as a MiLoRA model of PEFT, without requests' adapters at first.
+    """The backbone as a PEFT model with MiLoRA, initially without requests' adapters.
 
-    PEFT takes 0.3 s and more to add an adapter to a model of 30 blocks, and the longer the more it has. An adapter
-    whose configuration and tensors have the shapes of one that goes is written into its place instead.
+    PEFT needs at least 0.3 s to add an adapter to a model with 30 blocks, and longer the more adapters the model has.
+    If an evicted adapter has the same configuration and shapes, the new weights are copied into its slot instead.
 
     Args:
-        backbone: The model, which gets PEFT's layers.
-        most: How many adapters there are at most.
+        backbone: The model. It gets PEFT's layers.
+        most: Maximum number of adapters.
 
     Attributes:
         model: The backbone with PEFT's layers.
-        packed: The adapters for the native kernel; `None` where there is none.
+        packed: The adapters in the native kernel's format; `None` without the kernel.
     """
 
     def __init__(self, backbone: Any, most: int) -> None:
-        # It stays the active adapter, as PEFT cannot wrap whole modules while there is none; no request uses it.
+        # No request uses this adapter. PEFT cannot wrap whole modules without an active adapter.
         self.model: PeftModel = get_peft_model(backbone, MiLoraConfig(r=1, top_k=1), adapter_name="empty").eval()
         is_native = backbone.device.type == "cpu" and library() is not None
         self.packed = PackedModules(backbone, most) if is_native else None
@@ -64,18 +64,18 @@ class AdapterSlots:
         return owner
 
     def close(self) -> None:
-        """Takes all adapters and PEFT's layers out of the backbone."""
+        """Removes all adapters and PEFT's layers from the backbone."""
         self.model.unload()
 
     def shapes(self, adapter: Adapter) -> Hashable:
-        """The shapes ([`shapes_of`]) of an adapter that is in memory."""
+        """The shapes ([`shapes_of`]) of an adapter in memory."""
         return self._shapes[adapter.slot]
 
     def make(self, adapter: Adapter) -> None:
         """Adds an adapter to the model.
 
         Raises:
-            MiLoraError: If it cannot be added; the model is then as before.
+            MiLoraError: If it cannot be added. The model is then unchanged.
         """
         slot = f"adapter{next(self._numbers)}"
         try:
@@ -94,10 +94,10 @@ class AdapterSlots:
             self.packed.add(slot)
 
     def take_over(self, adapter: Adapter, replaced: Adapter) -> None:
-        """Writes an adapter's weights into the place of another one of the same shapes.
+        """Copies an adapter's weights into the slot of another adapter of the same shapes.
 
         Raises:
-            MiLoraError: If the file holds NaN or infinity. The other adapter then keeps its place.
+            MiLoraError: If the file has NaN or infinity. The other adapter then keeps its slot.
         """
         slot = replaced.slot
         tensors = load_file(adapter.folder / SAFETENSORS_WEIGHTS_NAME)
@@ -112,11 +112,11 @@ class AdapterSlots:
         adapter.slot = slot
         self.owner.identities.renew(slot)
         if self.packed is not None and adapter.config.use_dora:
-            self.packed.remove(slot)  # Its factors are worked out from the weights.
+            self.packed.remove(slot)  # DoRA's factors are computed from the weights.
             self.packed.add(slot)
 
     def clear(self, adapter: Adapter) -> None:
-        """Takes an adapter out of the model."""
+        """Removes an adapter from the model."""
         slot = adapter.slot
         if self.packed is not None:
             self.packed.remove(slot)
@@ -126,7 +126,7 @@ class AdapterSlots:
 
 
 def shapes_of(adapter: Adapter) -> Hashable:
-    """What adapters have in common of which one can take over the other's place.
+    """A key that is equal for two adapters if one can use the other's slot.
 
     Raises:
         OSError: If the adapter's file cannot be read.

@@ -1,4 +1,4 @@
-"""What follows from a step's logits: new tokens, events for the readers, and texts that end."""
+"""Turns a step's logits into new tokens and events, and ends finished texts."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Ending = Callable[[Job, ServingError | None], None]
 
 
 class Writer:
-    """Turns logits into texts; used by the engine's thread alone.
+    """Turns logits into texts. Only the engine's thread may use it.
 
     Args:
-        scheduler: The engine's.
-        cache: The engine's.
-        ends: The tokens that end every text, by the model's settings.
-        tokenizer_of: Gives the tokenizer of an adapter, or of the backbone for `None`.
+        scheduler: The engine's scheduler.
+        cache: The engine's cache.
+        ends: The end-of-sequence tokens of the model's generation configuration.
+        tokenizer_of: Returns the tokenizer of an adapter, or of the backbone for `None`.
         end: Ends a request.
 
     Attributes:
-        generated: New tokens, by tenant.
+        generated: Number of new tokens by tenant.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Writer:
         self.generated: dict[str, int] = defaultdict(int)
 
     def advance(self, parts: Sequence[Part], logits: Tensor) -> None:
-        """Takes in what a step computed.
+        """Processes the result of a step.
 
         Args:
-            parts: What was computed.
-            logits: (texts, vocabulary): behind the parts that end their texts, in their order.
+            parts: The computed parts.
+            logits: (texts, vocabulary): the next-token logits of the parts that complete their texts, in order.
         """
         rows = [part.text for part in parts if part.gives_token]
         for part in parts:
@@ -73,7 +73,7 @@ class Writer:
         is_right, likeliest = most.isfinite().tolist(), best.tolist()
         for row, text in enumerate(rows):
             if text.job not in self._scheduler.running:
-                continue  # Another text of the request has failed, or the request has lost its rows to another.
+                continue  # Another text of the request failed, or the request was preempted.
             try:
                 if not is_right[row]:
                     raise NumericalError("The model gave NaN or infinity for this request: look at its adapter.")
@@ -82,12 +82,12 @@ class Writer:
                 self._end(text.job, failed(error))
 
     def _continue(self, text: Text, logits: Tensor, likeliest: int) -> None:
-        """Continues a text by a token, or a prompt by the first one of each of its texts.
+        """Adds a token to a text, or after the prompt the first token of each text.
 
         Args:
             text: The text.
-            logits: (vocabulary): what follows it.
-            likeliest: The token with the largest of them.
+            logits: (vocabulary): the next-token logits.
+            likeliest: The token with the largest logit.
         """
         job = text.job
         sampling = job.request.sampling
@@ -106,7 +106,7 @@ class Writer:
             self._write(each, token, logprobs)
 
     def _forked(self, text: Text) -> list[Text]:
-        """The texts that begin with the prompt's logits, or the one that goes on."""
+        """The request's new texts if the prompt was just computed, else `text` alone."""
         job = text.job
         if job.is_forked:
             return [text]
@@ -125,7 +125,7 @@ class Writer:
             self._cache.copy(source, target)
 
     def _search(self, job: Job) -> None:
-        """One step of a beam search, when the logits of all beams are there."""
+        """Runs a step of beam search once the logits of all beams are available."""
         rows = [text.logits for text in job.texts if text.logits is not None]
         if len(rows) < len(job.texts):
             return
@@ -197,7 +197,7 @@ class Writer:
 
 
 def failed(error: Exception) -> ServingError:
-    """What to tell the reader of a request that raised an error."""
+    """The error to report for a request that raised `error`."""
     if isinstance(error, ServingError):
         return error
     _log.error("A request failed.", exc_info=error)
