@@ -1,15 +1,15 @@
-"""The plugin by which unforked vLLM serves MiLoRA adapters, plain LoRA adapters and the base model in one batch.
+"""A vLLM plugin: unmodified vLLM serves MiLoRA adapters, plain LoRA adapters and the base model in one batch.
 
-vLLM finds it by the entry point `vllm.general_plugins` and calls [`register`] in each of its processes. Until a MiLoRA
-adapter is loaded, vLLM runs as if the plugin were not installed.
+vLLM finds the plugin through the entry point `vllm.general_plugins` and calls [`register`] in each of its processes.
+Until a MiLoRA adapter is loaded, vLLM runs as without the plugin.
 
-- `adapter`: the adapter's folder, and how a prompt is routed
+- `adapter`: the adapter's folder and the routing of a prompt
 - `options`: the vLLM options that MiLoRA does not support
-- `scheduling`: chunks of a prompt and the prefix cache
+- `scheduling`: prompt chunks and the prefix cache
 - `routers`, `batch`, `served`: routes of the running requests
 - `linear`, `buffers`: LoRA with gates, on a CPU and on a GPU
 - `resolver`: adapters loaded by name from a folder
-- `patches`: the private parts of vLLM that all this attaches to
+- `patches`: the private parts of vLLM that the plugin patches
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from __future__ import annotations
 import logging
 
 SUPPORTED = "0.32."
-"""The vLLM releases that the parity tests ran on."""
+"""The tested vLLM releases."""
 
 _log = logging.getLogger("vllm.milora")
 
 
 def register() -> None:
-    """Attaches MiLoRA to vLLM, once a process.
+    """Patches vLLM to support MiLoRA, once per process.
 
-    On another vLLM release it logs one line and changes nothing. vLLM itself then refuses MiLoRA adapters when they are
-    loaded, since it does not know the tensors of their routers.
+    With an unsupported vLLM release, it logs a warning and changes nothing. vLLM then rejects MiLoRA adapters at
+    loading, because it does not know the routers' tensors.
     """
     import vllm
 

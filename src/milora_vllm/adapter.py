@@ -1,4 +1,4 @@
-"""A MiLoRA adapter's folder as the scheduler and the workers read it, and how a request's prompt is routed."""
+"""Reads a MiLoRA adapter's folder for the scheduler and the workers, and determines how a prompt is routed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Any
 from milora_core.errors import MiLoraError
 
 PROMPT_TOKENS = "milora_prompt_tokens"
-"""Key of `SamplingParams.extra_args`: how many of the request's tokens are the prompt. Beams set it, whose requests
-repeat the prompt together with the tokens generated so far."""
+"""Key of `SamplingParams.extra_args`: the number of the request's tokens that are the prompt. Beam search sets it
+because its requests send the prompt together with the tokens generated so far."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How one request is routed.
+    """The routing of one request.
 
     Attributes:
-        key: Names the adapter and the tokens that decide; requests with equal keys have equal routes.
+        key: Identifies the adapter and the deciding tokens. Requests with equal keys have equal routes.
         first: Position of the first token that the routers read.
         end: Position after the last one. One step must compute all tokens from `first` to `end`.
         adapted: Position of the first token that the adapter changes.
         late: Whether tokens before `adapted` go through the bare backbone (late adaptation).
-        cache_key: What the block hashes of tokens from `adapted` on depend on, beyond the tokens.
+        cache_key: Extra key in the block hashes of the tokens from `adapted` on.
     """
 
     key: bytes
@@ -41,15 +41,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What `adapter_config.json` says about routing.
+    """The routing settings in `adapter_config.json`.
 
     Attributes:
         folder: The adapter's folder.
-        identity: Names this loading of the adapter. Keys and values of an adapter that was unloaded and loaded again
-            under the same name are never reused.
-        window: `router_window`: the routers read at most so many tokens; `None` means the whole prompt.
+        identity: Identifies this loading of the adapter. If the adapter is loaded again under the same name, cached
+            keys and values of the earlier loading are not reused.
+        window: `router_window`: maximum number of tokens that the routers read; `None` means the whole prompt.
         late: Whether `adapted_tokens` is `completion`.
-        reads_last: Whether the routers read the last prompt token alone.
+        reads_last: Whether the routers read only the last prompt token.
         config: The whole configuration.
     """
 
@@ -61,29 +61,29 @@ class AdapterFile:
     config: dict[str, Any]
 
     def span(self, prompt_length: int) -> int:
-        """How many tokens of a prompt one step must compute together, so that its route is known."""
+        """Number of prompt tokens that one step must compute together to decide the route."""
         if self.reads_last:
             return 1
         return prompt_length if self.window is None else min(self.window, prompt_length)
 
     def routing(self, tokens: Sequence[int], prompt_length: int) -> Routing:
-        """Routes a prompt of `prompt_length` tokens, the first of `tokens`."""
+        """The routing of a prompt, which is the first `prompt_length` of `tokens`."""
         end = prompt_length if self.window is None else min(self.window, prompt_length)
         first = end - self.span(prompt_length)
         digest = hashlib.sha256(f"{self.identity}\0{self.window}\0".encode())
         digest.update(array("q", tokens[:end]).tobytes())
         adapted = prompt_length - 1 if self.late else 0
-        # Adapted tokens depend on the route and on where adaptation begins. The hash of a block contains the tokens
-        # before it, so with late adaptation the prompt's length is all that is missing.
+        # Adapted tokens depend on the route and on the position at which adaptation starts. A block's hash contains
+        # the tokens before it, so with late adaptation only the prompt's length must be added.
         cache_key = f"milora:{self.identity}:{prompt_length}" if self.late else f"milora:{digest.hexdigest()}"
         return Routing(digest.digest(), first, end, adapted, self.late, cache_key)
 
 
 def adapter_file(lora_request: Any) -> AdapterFile | None:
-    """The MiLoRA adapter that a `LoRARequest` names; `None` for a plain LoRA adapter and for no adapter.
+    """The MiLoRA adapter of a `LoRARequest`; `None` for a plain LoRA adapter and for no adapter.
 
     Raises:
-        MiLoraError: If its `adapter_config.json` cannot be read or describes an adapter that vLLM cannot serve.
+        MiLoraError: If `adapter_config.json` cannot be read or describes an adapter that vLLM cannot serve.
     """
     if lora_request is None:
         return None
@@ -91,10 +91,11 @@ def adapter_file(lora_request: Any) -> AdapterFile | None:
 
 
 def request_routing(request: Any) -> Routing | None:
-    """The routing of one of vLLM's requests, of any object with its fields; `None` without a MiLoRA adapter.
+    """The routing of a vLLM request, or of any object with the same fields; `None` without a MiLoRA adapter.
 
     Raises:
-        MiLoraError: If `milora_prompt_tokens` is no number of its tokens, or as of [`adapter_file`].
+        MiLoraError: If `milora_prompt_tokens` is not between 1 and the number of tokens sent, or if [`adapter_file`]
+            raises an error.
     """
     file = adapter_file(request.lora_request)
     if file is None:
@@ -116,7 +117,7 @@ def _read(name: str, number: int, path: str) -> AdapterFile | None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            return None  # vLLM says it in its own words.
+            return None  # vLLM reports this error itself.
         raise MiLoraError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
     if not isinstance(config, dict) or config.get("peft_type") != "MILORA":
         return None

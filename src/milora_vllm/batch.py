@@ -1,4 +1,4 @@
-"""What a step computes for each request, and which rows of it an adapter changes."""
+"""The chunks of a step, and the rows that adapters change."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Chunk(NamedTuple):
     """The tokens of one request in a step.
 
     Attributes:
-        request: Its id.
-        lora: Its `LoRARequest`, or `None`.
-        prompt: Its prompt's tokens.
-        parameters: Its `SamplingParams`.
-        first: The step's row that holds its first token.
-        end: The row after its last one.
-        computed: How many of its tokens were computed before.
+        request: The request's id.
+        lora: The request's `LoRARequest`, or `None`.
+        prompt: The prompt's tokens.
+        parameters: The request's `SamplingParams`.
+        first: Row of the chunk's first token in the step.
+        end: Row after the chunk's last token.
+        computed: Number of the request's tokens computed in earlier steps.
     """
 
     request: str
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A route that this step decides: the rows whose block inputs the routers read."""
+    """A route that this step decides. The routers read the block inputs of rows `first` to `end - 1`."""
 
     first: int
     end: int
@@ -55,12 +55,12 @@ class Decision(NamedTuple):
 
 @dataclass
 class Step:
-    """The step that runs.
+    """The running step.
 
     Attributes:
-        rows: What adapters change.
-        decisions: The routes that its layers decide.
-        prepared: What the linear modules worked out; kept while the same rows are adapted by the same routes.
+        rows: The rows that adapters change.
+        decisions: The routes that the step decides.
+        prepared: The linear modules' prepared operators. They are kept while the rows and their routes stay the same.
     """
 
     rows: list[Rows] = field(default_factory=list)
@@ -69,10 +69,10 @@ class Step:
 
 
 class Routes:
-    """The routes of running requests, and of prompts seen before.
+    """The routes of running requests and of earlier prompts.
 
     Args:
-        new_route: Makes a route that is yet to be decided.
+        new_route: Creates an undecided route.
     """
 
     def __init__(self, new_route: Callable[[], Route]) -> None:
@@ -82,17 +82,17 @@ class Routes:
         self._by_key: OrderedDict[bytes, Route] = OrderedDict()
 
     def forget(self, request: str) -> None:
-        """Drops what is kept of a request that ended or was preempted."""
+        """Removes a request that ended or was preempted."""
         self._routings.pop(request, None)
         route = self._of_request.pop(request, None)
         if route is not None:
             route.release()
 
     def follow(self, chunk: Chunk, slot: int, routers: dict[int, LayerRouter]) -> tuple[Rows | None, Decision | None]:
-        """The adapted rows of a chunk of a MiLoRA request, and the decision if its route is decided with it.
+        """The adapted rows of a chunk of a MiLoRA request, and the decision if this chunk decides the route.
 
         Raises:
-            RuntimeError: If the scheduler cut the tokens that decide the route, or the cache held them without it.
+            RuntimeError: If the scheduler split the deciding tokens, or they were cached and their route is unknown.
         """
         routing = self._routings.get(chunk.request)
         if routing is None:
@@ -124,7 +124,7 @@ class Routes:
                 f"{routing.first} to {routing.end} in one step."
             )
         route = self._by_key[routing.key] = self._new_route()
-        # More than the scheduler counts on.
+        # Keeps more routes than the scheduler assumes to be known.
         if len(self._by_key) > 2 * KNOWN_ROUTES:
             self._by_key.popitem(last=False)
         return route, True

@@ -1,6 +1,6 @@
-"""LoRA with gates on a GPU: the step's slots and gates lie in fixed buffers on it, so the host never waits for it.
+"""LoRA with gates on a GPU. The step's slots and gates are in fixed buffers on the device, so the host never waits.
 
-The tests run it on a CPU, where the same operators have other kernels.
+The tests run this module on a CPU, where the same operators have other kernels.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Buffers:
 
     Args:
         layers: Number of blocks.
-        modules: Number of linear modules of a block, the slices of packed ones counted each.
-        tokens: The most tokens of a step.
-        few: Up to how many rows a step uses the kernel for single tokens: the most requests of a step.
-        device: Where the model is.
+        modules: Number of linear modules per block, counting each slice of a packed module.
+        tokens: Maximum number of tokens per step.
+        few: Maximum number of rows for which a step uses the kernel for single tokens: the maximum number of requests.
+        device: The model's device.
     """
 
     def __init__(self, layers: int, modules: int, tokens: int, few: int, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Buffers:
         self._filled: list[Rows] = []
 
     def fill(self, rows: list[Rows]) -> None:
-        """Writes the slots and gates of a step; rows of no adapter get slot -1 and gate 0."""
+        """Writes the slots and gates of a step. Rows without an adapter get slot -1 and gate 0."""
         if rows == self._filled:
             return
         slots = numpy.full(len(self.slots), -1, dtype=numpy.int32)
@@ -46,11 +46,11 @@ class Buffers:
         self.slots.copy_(_moved(slots, self.slots.device), non_blocking=True)
         of_rows = torch.stack(routes, dim=-1).index_select(2, _moved(places, self.slots.device))
         self.gates.copy_(of_rows)
-        # The routes are kept, so that a new route cannot be taken for one that was here before.
+        # Keeping the routes alive ensures that no new route compares equal to an old one.
         self._filled = list(rows)
 
     def decided(self, layer: int, rows: list[Rows]) -> None:
-        """Writes the gates of a layer whose router has just decided."""
+        """Writes a layer's gates after its router has decided."""
         for part in rows:
             self.gates[layer, :, part.first : part.end] = part.route.gates[layer][:, None]
 
@@ -61,11 +61,11 @@ def _moved(values: Any, device: torch.device) -> Tensor:
 
 
 class BufferedLinear:
-    """Stands in for the punica wrapper of a linear module; see [`milora_vllm.linear.GatedLinear`].
+    """Replaces the punica wrapper of a linear module; see [`milora_vllm.linear.GatedLinear`].
 
-    A step of few rows, such as decoding, uses milora's grouped kernel with a row a token: it reads a row's weights only
-    if its gate is not 0. A larger step uses vLLM's kernels and multiplies what lies between A and B, which is float32,
-    by the gates.
+    A step with few rows, such as a decode step, uses milora's grouped kernel with one row per token. It skips the
+    weights of rows with gate 0. A larger step uses vLLM's kernels and multiplies the output of A, in float32, by the
+    gates.
 
     Args:
         wrapped: vLLM's punica wrapper.
@@ -77,7 +77,7 @@ class BufferedLinear:
     def __init__(self, wrapped: Any, layer: int, columns: tuple[int, ...], buffers: Buffers) -> None:
         self._wrapped = wrapped
         self._buffers = buffers
-        # The packed slices of a module follow each other, so this is a view.
+        # The slices of a packed module are adjacent, so this is a view.
         self._gates = buffers.gates[layer, columns[0] : columns[-1] + 1]
 
     def __getattr__(self, name: str) -> Any:

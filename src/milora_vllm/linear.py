@@ -1,4 +1,4 @@
-"""LoRA with gates on a CPU: the `punica_wrapper` that vLLM's LoRA layers call."""
+"""LoRA with gates on a CPU: replacements for the `punica_wrapper` that vLLM's LoRA layers call."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from milora_core.kernels.row_lora import MOST_ROWS
 from milora_vllm.batch import Rows, Step
 
 Operator = Callable[[Tensor, Tensor], None]
-"""Adds the LoRA of some rows of a step to a module's output; called with (rows, d_out) and (rows, d_in)."""
+"""Adds the LoRA output of some of a step's rows to a module's output. Arguments: (rows, d_out) and (rows, d_in)."""
 
 
 class GatedLinear:
-    """Stands in for the punica wrapper of a linear module: each row's LoRA, weighted by its route's gate.
+    """Replaces the punica wrapper of a linear module: multiplies each row's LoRA by the gate of its route.
 
         y[i] += gate[i] * (x[i] A[slot[i]]^T) B[slot[i]]^T
 
-    Rows whose gate is 0 cost nothing. Everything else is the wrapper's own.
+    Rows with gate 0 are skipped. All other methods are the wrapper's.
 
     Args:
         wrapped: vLLM's punica wrapper.
         layer: The block's row in a route.
-        columns: The columns of the module's slices in a route: q, k and v of a packed projection, for instance.
-        step: Gives the step that runs; `None` in vLLM's dummy runs, which the wrapper serves itself.
+        columns: The columns of the module's slices in a route, for example q, k and v of a packed projection.
+        step: Returns the running step; `None` in vLLM's dummy runs, which use the wrapper.
     """
 
     def __init__(self, wrapped: Any, layer: int, columns: tuple[int, ...], step: Callable[[], Step | None]) -> None:
@@ -79,7 +79,7 @@ class GatedLinear:
     def _of_slice(
         self, rows: list[Rows], column: int, a: Tensor, b: Tensor, scale: float, output: slice
     ) -> list[Operator]:
-        """Few rows of an adapter are served together by the native kernel, many by a product of their own."""
+        """The operators of a slice: the native kernel for adapters with few rows, torch's products for many rows."""
         few: dict[int, tuple[list[int], list[float]]] = {}
         operators: list[Operator] = []
         for part in rows:
@@ -105,7 +105,7 @@ class GatedLinear:
 
 
 def native(kernel: RowLora, output: slice) -> Operator:
-    """An [`Operator`] of the native kernel, for the columns `output` of a module's output."""
+    """An [`Operator`] that uses the native kernel for the columns `output` of a module's output."""
 
     def add(y: Tensor, x: Tensor) -> None:
         target = y[:, output]
@@ -119,11 +119,11 @@ def native(kernel: RowLora, output: slice) -> Operator:
 
 
 def product(rows: slice | Tensor, gates: float | Tensor, a: Tensor, b: Tensor, output: slice) -> Operator:
-    """An [`Operator`] of torch's products for rows that have one adapter.
+    """An [`Operator`] that uses torch's products for rows of one adapter.
 
     Args:
         rows: The rows.
-        gates: Their gates: one for all, or (rows, 1).
+        gates: One gate for all rows, or a tensor (rows, 1).
         a: (r, d_in).
         b: (d_out, r).
         output: The columns of the module's output.
@@ -137,9 +137,9 @@ def product(rows: slice | Tensor, gates: float | Tensor, a: Tensor, b: Tensor, o
 
 
 class IdleSkipped:
-    """Stands in for the punica wrapper of the embedding and the LM head: no work where no adapter changes them.
+    """Replaces the punica wrapper of the embedding and the LM head: skips modules that no adapter changes.
 
-    vLLM's operators on a CPU read the whole vocabulary's LoRA for each row, also if all of it is zero.
+    On a CPU, vLLM's operators read the whole vocabulary's LoRA for each row, even if all of it is zero.
 
     Args:
         wrapped: vLLM's punica wrapper.

@@ -1,4 +1,4 @@
-"""Which options of vLLM do not work with MiLoRA adapters; the loading of an adapter is refused with their names."""
+"""The vLLM options that do not work with MiLoRA adapters. Loading an adapter with such an option raises an error."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from milora_core.errors import MiLoraError
 from milora_vllm.adapter import AdapterFile
 
 EAGER = "torch.compile or CUDA graphs (pass --enforce-eager)"
-"""Routers decide in hooks of the blocks, which neither a compiled model nor a replayed graph calls."""
+"""Routers run in hooks of the blocks. Neither a compiled model nor a replayed graph calls these hooks."""
 
 
 def check_options(config: Any, file: AdapterFile, name: str) -> None:
-    """Checks that a vLLM with these options can serve a MiLoRA adapter.
+    """Checks that vLLM can serve a MiLoRA adapter with these options.
 
     Args:
         config: The `VllmConfig`.
         file: The adapter.
-        name: Its name.
+        name: The adapter's name.
 
     Raises:
-        MiLoraError: It cannot; the message names each option to change.
+        MiLoraError: If it cannot. The message names each option to change.
     """
     problems = unsupported(config) + _too_small(config, file)
     if problems:
@@ -28,7 +28,7 @@ def check_options(config: Any, file: AdapterFile, name: str) -> None:
 
 
 def unsupported(config: Any) -> list[str]:
-    """The options of a `VllmConfig` that do not work with any MiLoRA adapter, by their flags."""
+    """The flags of a `VllmConfig`'s options that do not work with any MiLoRA adapter."""
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.platforms import current_platform
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -55,9 +55,9 @@ def unsupported(config: Any) -> list[str]:
 
 
 def _too_small(config: Any, file: AdapterFile) -> list[str]:
-    """Whether a step has room for the tokens that decide the longest prompt's route, beside one of each other request.
+    """Checks that a step has room for the deciding tokens of the longest prompt and one token of each other request.
 
-    Without that room such a prompt would wait for ever.
+    Otherwise such a prompt would never be scheduled.
     """
     scheduler, longest = config.scheduler_config, config.model_config.max_model_len - 1
     needed = file.span(longest) + scheduler.max_num_seqs

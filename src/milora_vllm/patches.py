@@ -1,6 +1,6 @@
-"""The private parts of vLLM that the plugin attaches to, all of them; `tests/vllm/test_parts.py` says which moved.
+"""Patches all private parts of vLLM that the plugin needs. `tests/vllm/test_parts.py` reports parts that moved.
 
-Each patch calls the original. Where no MiLoRA adapter is loaded, that is all it does.
+Each patch calls the original. Without a MiLoRA adapter, it does nothing else.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PARTS = {
     "vllm.v1.worker.gpu.model_states.default.DefaultModelState.remove_request": "self req_id",
     "vllm.v1.worker.gpu.model_states.default.DefaultModelState.prepare_inputs": "self input_batch req_states",
 }
-"""What is patched, overridden or called, with the arguments it is relied on to take; `None` where any will do."""
+"""The functions that are patched, overridden or called, with the arguments they must have; `None` for any arguments."""
 
 
 @cache
 def install() -> None:
-    """Patches vLLM, once a process."""
+    """Patches vLLM, once per process."""
     _patch_scheduler()
     _patch_requests()
     _patch_loading()
@@ -74,13 +74,13 @@ def _patch_scheduler() -> None:
         return type(f"MiLora{base.__name__}", (RoutedScheduling, base), {})
 
     _patch(SchedulerConfig, "get_scheduler_cls", lambda original: lambda self: routed(original(self)))
-    # The second module has imported the function by its name.
+    # The second module imports the function by name.
     for module in (kv_cache_utils, block_pool):
         _patch(module, "generate_block_hash_extra_keys", with_routes)
 
 
 def _patch_requests() -> None:
-    """Refuses what cannot be served where that fails one request only, and tells the prompt of a beam from the rest."""
+    """Rejects unsupported requests without affecting others, and passes on the prompt's length in beam search."""
     from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
@@ -107,7 +107,7 @@ def _patch_requests() -> None:
                         request.sampling_params.extra_args = {**arguments, PROMPT_TOKENS: prompt[PROMPT_TOKENS]}
                     request_routing(request)
             except MiLoraError as error:
-                # The server answers it with status 400.
+                # The server returns status 400 for this error.
                 raise VLLMValidationError(str(error)) from error
             return request
 
@@ -169,7 +169,7 @@ def _patch_loading() -> None:
 
 
 def _without_routers(model: Any, load: Callable[[], Any]) -> Any:
-    """Lets vLLM load an adapter without the tensors of its routers, which it would refuse."""
+    """Makes vLLM load an adapter without its routers' tensors, which it would reject."""
     before = getattr(model, "lora_skip_prefixes", None)
     model.lora_skip_prefixes = [*(before or ()), ROUTER.strip(".") + "."]
     try:
@@ -179,7 +179,7 @@ def _without_routers(model: Any, load: Callable[[], Any]) -> Any:
 
 
 def served_by(manager: Any) -> ServedModel | None:
-    """What a `LoRAModelManager` was given when its first MiLoRA adapter was loaded."""
+    """The [`ServedModel`] of a `LoRAModelManager`; `None` before its first MiLoRA adapter is loaded."""
     return getattr(manager, "milora_served", None)
 
 

@@ -1,4 +1,4 @@
-"""MiLoRA adapters that vLLM loads by their names, when a request asks for one."""
+"""Finds MiLoRA adapters by name when a request asks for one that is not loaded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class MiLoraFilesystemResolver(LoRAResolver):  # type: ignore[misc]
         self.root = root.resolve()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """The adapter's request; `None` if there is no MiLoRA adapter of that name for the base model."""
+        """The adapter's `LoRARequest`; `None` if there is no MiLoRA adapter of this name for the base model."""
         folder = (self.root / lora_name).resolve()
-        # A name comes from a request: it must not lead out of the root, be it by a link.
+        # The name comes from a request and must not leave the root, not even through a link.
         if folder.parent != self.root:
             return None
         try:
@@ -38,5 +38,5 @@ class MiLoraFilesystemResolver(LoRAResolver):  # type: ignore[misc]
         if backbone != base_model_name:
             _log.warning("The adapter %s is for %s, not for %s: it is not loaded.", folder, backbone, base_model_name)
             return None
-        # vLLM gives it a number of its own.
+        # vLLM replaces the number.
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))

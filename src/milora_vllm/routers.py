@@ -1,4 +1,4 @@
-"""An adapter's routers, read from its file in float32, and the route that they decide for a prompt."""
+"""Reads an adapter's routers in float32, and stores the routes that they decide."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Route:
-    """Which modules the adapter changes for one prompt.
+    """The modules that the adapter changes for one prompt.
 
     Args:
-        gates: (layers, modules), float32: each module's gate, 0 where it is not chosen.
+        gates: (layers, modules), float32: each module's gate, 0 if the module is not selected.
     """
 
     def __init__(self, gates: Tensor) -> None:
@@ -32,11 +32,11 @@ class Route:
         self._rows: dict[int, list[float]] = {}
 
     def release(self) -> None:
-        """Drops the numbers that [`of_layer`] keeps, when no running request needs them."""
+        """Discards the numbers cached by [`of_layer`] when no running request needs them."""
         self._rows.clear()
 
     def of_layer(self, layer: int) -> list[float]:
-        """The gates of a layer whose router has decided, as numbers; on a CPU only, where that is free."""
+        """A layer's gates as numbers, after its router has decided. Only for a CPU, where reading them is free."""
         row = self._rows.get(layer)
         if row is None:
             row = self._rows[layer] = self.gates[layer].tolist()
@@ -45,7 +45,7 @@ class Route:
 
 @dataclass(frozen=True)
 class LayerRouter:
-    """The router of one layer, and the columns of a [`Route`] that its experts have."""
+    """The router of one layer, and its experts' columns in a [`Route`]."""
 
     router: Router
     columns: Tensor
@@ -54,8 +54,8 @@ class LayerRouter:
         """Routes one prompt.
 
         Args:
-            hidden: (tokens, hidden): the block's input at the tokens that decide.
-            gates: (modules), float32: the layer's row of a route, changed in place.
+            hidden: (tokens, hidden): the block's input at the deciding tokens.
+            gates: (modules), float32: the layer's row of a route, updated in place.
         """
         mask = torch.ones(1, hidden.shape[0], dtype=torch.bool, device=hidden.device)
         gates[self.columns] = self.router(hidden.contiguous().unsqueeze(0), mask).gates[0]
@@ -68,18 +68,18 @@ def read_routers(
     hidden_size: int,
     device: torch.device,
 ) -> dict[int, LayerRouter]:
-    """Reads an adapter's routers by the layers of the model.
+    """Reads an adapter's routers, by layer.
 
     Args:
         file: The adapter.
-        places: Path of a linear module in vLLM's model, one of packed modules for each -> its layer and its column.
-        name_of: Gives vLLM's path for a path in the Hugging Face model.
+        places: Path of each linear module in vLLM's model (each slice of a packed module) -> its layer and its column.
+        name_of: Maps a path in the Hugging Face model to vLLM's path.
         hidden_size: Size of the blocks' hidden states.
-        device: Where the blocks compute.
+        device: The blocks' device.
 
     Raises:
-        MiLoraError: If the file is not readable, does not fit the model, or has routers of other shapes than its
-            configuration says.
+        MiLoraError: If the file cannot be read, does not fit the model, or has routers whose shapes differ from the
+            configuration.
     """
     blocks = _router_tensors(file)
     routers: dict[int, LayerRouter] = {}
@@ -103,7 +103,7 @@ def read_routers(
 
 
 def _router_tensors(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
-    """Path of a block -> the tensors of its router, in the order of the blocks."""
+    """Path of each block -> its router's tensors, in block order."""
     path = file.folder / WEIGHTS
     if not path.is_file():
         raise MiLoraError(f"{file.folder} has no {WEIGHTS}; save the adapter as safetensors.")

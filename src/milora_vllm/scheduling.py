@@ -1,5 +1,5 @@
-"""The scheduler's part: a prompt is not cut inside the tokens that decide its route, and cached blocks are reused only
-where the route that made them is the request's own."""
+"""Scheduler changes: a prompt's deciding tokens are never split between steps, and cached blocks are reused only by
+requests with the same route."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from milora_vllm.adapter import Routing, request_routing
 
 KNOWN_ROUTES = 16384
-"""How many routes the scheduler counts on. Workers keep twice as many, so none that it counts on is missing there."""
+"""Number of routes that the scheduler assumes to be known. Workers keep twice as many, so they have all of these."""
 
 _UNSET = object()
 
 
 def routing_of(request: Any) -> Routing | None:
-    """The routing of one of vLLM's requests, worked out once."""
+    """The routing of a vLLM request, computed once."""
     found = request.__dict__.get("_milora_routing", _UNSET)
     if found is _UNSET:
         found = request._milora_routing = request_routing(request)
@@ -24,11 +24,11 @@ def routing_of(request: Any) -> Routing | None:
 
 
 def with_routes(extra_keys: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's `generate_block_hash_extra_keys`, aware of routes.
+    """Wraps vLLM's `generate_block_hash_extra_keys` and adds the route.
 
-    - All tokens adapted: the first block's hash contains what decides the route, and with it those of all others.
-    - Late adaptation: blocks that lie wholly before the last prompt token are hashed as the base model's, so all
-      adapters and the base share them. The others contain the adapter and the prompt's length.
+    - All tokens adapted: the first block's hash contains the routing's key, so the hashes of all later blocks do too.
+    - Late adaptation: blocks entirely before the last prompt token are hashed as the base model's, so all adapters and
+      the base model share them. Other blocks' hashes contain the adapter and the prompt's length.
     """
 
     def routed(request: Any, start: int, end: int, start_mm: int) -> Any:
@@ -49,7 +49,7 @@ class RoutedScheduling:
     """Mixed into vLLM's scheduler. It changes nothing until the first request with a MiLoRA adapter."""
 
     _known: OrderedDict[bytes, int] | None = None
-    """Key of a route -> the step in which it was decided or last used; `None` before the first such request."""
+    """Key of each route -> the step in which it was decided; `None` before the first MiLoRA request."""
 
     def add_request(self, request: Any) -> None:
         """See vLLM's `Scheduler`."""
@@ -59,25 +59,25 @@ class RoutedScheduling:
 
     def _begin(self) -> None:
         self._known = OrderedDict()
-        # The hook below is then asked for every chunk. Its own work remains for models that need it.
+        # Makes vLLM call the hook below for every chunk. Models that need the hook's original work still get it.
         self._aligns = self.need_mamba_block_aligned_split  # type: ignore[has-type]
         self.need_mamba_block_aligned_split = True
-        # Applied by the hook instead, which spares the tokens that decide a route.
+        # The hook applies the threshold instead, and never splits deciding tokens.
         config = self.scheduler_config  # type: ignore[attr-defined]
         self._threshold = config.long_prefill_token_threshold
         config.long_prefill_token_threshold = 0
 
     def _is_known(self, routing: Routing) -> bool:
-        """Whether an earlier step decided the route; the running one may fail to be scheduled as planned."""
+        """Whether an earlier step decided the route. The current step may still be scheduled differently."""
         assert self._known is not None
         step: int = self.current_step  # type: ignore[attr-defined]
         return self._known.get(routing.key, step) < step
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        """Reads the cache past the tokens that decide the route only if the workers have that route."""
+        """Skips deciding tokens that are cached only if the workers know the route."""
         routing = routing_of(request)
         if routing is not None:
-            # At least the last token is always computed.
+            # The last token is always computed.
             could_skip = request.num_tokens - 1 > routing.first
             request.skip_reading_prefix_cache = request.get_skip_reading_prefix_cache() or (
                 could_skip and not self._is_known(routing)
@@ -85,7 +85,7 @@ class RoutedScheduling:
         return super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
 
     def _mamba_block_aligned_split(self, request: Any, tokens: int, local: int = 0, external: int = 0) -> int:
-        """How many of the next `tokens` of a request to compute; 0 makes it wait for a step with more room."""
+        """Number of the request's next `tokens` tokens to compute; 0 makes it wait for a step with more room."""
         start, routing = request.num_computed_tokens + local + external, routing_of(request)
         needed = 0
         if routing is not None and start <= routing.first < start + tokens and not self._is_known(routing):
@@ -100,7 +100,7 @@ class RoutedScheduling:
         return tokens
 
     def _long_prefill_threshold(self) -> int:
-        """vLLM's own rule for `--long-prefill-token-threshold`."""
+        """vLLM's rule for `--long-prefill-token-threshold`."""
         requests = sum(self.get_request_counts())  # type: ignore[attr-defined]
         if requests <= 1 or not self._threshold:
             return 0
@@ -110,7 +110,7 @@ class RoutedScheduling:
         return threshold
 
     def _update_after_schedule(self, output: Any) -> None:
-        """Notes the routes that this step decides or uses: only now is it certain which chunks are in it."""
+        """Records the routes that this step decides or uses. The step's chunks are final only here."""
         if self._known is not None:
             for name, tokens in output.num_scheduled_tokens.items():
                 request = self.requests[name]  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ class RoutedScheduling:
 
     def _note(self, routing: Routing) -> None:
         assert self._known is not None
-        # A key that is known keeps its step: its requests may be scheduled again at once.
+        # A known key keeps its step, so its requests may be scheduled again at once.
         self._known.setdefault(routing.key, self.current_step)  # type: ignore[attr-defined]
         self._known.move_to_end(routing.key)
         if len(self._known) > KNOWN_ROUTES:

@@ -1,4 +1,4 @@
-"""A model that serves MiLoRA adapters: its blocks and linear modules, its running step, its routes."""
+"""State of a model that serves MiLoRA adapters: blocks, linear modules, the running step, routes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from milora_vllm.linear import GatedLinear, IdleSkipped
 from milora_vllm.routers import PREFIX, LayerRouter, Route, read_routers
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")
-"""A module's path begins with its block's: up to the first number."""
+"""A block's path: the prefix of a module's path up to the first number."""
 
 
 def uses_buffers(device: torch.device) -> bool:
-    """Whether a step's slots and gates lie in buffers: where the host must not wait for the device."""
+    """Whether a step's slots and gates are in device buffers, so the host does not wait for the device."""
     return device.type != "cpu"
 
 
 class ServedModel:
-    """Made when a worker loads its first MiLoRA adapter; from then on all LoRA of the model goes through it.
+    """Applies all LoRA adapters of a model. Created when a worker loads its first MiLoRA adapter.
 
     Args:
         manager: vLLM's `LoRAModelManager`.
@@ -41,7 +41,7 @@ class ServedModel:
         self._device = torch.device(manager.device)
         self._blocks: dict[str, int] = {}
         self.places: dict[str, tuple[int, int]] = {}
-        """Path of a linear module -> its layer and its column in a route."""
+        """Path of each linear module -> its layer and its column in a route."""
         modules = self._find_modules()
         columns = 1 + max((column for _, column in self.places.values()), default=-1)
         self._shape = (len(self._blocks), columns)
@@ -61,7 +61,7 @@ class ServedModel:
     # ------------------------------------------------------------------ the model
 
     def _find_modules(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Path of each of vLLM's linear LoRA modules -> its layer, and the columns of its slices."""
+        """Path of each linear LoRA module in vLLM's model -> its layer and the columns of its slices."""
         from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
         modules: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -103,7 +103,7 @@ class ServedModel:
                 module.set_mapping(IdleSkipped(wrapped, partial(self._outside.__contains__, path)))
 
     def read_routers(self, file: AdapterFile) -> dict[int, LayerRouter]:
-        """The routers of an adapter of this model; see [`milora_vllm.routers.read_routers`]."""
+        """Reads an adapter's routers; see [`milora_vllm.routers.read_routers`]."""
         from vllm.lora.utils import parse_fine_tuned_lora_name
 
         mapper = getattr(self.manager.model, "hf_to_vllm_mapper", None)
@@ -117,7 +117,7 @@ class ServedModel:
     # ------------------------------------------------------------------ the step
 
     def begin(self, chunks: Iterable[Chunk]) -> None:
-        """Sets the step that the next forward pass computes."""
+        """Prepares the step of the next forward pass."""
         slots = {number: slot for slot, number in enumerate(self.manager.lora_index_to_id) if number is not None}
         step = Step()
         for chunk in chunks:
@@ -134,7 +134,7 @@ class ServedModel:
             if decision is not None:
                 step.decisions.append(decision)
         if step.rows != self._rows:
-            # The rows hold their routes, so no new route can be taken for one that was here before.
+            # The rows keep their routes alive, so no new route compares equal to an old one.
             self._rows, self._prepared = step.rows, {}
         step.prepared = self._prepared
         self._note_loaded()
@@ -143,15 +143,15 @@ class ServedModel:
         self.step = step
 
     def end(self, *_: Any) -> None:
-        """Ends the step; a forward pass without one is a dummy run of vLLM's."""
+        """Ends the step. Forward passes outside a step are vLLM's dummy runs."""
         self.step = None
 
     def forget(self, request: str) -> None:
-        """Drops what is kept of a request."""
+        """Removes a request."""
         self._routes.forget(request)
 
     def _note_loaded(self) -> None:
-        """Which modules outside the blocks the active adapters change."""
+        """Records the modules outside the blocks that loaded adapters change."""
         loaded = tuple(self.manager.lora_index_to_id)
         if loaded != self._loaded:
             self._loaded = loaded
@@ -162,7 +162,7 @@ class ServedModel:
     def _before_block(
         self, layer: int, signature: inspect.Signature, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Lets the routers of a layer decide, from the block's input before its norm."""
+        """Runs a layer's routers on the block's input, before its norm."""
         step = self.step
         if step is None or not step.decisions:
             return
@@ -172,9 +172,9 @@ class ServedModel:
             router = decision.routers.get(layer)
             if router is None:
                 continue
-            # vLLM's own models have no batch dimension; those that it takes from transformers have one of 1.
+            # vLLM's own models have no batch dimension. The ones from transformers have a batch of 1.
             of_rows = hidden.flatten(0, -2)[decision.first : decision.end]
-            if residual is not None:  # vLLM's blocks hand the residual stream on in two parts.
+            if residual is not None:  # vLLM's blocks pass the residual stream in two parts.
                 of_rows = of_rows + residual.flatten(0, -2)[decision.first : decision.end]
             router.decide(of_rows, decision.route.gates[layer])
         if self.buffers is not None:
