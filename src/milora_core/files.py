@@ -57,9 +57,9 @@ def whole_file(path: Path, kept: str = "") -> Iterator[Path]:
     - an exception or an interruption in the block keeps the old file and deletes the temporary one;
     - so does a full disk, even if the system reports it only when the last bytes are flushed;
     - a killed process leaves the old file and a hidden `.partial` file next to it, which nothing reads and you may
-    delete;
+      delete;
     - after a power cut it is either of the two: contents are flushed to the disk before the rename (`fsync`, a few
-    milliseconds).
+      milliseconds).
 
     If several processes write the same file, the last one wins. A link is replaced, not followed.
 

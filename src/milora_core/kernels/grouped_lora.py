@@ -47,7 +47,7 @@ def grouped_lora(
         result: (rows, tokens, d_out); zeros of the dtype of `x` if `None`.
 
     Returns:
-        (rows, tokens, d_out), of the type of `result`.
+        (rows, tokens, d_out), in the dtype of `result`.
     """
     if result is None:
         result = x.new_zeros(*x.shape[:-1], lora_b.shape[1])
@@ -62,11 +62,11 @@ def add_grouped_lora(
     """Adds each row's LoRA to a module's output, in place: `result[i] += gates[i] * x[i] A_i^T B_i^T`.
 
     Args:
-        result: (rows, tokens, d_out), the output of the base layer; of the type of `x` or another.
+        result: (rows, tokens, d_out), the output of the base layer. Its dtype may differ from that of `x`.
         x: (rows, tokens, d_in), the module's input.
         adapters: (rows), int32 or int64: each row's index in the stacks, -1 for a row without an adapter. On a GPU
             out-of-range values are not detected.
-        gates: (rows), float32: each row's weight, LoRA's scaling in it; 0 for a row that did not choose the module.
+        gates: (rows), float32: each row's weight, including LoRA's scaling; 0 for a row that did not choose the module.
         lora_a: (adapters, r, d_in), contiguous. Adapters of a smaller rank are padded with zeros.
         lora_b: (adapters, d_out, r), contiguous.
 
@@ -74,7 +74,7 @@ def add_grouped_lora(
         `result`.
 
     Raises:
-        MiLoraError: If the shapes or types do not fit each other.
+        MiLoraError: If the shapes or dtypes do not match.
         RuntimeError: If a gradient is required.
     """
     if not torch.compiler.is_compiling():
@@ -86,9 +86,9 @@ def add_grouped_lora(
 def grouped_lora_reference(
     result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor
 ) -> Tensor:
-    """What [`add_grouped_lora`] computes, in plain torch and in float32 at least, as a new tensor.
+    """[`add_grouped_lora`] in plain torch, in float32 or a wider dtype, as a new tensor.
 
-    It reads the weights of every row, needed or not. Devices without a kernel use it.
+    It reads the weights of every row, including inactive ones. Devices without a kernel use it.
     """
     active = (adapters >= 0) & (gates != 0)
     index = adapters.clamp(min=0).long()
@@ -128,7 +128,7 @@ def _check(result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: T
 
 
 def _on_gpu(result: Tensor, x: Tensor, adapters: Tensor, gates: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    # The kernel accumulates in float32, which is too little for float64.
+    # The kernel accumulates in float32, which is not precise enough for float64.
     if not has_triton() or torch.float64 in (result.dtype, x.dtype, lora_a.dtype):
         _elsewhere(result, x, adapters, gates, lora_a, lora_b)
         return

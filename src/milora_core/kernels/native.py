@@ -84,7 +84,7 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
 
 
 def _digest(compiler: str, flags: tuple[str, ...]) -> str:
-    """A digest of what the library depends on: sources, build flags and processor."""
+    """A digest of the sources, the build flags and the processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS).stdout
     digest = hashlib.blake2b(digest_size=10)
     sources = [source.read_bytes() for source in (HEADER, *SOURCES)]
@@ -117,7 +117,7 @@ def _cache() -> Path:
 
 @cache
 def _own_folder() -> Path:
-    """For this process only."""
+    """A temporary folder for this process only."""
     return Path(_temporary().name)
 
 

@@ -1,4 +1,4 @@
-/* Numbers as the kernels read and write them: everything is summed in float32 and rounded once. */
+/* Reads and writes the kernels' dtypes. All sums are in float32 and rounded once. */
 
 #ifndef MILORA_NUMBERS_H
 #define MILORA_NUMBERS_H

@@ -1,12 +1,12 @@
 /*
- * Attention of single tokens to a paged cache of keys and values, each token with a text of its own:
+ * Attention of single tokens over a paged cache of keys and values. Each token belongs to a different text:
  *
  *     y[i, h] = sum_t a_t v[t, g],   a = softmax_t(s q[i, h] . k[t, g])     over the text's tokens t
  *
- * g is the key-value head that head h shares with others. With a soft cap c a score x is c tanh(x / c), with a window w
- * only the last w tokens count. Keys and values of the pass's new tokens are stored first. The cache is read as it lies,
- * in bfloat16 or float32, once for the heads that share it; everything is summed in float32 and rounded once. Work is
- * shared out by tokens and key-value heads, so the result does not depend on the number of threads.
+ * g is the key-value head of head h. With a soft cap c, a score x becomes c tanh(x / c). With a window w, only the last
+ * w tokens count. Keys and values of the pass's new tokens are stored first. The cache is read in place, in bfloat16 or
+ * float32, once for all heads that share a key-value head. All sums are in float32 and rounded once. Threads divide the
+ * work by tokens and key-value heads, so the result does not depend on the number of threads.
  */
 
 #include "numbers.h"
@@ -14,24 +14,24 @@
 #include <math.h>
 
 struct attention {
-    int64_t rows, tokens, heads, groups, key_size, value_size; /* tokens: of the pass, of which the rows come first */
+    int64_t rows, tokens, heads, groups, key_size, value_size; /* tokens: all tokens of the pass; rows come first */
     int64_t page_tokens, pages_stride, window, threads;         /* window: 0 for none */
-    const int64_t *slots;   /* (tokens): where each token's key and value are stored */
-    const int64_t *lengths; /* (rows): tokens of the row's text, itself included */
+    const int64_t *slots;   /* (tokens): the slot of each token's key and value */
+    const int64_t *lengths; /* (rows): tokens of the row's text, including itself */
     const int64_t *pages;   /* (rows, pages_stride) */
     int64_t query_token, query_head, key_token, key_head, value_token, value_head; /* strides, in elements */
     float scaling, softcap; /* softcap: 0 for none */
 };
 
-#define BLOCK 64        /* tokens whose scores are known before their values are read; a multiple of LANES */
-#define MOST_SHARED 16  /* heads of one key-value head */
-#define MOST_SIZE 512   /* of a key or value */
+#define BLOCK 64        /* tokens per block: scores first, then values; a multiple of LANES */
+#define MOST_SHARED 16  /* maximum number of heads per key-value head */
+#define MOST_SIZE 512   /* maximum size of a key or value */
 
 /* e^x for x <= 0, within 2 units in the last place; 0 below -87; NaN stays NaN. */
 static inline lanes exponential(lanes x)
 {
     const bit_lanes is_small = (bit_lanes)(x < -87.0f);
-    lanes shifted = x * 1.44269504f + 12582912.0f; /* the nearest integer, in the low bits */
+    lanes shifted = x * 1.44269504f + 12582912.0f; /* the nearest integer is in the low bits */
     bit_lanes power = (bit_lanes)shifted << 23;
     lanes whole = shifted - 12582912.0f;
     lanes r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -97,7 +97,7 @@ static inline lanes exponential(lanes x)
                     if (of->softcap > 0)                                                                               \
                         score = of->softcap * tanhf(score / of->softcap);                                              \
                     scores[t] = score;                                                                                 \
-                    if (!(score <= best)) /* a NaN is taken, and spreads as it does in torch */                        \
+                    if (!(score <= best)) /* keeps a NaN, so it propagates as in torch */                              \
                         best = score;                                                                                  \
                 }                                                                                                      \
                 for (int64_t t = count; t < BLOCK; t++)                                                                \

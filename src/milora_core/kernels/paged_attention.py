@@ -1,4 +1,4 @@
-"""Attention of single tokens to a paged cache on a CPU: the cache is read as it lies, and nothing is padded."""
+"""Attention of single tokens over a paged cache on a CPU. The cache is read in place, without padding."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from milora_core.kernels.native import library
 from milora_core.kernels.row_lora import KERNEL_DTYPES
 
 MOST_SHARED = 16
-"""Heads that may share a key-value head; the C file's number."""
+"""Maximum number of heads per key-value head, as in the C file."""
 MOST_SIZE = 512
-"""The largest size of a key or value; the C file's number."""
+"""Maximum size of a key or value, as in the C file."""
 
 
 class PagedAttention:
-    """The attention of one pass, for all layers: new keys and values are stored, then single tokens attend.
+    """The attention of one pass, for all layers: stores the new keys and values, then attends single tokens.
 
     Slot `page * page_tokens + i` of the cache is the i-th token of a page.
 
     Args:
-        slots: (tokens), int64: where the keys and values of the pass's tokens are stored. The first `len(lengths)`
-            tokens are single tokens of their texts.
-        lengths: (rows), int64: how many tokens the text of each single token has, itself included.
-        pages: (rows, most pages), int64: the pages of each text, in order.
-        page_tokens: Tokens of a page.
+        slots: (tokens), int64: the slots for the keys and values of the pass's tokens. The first `len(lengths)` tokens
+            are single tokens of their texts.
+        lengths: (rows), int64: number of tokens in each single token's text, including the token itself.
+        pages: (rows, largest number of pages), int64: the pages of each text, in order.
+        page_tokens: Tokens per page.
 
     Raises:
         RuntimeError: If there is no native kernel; see [`PagedAttention.serves`].
@@ -59,7 +59,7 @@ class PagedAttention:
         Args:
             keys: (slots, key-value heads, size of a key).
             values: (slots, key-value heads, size of a value).
-            heads: Heads of a query.
+            heads: Number of query heads.
         """
         return (
             keys.device.type == "cpu"
@@ -82,17 +82,17 @@ class PagedAttention:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        """Stores the pass's keys and values in a layer's cache, and gives the single tokens' attention.
+        """Stores the pass's keys and values in a layer's cache, and returns the single tokens' attention.
 
         Args:
-            keys: (slots, key-value heads, size of a key), of a type that the kernel serves; written into.
-            values: (slots, key-value heads, size of a value), likewise.
-            query: (heads, tokens, size of a key), of the same type; any strides but for the last.
-            key: (key-value heads, tokens, size of a key), likewise.
-            value: (key-value heads, tokens, size of a value), likewise.
-            scaling: Factor of the scores.
-            window: How many tokens each attends to at most, itself included.
-            softcap: `c` of `c tanh(scores / c)`.
+            keys: (slots, key-value heads, size of a key), in a dtype that the kernel supports; changed in place.
+            values: (slots, key-value heads, size of a value), in the same dtype; changed in place.
+            query: (heads, tokens, size of a key), in the same dtype, with any strides.
+            key: (key-value heads, tokens, size of a key), in the same dtype, with any strides.
+            value: (key-value heads, tokens, size of a value), in the same dtype, with any strides.
+            scaling: Factor applied to the scores.
+            window: Maximum number of tokens that a token attends to, including itself; `None` for no limit.
+            softcap: `c` in `c tanh(scores / c)`; `None` for no soft cap.
 
         Returns:
             (rows, heads, size of a value).

@@ -1,31 +1,31 @@
 /*
- * What a router computes of a prompt, in float32: its tokens pooled to one vector, over the tokens t that the mask keeps,
+ * The computations of a router, in float32. Pooling of a prompt to one vector, over the tokens t of the mask:
  *
  *     p = sum_t a_t x_t,   a = softmax_t(w . x_t)     or the mean, without w
  *
- * and a rational function of each feature,
+ * A rational function of each feature:
  *
  *     g(x) = sum_j a_j x^j / (1 + |sum_i b_i x^i|)
  *
- * The tokens are the hidden states, or each divided by its root mean square: x_t = s_t h_t, s_t = rsqrt(mean(h_t^2) +
- * 1e-6). The factors s_t are multiplied into the scores and the shares, so no normalised copy is written.
+ * x_t is the hidden state h_t, or h_t divided by its root mean square: x_t = s_t h_t, s_t = rsqrt(mean(h_t^2) + 1e-6).
+ * The factors s_t are multiplied into the scores and the shares, so no normalised copy is written.
  *
- * What the mask leaves out is not read. Work is shared out by tokens and by features, so that the result depends neither
- * on the number of threads nor on where the padding is.
+ * Tokens outside the mask are not read. Threads divide the work by tokens and by features, so the result does not
+ * depend on the number of threads or on the position of padding.
  */
 
 #include "numbers.h"
 
 #include <math.h>
 
-#define POOLED 256 /* features, one thread's at a time */
+#define POOLED 256 /* features per thread at a time */
 
-/* Of one prompt: scores become shares, in place. */
+/* Converts one prompt's scores to shares, in place. */
 static void softmax(float *scores, const uint8_t *mask, int64_t tokens)
 {
     float most = -INFINITY, sum = 0;
     for (int64_t t = 0; t < tokens; t++)
-        if (mask[t] && !(scores[t] <= most)) /* a NaN is taken, and spreads as it does in torch */
+        if (mask[t] && !(scores[t] <= most)) /* keeps a NaN, so it propagates as in torch */
             most = scores[t];
     for (int64_t t = 0; t < tokens; t++)
         if (mask[t])
@@ -85,8 +85,8 @@ static void softmax(float *scores, const uint8_t *mask, int64_t tokens)
         memcpy(pooled, sums, (size_t)count * sizeof *sums);                                                            \
     }                                                                                                                  \
                                                                                                                        \
-    /* x: (batch, tokens, size); mask, and shares and scales as room: (batch, tokens); weight: (size) or NULL; scales: \
-       NULL for tokens as they are; pooled: (batch, size). */                                                          \
+    /* x: (batch, tokens, size); mask: (batch, tokens); weight: (size), or NULL for the mean; shares and scales:       \
+       scratch memory, (batch, tokens); scales is NULL to use unnormalised tokens; pooled: (batch, size). */           \
     void pool_##X(const void *hidden, const uint8_t *mask, const float *weight, float *shares, float *scales,          \
                   float *pooled, int64_t batch, int64_t tokens, int64_t size, int64_t threads)                         \
     {                                                                                                                  \
@@ -129,7 +129,7 @@ static inline lanes horner(lanes x, const float *coefficients, int64_t count)
     return value;
 }
 
-/* numerator: a_0..., denominator: b_1...; y may be x. */
+/* numerator: a_0, ...; denominator: b_1, ...; y may be x. */
 void rational(const float *x, float *y, int64_t size, const float *numerator, int64_t numerators,
               const float *denominator, int64_t denominators)
 {

@@ -19,13 +19,13 @@ def pool(hidden: Tensor, mask: Tensor, weight: Tensor | None, *, normalize: bool
 
     Args:
         hidden: (batch, tokens, hidden).
-        mask: (batch, tokens), bool, true at least once a row.
-        weight: Of `hidden` elements, float32, or `None` for equal shares: the mean.
-        normalize: Divide each token by its root mean square first.
+        mask: (batch, tokens), bool, true at least once per row.
+        weight: `hidden` elements, float32; `None` for the mean.
+        normalize: Whether to divide each token by its root mean square first.
 
     Returns:
-        (batch, hidden), float32; `None` if there is no kernel for it: other devices, dtypes and shapes, gaps in
-        `hidden`, required gradients, tracing, no C compiler.
+        (batch, hidden), float32. `None` if no kernel supports the call: other devices, dtypes or shapes, gaps in
+        `hidden`, required gradients, tracing, or no C compiler.
     """
     weights = () if weight is None else (weight,)
     kernels = _kernels(hidden, mask, *weights)
@@ -70,7 +70,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor | None
         denominator: `b_1..b_n`, float32.
 
     Returns:
-        As `x`; `None` as of [`pool`].
+        The shape of `x`, float32. `None` if no kernel supports the call; see [`pool`].
     """
     tensors = (x, numerator, denominator)
     kernels = _kernels(*tensors)
@@ -90,7 +90,7 @@ def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor | None
 
 def _kernels(*tensors: Tensor) -> ctypes.CDLL | None:
     """The kernels, for plain CPU tensors that require no gradient."""
-    # Not `is_compiling()`, which is also true in threads that run eagerly while another one compiles.
+    # `is_compiling()` would also be true in threads that run eagerly while another thread compiles.
     if torch.compiler.is_dynamo_compiling() or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     ):

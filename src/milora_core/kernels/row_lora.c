@@ -1,12 +1,12 @@
 /*
- * The LoRA, or DoRA, of a decode step's rows: for each row i of a piece, which is one adapter's part of a module,
+ * LoRA or DoRA for the rows of a decode step. A piece is one adapter's part in a module. For each row i of a piece:
  *
  *     d    = A x[i]                                   (rank)
  *     y[i] = y[i] + g_i s B d                         LoRA
- *     y[i] = y[i] + g_i ((f - 1) (y[i] - bias) + f s B d)     DoRA, with its factors f a feature
+ *     y[i] = y[i] + g_i ((f - 1) (y[i] - bias) + f s B d)     DoRA, with one factor f per feature
  *
- * Weights are read once, as they lie, in bfloat16 or float32; everything is summed in float32 and rounded once. Work is
- * shared out by features, so that the result does not depend on the number of threads.
+ * Weights are read once, in place, in bfloat16 or float32. All sums are in float32 and rounded once. Threads divide the
+ * work by features, so the result does not depend on the number of threads.
  */
 
 #include "numbers.h"
@@ -16,28 +16,28 @@ struct plan {
     int64_t b_stride;           /* elements from one row of B to the next */
     int64_t threads;
     int64_t y_stride;           /* elements from one row of the result to the next */
-    const int64_t *starts;      /* (pieces + 1): where each piece's entries begin */
-    const int64_t *rows;        /* (entries): a row of x and of the result */
+    const int64_t *starts;      /* (pieces + 1): index of each piece's first entry */
+    const int64_t *rows;        /* (entries): row index in x and in the result */
     const float *gates;         /* (entries) */
     const float *scalings;      /* (pieces) */
     const void *const *a;       /* (pieces): (rank, d_in) */
     const void *const *b;       /* (pieces): (d_out, rank) */
     const float *const *factors; /* (pieces): (d_out), or NULL for LoRA */
     const float *bias;          /* (d_out), or NULL */
-    float *low;                 /* (entries, rank): room for d */
+    float *low;                 /* (entries, rank): scratch memory for d */
 };
 
-#define FEATURES 64 /* of the output, one thread's at a time */
-#define RANKS 4     /* rows of A that are multiplied together */
+#define FEATURES 64 /* output features per thread at a time */
+#define RANKS 4     /* rows of A multiplied together */
 
-/* Clang has the one, GCC before 12 the other alone. */
+/* Clang has only the first built-in, GCC before 12 only the second. */
 #ifdef __clang__
 #define SHUFFLED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
 #else
 #define SHUFFLED(A, B, ...) __builtin_shuffle(A, B, (bit_lanes){__VA_ARGS__})
 #endif
 
-/* Sums within two vectors at a time, so that after log2(LANES) levels lane i is the sum of the i-th vector. */
+/* Each level adds pairs of lanes of two vectors. After log2(LANES) levels, lane i is the sum of the i-th vector. */
 static inline lanes halved_16(lanes a, lanes b)
 {
     return SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -172,33 +172,33 @@ DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_
 DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16, lanes_of_bfloat16)
 DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32, lanes_of_float32)
 
-/* One adapter in one module, as it lies. */
+/* One adapter in one module, not copied. */
 struct part {
-    const void *a, *b;      /* (rank, d_in), (d_out, rank); a is NULL where the adapter has no part in the module */
+    const void *a, *b;      /* (rank, d_in), (d_out, rank); a is NULL if the adapter does not adapt the module */
     const float *factors;   /* (d_out), or NULL for LoRA */
     int64_t rank, b_stride;
     float scaling;
 };
 
 struct module {
-    const struct part *parts; /* by the adapter's number */
+    const struct part *parts; /* indexed by the adapter's number */
     const float *bias;        /* (d_out), or NULL */
     int64_t d_in, d_out;
-    int64_t column;           /* of the module's gates */
+    int64_t column;           /* column of the module's gates */
 };
 
 struct packed {
     int64_t rows, threads;
-    const int64_t *tokens;   /* (rows): a row of x and of the result */
-    const int64_t *adapters; /* (rows); the rows of an adapter follow each other */
+    const int64_t *tokens;   /* (rows): row index in x and in the result */
+    const int64_t *adapters; /* (rows); the rows of one adapter are adjacent */
     const float *gates;      /* (rows, gates_stride) */
     int64_t gates_stride;
-    int64_t *entries;        /* room for (rows) */
-    int64_t *starts;         /* room for (rows + 1) */
-    float *weights;          /* room for (rows) */
-    float *scalings;         /* room for (rows) */
-    const void **pointers;   /* room for (3, rows) */
-    float *low;              /* room for (rows, the largest rank) */
+    int64_t *entries;        /* scratch memory, (rows) */
+    int64_t *starts;         /* scratch memory, (rows + 1) */
+    float *weights;          /* scratch memory, (rows) */
+    float *scalings;         /* scratch memory, (rows) */
+    const void **pointers;   /* scratch memory, (3, rows) */
+    float *low;              /* scratch memory, (rows, largest rank) */
 };
 
 #define PACKED(NAME)                                                                                                   \
@@ -206,7 +206,7 @@ struct packed {
     {                                                                                                                  \
         const int64_t most = of->rows;                                                                                 \
         int64_t first = 0;                                                                                             \
-        /* Adapters of one shape that follow each other are computed together; those between them by a call more. */   \
+        /* Adjacent adapters with the same shape are computed together. A change of shape starts another call. */      \
         while (first < most) {                                                                                         \
             struct plan plan = {0};                                                                                    \
             int64_t entries = 0, row = first;                                                                          \

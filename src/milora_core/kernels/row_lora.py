@@ -1,4 +1,4 @@
-"""The LoRA and DoRA of decode steps on a CPU: each row with its adapter and gate, without copies."""
+"""LoRA and DoRA for decode steps on a CPU. Each row has its own adapter and gate; weights are not copied."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from milora_core.kernels.native import library
 
 MOST_ROWS = 16
-"""Of one adapter: from here on torch's products, which use the processor's matrix units, are faster."""
+"""Maximum number of rows per adapter. With more rows, torch's products are faster because they use matrix units."""
 
 KERNEL_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-"""Those of weights, inputs and results, with their names in the C file."""
+"""The supported dtypes of weights, inputs and results, with their names in the C file."""
 
 
 class Piece(NamedTuple):
-    """The rows of a step that one adapter serves in a module."""
+    """The rows of a step that use one adapter in a module."""
 
     rows: list[int]
     gates: list[float]
-    """A weight for each of the rows."""
+    """One weight per row."""
     scaling: float
-    """LoRA's."""
+    """LoRA's scaling."""
     a: Tensor
     """(r, d_in), contiguous."""
     b: Tensor
@@ -35,15 +35,15 @@ class Piece(NamedTuple):
 
 
 class RowLora:
-    """Computes `result[i] += g s B A x[i]` for the rows of a module's pieces, once per call.
+    """Computes `result[i] += g s B A x[i]` for the rows of a module's pieces.
 
-    With DoRA's factors f in a piece it is `result[i] += g ((f - 1) (result[i] - bias) + f s B A x[i])`. The weights are
-    read in place, so in-place changes take effect, and the result of A stays in float32. A row has at most one piece.
-    Steps of one object must not run concurrently.
+    With DoRA's factors f in a piece, it computes `result[i] += g ((f - 1) (result[i] - bias) + f s B A x[i])`. The
+    weights are read in place, so in-place changes take effect. The result of A stays in float32. A row belongs to at
+    most one piece. Calls of one object must not run concurrently.
 
     Args:
-        pieces: At least one.
-        bias: (d_out), the base layer's, which DoRA leaves as it is.
+        pieces: The pieces, at least one.
+        bias: (d_out), the base layer's bias, which DoRA does not scale.
 
     Raises:
         RuntimeError: If there is no native kernel for these pieces; see [`RowLora.serves`].
@@ -99,16 +99,16 @@ class RowLora:
         )
 
     def add_to(self, result: Tensor, x: Tensor) -> bool:
-        """One step.
+        """Adds the LoRA of one step to `result`.
 
         Args:
-            result: (rows, d_out), changed in place; dimensions of 1 may lie between. Its rows may have gaps between
-                them, as the columns of a larger result have, if it has two dimensions.
-            x: (rows, d_in), contiguous; dimensions of 1 may lie between.
+            result: (rows, d_out), changed in place. It may have further dimensions of size 1. A two-dimensional result
+                may have gaps between its rows, as a slice of a wider tensor's columns has.
+            x: (rows, d_in), contiguous. It may have further dimensions of size 1.
 
         Returns:
-            Whether it was done. It is not if the two have gaps, are on another device, have different or unsupported
-            dtypes, or if their rows do not match each other or the pieces.
+            Whether it was done. If not, a tensor has unsupported gaps, is on another device, has a different or
+            unsupported dtype, or its number of rows does not match.
         """
         if (
             result.dtype != x.dtype

@@ -20,7 +20,7 @@ class Pooler(KeepFloat32):
     """Pools (batch, tokens, hidden) to (batch, hidden) over the prompt's tokens; padding is ignored.
 
     Call it with `hidden` (batch, tokens, hidden) of any floating dtype and `mask` (batch, tokens), true where a token
-    belongs to the prompt, at least once a row. With `normalize`, each token is divided by its root mean square first
+    belongs to the prompt, at least once per row. With `normalize`, each token is divided by its root mean square first
     ([`root_mean_square_norm`]). The result is float32.
 
     Attributes:
@@ -141,7 +141,7 @@ def build_pooler(name: str, hidden_size: int, *, centered: bool = False) -> Pool
 
     Args:
         name: One of [`POOLERS`].
-        hidden_size: Size of what is pooled.
+        hidden_size: Size of the hidden states.
         centered: Whether to keep a running mean and subtract it ([`Pooler.centered`]).
 
     Raises:

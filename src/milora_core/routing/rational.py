@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """The fixed activations by name; a rational can be initialised to any of them."""
 
 FIT_INTERVAL = 3.0
-"""The fit covers [-3, 3], where pooled and normalised hidden states lie; outside, the rational may drift."""
+"""The fit covers [-3, 3], the range of pooled and normalised hidden states. Outside, the rational may drift."""
 
 
 @lru_cache(maxsize=32)

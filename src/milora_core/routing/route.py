@@ -21,7 +21,7 @@ FORMAT = "milora-route-1"
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which experts serve each prompt of a batch, in every routed block.
+    """The experts that serve each prompt of a batch, in every routed block.
 
     You can compute a route (`model.route(**inputs)`), inspect, save and force it (`with model.use_route(route):`),
     expand it for beams, and cut and concatenate it by row.
@@ -29,8 +29,8 @@ class Route:
     Attributes:
         gates: (blocks, batch, experts), float32: the weight of each expert's LoRA in the output, 0 where not chosen.
         probabilities: (blocks, batch, experts), float32: the routers' softmax.
-        experts: The modules' paths relative to their block, in the order of the last dimension. Where blocks differ it
-            is their union; an expert that a block lacks has gate and probability 0 there.
+        experts: The modules' paths relative to their block, in the order of the last dimension. If blocks have
+            different experts, it is the union; an expert that a block lacks has gate and probability 0 there.
         blocks: The blocks' paths in the backbone, in the order of the first dimension.
 
     Raises:

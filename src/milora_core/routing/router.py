@@ -143,12 +143,12 @@ class Router(nn.Module):
     Args:
         hidden_size: Size of the block's hidden states.
         experts: Number of the block's experts.
-        top_k: How many are chosen for a prompt.
+        top_k: Number of experts chosen per prompt.
         pooler: `attention`, `mean`, `max` or `last`.
         activation: `rational` or a fixed activation's name.
         rational_orders: Degrees of the rational.
         gate: `hard`, `softmax` or `renormalized`.
-        norm: What is divided by its root mean square: `centered`, `tokens`, `pooled` or `none`; see [`ROUTER_NORMS`].
+        norm: Where to divide by the root mean square: `centered`, `tokens`, `pooled` or `none`; see [`ROUTER_NORMS`].
 
     Raises:
         MiLoraError: If one of the arguments is out of range or unknown.
