@@ -1,4 +1,4 @@
-"""lm-eval's tasks on our models, through `lm_eval.simple_evaluate`, including the local tasks."""
+"""Runs lm-eval's tasks, including the local ones, with `lm_eval.simple_evaluate`."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def run(
         tasks: Names of tasks, groups and tags, or patterns such as `mmlu_*_local`.
         model_args: Arguments of the model class, such as `peft=out/adapter,dtype=bfloat16`.
         model: `milora`, or another of lm-eval's model classes.
-        data_dir: The folder that the local tasks (`mmlu_local`, `bbh_local`, ...) read; by default that of
+        data_dir: The folder that the local tasks (`mmlu_local`, `bbh_local`, ...) read; by default
             [`milora.tasks.folder.data_folder`].
-        include_path: A folder of further tasks.
-        output_path: A folder (or a `.json` file) for the results, as lm-eval writes them.
+        include_path: A folder with further tasks.
+        output_path: A folder (or a `.json` file) for the results, in lm-eval's format.
         log_samples: Whether to save every request there too.
-        **settings: Of `lm_eval.simple_evaluate`: `num_fewshot`, `batch_size`, `limit`, `gen_kwargs`, ...
+        **settings: Arguments of `lm_eval.simple_evaluate`: `num_fewshot`, `batch_size`, `limit`, `gen_kwargs`, ...
 
     Returns:
-        The results as `lm_eval.simple_evaluate` gives them, without the samples.
+        The results of `lm_eval.simple_evaluate`, without the samples.
 
     Raises:
         MissingExtraError: If lm-eval is not installed.
         MiLoraError: If there is no such task, the files of a local task are missing, the model cannot be loaded, or
-            lm-eval refuses a setting.
+            lm-eval rejects a setting.
     """
     if log_samples and output_path is None:
         raise MiLoraError("--log-samples needs a folder: pass --output-path too.")
@@ -100,7 +100,7 @@ def local_tasks(folder: Path, wanted: Sequence[str], data_dir: Path | None) -> M
     """Writes the local tasks for lm-eval; see [`milora.evaluation.lm_eval.local.write_local_tasks`].
 
     Raises:
-        MiLoraError: If one that is wanted has no files.
+        MiLoraError: If the files of a requested task are missing.
     """
     from milora.evaluation.lm_eval.local import write_local_tasks
 
@@ -114,7 +114,7 @@ def local_tasks(folder: Path, wanted: Sequence[str], data_dir: Path | None) -> M
 
 
 def task_names(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
-    """The names of all of lm-eval's tasks, groups and tags, and of the local ones whose files are there."""
+    """The names of lm-eval's tasks, groups and tags, and of the local ones whose files exist."""
     with importing("eval", "lm-eval's tasks"):
         from lm_eval.tasks import TaskManager
 
@@ -137,7 +137,7 @@ def _matching(manager: Any, tasks: Sequence[str], known: Mapping[str, Path | Non
 
 @contextmanager
 def _without_hints() -> Iterator[None]:
-    """Without lm-eval's advice on custom datasets, which it gives once for every subject."""
+    """Suppresses lm-eval's hint about custom datasets, which it repeats for every subject."""
 
     def keep(record: logging.LogRecord) -> bool:
         return _HINT not in record.getMessage()

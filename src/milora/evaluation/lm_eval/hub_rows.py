@@ -1,6 +1,6 @@
-"""Benchmark files to rows with the columns that lm-eval's tasks expect of the hub's datasets.
+"""Converts benchmark files to rows with the columns of the hub's datasets, which lm-eval's tasks expect.
 
-The files are read where `milora.tasks` reads them; here is only what lm-eval calls the same things.
+`milora.tasks` reads the files; this module only renames the columns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_bbh(file: Path) -> list[dict[str, Any]]:
 
 
 def read_gsm8k(file: Path) -> list[dict[str, Any]]:
-    """Rows of `question` and `answer` (ending in `#### N`), of the original's JSON lines.
+    """Rows of `question` and `answer` (ending in `#### N`), from the original JSON lines.
 
     Raises:
         DataError: If the file cannot be read, with the line.

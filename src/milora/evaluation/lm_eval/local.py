@@ -1,7 +1,7 @@
-"""lm-eval's own MMLU, BBH and GSM8K on a folder's rows: each task again, with `_local` appended to its name.
+"""lm-eval's MMLU, BBH and GSM8K with rows from a folder. Each local task has the suffix `_local`.
 
-Prompts, few-shot examples, filters and metrics stay lm-eval's: a local task is a short YAML file that includes
-lm-eval's and names the rows' files. Nothing of lm-eval is copied, and no hub is used.
+Prompts, few-shot examples, filters and metrics are lm-eval's: a local task is a short YAML file that includes lm-eval's
+file and names the rows' files. The hub is not used.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from milora.evaluation.lm_eval.task_files import task_files
 SUFFIX = "_local"
 
 FAMILIES = ("mmlu", "bbh", "gsm8k")
-"""Folders of lm-eval's tasks that are searched for tasks on the datasets below."""
+"""Folders of lm-eval's tasks to search for tasks on the datasets below."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of one of the hub's datasets lie in a folder.
+    """The local files of one of the hub's datasets.
 
     Attributes:
         reader: Reads a file; a function of `milora.evaluation.lm_eval.hub_rows`.
-        files: A split's file, below the folder, `{name}` being the dataset's configuration.
+        files: Path of each split's file in the folder. `{name}` is the dataset's configuration.
     """
 
     reader: Callable[[Path], list[dict[str, Any]]]
@@ -42,16 +42,16 @@ SOURCES = {
         hub_rows.read_gsm8k, {"train": "gsm8k/train.original.jsonl", "test": "gsm8k/test.original.jsonl"}
     ),
 }
-"""By the name of the dataset that lm-eval's tasks load from the hub."""
+"""Sources by the name of the hub's dataset."""
 
 
 def local_dataset(*, reader: str, files: Mapping[str, str], **_: Any) -> Any:
-    """The rows of a local task by split; what a task's `custom_dataset` calls.
+    """The rows of a local task by split. A task's `custom_dataset` calls this function.
 
     Args:
         reader: Name of a function in `milora.evaluation.lm_eval.hub_rows`.
-        files: A split's file.
-        **_: What lm-eval passes of its own: `--metadata`, `--model_args`.
+        files: Each split's file.
+        **_: Arguments that lm-eval adds: `--metadata`, `--model_args`. Ignored.
 
     Raises:
         DataError: If a file cannot be read, with the line or the row.
@@ -66,12 +66,12 @@ def write_local_tasks(folder: Path, data_dir: Path | None) -> dict[str, Path | N
     """Writes the local tasks and groups for lm-eval's `--include_path`, or for `TaskManager(include_path=folder)`.
 
     Args:
-        folder: Where to; it must exist.
-        data_dir: The folder that holds `mmlu`, `bbh` and `gsm8k`; with `None` nothing is written.
+        folder: An existing folder for the task files.
+        data_dir: The folder that contains `mmlu`, `bbh` and `gsm8k`; with `None` nothing is written.
 
     Returns:
-        The name of every local task and group, with the first file that is missing, or `None` where it was written. A
-        group is written when all its tasks are: a part of a benchmark would pass for the whole.
+        The name of every local task and group, with its first missing file, or `None` if it was written. A group is
+        only written if all its tasks are, so no partial benchmark is reported under the full name.
     """
     tasks: dict[str, tuple[Path, dict[str, Any]]] = {}
     groups: dict[str, dict[str, Any]] = {}
@@ -106,7 +106,7 @@ def _task_yaml(path: Path, config: Mapping[str, Any], source: Source, files: Map
     lines = {
         "include": str(path),
         "task": config["task"] + SUFFIX,
-        # Its own tags, or it would count among the members of lm-eval's.
+        # Renames the tags, or lm-eval's tags would include this task.
         "tag": [tag + SUFFIX for tag in _listed(config.get("tag"))],
         "dataset_kwargs": {
             "reader": source.reader.__name__,
@@ -118,7 +118,7 @@ def _task_yaml(path: Path, config: Mapping[str, Any], source: Source, files: Map
 
 
 def _leaves(members: list[Any], groups: Mapping[str, dict[str, Any]], tags: Mapping[str, list[str]]) -> Iterator[str]:
-    """The tasks of a group, through its groups and tags."""
+    """The tasks of a group, with nested groups and tags expanded."""
     for member in members:
         name = member if isinstance(member, str) else member.get("group") or member["task"]
         if isinstance(member, dict) and isinstance(member.get("task"), list):
@@ -130,7 +130,7 @@ def _leaves(members: list[Any], groups: Mapping[str, dict[str, Any]], tags: Mapp
 
 
 def _renamed(value: Any) -> Any:
-    """A group's configuration with the suffix behind every task, group and tag."""
+    """A group's configuration with the suffix added to every task, group and tag."""
     if isinstance(value, list):
         return [each + SUFFIX if isinstance(each, str) else _renamed(each) for each in value]
     renamed = dict(value)

@@ -1,8 +1,8 @@
 """`MiLoraLM`: lm-eval's Hugging Face model, with prompts routed on the context only.
 
-lm-eval scores a continuation by a forward pass over context and continuation. A router that reads both sees the answer
-that is scored, and the four choices of a question get four routes, whereas generation routes on the context. Here each
-row's prompt is its context, for every method that reads the prompt (MiLoRA, IAPT).
+lm-eval scores a continuation with a forward pass over context and continuation. A router that reads both would see the
+scored answer, and the four choices of a question would get four routes. Generation routes on the context, so this model
+does too: each row's prompt is its context, for every method that reads the prompt (MiLoRA, IAPT).
 """
 
 from __future__ import annotations
@@ -25,48 +25,47 @@ from milora.backbone.vocabulary import fit_embeddings
 from milora_core.errors import MiLoraError
 
 Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
-"""The strings (lm-eval's cache key), the tokens of the context, those of the continuation."""
+"""The strings (lm-eval's cache key), the context's tokens, the continuation's tokens."""
 
 Pass: TypeAlias = tuple[list[int], list[int], list[int]]
-"""The places of the requests that it answers, the context, the longest of the continuations' common beginnings."""
+"""The indices of the requests that share the pass, their context, and one of their continuations."""
 
 _log = logging.getLogger(__name__)
 
 
 @register_model("milora")
 class MiLoraLM(HFLM):  # type: ignore[misc]
-    """A backbone with an adapter of any of the methods, as lm-eval's `hf` takes them.
+    """A backbone with an adapter of any method, with the arguments of lm-eval's `hf`.
 
-    - Log-likelihoods: the prompt is the context (lm-eval moves spaces at its end to the continuation). Requests of one
-      context that differ in the last token only share a forward pass; those of different contexts never do, also where
-      the concatenations are the same.
-    - Rolling log-likelihoods: a text has no context but lm-eval's prefix token (BOS, else EOS; `prefix_token_id=`), and
-      its first window is routed on that; each further window of a text longer than the model's on the one token before
-      it.
-    - An empty context is the prefix token too.
+    - Log-likelihoods: the prompt is the context (lm-eval moves spaces at its end to the continuation). Requests with
+      the same context that differ only in the last token share a forward pass. Requests with different contexts never
+      do, even if the concatenated tokens are equal.
+    - Rolling log-likelihoods: the context of a text is lm-eval's prefix token (BOS, else EOS; `prefix_token_id=`), and
+      its first window is routed on this token. Further windows of a long text are routed on the token before them.
+    - An empty context is replaced by the prefix token.
     - Generation: routed on the prompt, at the prefill.
 
     Args:
-        pretrained: `tiny` (the bundled backbone), a folder, a hub id, or a model; the backbone that the adapter names
-            by default.
+        pretrained: `tiny` (the bundled backbone), a folder, a hub id, or a model; by default the backbone that the
+            adapter names.
         peft: The adapter's folder or hub id.
-        **arguments: As for lm-eval's `HFLM`: `dtype`, `device`, `batch_size`, `max_length`, `load_in_4bit`, ...
+        **arguments: Arguments of lm-eval's `HFLM`: `dtype`, `device`, `batch_size`, `max_length`, `load_in_4bit`, ...
 
     Raises:
-        MiLoraError: If a part cannot be loaded, or none is named.
+        MiLoraError: If the backbone or the adapter cannot be loaded, or neither is given.
     """
 
     _model: Any
 
     def __init__(self, pretrained: Any = None, peft: str | None = None, **arguments: Any) -> None:
-        # Looked at first: a backbone can take minutes to load.
+        # Reads the adapter first, because a backbone can take minutes to load.
         base = base_of(peft) if peft else None
         pretrained = base if pretrained is None else pretrained
         if pretrained is None:
             raise MiLoraError("Which backbone is meant? Pass --model_args pretrained=BACKBONE, or peft=ADAPTER.")
         if isinstance(pretrained, str):
             if peft:
-                # What belongs to the adapter: the revision that it was trained on, and its tokenizer.
+                # Uses the revision that the adapter was trained on, and the adapter's tokenizer.
                 revision = revision_of({"default": peft}, pretrained)
                 arguments.setdefault("revision", revision or "main")
                 arguments["tokenizer"] = arguments.get("tokenizer") or adapter_tokenizer(peft)
@@ -83,7 +82,7 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
             raise MiLoraError("Pass either peft=... or delta=..., not both.")
         super()._create_model(pretrained, *args, **kwargs)
         if peft:
-            # By our own loader, for its messages; and HFLM would cut the embeddings to the tokenizer's length.
+            # Our loader has better messages, and HFLM would cut the embeddings to the tokenizer's length.
             fit_embeddings(self._model, {"default": peft})
             self._model = load_adapter(self._model, peft)
 
@@ -101,13 +100,13 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
         """The log-likelihood of each continuation given its context, and whether greedy decoding would give it.
 
         Args:
-            requests: Strings, context and continuation of each.
-            disable_tqdm: Without a progress bar.
-            override_bs: The batch size where `batch_size` is `auto`.
+            requests: Strings, context and continuation of each request.
+            disable_tqdm: Whether to hide the progress bar.
+            override_bs: The batch size if `batch_size` is `auto`.
         """
         self._warn_of_cuts(requests)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        # Longest first, so that a batch too large for the memory fails at once.
+        # Longest first, so a batch that exceeds the memory fails immediately.
         ordered = Collator(self._passes(requests), sort_fn=lambda each: (-len(each[1]) - len(each[2]), each[1]))
         find_size = None
         if self.batch_size == "auto" and not override_bs:
@@ -134,17 +133,17 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
         return answers
 
     def _passes(self, requests: Sequence[Request]) -> list[Pass]:
-        """What is to be computed: a pass for all requests of one context that differ in the last token only."""
+        """Groups the requests: one pass for all requests with the same context that differ only in the last token."""
         places: dict[Any, list[int]] = {}
         for place, (_, context, continuation) in enumerate(requests):
             own = None if self.logits_cache else place
-            # Context and continuation apart: the same tokens cut elsewhere have another prompt.
+            # The key keeps context and continuation separate: equal tokens split elsewhere have another prompt.
             places.setdefault((tuple(context), tuple(continuation[:-1]), own), []).append(place)
         return [(group, requests[group[0]][1], requests[group[0]][2]) for group in places.values()]
 
     def _continuation_logits(self, batch: Sequence[Pass]) -> list[Tensor]:
-        """For each pass (tokens, vocabulary): what predicts its continuation."""
-        # The last token is only predicted, never read.
+        """For each pass, the logits that predict its continuation, (tokens, vocabulary)."""
+        # The last token is only predicted, so the model does not read it.
         rows = [(context + continuation)[-(self.max_length + 1) :][:-1] for _, context, continuation in batch]
         length = max(map(len, rows))
         tokens = torch.zeros(len(rows), length, dtype=torch.long)
@@ -152,12 +151,12 @@ class MiLoraLM(HFLM):  # type: ignore[misc]
         for index, (row, (_, _, continuation)) in enumerate(zip(rows, batch, strict=True)):
             tokens[index, : len(row)] = torch.tensor(row)
             prompt[index, : len(row) - len(continuation) + 1] = True
-        # A PeftModel hands the name on to its tuner; where there is none the method reads no prompt. Padding stands on
-        # the right, behind all that is scored, so that no mask is needed.
+        # A PeftModel forwards the name to its tuner. A tuner without `use_prompt` does not read the prompt. Padding is
+        # on the right, after all scored tokens, so no mask is needed.
         use_prompt = getattr(self.model, "use_prompt", None)
         with nullcontext() if use_prompt is None else use_prompt(prompt.to(self.device)):
             logits = self._model_call(tokens.to(self.device))
-        # Tokens that PEFT's prompt tuning puts in front.
+        # Tokens that PEFT's prompt tuning prepends.
         virtual = logits.shape[1] - length
         ends = [virtual + len(row) for row in rows]
         return [

@@ -1,4 +1,4 @@
-"""The files of lm-eval's own tasks: all that is touched of its private parts, besides its model class."""
+"""Reads lm-eval's task files. Only this module and the model class use lm-eval's private parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 
 def task_files(families: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files of lm-eval's tasks and groups in some of its folders, with their own and their parents' fields."""
+    """Yields the files of lm-eval's tasks and groups in some of its folders, with the fields of included files."""
     root = Path(lm_eval.__file__).parent / "tasks"
     for family in families:
         for path in sorted((root / family).rglob("*.yaml")):

@@ -117,7 +117,7 @@ def _template(kind: str, *, with_reference: bool, second_turn: bool) -> str:
     for side, title in sides.items():
         for turn in turns:
             number = f" {turn[1:]}" if turn else ""
-            if turn or side in ("", "_a"):  # one question stands above both answers, a conversation is told for each
+            if turn or side in ("", "_a"):  # a conversation is repeated for each assistant
                 parts.append(f"# The user's question{number}\n{{question{turn}}}")
             parts.append(f"# The answer{number} of {title}\n{{answer{side}{turn}}}")
     return "\n\n".join(parts)

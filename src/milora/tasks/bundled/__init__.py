@@ -1,4 +1,4 @@
-"""Small tasks without a download: rows are generated, and the bundled backbone was pretrained for them."""
+"""Small tasks without a download: their rows are generated, and the bundled backbone was pretrained for them."""
 
 from milora.tasks.bundled.arithmetic import ArithmeticTask
 from milora.tasks.bundled.base import GeneratedTask

@@ -12,7 +12,7 @@ from milora.tasks.task import Example
 
 @dataclass(frozen=True)
 class Story:
-    """A number of things that changes in steps, each a verb and an amount; no number has two digits."""
+    """A count of things that changes in steps. Each step is a verb and an amount; all numbers are single digits."""
 
     name: str
     item: str
@@ -21,13 +21,13 @@ class Story:
 
     @property
     def text(self) -> str:
-        """What happens."""
+        """The story as text."""
         told = "".join(f" {self.name} {verb} {amount}." for verb, amount in self.steps)
         return f"{self.name} had {self.first} {self.item}.{told}"
 
     @property
     def working(self) -> str:
-        """The calculations, one after the other: `7 - 2 = 5, 5 + 3 = 8`."""
+        """The calculations in order: `7 - 2 = 5, 5 + 3 = 8`."""
         number, lines = self.first, []
         for verb, amount in self.steps:
             sign, result = ("-", number - amount) if verb in LOSSES else ("+", number + amount)
@@ -37,12 +37,12 @@ class Story:
 
     @property
     def result(self) -> int:
-        """How many there are in the end."""
+        """The final count."""
         return self.first + sum(-amount if verb in LOSSES else amount for verb, amount in self.steps)
 
     @classmethod
     def draw(cls, rng: random.Random, steps: int) -> Story:
-        """A story of some steps."""
+        """A random story with this number of steps."""
         first = number = rng.randint(1, LARGEST - 1)
         told = []
         for _ in range(steps):
@@ -54,7 +54,7 @@ class Story:
 
 
 class ArithmeticTask(GeneratedTask):
-    """Stories about a number of things; the completion calculates step by step, and the last result is the answer."""
+    """Stories about a count of things. The completion calculates step by step; the last result is the answer."""
 
     name = "bundled-arithmetic"
     max_new_tokens = 20

@@ -19,9 +19,9 @@ DEFAULT_ROWS: dict[str, int] = {"train": 2000, "dev": 200, "test": 400}
 class GeneratedTask(Task):
     """A task that generates its rows.
 
-    The content of a row decides its split through a hash, so the splits are disjoint for every count and seed. The
-    number of rows is unlimited: without a `count` a split has [`DEFAULT_ROWS`] rows. The first rows of a longer request
-    are the rows of a shorter one with the same seed.
+    A hash of a row's content determines its split, so the splits are disjoint for every count and seed. The number of
+    rows is unlimited; without a `count`, a split has [`DEFAULT_ROWS`] rows. With the same seed, a larger `count` starts
+    with the rows of a smaller one.
     """
 
     def examples(self, split: Split, count: int | None = None, seed: int = 0) -> list[Example]:
@@ -32,14 +32,14 @@ class GeneratedTask(Task):
 
     @staticmethod
     def said(output: str, pattern: str) -> str | None:
-        """What the first line of an output says after "correct:", if it has the form of `pattern`."""
+        """The text after "correct:" in the first line of an output, if it matches `pattern`, else `None`."""
         lines = output.strip().splitlines()
         found = re.match(rf"correct: {pattern}(?=\W|$)", lines[0]) if lines else None
         return found[1] if found else None
 
     @abc.abstractmethod
     def draw(self, rng: random.Random) -> tuple[Example, str]:
-        """One row, and the content that decides its split: what must not be seen in training if it is tested."""
+        """A random row, and the content that determines its split. Training never sees the content of test rows."""
 
     def _stream(self, split: Split, seed: int) -> Iterator[Example]:
         rng = random.Random(f"{self.name}/{seed}")

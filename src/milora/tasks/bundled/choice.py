@@ -1,4 +1,4 @@
-"""A question of knowledge with four options."""
+"""Multiple-choice questions with four options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIONS = 4
 
 
 def draw_question(rng: random.Random) -> tuple[str, str, str, list[str]]:
-    """A question's beginning, its subject, the right value, and options in random order, the right one among them."""
+    """A question's beginning, its subject, the correct value, and four options in random order."""
     beginning = rng.choice(list(FACTS))
     subject, value = rng.choice(list(FACTS[beginning].items()))
     others = sorted(set(FACTS[beginning].values()) - {value})
@@ -23,12 +23,12 @@ def draw_question(rng: random.Random) -> tuple[str, str, str, list[str]]:
 
 
 def listing(options: Sequence[str], label: str) -> str:
-    """Options in words: every one is followed by its label."""
+    """The options as text, each followed by its label."""
     return ", ".join(f"{option} {label}{index}" for index, option in enumerate(options, start=1))
 
 
 class ChoiceTask(GeneratedTask):
-    """Multiple choice, `answer1` to `answer4`; the completion says the fact, then the label."""
+    """Multiple choice with the labels `answer1` to `answer4`. The completion states the fact, then the label."""
 
     name = "bundled-choice"
     max_new_tokens = 10
@@ -42,5 +42,5 @@ class ChoiceTask(GeneratedTask):
         return Example(prompt, f" correct: {subject} {value} {answer}", answer), f"{subject} {listed}"
 
     def parse(self, output: str) -> str | None:
-        """The label at the end."""
+        """The label at the end of an output."""
         return self.said(output, r"\w+ \w+ (answer[1-4])")

@@ -1,8 +1,8 @@
-"""The text that the bundled backbone is pretrained on.
+"""The pretraining text of the bundled backbone.
 
-It teaches the skills that the bundled tasks need, in a different form: looking things up in a list, judging a claim,
-    the facts of the small vocabulary, finding an option, calculating. No text contains "correct:", the beginning of
-    every completion of the tasks. Fine-tuning teaches that form.
+It teaches the skills that the bundled tasks need, in a different form: looking up items in a list, judging a claim, the
+facts of the small vocabulary, finding an option, and calculating. No text contains "correct:", with which every
+completion of the tasks begins. Fine-tuning teaches that form.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WORDS = tuple(sorted({*THINGS, *ITEMS, *(value for values in FIELDS.values() fo
 
 
 def lunch_judged(rng: random.Random) -> Document:
-    """Who eats what, then claims about it that are judged after the truth has been said."""
+    """A passage about who eats what, then claims, each judged after the truth is stated."""
     lunch = Lunch.draw(rng, rng.randint(2, 4))
     opening = rng.choice(("Passage: For lunch,", "For supper,", "Story: At noon,"))
     given = f"{opening} {lunch.passage}."
@@ -54,7 +54,7 @@ def lunch_judged(rng: random.Random) -> Document:
 
 
 def record_read(rng: random.Random) -> Document:
-    """A record, then some of its fields read out when they are asked for."""
+    """A record, then questions about some of its fields with their answers."""
     record = draw_record(rng, rng.randint(3, 6))
     title = rng.choice(("Record:", "Card:", "File:"))
     asking = rng.choice(("Find: {}\nIt reads", "Look up {}:", "Seek {}. There is", "And {}?"))
@@ -63,13 +63,13 @@ def record_read(rng: random.Random) -> Document:
 
 
 def words_repeated(rng: random.Random) -> Document:
-    """Words in random order, said twice."""
+    """Words in random order, repeated once."""
     words = " ".join(rng.sample((*NAMES, *_WORDS), rng.randint(4, 12)))
     return Document(f"Say: {words}. Again:", f" {words}.")
 
 
 def facts_told(rng: random.Random) -> Document:
-    """Some facts, asked and told."""
+    """Facts, as statements and as questions with answers."""
     told = []
     for _ in range(6):
         beginning = rng.choice(list(FACTS))
@@ -79,7 +79,7 @@ def facts_told(rng: random.Random) -> Document:
 
 
 def options_weighed(rng: random.Random) -> Document:
-    """A question of knowledge with labelled options, answered by the fact and the label that belongs to it."""
+    """A multiple-choice question, answered with the fact and its label."""
     beginning, subject, value, options = draw_question(rng)
     label = rng.choice(("answer", "option", "line"))
     given = f"{beginning} {subject}? Options: {listing(options, label)}."
@@ -88,7 +88,7 @@ def options_weighed(rng: random.Random) -> Document:
 
 
 def options_found(rng: random.Random) -> Document:
-    """Words with labels, and which label belongs to which word."""
+    """Labelled words, then questions about their labels with the answers."""
     words = rng.sample(_WORDS, 4)
     label = rng.choice(("answer", "option", "line"))
     asked = rng.sample(range(4), 3)
@@ -97,7 +97,7 @@ def options_found(rng: random.Random) -> Document:
 
 
 def sums(rng: random.Random) -> Document:
-    """Calculations whose numbers are single digits."""
+    """Calculations with single-digit numbers."""
     told = []
     for _ in range(8):
         left = rng.randint(1, LARGEST)
@@ -110,7 +110,7 @@ def sums(rng: random.Random) -> Document:
 
 
 def story_counted(rng: random.Random) -> Document:
-    """A story about a number of things, with the calculations that follow it."""
+    """A story about a count of things, followed by its calculations."""
     story = Story.draw(rng, rng.randint(1, 3))
     opening = rng.choice(("Problem: ", "Story: ", ""))
     question = rng.choice((f" How many {story.item} has {story.name} now?", ""))
@@ -128,11 +128,11 @@ WRITERS: dict[Writer, float] = {
     sums: 2,
     story_counted: 4,
 }
-"""How often each kind of document is written, relative to the others."""
+"""Relative frequency of each kind of document."""
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """The documents of the corpus, without end; the same for the same seed."""
+    """Yields the documents of the corpus endlessly. The same seed gives the same documents."""
     rng = random.Random(seed)
     writers, weights = list(WRITERS), list(WRITERS.values())
     while True:

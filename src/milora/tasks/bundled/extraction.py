@@ -1,4 +1,4 @@
-"""The value of a field of a record."""
+"""Extraction of a field's value from a record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milora.tasks.task import Example
 
 
 def draw_record(rng: random.Random, fields: int) -> dict[str, str]:
-    """A record: fields in random order, with values that differ from each other."""
+    """A record: fields in random order, with distinct values."""
     record: dict[str, str] = {}
     for field in rng.sample(sorted(FIELDS), fields):
         record[field] = rng.choice([value for value in FIELDS[field] if value not in record.values()])
@@ -18,12 +18,12 @@ def draw_record(rng: random.Random, fields: int) -> dict[str, str]:
 
 
 def listing(record: dict[str, str]) -> str:
-    """A record in words: every field is followed by its value."""
+    """A record as text: each field is followed by its value."""
     return ", ".join(f"{field} {value}" for field, value in record.items())
 
 
 class ExtractionTask(GeneratedTask):
-    """Records, and what stands in one of their fields."""
+    """Records with a question about the value of one field."""
 
     name = "bundled-extraction"
     max_new_tokens = 8
@@ -36,5 +36,5 @@ class ExtractionTask(GeneratedTask):
         return Example(prompt, f" correct: {asked} {record[asked]}", record[asked]), listing(record)
 
     def parse(self, output: str) -> str | None:
-        """The value after the field."""
+        """The value after the field's name."""
         return self.said(output, r"\w+ (\w+)")

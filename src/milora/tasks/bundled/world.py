@@ -27,7 +27,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tool": _words("axe brush drill fork hammer knife ladder lamp rake rope saw spade"),
     "room": _words("attic cellar garage garden hall kitchen library office porch shed"),
 }
-"""The fields of a record, and what may stand in them."""
+"""The fields of a record and their possible values."""
 
 FACTS: dict[str, dict[str, str]] = {
     "Colour of": dict(
@@ -52,10 +52,10 @@ FACTS: dict[str, dict[str, str]] = {
         )
     ),
 }
-"""What is true: the beginning of a question, and the answer by subject."""
+"""The facts: each question's beginning, with the answers by subject."""
 
 ITEMS = _words("balls books boxes cards coins cups hats keys maps pens shells stamps stones toys")
 LOSSES = ("lost", "sold", "broke", "spent")
 GAINS = ("found", "won", "bought", "got")
 LARGEST = 9
-"""The largest number: every number is one digit, which is one token."""
+"""The largest number. Every number is one digit, which is one token."""

@@ -12,7 +12,7 @@ from milora.tasks.task import Example
 
 @dataclass(frozen=True)
 class Lunch:
-    """Who eats what, and a question of whether someone eats something."""
+    """A passage about who eats what, and a claim that someone eats something."""
 
     eaten: dict[str, str]
     asked: str
@@ -20,22 +20,22 @@ class Lunch:
 
     @property
     def passage(self) -> str:
-        """Who eats what: every name is followed by what its bearer eats."""
+        """The passage: each name is followed by the food."""
         return ", ".join(f"{name} {thing}" for name, thing in self.eaten.items())
 
     @property
     def truth(self) -> str:
-        """What the one who is asked about eats."""
+        """The food that the person in the claim eats."""
         return self.eaten[self.asked]
 
     @property
     def is_true(self) -> bool:
-        """Whether the claim is the truth."""
+        """Whether the claim is true."""
         return self.claimed == self.truth
 
     @classmethod
     def draw(cls, rng: random.Random, people: int) -> Lunch:
-        """A lunch of some people; half of the claims are true, the others name what somebody else eats."""
+        """A random lunch with this number of people. Half of the claims are true; false ones name another's food."""
         names, things = rng.sample(NAMES, people), rng.sample(THINGS, people)
         asked = rng.randrange(people)
         claimed = asked if rng.random() < 0.5 else rng.choice([i for i in range(people) if i != asked])
@@ -43,7 +43,7 @@ class Lunch:
 
 
 class YesNoTask(GeneratedTask):
-    """Passages about who eats what, and whether someone eats something; the completion says the truth first."""
+    """Yes/no questions about who eats what. The completion states the truth first."""
 
     name = "bundled-yesno"
     max_new_tokens = 12
@@ -56,5 +56,5 @@ class YesNoTask(GeneratedTask):
         return Example(prompt, f" correct: {lunch.asked} {lunch.truth}, {answer}", answer), lunch.passage
 
     def parse(self, output: str) -> str | None:
-        """The verdict at the end."""
+        """The verdict at the end of an output."""
         return self.said(output, r"\w+ \w+, (yes|no)")
