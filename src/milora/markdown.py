@@ -13,8 +13,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, left
 
     Args:
         header: The columns' names.
-        rows: Cells; each is written as `str` writes it, with `|` escaped and newlines as spaces.
-        left: How many of the first columns are aligned to the left; the others are numbers, aligned to the right.
+        rows: Cells, converted with `str`. `|` is escaped, and newlines become spaces.
+        left: Number of first columns that are left-aligned. The others have numbers and are right-aligned.
     """
     cells = [[_cell(value) for value in row] for row in rows]
     align = ["left" if index < left else "right" for index in range(len(header))]

@@ -56,7 +56,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Shapes(Models):
-    """A backbone of which only the shape is needed."""
+    """A backbone by its shape, without weights."""
 
     backbone: Annotated[
         str | None,
@@ -75,7 +75,7 @@ class RunningModels(Models):
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated, and how."""
+    """The options of generation."""
 
     beams: Beams = "1,3"
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Length of the prompts.")] = 64

@@ -11,7 +11,7 @@ OUTPUT = "standard output"
 
 
 class _Output(io.FileIO):
-    """Standard output whose errors name it."""
+    """Standard output. Its errors name it as their file."""
 
     def write(self, data: Any, /) -> int:
         try:

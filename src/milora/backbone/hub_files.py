@@ -45,6 +45,6 @@ def commit_of(backbone: str, revision: str) -> str | None:
     Raises:
         OSError: If there is no such revision, or the hub cannot be reached.
     """
-    # A file in the cache lies in `snapshots/{commit}`.
+    # The cache stores files in `snapshots/{commit}`.
     commit = Path(hf_hub_download(backbone, "config.json", revision=revision)).parent.name
     return commit if _COMMIT.fullmatch(commit) else None

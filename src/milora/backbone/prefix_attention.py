@@ -141,7 +141,7 @@ def _causal_mask(attention: nn.Module, query: Tensor, key: Tensor, is_causal: bo
     """The mask that scaled dot-product attention omits: (1, 1, queries, keys), bool, or `None` for no mask.
 
     transformers omits it for a single query, and if the first query is at the first key: without a cache, or with an
-        empty dynamic or static cache (whose keys after the last query are still to be filled).
+    empty dynamic or static cache (its keys after the last query are not filled yet).
     """
     queries, keys = query.shape[2], key.shape[2]
     causal = getattr(attention, "is_causal", True) if is_causal is None else is_causal

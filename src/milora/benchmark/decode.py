@@ -159,7 +159,7 @@ class GenerationCase:
                 "seconds_to_first_token": measured.median(name, lambda timing: timing.first_token),
                 "seconds_of_first_step": measured.median(name, lambda timing: timing.first_step or 0.0),
                 "seconds": measured.median(name, lambda timing: timing.whole),
-                # What a decode step must read of the backbone, by the time it takes, and that by what a copy moves.
+                # Weight bytes that a decode step reads per second, and their share of a copy's bandwidth.
                 "weight_gigabytes_per_second": weights_per_second / GIGA,
                 "share_of_bandwidth": weights_per_second / bandwidth,
                 "prompt_tokens": length,
@@ -191,7 +191,7 @@ class GenerationCase:
         else:
             short = self._run(name, min(SHORT, self.new_tokens))
             affordable = affordable_tokens(short, self.new_tokens, settings.round_seconds)
-            # The last one follows, in which memory is measured: after a short run it allocates what every other does.
+            # The last warm-up run measures the memory. After a short run, its allocations are typical.
             runs = settings.warmups - 1
         for _ in range(runs):
             self._run(name, affordable)

@@ -112,7 +112,7 @@ def generation_arguments(device: torch.device, beams: int, new_tokens: int, comp
     arguments: dict[str, Any] = {"max_new_tokens": new_tokens, "num_beams": beams, "do_sample": False}
     if compiled:
         mode = "reduce-overhead" if device.type == "cuda" else "default"
-        # Not `fullgraph`: Dynamo cannot trace PEFT's DoRA whole, which is measured all the same; rows say who breaks.
+        # `fullgraph` would fail for PEFT's DoRA, which Dynamo cannot trace as one graph. Rows report graph breaks.
         arguments |= compiled_settings({"compile_config": CompileConfig(mode=mode, dynamic=False)})
     return arguments
 

@@ -19,7 +19,7 @@ from milora_core.kernels import add_grouped_lora, grouped_lora_reference
 
 OPERATOR, REFERENCE, COPY = "operator", "reference", "copy"
 COLD_BYTES = 2**28
-"""Minimum total size of the stacks that calls use in turn, so that no stack is in a cache."""
+"""Minimum total size of the stacks that calls use in turn. No stack then stays in a cache."""
 
 
 @dataclass(frozen=True)

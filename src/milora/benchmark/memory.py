@@ -64,7 +64,7 @@ def peak_growth(run: Callable[[], Any], device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(profile_memory=True) as recorded:
         run()
-    # Read where the profiler leaves them: its own summary in Python takes minutes for as many operations.
+    # Reads the raw events: the profiler's summary in Python takes minutes for this many operations.
     allocations = [
         (event.start_ns(), event.nbytes())
         for event in recorded.kineto_results.events()

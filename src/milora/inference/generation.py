@@ -90,7 +90,7 @@ def generate_texts(
         tokenizer: The model's.
         prompts: Strings, or lists of chat messages for the tokenizer's chat template.
         decoding: Decoding settings; [`Decoding`]'s defaults if `None`.
-        batch_size: The most prompts a batch.
+        batch_size: Maximum number of prompts per batch.
         adapters: The adapter of each prompt, if they differ.
 
     Returns:

@@ -20,7 +20,7 @@ def route_prompts(
         model: A causal language model with an adapter that has routers.
         tokenizer: The model's.
         prompts: Strings, or lists of chat messages for the tokenizer's chat template.
-        batch_size: The most prompts a batch; prompts of similar length share one.
+        batch_size: Maximum number of prompts per batch. A batch has prompts of similar length.
         progress: A `rich` progress bar.
 
     Raises:

@@ -26,8 +26,8 @@ class LearnedAdapterSearch(ArchitectureSearch):
     `MiLoraTrainer`, whose checkpoints contain them, and restart in other trainers. A model with a known architecture is
     only trained.
 
-    What the trainer holds to be the best checkpoint is forgotten when the search ends, because no checkpoint of the
-    search has the final architecture.
+    The trainer's best checkpoint is reset when the search ends, because no checkpoint of the search has the final
+    architecture.
 
     Args:
         dev_batches: Batches of the dev set with labels, as the model takes them; begun again when they run out.

@@ -58,7 +58,7 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         return {"counter": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on counting."""
+        """Restores the count."""
         self._stopping.early_stopping_patience_counter = state["counter"]
 
 
