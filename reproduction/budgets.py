@@ -91,7 +91,7 @@ def size_at(name: str, config: Any, budget: str | int) -> Settings:
     if name != "moelora":
         return _checked(name, {size.field: _nearest(name, size, config, target, {})}, config, target)
     tried: list[tuple[int, Settings]] = []
-    # Nearest to the paper's eight experts first; of two at the same distance the smaller, whose experts are larger.
+    # Numbers of experts nearest to the paper's eight come first; of two at the same distance, the smaller comes first.
     for experts in sorted(range(2, 2 * EXPERTS + 1), key=lambda experts: (abs(experts - EXPERTS), experts)):
         shape = {} if experts == EXPERTS else {"num_experts": experts, "top_k": max(experts // 2, 1)}
         of_experts = Size(size.field, experts * max(round(size.paper / experts), 1), experts)

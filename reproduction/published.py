@@ -18,7 +18,7 @@ TABLES: Mapping[str, str] = {
     "table3": "table3_instruction_tuning_llama2_7b",
     "table5": "table5_ablation_llama2_7b",
 }
-"""The tables whose rows have a number in each column, with their place in the file."""
+"""The tables with a number in each column, and their keys in the file."""
 
 _TASKS = {"mt_bench_gpt4": "mt-bench"}
 
@@ -42,7 +42,7 @@ def tasks(table: str) -> list[str]:
 
 
 def table7() -> dict[str, list[dict[str, float]]]:
-    """Table 7: by backbone, the two rows, of which the text says that the second, higher one is MiLoRA's."""
+    """Table 7: the two rows of each backbone. According to the paper's text, the second, higher row is MiLoRA's."""
     content = dict(everything()["table7_backbones"])
     names = [_column(name) for name in content.pop("columns")]
     del content["note"]
@@ -56,7 +56,7 @@ def table4() -> dict[str, list[tuple[int, float, int]]]:
 
 
 def dataset(task: str) -> dict[str, int | None]:
-    """Table 6: the rows of a task to train on, of dev and to test on; `None` where it has none of its own."""
+    """Table 6: a task's numbers of train, dev and test rows; `None` if the task does not have the split."""
     content = everything()["table6_datasets"]
     rows: dict[str, list[int | None]] = {_column(name): counts for name, counts in content.items() if name != "columns"}
     return dict(zip(content["columns"], rows[task], strict=True)) if task in rows else {}

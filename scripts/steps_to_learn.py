@@ -1,6 +1,6 @@
-"""Measures after how many steps the bundled backbone learns a task, with LoRA, MiLoRA, and variants of MiLoRA.
+"""Measures the number of steps until the bundled backbone learns a task, with LoRA, MiLoRA, and variants of MiLoRA.
 
-    python scripts/steps_to_learn.py --output docs/results/steps-to-learn.jsonl            # runs what is missing of it
+    python scripts/steps_to_learn.py --output docs/results/steps-to-learn.jsonl            # runs the missing cases
     python scripts/steps_to_learn.py --output docs/results/steps-to-learn.jsonl --table    # prints the table
 
 A report's tables show an adapter's accuracy after a fixed number of steps, which for easy tasks is all or nothing. This

@@ -136,7 +136,7 @@ def run(trial: Trial, backbone: str, data: str) -> dict[str, Any]:
         for split, count in (("train", trial.train_rows), ("dev", trial.dev_rows), ("test", trial.test_rows))
         if count != 0
     }
-    # Seeded again: what is read must not move the adapter's start.
+    # Seeds again, so the adapter's initial weights do not depend on the rows.
     torch.manual_seed(trial.seed)
     model = get_peft_model(model, config_for(trial.method, model, **trial.settings))
     routers = prepare_routers(model, trial)

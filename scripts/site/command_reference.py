@@ -1,4 +1,4 @@
-"""The reference of the command line, made of the commands themselves."""
+"""Generates the reference of the command line from the commands."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _of_command(name: str, command: Any, level: int) -> Iterator[str]:
     if rows:
         yield from _table(rows)
     for child, sub_command in getattr(command, "commands", {}).items():
-        # All commands of `milora` stand on one level below it.
+        # All direct sub-commands of `milora` have its heading level.
         yield from _of_command(f"{name} {child}", sub_command, level + (name != "milora"))
 
 
 def _of_train(command: Any, level: int) -> Iterator[str]:
-    """`milora train` leaves its options to TRL's parser."""
+    """The options of `milora train`, which TRL's parser defines."""
     parser = train._parser()
     own = [name for kind in _argument_classes() for name in kind.__annotations__]
     actions = {action.dest: action for action in reversed(parser._actions)}

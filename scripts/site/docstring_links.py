@@ -1,4 +1,4 @@
-"""Turns the docstrings' [`Name`] references into links: an extension of Griffe, which reads the docstrings."""
+"""A Griffe extension that turns the docstrings' [`Name`] references into links."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PACKAGES = ("milora", "milora_core", "milora_vllm")
 class DocstringLinks(griffe.Extension):
     """Adds each reference's full path, which mkdocs-autorefs looks up.
 
-    A name is looked up as Python would: in the object, its class, its module and the module's imports; then among the
-    package's classes and functions, where one alone has that name.
+    A name is looked up as in Python: in the object, its class, its module and the module's imports; then among the
+    package's classes and functions, if only one of them has this name.
     """
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
@@ -54,8 +54,8 @@ def _linked(package: griffe.Module, scope: griffe.Object, match: re.Match[str], 
 
 
 def _canonical(package: griffe.Module, path: str) -> str:
-    """A path in the module that defines the object, not in a package that imports it."""
+    """The path in the module that defines the object, instead of in a package that imports it."""
     try:
         return package[path.removeprefix(f"{package.name}.")].canonical_path
     except (KeyError, griffe.AliasResolutionError, griffe.CyclicAliasError):
-        return path  # another package's, or unknown: then the strict build names it
+        return path  # a name of another package, or an unknown one, which the strict build reports

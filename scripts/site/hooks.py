@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages made of the code and of files outside docs/, and links to files of the checkout."""
+"""MkDocs hooks: pages generated from the code, pages from files outside docs/, and links to files of the checkout."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ COPIED = {
     "changelog.md": "CHANGELOG.md",
     "results/reproduce.md": "reproduction/README.md",
 }
-"""Pages that lie outside docs/, where people look for them in a checkout."""
+"""Pages from files outside docs/."""
 
 API_INDEX = "reference/api/index.md"
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def packages() -> list[str]:
-    """The packages with modules of their own, public ones first: a page of the reference each."""
+    """The packages, public ones first. Each has a page in the reference."""
     found = []
     for layer in ("milora", "milora_core", "milora_vllm"):
         for marker in sorted((ROOT / "src" / layer).rglob("__init__.py")):
@@ -35,7 +35,7 @@ def packages() -> list[str]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Puts the API's pages into the navigation, behind their index."""
+    """Adds the API's pages to the navigation, after their index."""
     pages: list[Any] = [API_INDEX, *({name: f"reference/api/{name}.md"} for name in packages())]
     for section in config.nav or []:
         if isinstance(section, dict) and "Reference" in section:
@@ -44,7 +44,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are made here."""
+    """Adds the generated pages."""
     made = {f"reference/api/{name}.md": _api_page(name) for name in packages()}
     sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads hooks as single files
     made["reference/commands.md"] = importlib.import_module("command_reference").page()
@@ -65,7 +65,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[0]
         path = posixpath.normpath(posixpath.join("docs", folder, target))
         if path.startswith("docs/") or not (ROOT / path).is_file():
-            return match[0]  # the strict build names it
+            return match[0]  # the strict build reports it
         copy = f"checkout/{path}.txt"
         if files.get_file_from_path(copy) is None:
             files.append(File.generated(config, copy, content=(ROOT / path).read_text(encoding="utf-8")))
@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _api_page(package: str) -> str:
-    """A package's modules, without the packages below it, which have pages of their own."""
+    """The page of a package's modules. Its sub-packages have separate pages."""
     folder = ROOT / "src" / package.replace(".", "/")
     modules = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
     own = "    options: {show_root_heading: false, show_root_toc_entry: false, members: false}"
@@ -85,7 +85,7 @@ def _api_page(package: str) -> str:
 
 
 def _moved(text: str, source: str, page: str) -> str:
-    """A file's Markdown with its relative links seen from another place."""
+    """A file's Markdown with its relative links adjusted to the page's location."""
     home = {source: page for page, source in COPIED.items()}
 
     def relinked(match: re.Match[str]) -> str:
