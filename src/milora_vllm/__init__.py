@@ -32,7 +32,7 @@ def register() -> None:
 
     if not vllm.__version__.startswith(SUPPORTED):
         _log.warning(
-            "milora supports vLLM %sx and found %s: MiLoRA adapters cannot be served. Install vllm==%s0.",
+            "milora supports vLLM %sx; found %s. MiLoRA adapters cannot be served: install vllm==%s0.",
             SUPPORTED,
             vllm.__version__,
             SUPPORTED,

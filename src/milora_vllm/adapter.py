@@ -104,7 +104,7 @@ def request_routing(request: Any) -> Routing | None:
     arguments = getattr(request.sampling_params, "extra_args", None) or {}
     length = arguments.get(PROMPT_TOKENS, len(tokens))
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= len(tokens):
-        raise MiLoraError(f"{PROMPT_TOKENS} must lie between 1 and the {len(tokens)} tokens sent; found {length!r}.")
+        raise MiLoraError(f"{PROMPT_TOKENS} must be between 1 and the {len(tokens)} tokens sent; found {length!r}.")
     return file.routing(tokens, length)
 
 

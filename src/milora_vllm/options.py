@@ -64,6 +64,7 @@ def _too_small(config: Any, file: AdapterFile) -> list[str]:
     if scheduler.max_num_batched_tokens >= needed:
         return []
     return [
-        f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: its route is decided by up to "
-        f"{file.span(longest)} tokens in one step; pass --max-num-batched-tokens {needed}, or a smaller --max-model-len"
+        f"--max-num-batched-tokens {scheduler.max_num_batched_tokens}: one step must compute up to "
+        f"{file.span(longest)} tokens to decide a route; pass --max-num-batched-tokens {needed}, or a smaller "
+        "--max-model-len"
     ]

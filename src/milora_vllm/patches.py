@@ -149,8 +149,8 @@ def _patch_loading() -> None:
             check_options(self._milora_config, file, lora_request.lora_name)
             if lora_request.load_inplace:
                 raise MiLoraError(
-                    f"MiLoRA adapter {lora_request.lora_name!r} cannot be loaded in place, since cached keys, values "
-                    "and routes would outlive it: unload it, then load it without load_inplace."
+                    f"MiLoRA adapter {lora_request.lora_name!r} cannot be loaded in place, because keys, values and "
+                    "routes of the old weights stay cached: unload it, then load it without load_inplace."
                 )
             if not (file.folder / WEIGHTS).is_file():
                 raise MiLoraError(f"{file.folder} has no {WEIGHTS}; save the adapter as safetensors.")

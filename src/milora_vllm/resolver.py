@@ -36,7 +36,7 @@ class MiLoraFilesystemResolver(LoRAResolver):  # type: ignore[misc]
             return None
         backbone = config.get("base_model_name_or_path")
         if backbone != base_model_name:
-            _log.warning("The adapter %s is for %s, not for %s: it is not loaded.", folder, backbone, base_model_name)
+            _log.warning("The adapter %s was not loaded: it is for %s, not %s.", folder, backbone, base_model_name)
             return None
         # vLLM replaces the number.
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))

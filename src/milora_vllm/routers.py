@@ -90,11 +90,11 @@ def read_routers(
         if None in found:
             raise MiLoraError(
                 f"vLLM has no LoRA layer for the expert {block}.{experts[found.index(None)]}: the adapter is for "
-                "another backbone, or --lora-target-modules leaves the module out."
+                "another backbone, or --lora-target-modules excludes the module."
             )
         layers = {place[0] for place in found if place is not None}
         if len(layers) != 1:
-            raise MiLoraError(f"{file.folder}: the experts of {block} lie in {len(layers)} blocks of vLLM's model.")
+            raise MiLoraError(f"{file.folder}: the experts of {block} are in {len(layers)} blocks of vLLM's model.")
         of_block = activation if isinstance(activation, str) else activation[index]
         router = _router(file, block, tensors, hidden_size, len(experts), of_block).to(device)
         columns = torch.tensor([place[1] for place in found if place is not None], device=device)
@@ -117,7 +117,9 @@ def _router_tensors(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
     except SafetensorError as error:
         raise MiLoraError(f"{path} is truncated or not a safetensors file: {error}.") from error
     if not blocks:
-        raise MiLoraError(f"{path} has no router: it is not a MiLoRA adapter, though its adapter_config.json says so.")
+        raise MiLoraError(
+            f"{path} has no router, but its adapter_config.json has peft_type MILORA: save the adapter again."
+        )
     return dict(sorted(blocks.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))
 
 
