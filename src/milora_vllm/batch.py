@@ -120,8 +120,8 @@ class Routes:
             return None, False
         if computed > routing.first or after < routing.end:
             raise RuntimeError(
-                f"MiLoRA's scheduling failed: tokens {routing.first} to {routing.end} decide the route and must be in one "
-                f"step; found tokens {computed} to {after}."
+                f"MiLoRA's scheduling failed: tokens {routing.first} to {routing.end} decide the route and must be in "
+                f"one step; found tokens {computed} to {after}."
             )
         route = self._by_key[routing.key] = self._new_route()
         # Keeps more routes than the scheduler assumes to be known.
