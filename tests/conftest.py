@@ -11,7 +11,7 @@ from support.data import DATA_DIR  # noqa: F401, reads MILORA_DATA_DIR
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-# It says where the tests find data; the commands that they run get a folder by flag, or none.
+# `support.data` has read it. Commands under test get a folder by flag, or none.
 os.environ.pop("MILORA_DATA_DIR", None)
 
 # The models are so small that a second thread costs more than it computes.
@@ -27,13 +27,13 @@ def seeded() -> None:
 
 @pytest.fixture
 def torchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode steps as on a GPU, and on a CPU without a C compiler."""
+    """Decode with torch's products, as on a GPU or on a CPU without a C compiler."""
     monkeypatch.setenv("MILORA_NATIVE", "0")
 
 
 @pytest.fixture(params=["native", "torch"])
 def either_way(request: pytest.FixtureRequest) -> None:
-    """Decode steps by the native kernel, and by torch's products."""
+    """Run a test twice: decoding with the native kernel, and with torch's products."""
     from milora_core.kernels.native import library
 
     if request.param == "torch":

@@ -1,4 +1,4 @@
-"""The demo, in miniature: every part of it runs and leaves what it says it leaves."""
+"""A small demo: every part runs and writes the files that it announces."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_two_demos_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 def test_another_backbone_learns_the_shop_s_tasks(tmp_path: Path) -> None:
-    """The bundled backbone by its path is any model folder."""
+    """The bundled backbone, given by its path, stands for any model folder."""
     backbone = str(TINY_BACKBONE)
     settings = DemoSettings.for_backbone(backbone, steps=2, test_rows=2)
     assert (settings.batch_size, settings.learning_rate) == (8, 1e-3)

@@ -1,4 +1,4 @@
-"""How modules may import each other: one way, and down the floors of CONTRIBUTING.md."""
+"""Imports between modules: no cycles, and only within the layers of CONTRIBUTING.md."""
 
 import ast
 import subprocess
@@ -30,7 +30,7 @@ FLOORS = [
     ["milora_cli"],
     ["reproduction"],
 ]
-"""From the bottom up. A module imports from its own package and from floors below it."""
+"""From the lowest layer up. A module imports from its own package and from lower layers."""
 
 
 def name_of(file: Path) -> str:
@@ -43,14 +43,14 @@ FILES = {name_of(file): file for folder in (SOURCE, REPRODUCTION) for file in fo
 
 
 def imported(file: Path) -> set[str]:
-    """The modules of the project that a file names: at its top, for types only, or in a function."""
+    """The project's modules that a file imports: at module level, for types only, or in a function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            # From a package, modules come as names too.
+            # `from package import module` also imports a module.
             names |= inner & set(FILES) or {node.module}
     return names & set(FILES)
 

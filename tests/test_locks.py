@@ -1,4 +1,4 @@
-"""Folders that one process writes to: others are refused by name, and a killed process leaves no lock."""
+"""Folders with one writing process: others get an error that names it, and a killed process leaves no lock."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from filelock import FileLock
 from milora.locks import writing_alone
 from milora_core.errors import MiLoraError
 
-# Forked, as a new interpreter takes seconds to import torch.
+# Forked, because a new interpreter needs seconds to import torch.
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def hold(folder: Path, told: Path, worker: bool) -> None:
     with writing_alone(folder):
-        if worker and os.fork() == 0:  # as a data loader's worker, which outlives a killed parent
+        if worker and os.fork() == 0:  # like a data loader's worker that outlives its killed parent
             time.sleep(10)
             os._exit(0)
         told.write_text("here")
@@ -53,7 +53,7 @@ def holding(folder: Path, told: Path, worker: bool = False) -> Iterator[int]:
 def test_a_second_process_is_told_who_has_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     with holding(folder, tmp_path / "told") as pid:
-        for _ in range(2):  # the first refusal leaves the name in place
+        for _ in range(2):  # the first refusal must keep the name
             with pytest.raises(MiLoraError) as raised, writing_alone(folder, "give another"):
                 pytest.fail("two are in")
             assert str(raised.value) == f"{folder} is in use by process {pid} on {platform.node()}: give another."
@@ -83,7 +83,7 @@ def test_a_program_started_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> N
 
 
 def test_an_exception_releases_the_lock_and_comes_through(tmp_path: Path) -> None:
-    # What an unavailable lock raises, from somewhere else.
+    # The exception for a held lock, raised by something else.
     with pytest.raises(BlockingIOError), writing_alone(tmp_path):
         raise BlockingIOError
     refused = pytest.raises(MiLoraError, match=f"process {os.getpid()} on")

@@ -1,4 +1,4 @@
-"""The thirteen methods by name: their counts against the paper's, and that each works on a tiny backbone."""
+"""The thirteen methods by name: parameter counts against the paper's, and that each works on a tiny backbone."""
 
 import re
 from functools import cache
@@ -32,7 +32,7 @@ NAMES = [
 NOT_DERIVABLE = {"ssp", "learned-adapter"}
 REQUIRED = {"adalora": {"total_step": 100}}
 
-# By hand, for Llama-2 7B: 32 blocks, four modules of 4096 x 4096, three of 4096 x 11008, LoRAs of rank 32.
+# By hand for Llama-2 7B: 32 blocks, four modules of 4096 x 4096, three of 4096 x 11008, LoRA of rank 32.
 ATTENTION, FEED_FORWARD = 32 * (4096 + 4096), 32 * (4096 + 11008)
 LORA = 32 * (4 * ATTENTION + 3 * FEED_FORWARD)
 # W_r for 7 experts, the pooler's vector, the rational's 7 + 5 coefficients.
@@ -41,7 +41,7 @@ ROUTERS = 32 * (7 * 4096 + 4096 + 12)
 
 @cache
 def counted(name: str) -> Counts:
-    """The counts of a method on the paper's backbone."""
+    """A method's counts on the paper's backbone."""
     return parameter_counts(name, PAPER_BACKBONE)
 
 
@@ -74,7 +74,7 @@ def test_activated_parameters_of_milora(top_k: int) -> None:
 def test_exact_counts_where_the_arithmetic_is_simple() -> None:
     assert counted("lora").tunable == LORA
     assert counted("dora").tunable == LORA
-    # And a singular value for each rank.
+    # Plus one singular value per rank.
     assert counted("adalora").tunable == LORA + 32 * 7 * 32
     assert counted("midora") == counted("milora")
     moelora = counted("moelora")

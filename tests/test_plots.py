@@ -46,7 +46,7 @@ def test_a_cell_is_as_dark_as_its_share(tmp_path: Path, monkeypatch: pytest.Monk
     (figure,) = drawn
 
     def shade(column: int) -> float:
-        # In the upper part of the cell, where no number stands; `savefig` has the origin above.
+        # In the upper part of the cell, above the number; `savefig` has its origin at the top.
         x, y = figure.axes[0].transData.transform((column, -0.35)) / figure.dpi * 160
         return float(pixels[len(pixels) - int(y), int(x)])
 

@@ -1,4 +1,4 @@
-"""Tasks and methods of another distribution: installed, they work by name as ours do."""
+"""Tasks and methods from another distribution: once installed, they work by name as the built-in ones do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ vera = someones_milora_plugin:VERA
 
 
 def install(folder: Path, entry_points: str) -> None:
-    """What pip leaves in site-packages."""
+    """Writes the files that pip would leave in site-packages."""
     (folder / "someones_milora_plugin.py").write_text(MODULE)
     metadata = folder / "someones_milora_plugin-1.0.dist-info"
     metadata.mkdir()
@@ -90,13 +90,13 @@ def test_an_installed_method_is_trained_and_loaded_by_name(
     install(site, ENTRY_POINTS)
     assert variant("vera").method == "vera"
     counts = methods.parameter_counts("vera", "tiny")
-    # A vector of the rank and one of the output's size, for each of 4 blocks.
+    # Vectors of the rank's and the output's size, for each of 4 blocks.
     assert counts.tunable == 4 * (4 + 224)
     output = tmp_path / "out"
     flags = ["--method", "vera", "--task", "echo", "--max-steps", "1", "--output-dir", str(output), "--use-cpu"]
     assert main(["train", "--backbone", "tiny", *flags, "--report-to", "none", "--dev-rows", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "vera"
-    # A process that only reads the adapter loads the plugin too, as PEFT may not know its method otherwise.
+    # A process that only loads the adapter must load the plugin too, because PEFT may not know the method.
     plugins.cache_clear()
     del sys.modules["someones_milora_plugin"]
     model, _ = load_for_inference({"default": str(output)}, "tiny")

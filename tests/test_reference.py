@@ -1,4 +1,4 @@
-"""Checks the reference itself: literal numbers worked out by hand, and identities that need no router."""
+"""Checks of the reference itself: values computed by hand, and identities that need no router."""
 
 import math
 from typing import Any
@@ -211,7 +211,7 @@ class TestReference:
         reference = reference_for("llama")
         sequence, other = prompt_of(10), prompt_of(10)
         other[0, 6:] += 1
-        # The first six positions are causal, and see the same route.
+        # The first six positions are causal and have the same route.
         torch.testing.assert_close(reference.logits(sequence, 6)[:, :6], reference.logits(other % 97, 6)[:, :6])
         assert not torch.equal(reference.route(sequence).probabilities, reference.route(sequence[:, :6]).probabilities)
 

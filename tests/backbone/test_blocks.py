@@ -1,4 +1,4 @@
-"""Where the Transformer blocks are and which of their modules can be experts, held against lists made by hand."""
+"""Finding the Transformer blocks and the modules that can be experts, compared with lists written by hand."""
 
 from types import SimpleNamespace
 
@@ -44,7 +44,7 @@ def test_a_model_with_lora_of_peft_has_the_same_experts() -> None:
 
 
 class Plain(nn.Module):
-    """A model without a configuration: two blocks, and a shorter list of linear modules beside them."""
+    """A model without a configuration: two blocks, and a shorter list of other linear modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_argument_reaches_the_discovery() -> None:
     with pytest.raises(MiLoraError, match=r"'model\.blocks': LlamaForCausalLM has no such module"):
         get_peft_model(ARCHITECTURES["llama"](), MiLoraConfig(blocks="model.blocks"))
     model = ARCHITECTURES["llama"]()
-    # A second tower as deep as the decoder, in the decoder: nothing tells them apart.
+    # A second tower inside the decoder with the same depth makes the choice ambiguous.
     model.model.tower = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 8)}) for _ in range(2))
     with pytest.raises(MiLoraError, match=r"found \['model\.layers', 'model\.tower'\]"):
         get_peft_model(model, MiLoraConfig(r=4))

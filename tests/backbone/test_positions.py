@@ -1,4 +1,4 @@
-"""How long a text may be, asked of the configurations of different architectures."""
+"""The longest text that a model supports, from the configurations of different architectures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The named shapes have the published numbers of parameters, and cost nothing on meta."""
+"""The named shapes have the published parameter counts and use no memory on the meta device."""
 
 import resource
 
@@ -10,7 +10,7 @@ from milora import MiLoraError
 from milora.backbone.blocks import find_blocks
 from milora.backbone.shapes import SHAPES, build, shape_config
 
-# Of the checkpoints on the hub (sum of the tensors, tied ones once).
+# From the checkpoints on the hub (sum of the tensors; tied tensors count once).
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -37,7 +37,7 @@ def test_every_shape_is_held_against_its_size() -> None:
 def test_the_largest_takes_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     build("llama-2-70b")
-    # In KiB; its weights would take 257 GiB.
+    # In KiB. Its weights would need 257 GiB.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 

@@ -1,4 +1,4 @@
-"""The attention and the feed-forward of a block, in every architecture, and what is said when there are none."""
+"""Finding the attention and feed-forward of a block in every architecture, and the errors if there are none."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from milora import MiLoraError
 from milora.backbone.blocks import Block, find_blocks
 from milora.backbone.sublayers import SUBLAYER_NAMES, find_sublayers
 
-# Written from reading transformers' sources: (module read, module changed) of attention and of feed-forward.
+# Written by reading transformers' sources: (module read, module changed) of attention and of feed-forward.
 _USUAL = (("self_attn", "self_attn"), ("mlp", "mlp"))
 _GPT2 = (("attn", "attn"), ("mlp", "mlp"))
 _BLOOM = (("self_attention", "self_attention"), ("mlp", "mlp"))
@@ -38,7 +38,7 @@ def test_sublayers(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_their_outputs_reach_the_block_once(name: str) -> None:
-    """What is added to a sub-layer's output is called once a pass, fits the hidden states and changes the logits."""
+    """Each sub-layer's output module is called once per pass, has the hidden states' shape and affects the logits."""
     model = ARCHITECTURES[name]()
     bare = model(INPUT_IDS).logits
     block = find_blocks(model)[-1]

@@ -1,4 +1,4 @@
-"""A backbone's folder, as small as can be, and a clock that tests move."""
+"""A tiny backbone's folder, and a clock that tests control."""
 
 import functools
 import time
@@ -22,7 +22,7 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        # What every vocabulary has, and what must not end a measured generation.
+        # Every token ends the sequence; a measured generation must continue nevertheless.
         eos_token_id=list(range(61)),
     ).save_pretrained(folder)
     return str(folder)
@@ -30,12 +30,12 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bandwidth is measured with half a gigabyte otherwise."""
+    """Measure bandwidth with a small copy instead of half a gigabyte."""
     monkeypatch.setitem(bandwidth.COPIED_BYTES, "cpu", 2**20)
 
 
 class Clock:
-    """A clock that stands still but for what a test makes slow, so that figures can be worked out by hand."""
+    """A clock that advances only in functions that a test slows down, so timings can be computed by hand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -43,7 +43,7 @@ class Clock:
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def slow(self, owner: Any, name: str, seconds: float) -> None:
-        """Every call of a function takes as long from here on."""
+        """Make every later call of a function take `seconds`."""
         function = getattr(owner, name)
 
         @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""`scripts/bench_gpu.sh`: its dry run, where it writes, and that no result stands for another."""
+"""`scripts/bench_gpu.sh`: its dry run, its output folders, and that it never reuses a stale result."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def test_it_runs_dry(tmp_path: Path) -> None:
     assert all(f"\n{title}: " in text for title in ("kernel", "decode", "tenants", "prefill", "train", "traffic"))
     for name in ("decode-compiled", "tenants-compiled-2"):
         for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]:
-            # A greedy step is one graph, which is there before the measurement begins.
+            # A greedy step is one graph, compiled before the measurement begins.
             expected = (0, 0, row["beam"] == 1, row["beam"] > 1)
             compiled, reason = row["compiled_in_warm_up"] > 0, row["not_compiled"] is not None
             assert (row["compiled_later"], row["graph_breaks"], compiled, reason) == expected, (name, row["method"])
 
 
 class Repository:
-    """A repository with nothing but the script in it, and a `milora` that notes what it is asked for."""
+    """A repository that contains only the script, and a `milora` that records its calls."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -62,7 +62,7 @@ class Repository:
         )  # fmt: skip
 
     def results(self) -> set[Path]:
-        """Folders with all results."""
+        """The folders with complete results."""
         return {path.parent for path in self.root.rglob("kernel.json")}
 
 

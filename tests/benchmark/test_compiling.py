@@ -1,4 +1,4 @@
-"""`milora.benchmark.compiling`: what is counted of a method's graphs, and that each method has its own."""
+"""`milora.benchmark.compiling`: graphs are counted per method, and every method gets separate graphs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +48,7 @@ def test_steps_are_compiled_on_a_cpu_too() -> None:
 
 
 def traced(beams: int = 1, new_tokens: int = 4, compiled: bool = True) -> dict[str, Any]:
-    """Arguments of `generate` under which steps are compiled in no time: traced, and run by torch as they are."""
+    """Arguments of `generate` that compile steps quickly: dynamo traces them, and torch runs them eagerly."""
     settings = {"max_new_tokens": new_tokens, "num_beams": beams, "do_sample": False}
     config = CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=False)
     return settings | (compiled_settings({"compile_config": config}) if compiled else {})
@@ -61,7 +61,7 @@ def test_each_method_has_steps_of_its_own(tiny_shape: str) -> None:
     backbone = build_backbone(settings)
     prompts = random_prompts(backbone, 2, 5, seed=0)
     counted = Compilations()
-    # MOELoRA consists of hooks, which torch.compile does not look at; each is built after the one before was compiled.
+    # torch.compile does not guard on hooks, which MOELoRA uses; each method is built after the previous one compiled.
     for name in ("base", "moelora", "lora", "milora"):
         model = build_method(name, backbone, settings).model
         expected = model.generate(**prompts, **traced(compiled=False))

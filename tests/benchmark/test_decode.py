@@ -1,4 +1,4 @@
-"""`milora.benchmark.decode`: turns, lengths, memory, and rows that follow from what was measured."""
+"""`milora.benchmark.decode`: order, lengths, memory, and rows computed from the measurements."""
 
 import statistics
 from typing import Any
@@ -30,7 +30,7 @@ def test_methods_take_turns() -> None:
 def test_every_method_runs_and_ratios_are_those_of_the_same_round(tiny_shape: str) -> None:
     names = [name for name, found in VARIANTS.items() if not found.bilevel]
     result = decode(DecodeSettings(backbone=tiny_shape, methods=tuple(names), batch=2, **{**QUICK, "rounds": 3}))
-    # Up to three rounds more, on a machine that has something else to do.
+    # Up to three more rounds if the machine is busy.
     rounds = len(result.order) // len(names)
     assert 3 <= rounds <= 6
     assert [(turn.round, turn.method) for turn in result.order] == [(n, name) for n in range(rounds) for name in names]
@@ -69,14 +69,14 @@ def test_speed_and_share_of_the_bandwidth(tiny_shape: str, clock: Any) -> None:
     clock.slow(Copy, "__call__", 0.25)
     result = decode(DecodeSettings(backbone=tiny_shape, methods=("base", "milora"), batch=3, **QUICK))
     rows = {row["method"]: row for row in result.rows}
-    # A step is two blocks of 3 s and no router; three rows write a token each.
+    # A step is two blocks of 3 s and no router; each of three rows writes one token.
     assert {name: (row["tokens_per_second"], row["ratio_to_base"]) for name, row in rows.items()} == {
         "base": (pytest.approx(3 / 6), 1), "milora": (pytest.approx(3 / 6), pytest.approx(1)),
     }  # fmt: skip
     assert {name: (row["seconds_to_first_token"], row["seconds"]) for name, row in rows.items()} == {
         "base": (6, 6 + 3 * 6), "milora": (8, 8 + 3 * 6),
     }  # fmt: skip
-    # q, o; k, v; gate, up, down of two blocks, five norms, the head, and three rows of the embedding, 4 bytes each.
+    # q, o; k, v; gate, up, down of two blocks, five norms, the head, three embedding rows; 4 bytes each.
     weights = 4 * (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 5 * 32 + 61 * 32 + 3 * 32)
     copied = 2 * 2**20 / 0.25
     assert result.environment["copy_gigabytes_per_second"] == pytest.approx(copied / 1e9)

@@ -1,4 +1,4 @@
-"""`milora.benchmark.kernel`: bytes and bandwidths worked out by hand, on a clock that the test moves."""
+"""`milora.benchmark.kernel`: bytes and bandwidths computed by hand, on a clock that the test controls."""
 
 import importlib
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from milora.benchmark import KernelSettings, kernel
 from milora.benchmark.bandwidth import Copy
 
-# The package has a function of the module's name.
+# In the package this name is the function, not the module.
 MODULE = importlib.import_module("milora.benchmark.kernel")
 
 
@@ -22,7 +22,7 @@ def test_shares_of_the_bandwidth(active: int, rows: int, clock: Any) -> None:
     )
     result = kernel(settings)
     found = {row["method"]: row for row in result.rows}
-    # A (4, 32), B (48, 4), x (32), and 48 outputs read and written, 4 bytes each.
+    # A (4, 32), B (48, 4), x (32), and 48 outputs that are read and written; 4 bytes each.
     needed = rows * 4 * (4 * 32 + 48 * 4 + 32 + 2 * 48)
     copied = 2 * 2**20
     assert {name: row["bytes"] for name, row in found.items()} == {

@@ -1,4 +1,4 @@
-"""Peak memory, held against sums of tensors that are known."""
+"""Peak memory, compared with sums of known tensors."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_the_peak_is_what_lives_at_one_time() -> None:
         del second, third
         kept.append(torch.empty(10))
 
-    # 4000 + 2000 at one time, and later 2000 + 1200; allocators round up by less than this.
+    # 4000 + 2000 at once, later 2000 + 1200; allocators round up by less than 200.
     assert 6000 <= peak_growth(run, CPU) <= 6000 + 200
 
 
@@ -48,13 +48,13 @@ def test_a_row_has_backbone_adapter_and_cache(tiny_shape: str) -> None:
     backbone = build_backbone(settings)
     weights = sum(parameter.nbytes for parameter in backbone.parameters())
     adapter = sum(p.nbytes for p in build_method("lora", backbone, settings).model.parameters()) - weights
-    # 2 blocks, keys and values of 2 heads of 8, 67 tokens, and the logits of the last.
+    # 2 blocks, keys and values of 2 heads of size 8, 67 tokens; the last token's logits come on top.
     cache = 2 * 2 * 2 * 8 * 67 * 4
     assert weights + cache < memory["base"] < weights + 8 * cache
     assert memory["lora"] - memory["base"] >= adapter
     assert memory["lora"] - memory["base"] < adapter + 2 * cache
-    # What a merged adapter alone would need, although here its weights exist beside the shared ones.
+    # The memory of a merged adapter alone, although its weights exist next to the shared ones here.
     assert abs(memory["lora-merged"] - memory["base"]) < cache
-    # PEFT's caching keeps B A of every module, as large as the blocks.
+    # PEFT's cache keeps B A of every module, which is as large as the blocks.
     blocks = sum(parameter.nbytes for parameter in backbone.model.layers.parameters())
     assert memory["dora-cached"] - memory["lora"] > 0.9 * blocks

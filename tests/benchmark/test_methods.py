@@ -1,4 +1,4 @@
-"""What is measured is what a user would run: shared weights, a bare base, adapters as outside the benchmark."""
+"""Benchmarks measure the models that users run: shared weights, a bare base, unmodified adapters."""
 
 import copy
 from typing import Any
@@ -53,7 +53,7 @@ def test_base_is_the_bare_backbone_and_all_others_share_its_weights(settings: De
 @pytest.mark.parametrize("name", ["lora", "dora-cached", "moelora", "milora", "milora-merged", "midora", "lora-merged"])
 def test_outputs_are_those_of_the_same_adapter_outside(name: str, settings: DecodeSettings) -> None:
     backbone = build_backbone(settings)
-    # Made apart, on a copy with weights of its own, with the adapter's tensors loaded by PEFT's keys.
+    # An independent copy of the backbone, with the adapter's tensors loaded under PEFT's keys.
     method = VARIANTS[name].method
     assert method is not None
     outside = get_peft_model(copy.deepcopy(backbone), config_for(method, backbone))
@@ -71,7 +71,7 @@ def test_outputs_are_those_of_the_same_adapter_outside(name: str, settings: Deco
 
 def test_nothing_ends_a_generation_early(settings: DecodeSettings) -> None:
     backbone = build_backbone(settings)
-    # Every token of the vocabulary is an end of sequence in the shape's configuration.
+    # In this configuration every token of the vocabulary ends a sequence.
     assert len(backbone.config.eos_token_id) == backbone.config.vocab_size
     for name in ("base", "milora"):
         timing = generate(

@@ -1,4 +1,4 @@
-"""`milora.benchmark.prefill`: the first token's seconds and routing's share of them, on a clock that the test moves."""
+"""`milora.benchmark.prefill`: time to first token and the share of routing, on a clock that the test controls."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def test_seconds_and_the_routers_share_of_them(tiny_shape: str, clock: Any) -> N
         prompt_tokens=(3, 5), rounds=2,
     )  # fmt: skip
     rows = prefill(settings).rows
-    # Two blocks of 3 s; MiLoRA has a router of 1 s before each.
+    # Two blocks of 3 s. MiLoRA has a router of 1 s before each block.
     assert [
         (row["prompt_tokens"], row["method"], row["seconds_to_first_token"], row["routing_share"]) for row in rows
     ] == [
@@ -27,7 +27,7 @@ def test_seconds_and_the_routers_share_of_them(tiny_shape: str, clock: Any) -> N
         for of in [("base", 6.0, None), ("lora", 6.0, None), ("milora", 8.0, pytest.approx(2 / 8))]
     ]
     assert rows[2]["ratio_to_base"] == rows[2]["ratios"]["lora"]["median"] == pytest.approx(8 / 6)
-    # Nothing that times the routers is left in them.
+    # The timers on the routers are removed.
     assert not any("route_block" in vars(module) for module in _routers(settings))
 
 

@@ -1,4 +1,4 @@
-"""Methods in turn: rounds in which the machine was disturbed are measured again, and never printed."""
+"""Methods take turns. Rounds on a disturbed machine are measured again and never reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milora.benchmark.rounds import Rounds, disturbed, in_turn
 
 
 def measured(base: list[float], rounds: int) -> Rounds[float]:
-    """Rounds of the backbone and of a method whose samples count up."""
+    """Rounds of the backbone and of a method whose samples are 0, 1, 2, ..."""
     speeds: Iterator[float] = iter(base)
     counter = iter(range(100))
     return in_turn(
@@ -31,7 +31,7 @@ def measured(base: list[float], rounds: int) -> Rounds[float]:
         ([10, 4, 10, 7], [1, 3]),
         ([10, 20], [0]),
         ([10], []),
-        # Table 4's rounds with three beams, as they were measured.
+        # The measured rounds of Table 4 with three beams.
         ([4.48, 2.16, 2.51, 4.73, 4.15], [1, 2]),
     ],
 )
@@ -46,7 +46,7 @@ def test_a_disturbed_round_is_measured_again_in_its_place() -> None:
 
 
 def test_what_stays_disturbed_is_left_out() -> None:
-    # Twice as many rounds as asked for, and no more.
+    # At most twice as many rounds as requested.
     found = measured([10, 4, 10, 4, 4, 4], 3)
     assert found.samples == {"base": [10, 10], "milora": [0, 2]}
 

@@ -1,4 +1,4 @@
-"""The load generator, against a server whose answers are known."""
+"""The load generator, against a server with known answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_summary_by_hand() -> None:
     assert found["per_token"]["mean"] == 0.75
     assert found["request"]["p50"] == 3.0
     assert found["tenants"]["ada"]["first_token"]["p50"] == 1.0
-    # Speeds 3/2 and 2/4.
+    # The speeds are 3/2 and 2/4.
     assert found["fairness"] == {
         "jain": round(2.0**2 / (2 * (1.5**2 + 0.5**2)), 4),
         "slowest_to_fastest_first_token": 3,
@@ -63,7 +63,7 @@ def test_arrivals_are_poisson_and_come_from_the_seed() -> None:
     requests = planned(settings, 0)
     assert requests == planned(settings, 0) != planned(settings, 1)
     gaps = [later.due - earlier.due for earlier, later in pairwise(requests)]
-    # Exponential: mean and deviation are both 1 / rate.
+    # For an exponential distribution, mean and deviation are both 1 / rate.
     assert statistics.fmean(gaps) == pytest.approx(0.05, rel=0.1)
     assert statistics.stdev(gaps) == pytest.approx(0.05, rel=0.1)
     shared = {" ".join(request.prompt.split()[:7]) for request in requests}

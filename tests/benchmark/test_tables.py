@@ -1,4 +1,4 @@
-"""`milora.benchmark.tables`: what stands in them, and what is left out."""
+"""`milora.benchmark.tables`: columns that are shown and columns that are left out."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def test_a_column_in_which_nothing_stands_is_left_out() -> None:
     to_base = {"base": {"median": 0.9, "low": 0.8, "high": 1.0}}
     rows = [row("base", ratios={}), row("milora", ratios=to_base)]
     header, lines = cells({"command": "decode", "rows": rows})
-    # There is no lora, and the rows are older than the bandwidth.
+    # There is no LoRA row, and the rows were measured before bandwidth was recorded.
     assert header == ["method", "beam", "batch", "tokens/s", "/ base", "peak MiB", "weights GB/s", "new"]
     assert lines[0] == ["base", "1", "1", "4.00 (3.00-5.00)", "1", "5", "7.2", "3"]
     assert lines[1] == ["milora", "1", "1", "4.00 (3.00-5.00)", "0.900 (0.800-1.000)", "5", "7.2", "3"]

@@ -1,4 +1,4 @@
-"""`milora.benchmark.tenants`: numbers of tenants one after the other."""
+"""`milora.benchmark.tenants`: several numbers of tenants, one after the other."""
 
 import gc
 import importlib
@@ -26,7 +26,7 @@ def test_models_are_gone_before_the_next_are_built(tiny_shape: str, monkeypatch:
             built.setdefault(len(names), []).append(weakref.ref(method.model))
         return method
 
-    # The package has a function of the module's name.
+    # In the package this name is the function, not the module.
     monkeypatch.setattr(importlib.import_module("milora.benchmark.tenants"), "build_method", counted)
     settings = TenantsSettings(
         backbone=tiny_shape, device="cpu", dtype="float32", methods=("base", "milora"), tenants=(1, 2),
@@ -47,7 +47,7 @@ def test_each_tenant_has_an_adapter_in_memory(tiny_shape: str, clock: Any) -> No
     )  # fmt: skip
     rows = {row["method"]: row for row in measure(settings).rows}
     assert list(rows) == list(methods)
-    # r = 32, two blocks of q, k, v, o, gate, up, down, 4 bytes each.
+    # r = 32, two blocks of q, k, v, o, gate, up, down; 4 bytes each.
     adapter = 4 * 32 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     for name, row in rows.items():
         assert (row["tenants"], row["batch"], row["tokens_per_second"]) == (3, 4, pytest.approx(4 / 6)), name

@@ -1,4 +1,4 @@
-"""`milora.benchmark.train`: what a step runs and what it trains, with bi-level training and without."""
+"""`milora.benchmark.train`: the passes of a step and its trained parameters, with and without bi-level training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_bilevel_training_makes_a_pass_over_dev_rows_after_every_step(tiny_shape
         return method
 
     result = train_steps(settings(tiny_shape, methods=("milora", "milora-bilevel"), rounds=2), build=build)
-    # The first step, the one that warms up, the one whose memory is measured, and the rounds.
+    # First step, warm-up, memory measurement, and two rounds.
     assert [training for training, _ in passes["milora"]] == [True] * 5
     assert [training for training, _ in passes["milora-bilevel"]] == [True, False] * 5
     trained, dev = (rows for _, rows in passes["milora-bilevel"][-2:])
@@ -59,7 +59,7 @@ def test_theta_learns_at_its_own_rate_and_all_else_at_the_adapters(
     adapter = {id(parameter) for parameter in training.parameters}
     before = {name: value.detach().clone() for name, value in method.model.named_parameters()}
     training.step(rows)
-    # Adam's first step is the learning rate, whatever the gradient.
+    # Adam's first step equals the learning rate for any gradient.
     for name, value in method.model.named_parameters():
         moved = (value - before[name]).abs().max().item()
         if id(value) not in adapter:

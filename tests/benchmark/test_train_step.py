@@ -1,4 +1,4 @@
-"""`milora.benchmark.train`: a step's seconds on a clock that the test moves, and its memory against known tensors."""
+"""`milora.benchmark.train`: seconds per step on a clock that the test controls, memory against known tensors."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from milora.benchmark import TrainSettings, train_steps
 from milora.benchmark.methods import build_backbone
 
-# r = 32, two blocks of q, k, v, o, gate, up, down: values of A and B.
+# Values of A and B: r = 32, two blocks of q, k, v, o, gate, up, down.
 LORA = 32 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
 
 
@@ -23,14 +23,14 @@ def test_seconds_and_memory_of_a_step(checkpointing: bool, forwards: int, tiny_s
     )  # fmt: skip
     rows = {row["method"]: row for row in train_steps(settings).rows}
     lora, milora = rows["lora"], rows["milora"]
-    # Two blocks, a second time where they are checkpointed, and the backward pass.
+    # Two blocks, run twice with checkpointing, and the backward pass.
     assert lora["seconds_per_step"] == milora["seconds_per_step"] == 2 * 3.0 * forwards + 5.0
     assert lora["trainable"] == LORA
     weights = sum(parameter.nbytes for parameter in build_backbone(settings.resolved()).parameters())
-    # The adapter, AdamW's two moments, and the gradients; two tokens have next to no activations.
+    # The adapter, AdamW's two moments, and the gradients. Two tokens have almost no activations.
     memory = lora["peak_memory_mib"] * 2**20 - weights
     assert 4 * 4 * LORA <= memory < 4 * 4 * LORA * 1.25
     assert lora["memory_ratios"] == {"milora": lora["peak_memory_mib"] / milora["peak_memory_mib"]}
-    # Its routers besides, seven rows a block, and gradients of the chosen experts only.
+    # MiLoRA adds routers of seven rows per block, and has gradients for the chosen experts only.
     assert milora["trainable"] > LORA + 2 * 7 * 32
     assert milora["memory_ratios"]["lora"] == pytest.approx(1, abs=0.1)

@@ -1,4 +1,4 @@
-"""`milora bench`: the contract's JSON from a real process, options as settings, and mistakes in one line."""
+"""`milora bench`: the documented JSON from a real process, options as settings, and one-line errors."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def test_a_process_prints_one_json_object_and_tells_its_progress_elsewhere(tmp_p
 def test_bytes_are_those_of_the_shape(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "traffic", "--methods", "base,lora,milora,milora-k1", "--context", "100", "--json"]) == 0
     rows = {row["method"]: row for row in json.loads(capfd.readouterr().out)["rows"]}
-    # TinyLlama: 22 blocks of 2048 x (2048 + 256 + 256 + 2048 + 3 x 5632), 45 norms, a head, one row of the embedding.
+    # TinyLlama: 22 blocks of 2048 x (2048 + 256 + 256 + 2048 + 3 x 5632), 45 norms, a head, one embedding row.
     linear = 22 * 2048 * (2048 + 256 + 256 + 2048 + 3 * 5632)
     weights = 2 * (linear + 45 * 2048 + 32000 * 2048 + 2048)
     assert rows["base"]["weight_megabytes"] == pytest.approx(weights / 1e6)
@@ -71,7 +71,7 @@ FUNCTIONS = {"train": "train_steps"}
 @pytest.mark.parametrize(
     ("arguments", "settings"),
     [
-        # What is not said is as in Python.
+        # Omitted options have the defaults of the Python API.
         (["decode"], benchmark.DecodeSettings()),
         (["decode", "--compile"], benchmark.DecodeSettings(compile=True, methods=benchmark.decode_methods(True))),
         (["prefill"], benchmark.PrefillSettings()),

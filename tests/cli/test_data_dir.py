@@ -1,4 +1,4 @@
-"""Where commands look for the benchmarks' files: the flag, then a file of settings, then MILORA_DATA_DIR."""
+"""Where commands look for benchmark files: the flag, then the settings file, then MILORA_DATA_DIR."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from milora_cli.main import main
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone `base`, an adapter `a` of it, and another backbone."""
+    """A backbone `base`, an adapter `a` for it, and another backbone."""
     root = tmp_path_factory.mktemp("workspace")
     base = save_backbone(root / "base")
     save_backbone(root / "gpt2", "gpt2")
@@ -167,7 +167,7 @@ def test_accuracy_by_the_rule_of_llm_adapters_stands_beside_the_strict_one(
     (tmp_path / "boolq").mkdir()
     rows = [{"instruction": f"q{n}", "input": "", "output": "o", "answer": "true"} for n in range(2)]
     (tmp_path / "boolq" / "test.json").write_text(json.dumps(rows))
-    # The generated texts are given, so that both rules have something to differ in.
+    # Fixed generated texts, on which the two scoring rules disagree.
     monkeypatch.setattr(Predictions, "add", says("It cannot be true.", Predictions.add))
     arguments = ["--backbone", "tiny", "--task", "boolq,bundled-choice", "--limit", "2", "--data-dir", str(tmp_path)]
     arguments += ["--output-dir", str(tmp_path / "out"), "--max-new-tokens", "1"]
@@ -215,7 +215,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, capsys: pytest.Capture
     while len(list(_rows(path))) < 3:
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.005)
-    # Another process is kept out of the folder for as long as this one lives, even if it stands still.
+    # A process keeps the folder locked while it lives, even when stopped.
     killed.send_signal(signal.SIGSTOP)
     refused = complaint(capsys, *shared[:3], "bundled-choice", *shared[4:], str(path.parent))
     assert f"killed is in use by process {killed.pid} on " in refused
@@ -225,7 +225,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path, capsys: pytest.Capture
     assert killed.returncode == -signal.SIGKILL
     done = list(_rows(path))
     assert 3 <= len(done) < 60
-    # A kill that comes in the middle of a write leaves a part of the line.
+    # A kill in the middle of a write leaves a partial line.
     with path.open("ab") as file:
         file.write('{"row": 59, "prompt": "\u00e9'.encode()[:-1])
     found = result(capsys, *shared, str(path.parent))["tasks"]["bundled-yesno"]
@@ -310,7 +310,7 @@ class TestMtBench:
     def test_turns_without_room_are_on_the_screen(
         self, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        # 128 positions, a token a character.
+        # 128 positions, one character per token.
         arguments = ["--backbone", "base", *arguments[2:], "--output-dir", str(tmp_path / "out")]
         assert main(["evaluate", *arguments]) == 0
         lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""`milora_cli.groups`: Typer sees a dataclass's fields as options of the command that takes it."""
+"""`milora_cli.groups`: a command that accepts a dataclass gets its fields as Typer options."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_command_gets_its_groups_filled_in() -> None:
         (SmallSize(5, "mm"), "lid", Other(True)),
         (SmallSize(3, "cm"), "box", Other(False)),
     ]
-    # Typer's own checks are in force.
+    # Typer's own checks still apply.
     assert CliRunner().invoke(app, ["--width", "0"]).exit_code == 2
     help_text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120", "TERM": "dumb"}).output
     assert "Makes a box." in help_text

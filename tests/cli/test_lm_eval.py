@@ -122,7 +122,7 @@ def test_results_that_could_not_be_saved_are_printed_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: str, status: int
 ) -> None:
     def run(*_: object, **settings: object) -> dict[str, object]:
-        (tmp_path / "results_2.json").write_text(saved)  # cut off, as by a full disk
+        (tmp_path / "results_2.json").write_text(saved)  # truncated, as on a full disk
         return {"results": {"x": {}}}
 
     (tmp_path / "results_1.json").write_text("{}")

@@ -18,7 +18,7 @@ from milora_cli.main import COMMANDS, main
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone `base` and two adapters `a` and `b` of it."""
+    """A backbone `base` and two adapters `a` and `b` for it."""
     root = tmp_path_factory.mktemp("workspace")
     base = save_backbone(root / "base")
     for seed, name in enumerate("ab"):
@@ -276,7 +276,7 @@ def test_routes_as_table_json_and_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert json.loads(files[1].read_text()) == printed
     assert Route.load(files[2]) == Route.from_dict(printed)
-    # A batch of one each, in another order of lengths, gives each prompt the same route.
+    # Batches of one prompt, in another order of lengths, give each prompt the same route.
     swapped = result(capsys, "route", "--adapter", "a", *prompts[2:], *prompts[:2], "--batch-size", "1")
     assert Route.from_dict(swapped)[[1, 0]].chosen.equal(Route.from_dict(printed).chosen)
     assert main(["route", "--adapter", "a", *prompts[:2]]) == 0

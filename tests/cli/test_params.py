@@ -1,4 +1,4 @@
-"""`milora params`: the table, the JSON, and mistakes in one line."""
+"""`milora params`: the table, the JSON, and one-line errors."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What the process of a command does with its streams and with signals: one line, a status, no traceback.
+"""How a command's process handles streams and signals: one line, an exit status, no traceback.
 
-The sub-commands are replaced by a function, so a process starts in a fraction of a second.
+A function replaces the sub-commands, so a process starts in a fraction of a second.
 """
 
 from __future__ import annotations

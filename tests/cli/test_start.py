@@ -1,4 +1,4 @@
-"""The command line starts fast: before a command runs nothing of `milora`, which loads torch and PEFT, is imported."""
+"""The command line starts fast: before a command runs, it imports nothing of `milora`, which loads torch and PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from milora_cli.main import COMMANDS, main
 
-# Prints which libraries a call loaded, after whatever else it prints.
+# Prints the libraries that a call loaded, after the call's own output.
 LOADED = """
 import sys
 from milora_cli.__main__ import main

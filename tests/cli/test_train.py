@@ -1,4 +1,4 @@
-"""`milora train`: from files to an adapter, its flags and files, and a run that is killed and resumed."""
+"""`milora train`: from files to an adapter, its flags and files, and killed runs that resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from milora_cli.train import parse
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # A token a character: a task's prompts have more than the 128 that such a backbone has positions for otherwise.
+    # One character per token: prompts of the tasks are longer than the default 128 positions.
     return save_backbone(tmp_path_factory.mktemp("backbone"), positions=1024)
 
 
@@ -234,7 +234,7 @@ def test_help_lists_our_flags_first(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_full_disk_is_one_line_and_the_run_goes_on_from_before(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
 ) -> None:
-    """The one is written in Rust, the other in C++, which has no word of its own for it."""
+    """One file is written by Rust, the other by C++, whose error does not mention the disk."""
     data, output = rows_file(tmp_path), tmp_path / "out"
     assert main(flags(backbone, data, output, max_steps=2)) == 0
     resumed = [*flags(backbone, data, output), "--resume_from_checkpoint", "last"]
@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_before(
 def test_a_resumed_run_counts_on_with_its_callbacks_restored_by_transformers(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing learns, so the first evaluation stays the best: the third after it, at step 4, ends the run."""
+    """Nothing learns, so the first evaluation stays the best; the third one after it, at step 4, ends the run."""
     settings = {"learning_rate": 0.0, "activation_learning_rate": 0.0, "eval_steps": 1, "save_steps": 1}
     patience = {"early_stopping_patience": 3, "eval_on_start": False, **settings}
     run = [rows_file(tmp_path), tmp_path / "out"]

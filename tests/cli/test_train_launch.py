@@ -1,4 +1,4 @@
-"""`milora train` under accelerate's launcher, in two processes on the CPU."""
+"""`milora train` with accelerate's launcher, in two processes on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
-    """(`--multi_gpu` is what makes the launcher start several processes; with `--cpu` it starts one.)"""
+    """Without `--multi_gpu` the launcher starts only one process, even with `--cpu`."""
     backbone = save_backbone(tmp_path / "backbone")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {i}:", "completion": f" {i}"}) + "\n" for i in range(40)))
@@ -34,7 +34,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     command = [sys.executable, *launch.split(), *flags.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)  # One object, of one of the processes.
+    result = json.loads(done.stdout)  # One object, printed by one of the processes.
     assert result["steps"] == 4
     record = json.loads((tmp_path / "out" / "training_result.json").read_text())
     assert record["device"] == {"type": "cpu", "processes": 2}

@@ -1,4 +1,4 @@
-"""A missing extra is one line that names it."""
+"""The error for a missing extra is one line that names the extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: with writers that fail, are killed, meet a full disk, or race each other."""
+"""Files are written completely or not at all: writers fail, are killed, meet a full disk, or race."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.full_disk import largest_file
 from milora_core.errors import MiLoraError
 from milora_core.files import is_disk_full, whole_file, whole_folder, write_json, write_text, writing
 
-# Forked, as a new interpreter takes seconds to import torch.
+# Forked, because a new interpreter needs seconds to import torch.
 FORK = multiprocessing.get_context("fork")
 
 
@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
         write_text(path, "new" * 1000, ". The results are kept.")
     assert str(raised.value) == f"{path} cannot be written: File too large. The results are kept."
     tensors = {"a": torch.zeros(1000)}
-    # Written in Rust, which has an exception of its own.
+    # Written by Rust, which raises a different exception.
     with largest_file(1000), pytest.raises(MiLoraError, match="File too large"), whole_file(path) as partial:
         save_file(tensors, partial)
     assert path.read_text() == "old"
@@ -117,7 +117,7 @@ def test_readers_see_whole_files_while_several_write(tmp_path: Path) -> None:
             write_text(path, text)
 
     write_text(path, "a" * 100_000)
-    # Of one process, so that its number alone tells no two writers apart.
+    # In one process, so the process number alone does not distinguish writers.
     writers = [threading.Thread(target=write, args=(text,)) for text in texts]
     for writer in writers:
         writer.start()
@@ -176,7 +176,7 @@ def test_a_number_that_json_cannot_say_leaves_the_old_file(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("short_of_its_end", [True, False])
 def test_what_torch_cannot_write_is_a_full_disk(tmp_path: Path, short_of_its_end: bool) -> None:
-    """Which says something else of a file that lacks its last byte than of one that lacks most."""
+    """torch reports a file that lacks its last byte differently from one that lacks most bytes."""
     path, tensors = tmp_path / "optimizer.pt", {"a": torch.zeros(100_000)}
     torch.save(tensors, path)
     limit = path.stat().st_size - 1 if short_of_its_end else 1000

@@ -3,7 +3,7 @@ import torch
 from milora.evaluation.compact_routes import compact_route, expert_shares
 from milora_core.routing import Route
 
-# Two blocks, of which the first has no down, and two prompts.
+# Two blocks and two prompts; the first block has no `down`.
 GATES = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]], [[1.0, 0.0, 1.0], [0.0, 0.4, 0.6]]])
 ROUTE = Route(GATES, GATES, ("attn.q", "mlp.up", "mlp.down"), ("model.layers.3", "model.layers.10"))
 

@@ -22,7 +22,7 @@ TOKENIZER = character_tokenizer()
 
 
 class FirstCharacter(Task):
-    """What character comes first; letters are answers, all else cannot be read."""
+    """The answer is the first character. Only letters can be parsed."""
 
     name = "first-character"
     max_new_tokens = 4
@@ -47,7 +47,7 @@ def by_hand(model: Any, prompt: str, **settings: Any) -> str:
 
 
 def rows_with_answers(model: Any) -> tuple[list[Example], list[str], list[bool]]:
-    """Rows of which every other has what the model says as its answer, the outputs, and which rows are right."""
+    """Rows, the model's outputs, and which rows are right; every second answer is the model's own output."""
     outputs = [by_hand(model, prompt) for prompt in PROMPTS]
     answers = [output[:1].lower() if index % 2 else "?" for index, output in enumerate(outputs)]
     right = [bool(index % 2) and output[:1].isalpha() for index, output in enumerate(outputs)]
@@ -116,7 +116,7 @@ def test_a_prompt_without_room_is_wrong_and_counted_and_never_cut(case: Adapted,
 
 def test_groups_have_their_own_accuracy(case: Adapted) -> None:
     rows, _, right = rows_with_answers(case.model)
-    # The right rows are the odd ones: of the first eight rows some are right, of each group another share.
+    # Only odd rows can be right; the two groups have different accuracies.
     groups = ["anatomy" if index < 4 else "law" for index in range(len(rows))]
     grouped = [Example(row.prompt, "x", row.answer, group) for row, group in zip(rows, groups, strict=True)]
     task = FirstCharacter(grouped)
@@ -152,7 +152,7 @@ def test_what_is_in_the_file_is_not_generated_again(
     again = evaluate_task(case.model, TOKENIZER, task, output=path)
     assert (again.generated, again.correct) == (len(rows) - 2, sum(right))
     assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-    # Half a character of UTF-8, as a write that was cut off leaves it.
+    # A truncated write can leave half a UTF-8 character.
     path.write_bytes(b"".join(lines[:-1]) + '{"prompt": "\u00e9'.encode()[:-1])
     assert evaluate_task(case.model, TOKENIZER, task, output=path).generated == 1
 
@@ -209,7 +209,7 @@ def test_a_full_disk_is_said_and_what_was_done_is_kept(case: Adapted, tmp_path: 
     task = FirstCharacter([Example(prompt, "x", "x") for prompt in PROMPTS[:4]])
     path = tmp_path / "rows.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Beyond this size of a file the system takes no more, in the middle of a line.
+    # Writes beyond this file size fail, in the middle of a line.
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(MiLoraError, match=r"cannot be written: .* rows are kept, and the same command"):

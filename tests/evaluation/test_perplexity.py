@@ -21,7 +21,7 @@ ROWS = [
 
 
 def by_hand(model: Any, **arguments: Any) -> tuple[float, int]:
-    """Perplexity and tokens, one row and one token at a time, each read from a pass over what precedes it."""
+    """Perplexity and token count, one row and one token at a time, each from a pass over the preceding tokens."""
     logs, count = 0.0, 0
     for row in ROWS:
         prompt = TOKENIZER(row.prompt)["input_ids"]
@@ -47,7 +47,7 @@ def test_it_is_the_products_of_the_tokens_probabilities(method: str) -> None:
         from peft import AdaLoraConfig, get_peft_model
 
         config = AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj"], inference_mode=True)
-        # As an adapter is loaded for inference, in which AdaLoRA can compute no loss of its own.
+        # Loaded for inference, when AdaLoRA cannot compute its own loss.
         model = get_peft_model(ARCHITECTURES["llama"](), config).eval()
     else:
         model = adapted_by(method, "llama")
@@ -75,6 +75,6 @@ def test_the_end_of_sequence_belongs_to_the_completion_once() -> None:
     whole, prompt = encode_example(TOKENIZER, Example("ab", "c", "c"))
     assert (TOKENIZER.decode(whole), prompt) == ("abc<eos>", 2)
     assert encode_example(TOKENIZER, Example("ab", "c<eos>", "c")) == (whole, prompt)
-    # An end token behind every text is behind the prompt alone too, where it is no part of the whole.
+    # A tokenizer that appends an end token also appends it to the prompt alone, where it does not count.
     _, prompt = encode_example(character_tokenizer(appends_end=True), Example("ab", "c", "c"))
     assert prompt == 2

@@ -1,4 +1,4 @@
-"""`results.json`: what is kept of it, what is refused."""
+"""`results.json`: entries that are kept, and files that are refused."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from milora.evaluation.scores import score, score_as_llm_adapters, wilson_interval
 
 
-# As in the tables of Brown, Cai and DasGupta (2001) and Newcombe (1998, method 3: 81/263, 15/148, 0/20, 1/29).
+# From the tables of Brown, Cai and DasGupta (2001) and Newcombe (1998, method 3: 81/263, 15/148, 0/20, 1/29).
 @pytest.mark.parametrize(
     ("correct", "rows", "lower", "upper"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],

@@ -74,7 +74,7 @@ def test_prompts_are_encoded_as_training_encodes_them() -> None:
     tokenizer = character_tokenizer(chat=True)
     plain = tokenizer("Hello")["input_ids"]
     assert encode_prompt(tokenizer, "Hello") == plain
-    # TRL keeps what prompt and prompt + completion have in common, which an appended end token is no part of.
+    # TRL keeps the common prefix of prompt and prompt + completion, which excludes an appended end token.
     assert encode_prompt(character_tokenizer(appends_end=True), "Hello") == plain
     assert encode_prompt(character_tokenizer(appends_end=True), "Hello<eos>")[-1] == END
     messages = [{"role": "user", "content": "Hello"}]

@@ -1,4 +1,4 @@
-"""Plain LoRA adapters of one PEFT model in one batch, against PEFT's own loop and against each row alone."""
+"""Plain LoRA adapters of one PEFT model in one batch, against PEFT's own loop and each row alone."""
 
 import copy
 import pickle
@@ -107,7 +107,7 @@ def test_several_return_sequences() -> None:
 
 
 def test_flattened_tokens_belong_to_their_rows() -> None:
-    # OPT's feed-forward modules are given (batch * tokens, d), which PEFT's loop refuses.
+    # OPT's feed-forward modules get (batch * tokens, d), which PEFT's loop rejects.
     model = tenants("opt")
     serve_together(model)
     mixed = logits_of(model, adapter_names=NAMES)
@@ -138,7 +138,7 @@ def test_dora_goes_pefts_way() -> None:
 
 
 class TestStepsThatTransformersCompiles:
-    """As on a GPU, where a static cache is all that it takes."""
+    """Simulates a GPU, where transformers compiles as soon as the cache is static."""
 
     OPTIONS: ClassVar = {"cache_implementation": "static"}
 

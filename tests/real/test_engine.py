@@ -1,4 +1,4 @@
-"""The embedded engine on SmolLM2: texts equal `generate` alone, where first tokens are long and prompts look alike."""
+"""The embedded engine on SmolLM2: texts equal `generate` alone, with long first tokens and similar prompts."""
 
 import random
 from pathlib import Path
@@ -37,7 +37,7 @@ def load(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def adapters(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters large enough to change texts, and small enough to leave them language."""
+    """Adapters large enough to change texts but small enough to keep them readable."""
     folders = {}
     for seed, (name, settings) in enumerate(KINDS.items()):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""`milora serve` on a real language model, with the openai client: texts are those of `generate` alone."""
+"""`milora serve` with a real language model and the openai client: texts equal `generate` alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def alone(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, str, bool], str]]:
-    """Adapters of each kind on disk, and what `generate` writes: by adapter, question, and whether it is a chat."""
+    """Adapters of each kind on disk, and the texts of `generate` by (adapter, question, whether it is a chat)."""
     folder = tmp_path_factory.mktemp("real-adapters")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     texts = {}

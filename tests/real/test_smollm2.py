@@ -1,7 +1,8 @@
 """MiLoRA on a real language model.
 
-Random models lack what pretrained ones have: a first token whose hidden state is a hundred times as long as the others,
-and prompts whose mean hidden states point in nearly the same direction. A router must read the prompt in spite of both.
+Random models lack two properties of pretrained ones: a first token whose hidden state is a hundred times as long as
+the others, and prompts whose mean hidden states point in nearly the same direction. A router must read the prompt
+despite both.
 """
 
 import json
@@ -84,28 +85,28 @@ def answers(model: PeftModel, tokenizer: Any, prompts: list[str]) -> list[str]:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """(blocks, batch), 1 where every expert is as probable as the others."""
+    """Normalised entropy, (blocks, batch): 1 where all experts are equally probable."""
     return torch.special.entr(probabilities).sum(dim=-1) / math.log(probabilities.shape[-1])
 
 
 def distinct(route: Route) -> int:
-    """How many different routes the prompts of a batch have."""
+    """The number of different routes in a batch of prompts."""
     return len({tuple(row.flatten().tolist()) for row in (route.gates > 0).unbind(dim=1)})
 
 
 def blocks_that_vary(route: Route) -> int:
-    """In how many blocks not every prompt chooses the same experts."""
+    """The number of blocks in which the prompts choose different experts."""
     return int(((route.gates > 0) != (route.gates[:, :1] > 0)).any(dim=-1).any(dim=-1).sum())
 
 
 def kept_and_dropped(route: Route) -> tuple[Tensor, Tensor]:
-    """The least probability that was chosen and the largest that was not, each (blocks, batch)."""
+    """The smallest probability that was chosen and the largest that was not, each (blocks, batch)."""
     ordered = route.probabilities.sort(dim=-1, descending=True).values
     return ordered[..., 2], ordered[..., 3]
 
 
 def batch_of(tokenizer: Any, rows: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Rows with labels on their completions, padded on the right."""
+    """Rows padded on the right, with labels on the completions."""
     inputs = [tokenizer(f"{prompt}\n")["input_ids"] for prompt, _ in rows]
     outputs = [[*tokenizer(completion)["input_ids"], tokenizer.eos_token_id] for _, completion in rows]
     width = max(len(prompt) + len(completion) for prompt, completion in zip(inputs, outputs, strict=True))
@@ -123,7 +124,7 @@ def batch_of(tokenizer: Any, rows: list[tuple[str, str]]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(smollm2: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """An adapter after 30 steps, and the size of each router's last gradient, by block."""
+    """An adapter after 30 steps, and the norm of each router's last gradient, by block."""
     model = fresh(smollm2, seed=0).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for step in range(30):
@@ -146,13 +147,13 @@ class TestRouters:
     def test_they_read_the_prompt_at_the_start(self, seed: int, smollm2: Path, tokenizer: Any) -> None:
         route = route_of(fresh(smollm2, seed), tokenizer)
         assert entropy(route.probabilities).min() > 0.5
-        # No expert is chosen by a tie between vanishing probabilities.
+        # No expert wins among probabilities that are all near zero.
         assert kept_and_dropped(route)[0].min() > 0.02
         assert distinct(route) >= 10
         assert blocks_that_vary(route) >= 8
 
     def test_without_the_norm_the_first_token_decides_alone(self, smollm2: Path, tokenizer: Any) -> None:
-        """Were this to fail, the model would lack what these tests are about."""
+        """A control: if this fails, the model lacks the property that these tests are about."""
         route = route_of(fresh(smollm2, 0, router_norm="none"), tokenizer)
         assert entropy(route.probabilities)[15:].max() < 0.1
         assert blocks_that_vary(route) < 8
@@ -192,7 +193,7 @@ class TestAgainstTheReference:
             torch.testing.assert_close(model(**inputs).logits, logits, rtol=1e-3, atol=1e-2)
             written = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, length:].tolist()
             expected = reference.greedy(inputs["input_ids"], NEW)
-            # The reference goes on after the end of the text.
+            # The reference does not stop at the end of the text.
             assert written == expected[: len(written)]
             assert len(written) == NEW or written[-1] == tokenizer.eos_token_id
 

@@ -1,4 +1,4 @@
-"""What a run's adapter is tested on beside answers that are right or wrong: MT-Bench with and without a judge."""
+"""Tests of a run's adapter without right or wrong answers: MT-Bench with and without a judge."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_of(**settings: Any) -> tuple[Run, Inputs]:
 
 
 def roomy_model() -> Any:
-    """The same model at every call; the template alone is longer than the tiny backbones' positions."""
+    """The same model at every call. It has more positions, because the template alone exceeds the tiny backbones'."""
     model = adapted("llama").model
     model.config.max_position_embeddings = 1024
     return model
@@ -78,7 +78,7 @@ def test_first_turns_are_routed_without_an_answer(data: Path, monkeypatch: pytes
     tokenizer = character_tokenizer()
     chosen = torch.zeros(len(found["blocks"]), len(found["experts"]))
     for turns in TURNS.values():
-        # One prompt at a time, so that nothing is padded.
+        # One prompt at a time, so there is no padding.
         route = model.route(**tokenizer(instruction(turns[0]), return_tensors="pt"))
         assert list(route.experts) == found["experts"]
         chosen += route.chosen[:, 0].float() / len(TURNS)

@@ -5,7 +5,7 @@ from milora.methods import METHODS, parameter_counts
 from milora_core.errors import MiLoraError
 from reproduction.budgets import TOLERANCE, paper_backbone, size_at
 
-# The bundled backbone: 4 blocks, hidden size 224, 2 of 4 heads of 56 for keys and values, feed-forward size 640.
+# The bundled backbone: 4 blocks, hidden size 224, 4 query heads and 2 key-value heads of 56, feed-forward size 640.
 HIDDEN, KEYS, INNER, BLOCKS = 224, 112, 640, 4
 LORA_OF_RANK_1 = BLOCKS * (2 * (HIDDEN + HIDDEN) + 2 * (HIDDEN + KEYS) + 3 * (HIDDEN + INNER))
 ROUTERS = BLOCKS * (7 * HIDDEN + HIDDEN + 12)
@@ -23,10 +23,10 @@ def test_all_methods_are_within_the_tolerance_of_milora() -> None:
 
 def test_sizes_by_hand() -> None:
     config, target = shape_config("tiny"), 200_000
-    # Down and up, at two places of a block.
+    # Down and up, at two places per block.
     bottleneck = round(target / (BLOCKS * 2 * 2 * HIDDEN))
     assert size_at("parallel-adapter", config, target) == {"bottleneck": bottleneck}
-    # A seed of numbers and its projection, for every module.
+    # Per module, a seed vector and its projection.
     outputs = 2 * HIDDEN + 2 * KEYS + 2 * INNER + HIDDEN
     assert size_at("bitfit", config, target) == {"projection_dim": round(target / (BLOCKS * (outputs + 7)))}
     assert size_at("lora", config, target) == {"r": round(target / LORA_OF_RANK_1)}

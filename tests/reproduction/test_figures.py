@@ -1,4 +1,4 @@
-"""Figures by what is drawn in them: places, medians, bands and shares worked out by hand."""
+"""Figures, checked through their drawn elements: positions, medians, bands and shares computed by hand."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from reproduction.grid import Grid
 from reproduction.measurements import Measurements, shares
 
 Accuracies = Mapping[tuple[str, str, float], Sequence[float]]
-"""By method, task and place on the axis, for each seed."""
+"""Accuracies of each seed by method, task and position on the axis."""
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures instead of files."""
+    """Collects figures instead of writing files."""
     found: list[Any] = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: found.append(figure))
     return found
@@ -34,13 +34,13 @@ def measured(of: Grid, setting: str, accuracies: Accuracies) -> Measurements:
 
 
 def lines(axes: Any) -> dict[str, tuple[list[float], Any]]:
-    """The methods' lines: x and y."""
+    """The x and y values of each method's line."""
     named = [line for line in axes.lines if line.get_label() in ("MiLoRA", "MOELoRA")]
     return {line.get_label(): (list(line.get_xdata()), pytest.approx(list(line.get_ydata()))) for line in named}
 
 
 def bands(axes: Any) -> list[dict[float, tuple[float, float]]]:
-    """Each band: from x to its lower and upper edge there."""
+    """For each band, its lower and upper edge at each x."""
     found = []
     for collection in axes.collections:
         assert isinstance(collection, FillBetweenPolyCollection)
@@ -67,7 +67,7 @@ def test_a_panel_a_task_and_a_line_with_its_band_a_method(drawn: list[Any], tmp_
         ("milora", "boolq", 3): [0.9, 0.5, 0.6],
         ("milora", "boolq", 7): [0.7, 0.7, 0.8],
         ("moelora", "boolq", 1): [0.4, 0.4, 0.4],
-        # Of k = 3 nothing has finished.
+        # No run with k = 3 has finished.
         ("moelora", "boolq", 7): [0.35, 0.25, 0.45],
         ("milora", "piqa", 3): [0.0, 1.0, 0.5],
     }
@@ -110,7 +110,7 @@ def test_shares_of_all_choices_above_and_of_prompts_by_block_below(drawn: list[A
     of.see(found)
     share_figure(shares(of.sections[0], Measurements(of)), "Shares", tmp_path / "2.png")
     bars, boolq, piqa, _ = drawn[0].axes
-    # Of two blocks' choices the first expert had 1.5 and 0.8 of 2 with the two seeds, the second the rest.
+    # Of two blocks' choices, the first expert had 1.5 and 0.8 with the two seeds; the second had the rest.
     first, second = ([bar.get_height() for bar in one.patches] for one in bars.containers if hasattr(one, "patches"))
     assert first == pytest.approx([(0.75 + 0.4) / 2, (0.25 + 0.6) / 2])
     assert second == pytest.approx([0, 1])

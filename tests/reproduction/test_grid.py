@@ -1,4 +1,4 @@
-"""Which runs a request asks for, and which records answer them."""
+"""The runs that a request needs, and the records that match them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def runs(of: Grid) -> list[Run]:
 def test_runs_counted_by_hand() -> None:
     # 13 methods, 2 tasks, 2 seeds.
     assert len(runs(grid(sections=["table1"]))) == 13 * 2 * 2
-    # Single-task runs of four methods are Table 1's; on top come one for both tasks each.
+    # Table 1 has the single-task runs of four methods; each method adds one run on both tasks per seed.
     assert len(runs(grid(sections=["table1", "table2"]))) == 52 + 4 * 2
-    # Figure 2 asks for nothing new.
+    # Figure 2 adds no runs.
     assert len(runs(grid(sections=["table1", "figure2"]))) == 52
-    # k in 1..7 for two methods; MiLoRA's k = 3 and MOELoRA's k = 4 are Table 1's at the paper's settings.
+    # k in 1..7 for two methods; with the paper's settings, Table 1 has MiLoRA's k = 3 and MOELoRA's k = 4.
     assert len(runs(grid(sections=["table1", "figure3"]))) == 52 + 12 * 4
-    # Five coefficients, of which 0.01 is the default; six ranks for two methods, of which 32 is.
+    # Five coefficients including the default 0.01; six ranks for two methods including the default 32.
     whole = ["table1", "table2", "figure2", "figure3", "figure4", "figure5", "table5"]
     assert len(runs(grid(sections=whole))) == 52 + 8 + 48 + 16 + 40 + 20
 
@@ -133,11 +133,11 @@ def test_tries_come_first_and_the_best_is_used_for_all_seeds() -> None:
     of.see(made[:2], ALWAYS)
     assert len(runs(of)) == 3, "a try may still come"
     assert len(of.waiting()) == 1 + 4 * 2
-    # The third has failed for this time, or has diverged.
+    # The third try has failed for now (no record), or has diverged.
     for records in (made[:2], made):
         of.see(records)
         after = runs(of)
-        # The second seed, and four other coefficients with two seeds; the first seed is one of the tries.
+        # The second seed, and four other coefficients with two seeds. A try is the first seed's run.
         assert len(after) == 3 + 1 + 4 * 2
         assert {run.training["learning_rate"] for run in after[3:]} == {2}
         assert not of.waiting()
@@ -161,7 +161,7 @@ def test_rows_that_are_tuned_one_by_one_and_values_that_a_method_fixes() -> None
 def test_one_run_has_all_tests_of_its_cells() -> None:
     of = grid(sections=["table3", "table5", "table7"], tasks=(), seeds=(0,), other_backbones={"Gemma 2B": "g"})
     alpaca = [run for run in runs(of) if run.tasks == ("alpaca",)]
-    # Table 5's first row is Table 3's MiLoRA; five ablations, and two methods on another backbone.
+    # Table 5's first row is MiLoRA from Table 3; then five ablations, and two methods on another backbone.
     assert [run.tests for run in alpaca] == [("mt-bench", "mmlu", "bbh")] * 2 + [("mmlu",)] * (5 + 2)
 
 
@@ -185,7 +185,7 @@ def test_budgets_reach_the_runs() -> None:
     of = grid(sections=["table1", "figure3"], only_methods=["moelora"], budget="milora", tasks=TASKS[:1], seeds=(0,))
     found = {run.label: run.settings for run in runs(of)}
     assert found["MOELoRA on bundled-choice, seed 0"]["num_experts"] == 6
-    # Along an axis it is the paper's eight, for 7 of 6 cannot be chosen.
+    # Runs along an axis use the paper's eight experts, because k = 7 of 6 is impossible.
     assert found["MOELoRA, k = 7 on bundled-choice, seed 0"]["num_experts"] == 8
 
 

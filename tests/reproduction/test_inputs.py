@@ -1,4 +1,4 @@
-"""Fingerprints: equal for equal contents, wherever they lie, and another for one other label or weight."""
+"""Fingerprints: equal for equal contents in any place, different after a change of one label or weight."""
 
 from __future__ import annotations
 

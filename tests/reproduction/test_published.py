@@ -18,7 +18,7 @@ def test_the_figures_are_those_of_the_transcription() -> None:
 
 
 def test_table_6_by_our_names() -> None:
-    # Read off the paper's page.
+    # Copied from the paper's page.
     assert published.dataset("arc-easy") == {"train": 2251, "dev": 570, "test": 2376}
     assert published.dataset("boolq") == {"train": 9427, "dev": None, "test": 3270}
     assert published.dataset("mt-bench") == {"train": None, "dev": None, "test": 80}
@@ -35,7 +35,7 @@ def test_every_method_has_a_row_in_table_1() -> None:
 
 
 def test_numbers_by_our_names() -> None:
-    # Read off the paper's pages.
+    # Copied from the paper's pages.
     assert published.row("table1", "MiLoRA")["arc-challenge"] == 61.2
     assert published.row("table1", "P-tuning v2")["aqua"] == 9.63
     assert published.row("table2", "LoRA MT")["avg"] == 70.2

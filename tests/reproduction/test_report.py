@@ -1,4 +1,4 @@
-"""Tables from records made by hand, compared with numbers worked out by hand; the committed tables made again."""
+"""Tables from handwritten records, compared with numbers computed by hand; the committed tables are reproduced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Accuracies = dict[tuple[str, str], list[float | None]]
 
 
 def records(of: Grid, accuracies: Accuracies, **values: Any) -> list[dict[str, Any]]:
-    """Finished runs with the accuracy of a method on a task for each seed; none where it is `None`."""
+    """Records of finished runs with an accuracy per method, task and seed; `None` means no record."""
     found = [(run, accuracies[run.method, "+".join(run.tasks)][run.seed]) for run in of.runs()]
     return [record(run, accuracy, **values) for run, accuracy in found if accuracy is not None]
 
@@ -34,7 +34,7 @@ def report(of: Grid, found: list[dict[str, Any]], folder: Path) -> str:
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading, its header first."""
+    """The cells of the first table below a heading, starting with its header."""
     lines = text.partition(f"## {heading}")[2].splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("|"))
     rows = []
@@ -64,9 +64,9 @@ def test_medians_spread_and_average(tmp_path: Path) -> None:
     header, lora, milora = table(report(of, found, tmp_path), "Table 1")
     assert header == ["", "tunable, M", "activated, M", "boolq", "boolq, paper", "piqa", "piqa, paper", "average",
                       "average, paper (7 tasks)"]  # fmt: skip
-    # Only seed 0 has both tasks.
+    # Only seed 0 finished both tasks.
     assert lora[3:] == ["60.0 (50.0 to 70.0)", "68.8", "20.0 (1 of 3 seeds)", "81.4", "35.0 (1 of 3 seeds)", "58.4"]
-    # Seeds' means: 52.5, 65, 75.
+    # Averages by seed: 52.5, 65, 75.
     assert milora[3:] == ["80.0 (65.0 to 90.0)", "72.8", "50.0 (40.0 to 60.0)", "83.3", "65.0 (52.5 to 75.0)", "61.5"]
     boolq, piqa, average, *_ = numbers(tmp_path / "table1.csv")
     assert (boolq["median"], boolq["min"], boolq["max"], boolq["seeds"]) == ("60.0", "50.0", "70.0", "3")

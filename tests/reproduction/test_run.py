@@ -1,4 +1,4 @@
-"""`python -m reproduction`: small grids that are really run, killed and resumed; mistakes as one line."""
+"""`python -m reproduction`: small grids that really run, are killed and resume; one-line errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_dry_run_lists_runs_and_touches_nothing(
     assert {one["state"] for one in plan["runs"]} == {"open"}
     assert main(["--table", "2", "--set", "seeds=0", "--set", "tune.learning_rate=1,2", *output]) == 0
     lines = capsys.readouterr().out.splitlines()
-    # Two tries for each method and its tasks; the first seed's run is one of them.
+    # Two tries per method and task set; one of them is the first seed's run.
     assert lines[-1] == f"0 runs have finished, {4 * (5 + 1) * 2} are left."
     assert not (tmp_path / "out").exists()
 
@@ -112,11 +112,11 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(
     same = ("run", "tests", "dev_perplexity", "steps", "epochs", "rows", "expert_shares", "fingerprints")
     assert {name: resumed[name] for name in same} == {name: whole[name] for name in same}
     assert folder_of_the_run(killed) is None, "adapters are not kept"
-    # What a record holds.
+    # The contents of a record.
     assert whole["parameters"]["tunable"] == 539_696
     assert whole["tests"]["bundled-choice"]["rows"] == 4
     assert (whole["settings"]["top_k"], whole["settings"]["router_norm"]) == (3, "tokens"), "defaults are recorded"
-    # Three experts serve each prompt in each of the four blocks.
+    # Each prompt uses three experts in each of the four blocks.
     assert [round(sum(row), 3) for row in whole["expert_shares"]["bundled-choice"]["share"]] == [3.0] * 4
     assert str(tmp_path) not in (killed / "results.jsonl").read_text()
     assert {"report.md", "report.json", "table1.csv", "figure2.png"} <= {path.name for path in killed.iterdir()}

@@ -1,4 +1,4 @@
-"""Settings files and `--set`: what they mean, and mistakes as one line."""
+"""Settings files and `--set`: their meaning, and one-line errors."""
 
 from __future__ import annotations
 

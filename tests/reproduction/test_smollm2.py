@@ -1,4 +1,4 @@
-"""The experiments on SmolLM2: what is run once, how routes are counted, how methods are compared."""
+"""The experiments on SmolLM2: runs that are shared, counting of routes, comparison of methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = sorted(Path(runner.__file__).parent.glob("*.yaml"))
 
 
 def test_mcnemar_is_the_binomial_test_by_hand() -> None:
-    # Eight rows only the first got right, two only the second: 2 * sum_{i<=2} C(10, i) / 2^10.
+    # Only the first got eight rows right, only the second got two: 2 * sum_{i<=2} C(10, i) / 2^10.
     assert mcnemar("1" * 8 + "0" * 2 + "1" * 5, "0" * 8 + "1" * 2 + "1" * 5) == pytest.approx(2 * 56 / 1024)
     assert mcnemar("0110", "0110") == 1.0
 

@@ -1,4 +1,4 @@
-"""A grid worked through: failures, several processes, a killed process, and data that change."""
+"""Running a grid: failures, several processes, a killed process, and changed data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reproduction.store import Store
 from reproduction.worker import Progress, Worker
 
 RUNS = 2 * 2 * 2 + 2 * 2
-# Forked, as a new interpreter takes seconds to import torch.
+# Forked, because a new interpreter needs seconds to import torch.
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -57,7 +57,7 @@ def test_everything_is_run_once(tmp_path: Path) -> None:
     said: list[str] = []
     of = grid(sections=["table1", "table2"], only_methods=["lora", "milora"], tune={"learning_rate": [1, 2]})
     done = work(of, tmp_path, say=said.append)
-    # For two tasks and both together, two tries with seed 0, of which one is seed 0's run, and seed 1.
+    # Three task sets (two tasks and both), each with two tries and seed 1; one of the tries is seed 0's run.
     assert done == Progress(2 * 3 * 3, 0, 0)
     assert len(Store(tmp_path).read()) == len(said) == 18
     assert work(of, tmp_path, lambda *_: pytest.fail("run again")) == done

@@ -1,4 +1,4 @@
-"""The code of the README and the documentation runs as it is written."""
+"""The code of the README and the documentation runs as written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milora_cli.main import app
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LOGS = ("docs/results/",)
-"""Pages that record measurements: their commands take hours."""
+"""Pages with measurement records, whose commands take hours."""
 
 PAGES = [
     page
@@ -38,7 +38,7 @@ def _name(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the hub in which the real model's name is the folder that `make smollm2` made."""
+    """A hub cache in which the real model's name points to the folder that `make smollm2` created."""
     home = tmp_path_factory.mktemp("hub")
     folder = Path(os.environ.get("MILORA_SMOLLM2", "~/.cache/milora/smollm2-135m-instruct")).expanduser()
     if (folder / "config.json").is_file():
@@ -68,7 +68,7 @@ def test_it_runs(page: Path, hub: Path, tmp_path: Path) -> None:
     environment.pop("MILORA_DATA_DIR", None)
     log = tmp_path.with_suffix(".log")
     with log.open("w") as output:
-        # A session of its own, so servers that a failed page leaves behind end with it.
+        # In a new session, so servers left behind by a failed page can be killed with it.
         process = subprocess.Popen(
             [sys.executable, documentation.__file__, str(page)],
             cwd=tmp_path,
@@ -88,7 +88,7 @@ def test_it_runs(page: Path, hub: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs" / "results").rglob("*.md"))], ids=_name)
 def test_commands_and_their_options_exist(page: Path) -> None:
-    """Blocks that are not run too: their options are looked up."""
+    """Checks the options of all blocks, including blocks that do not run."""
     for block in blocks_of(page):
         if block.language == "bash":
             for name, options in _commands(block):
@@ -97,7 +97,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 
 def _commands(block: Block) -> list[tuple[str, set[str]]]:
-    """The `milora` calls of a block: sub-command, and its options' names."""
+    """The `milora` commands of a block: sub-command and option names."""
     calls = []
     for text in COMMAND.findall(re.sub(r"\\\n", " ", re.sub(r"\s#.*", "", block.code))):
         words = text.split()

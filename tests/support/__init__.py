@@ -1,1 +1,1 @@
-"""Helpers of the tests: tiny backbones of many architectures, and an independent reference of the method."""
+"""Test helpers: tiny backbones of many architectures, and an independent reference of the method."""

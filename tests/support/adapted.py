@@ -1,4 +1,4 @@
-"""A tiny backbone with a MiLoRA adapter, beside the reference that holds the same tensors."""
+"""A tiny backbone with a MiLoRA adapter, and a reference with the same tensors."""
 
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ ALL_ARCHITECTURES = {**ARCHITECTURES, **UNEVEN_ARCHITECTURES}
 
 
 class Adapted(NamedTuple):
-    """The model under test in eval mode, and its reference on a backbone of its own."""
+    """The model under test in eval mode, and its reference on a separate backbone."""
 
     model: PeftModel
     reference: ReferenceMiLora
@@ -27,12 +27,12 @@ class Adapted(NamedTuple):
 
 @cache
 def _backbone(name: str) -> PreTrainedModel:
-    # One for all references of an architecture: they never change it.
+    # Shared by all references of an architecture, which never change it.
     return ALL_ARCHITECTURES[name]()
 
 
 def settings_for(name: str, **settings: Any) -> dict[str, Any]:
-    """The configuration's fields that decide the adapter's tensors, as `MiLoraConfig` and the reference take them."""
+    """The configuration fields that determine the adapter's tensors, for both `MiLoraConfig` and the reference."""
     experts = UNEVEN_EXPERTS[name] if name in UNEVEN_EXPERTS else EXPERTS[name]
     defaults = {
         "r": 4,
@@ -51,12 +51,12 @@ def settings_for(name: str, **settings: Any) -> dict[str, Any]:
 
 
 def tensors_for(name: str, seed: int = 0, **settings: Any) -> dict[str, Tensor]:
-    """Random tensors of an adapter, in the names of its file."""
+    """Random adapter tensors, named as in the adapter's file."""
     return random_adapter(_backbone(name), BLOCKS.get(name, "model.layers"), settings_for(name, **settings), seed)
 
 
 def fill(model: PeftModel, tensors: dict[str, Tensor], adapter: str = "default") -> None:
-    """Gives an adapter of the model its tensors; all of them must find a place."""
+    """Loads tensors into an adapter of the model; every tensor must match a parameter."""
     result = set_peft_model_state_dict(model, tensors, adapter)
     assert not result.unexpected_keys
 
@@ -65,7 +65,7 @@ def adapted(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.fl
     """A model whose adapter visibly changes what its backbone decodes, and the reference with the same tensors."""
     fields = settings_for(name, **settings)
     tensors = tensors_for(name, seed, **settings)
-    # `experts` is left for MiLoRA to find.
+    # MiLoRA must find `experts` itself.
     config = MiLoraConfig(**{key: value for key, value in fields.items() if key != "experts"})
     model = get_peft_model(ALL_ARCHITECTURES[name]().to(dtype), config)
     fill(model, tensors)
@@ -83,13 +83,13 @@ def add_adapter(model: PeftModel, adapter: str, name: str = "llama", *, seed: in
 
 
 def saved(folder: Path, name: str = "llama", **settings: Any) -> Path:
-    """An adapter's folder, written by PEFT."""
+    """Saves an adapter with PEFT and returns its folder."""
     adapted(name, **settings).model.save_pretrained(folder)
     return folder
 
 
 def assert_nothing_in_force(model: PeftModel) -> None:
-    """No pass, generation or route is kept from what ran before, and nobody uses the adapters."""
+    """Asserts that no pass, generation or route is still active and nobody uses the adapters."""
     assert entries() in ((), (context._NOTHING_INHERITED,))
     assert not context._open_scopes.get(model.base_model.owner)
     assert not model.base_model.owner.identities.others_running()
@@ -97,7 +97,7 @@ def assert_nothing_in_force(model: PeftModel) -> None:
 
 
 class Snapshot:
-    """All that a refused operation must leave alone: modules, weights, hooks, what trains, configs."""
+    """Everything that a refused operation must not change: modules, weights, hooks, trainable parameters, configs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.state = {name: tensor.clone() for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -1,7 +1,7 @@
-"""Tiny random causal language models, one of each structure that a tuner must cope with.
+"""Tiny random causal language models, one for each model structure that a tuner must support.
 
-`EXPERTS` and `UNEVEN_EXPERTS` are written from reading transformers' sources, so that a test can hold a discovery
-against them. Every model is fp32, in eval mode, without dropout and without an end-of-sequence token.
+`EXPERTS` and `UNEVEN_EXPERTS` were written by reading transformers' sources, so tests can compare discovered experts
+with them. Every model is fp32, in eval mode, without dropout and without an end-of-sequence token.
 """
 
 import random
@@ -19,7 +19,7 @@ PAD = 0
 
 
 def _build(model_type: str, seed: int = 2, **settings: Any) -> PreTrainedModel:
-    """Build one seeded model whose greedy continuations depend on all of the prompt."""
+    """Build a seeded model whose greedy continuations depend on the whole prompt."""
     config = AutoConfig.for_model(
         model_type,
         vocab_size=VOCABULARY,
@@ -30,7 +30,7 @@ def _build(model_type: str, seed: int = 2, **settings: Any) -> PreTrainedModel:
         pad_token_id=PAD,
         **settings,
     )
-    # Forked, so that building a model leaves the test's own random numbers alone.
+    # Forked, so building a model does not change the test's random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -40,7 +40,7 @@ def _build(model_type: str, seed: int = 2, **settings: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def _scatter(model: PreTrainedModel) -> None:
-    """Give every parameter random values of a size that makes attention and feed-forward layers matter."""
+    """Give every parameter random values large enough that attention and feed-forward layers matter."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     for parameter in model.parameters():
@@ -50,12 +50,12 @@ def _scatter(model: PreTrainedModel) -> None:
             # Norm weights keep their neutral value (1, or 0 in Gemma) but differ by channel; biases become non-zero.
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
         else:
-            # By fan-in: with one size for all, a wide feed-forward layer drowns what the prompt said.
+            # Scaled by fan-in: with one scale for all, a wide feed-forward layer hides the prompt's influence.
             fan_in = parameter.shape[0] if id(parameter) in transposed else parameter.shape[-1]
             parameter.normal_(std=1.5 / fan_in**0.5)
 
 
-# Settings shared by the Llama-like configurations: grouped-query attention, head_dim x heads == hidden.
+# Shared by the Llama-like configurations: grouped-query attention, head_dim x heads == hidden.
 _LLAMA_LIKE: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
@@ -136,7 +136,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     # The block's input goes into attention without a norm.
     "olmo2": lambda: _build("olmo2", **_LLAMA_LIKE),
-    # Attention and feed-forward run side by side from one norm.
+    # Attention and feed-forward read the same norm, in parallel.
     "cohere2": lambda: _build(
         "cohere2",
         sliding_window=4,
@@ -177,7 +177,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "falcon": lambda: _falcon(bias=True),
     "falcon_alibi": lambda: _falcon(alibi=True, parallel_attn=False, multi_query=False, bias=True),
     "opt": lambda: _opt(word_embed_proj_dim=HIDDEN),
-    # As OPT-350M: norms after, and linear modules outside the blocks.
+    # As OPT-350M: norms after the sub-layers, and linear modules outside the blocks.
     "opt_post_norm": lambda: _opt(word_embed_proj_dim=16, do_layer_norm_before=False),
     "mixtral": lambda: _build("mixtral", num_local_experts=4, num_experts_per_tok=2, **_LLAMA_LIKE),
     "qwen2_moe": lambda: _build(
@@ -185,7 +185,7 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     # Multi-head latent attention; a shared expert in every block.
     "deepseek_v3": lambda: _build("deepseek_v3", first_k_dense_replace=0, **_DEEPSEEK),
-    # Its router is an `nn.Linear` called `gate`, its attention has a `gate_proj`; four norms a block.
+    # Its router is an `nn.Linear` called `gate`, its attention has a `gate_proj`; each block has four norms.
     "afmoe": lambda: _build(
         "afmoe",
         head_dim=8,
@@ -204,7 +204,7 @@ _LLAMA_EXPERTS = [*_SELF_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_pr
 _GPT2_EXPERTS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 _NEOX_MLP = ["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]
 _BLOOM_EXPERTS = ["self_attention.query_key_value", "self_attention.dense", *_NEOX_MLP]
-# OPT defines the key's projection first, the query's third.
+# OPT defines the key projection first and the query projection third.
 _OPT_EXPERTS = [
     "self_attn.k_proj",
     "self_attn.v_proj",
@@ -251,7 +251,7 @@ EXPERTS: dict[str, list[str]] = {
     "falcon_alibi": _BLOOM_EXPERTS,
     "opt": _OPT_EXPERTS,
     "opt_post_norm": _OPT_EXPERTS,
-    # The backbone's own experts are stacked parameters, no modules, and its gate is no `nn.Linear`.
+    # The backbone's own experts are stacked parameters instead of modules, and its gate is no `nn.Linear`.
     "mixtral": _SELF_ATTENTION,
     "qwen2_moe": [
         *_SELF_ATTENTION,
@@ -263,7 +263,7 @@ EXPERTS: dict[str, list[str]] = {
     "afmoe": [*_SELF_ATTENTION, "self_attn.gate_proj", *_SHARED_EXPERTS],
 }
 
-# Where the list of blocks lies in the causal language model.
+# The path of the list of blocks in the causal language model.
 BLOCKS: dict[str, str] = {
     "llama": "model.layers",
     "mistral": "model.layers",
@@ -290,11 +290,11 @@ BLOCKS: dict[str, str] = {
     "afmoe": "model.layers",
 }
 
-# Architectures whose blocks differ from each other: apart, because their experts are a mapping from block to list.
+# Architectures whose blocks differ. Their experts are a mapping from block to list.
 UNEVEN_ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     # DeepSeek's first block is dense.
     "deepseek_v3_dense_first": lambda: _build("deepseek_v3", first_k_dense_replace=1, **_DEEPSEEK),
-    # A short convolution takes the place of attention in the first block.
+    # The first block has a short convolution instead of attention.
     "lfm2": lambda: _build(
         "lfm2",
         layer_types=["conv", "full_attention"],
@@ -322,7 +322,7 @@ UNEVEN_EXPERTS: dict[str, dict[str, list[str]]] = {
 
 
 def random_prompts(count: int, length: int | tuple[int, int], seed: int = 0) -> list[list[int]]:
-    """Draw prompts without the padding token, each of `length` tokens or of a length drawn from (lowest, highest)."""
+    """Draw prompts without the padding token, each `length` tokens long; a pair is the (lowest, highest) length."""
     generator = random.Random(seed)
     lowest, highest = (length, length) if isinstance(length, int) else length
     return [

@@ -1,4 +1,4 @@
-"""Where real task data may lie; a test that needs them is skipped, and says so, where they do not."""
+"""Folders with real task data. A test that needs one is skipped, with a reason, if the folder is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DATA_DIR = Path(os.environ.get("MILORA_DATA_DIR", Path(__file__).resolve().paren
 
 
 def real(folder: str) -> Path:
-    """The data folder, if it holds this one."""
+    """The data folder, if it contains this path."""
     if not (DATA_DIR / folder).is_dir():
         pytest.skip(f"no {folder} in {DATA_DIR}: set MILORA_DATA_DIR to a folder of the benchmarks' files")
     return DATA_DIR

@@ -1,7 +1,7 @@
 """The code blocks of a Markdown page, and a runner for them.
 
-A block is run unless the line above it is `<!-- not run: REASON -->`. `bash` blocks run in bash, `python` blocks in one
-Python process for the whole page, so later blocks see earlier names. A block with `title="FILE"` is written to FILE
+Every block runs unless the line above it is `<!-- not run: REASON -->`. `bash` blocks run in bash. All `python` blocks
+of a page run in one Python process, so later blocks see earlier names. A block with `title="FILE"` is written to FILE
 instead. Everything happens in the current folder.
 """
 
@@ -22,7 +22,7 @@ TITLE = re.compile(r'title="([^"]+)"')
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block: its language, code, first line's number, title, and why it is not run."""
+    """A fenced code block: language, code, number of its first line, title, and why it does not run."""
 
     language: str
     code: str
@@ -65,8 +65,8 @@ def run_page(page: Path) -> None:
     """Runs a page's blocks.
 
     Raises:
-        SystemExit: If a bash block fails.
-        Exception: Anything that a Python block raises.
+        SystemExit: A bash block failed.
+        Exception: Any exception that a Python block raises.
     """
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(page):
@@ -80,7 +80,7 @@ def run_page(page: Path) -> None:
             if done.returncode != 0:
                 raise SystemExit(f"{page}:{block.line} ended with status {done.returncode}")
         else:
-            # Padded, so tracebacks name the page's own lines.
+            # Padded with empty lines, so tracebacks show the page's line numbers.
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
 
 

@@ -1,4 +1,4 @@
-"""An engine that says what a script says, for what a real one does only when something is wrong."""
+"""An engine that follows a script, for events that a real engine produces only when something is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Script = Callable[[GenerationRequest], Sequence[TokenEvent | Exception]]
 
 
 def spelled(text: str, *, index: int = 0, finish: str | None = "stop", **of_first: object) -> list[TokenEvent]:
-    """Events that spell a text, a token a character."""
+    """Events that spell a text, one character per token."""
     events = []
     for place, character in enumerate(text):
         token = CHARACTERS.index(character) + 1
@@ -40,13 +40,13 @@ def spelled(text: str, *, index: int = 0, finish: str | None = "stop", **of_firs
 
 
 class FakeEngine:
-    """The engine. An event `None` of the script, at the end, holds the request until it is cancelled.
+    """A scripted engine. A final event `None` keeps the request open until it is cancelled.
 
     Attributes:
-        script: What it answers.
-        requests: What it was asked.
-        generations: What it answered with.
-        known: The adapters.
+        script: Maps a request to its events.
+        requests: The requests received.
+        generations: The generations returned.
+        known: The loaded adapters.
         refusal: Raised by `submit`.
     """
 

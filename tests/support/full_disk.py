@@ -1,4 +1,4 @@
-"""A disk that is full, for this process alone and without root's rights."""
+"""A full disk, simulated for this process alone, without root."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The system takes no more than so many bytes in a file: what is beyond fails in the middle of a write."""
+    """Limit the size of files: a write fails part-way when a file would grow beyond `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Grids without data or training: every input is at hand, and a run is whatever a test says it is."""
+"""Grids without data or training: every input is available, and a test decides each run's result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FINGERPRINTS = {"backbone": "b", "train": {}, "dev": {}, "test": {}}
 
 
 class EverythingAtHand(Inputs):
-    """Inputs that are not looked at, but for tasks that a test takes away."""
+    """Inputs that are all available, except for tasks that a test marks as missing."""
 
     def __init__(self, request: Any, missing: Mapping[str, str] | None = None) -> None:
         super().__init__(request)
@@ -31,13 +31,13 @@ class EverythingAtHand(Inputs):
 
 
 def grid(records: Any = (), **settings: Any) -> Grid:
-    """A grid of the paper's settings; two tasks and two seeds unless a test says otherwise."""
+    """A grid with the paper's settings, with two tasks and two seeds by default."""
     values = {"tasks": TASKS, "seeds": (0, 1), "budget": "paper", **settings}
     return Grid(read_request(None, values), records, lambda backbone: shape_config("tiny"))
 
 
 def record(run: Run, accuracy: float = 0.5, /, **values: Any) -> Record:
-    """What a run that has finished leaves behind."""
+    """The record of a finished run."""
     tests = {
         test: {"accuracy": accuracy, "rows": 10, "correct": round(10 * accuracy), "unparsed": 0, "no_room": 0}
         for test in run.tests

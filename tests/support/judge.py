@@ -1,4 +1,4 @@
-"""A judge over real HTTP: a server that speaks the chat completions protocol, and misbehaves when told to."""
+"""A judge over real HTTP: a server that speaks the chat completions protocol and can be told to misbehave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Server:
-    """Answers `POST /v1/chat/completions` as `reply` says: a text, (status, headers, body), or `None` for silence."""
+    """Answers `POST /v1/chat/completions` with `reply`: a text, (status, headers, body), or `None` for silence."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []

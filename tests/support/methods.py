@@ -1,4 +1,4 @@
-"""The baselines on tiny backbones, for tests that hold for every method: a line in `METHODS` adds one."""
+"""The baselines on tiny backbones, for tests that every method must pass. Add a line to `METHODS` for a new one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from support.architectures import ARCHITECTURES
 
 @dataclass(frozen=True)
 class Method:
-    """A method at a size for tiny backbones.
+    """A method in a size for tiny backbones.
 
     Attributes:
-        config: Makes its configuration.
-        arguments: For a number of rows, what the model and `generate` need on top of the tokens, a row each.
+        config: Creates its configuration.
+        arguments: For a number of rows, the inputs that the model and `generate` need besides the tokens, one per row.
         spread: Standard deviation of the noise that makes an adapter's effect visible.
         starts_as_backbone: Whether a new adapter changes nothing.
         refuses: Backbones that it cannot adapt.
@@ -44,14 +44,14 @@ def _tasks(rows: int) -> dict[str, Tensor]:
     return {"task_ids": torch.arange(rows) % 3}
 
 
-# A prefix takes its share of every softmax, and falcon computes attention in its own way.
+# A prefix gets a share of every softmax, so a new adapter changes the output. Falcon's attention is not supported.
 _PREFIX: dict[str, Any] = {"starts_as_backbone": False, "refuses": frozenset({"falcon"})}
 
 METHODS: dict[str, Method] = {
     "bitfit": Method(lambda: BitFitConfig(projection_dim=4)),
     "ia3": Method(lambda: IA3ProjectedConfig(projection_dim=4)),
     "iapt": Method(lambda: IAPTConfig(num_virtual_tokens=3, bottleneck=8), **_PREFIX),
-    # During its search, when it holds all candidates; what is found is in test_adapter_formulas.py.
+    # While searching, with all candidates; test_adapter_formulas.py covers the result.
     "learned-adapter": Method(lambda: LearnedAdapterConfig(bottleneck=8)),
     "moelora": Method(lambda: MoeLoraConfig(r=8, num_experts=4, top_k=2)),
     "moelora-task": Method(
@@ -59,20 +59,20 @@ METHODS: dict[str, Method] = {
     ),
     "parallel-adapter": Method(lambda: ParallelAdapterConfig(bottleneck=8)),
     "ptuning-v2": Method(lambda: PTuningV2Config(num_virtual_tokens=3, projection_dim=4), **_PREFIX),
-    # During its search; what is found is in methods/test_ssp.py.
+    # While searching; methods/test_ssp.py covers the result.
     "ssp": Method(lambda: SSPConfig(r=4, projection_dim=4)),
 }
 
 
 def fresh(method: str, family: str, dtype: torch.dtype = torch.float32) -> PeftModel:
-    """A tiny backbone with a new adapter `default`, each time the same."""
+    """A tiny backbone with a new adapter `default`, with the same weights at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return get_peft_model(ARCHITECTURES[family]().to(dtype), METHODS[method].config())
 
 
 def randomize(model: PeftModel, method: str, seed: int = 0) -> None:
-    """Moves what trains (the active adapter) off its start, so that it changes what the backbone says."""
+    """Moves the trainable tensors of the active adapter off their start, so the adapter changes the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -81,10 +81,10 @@ def randomize(model: PeftModel, method: str, seed: int = 0) -> None:
 
 
 def adapted(method: str, family: str, dtype: torch.dtype = torch.float32) -> PeftModel:
-    """A tiny backbone with an adapter `default` that changes it, in evaluation mode."""
+    """A tiny backbone in eval mode with an adapter `default` that changes its output."""
     model = fresh(method, family, dtype)
     randomize(model, method)
-    # A search draws its gates in training: two models that are compared are to draw the same.
+    # A search draws its gates in training mode: two models under comparison must draw the same ones.
     torch.manual_seed(0)
     return model.eval()
 

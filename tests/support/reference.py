@@ -1,7 +1,7 @@
-"""MiLoRA's equations in plain torch: one prompt at a time, no padding, no cache, no PEFT, nothing of `milora`.
+"""MiLoRA's equations in plain torch: one prompt at a time, no padding, no cache, no PEFT, no import of `milora`.
 
-Slow and short on purpose: it is what the implementation is compared with. It starts from the contract's two files
-(the adapter's tensors and its configuration) and from an untouched Hugging Face backbone.
+It is slow and short on purpose: tests compare the implementation with it. It reads the two files of the adapter format
+(the adapter's tensors and its configuration) and an unmodified Hugging Face backbone.
 """
 
 import math
@@ -22,13 +22,13 @@ PROJECTION = ".milora_router.projection.weight"
 
 @dataclass(frozen=True)
 class Decision:
-    """What the routers decided for one prompt.
+    """The routers' decision for one prompt.
 
     Attributes:
-        gates: the weight of each expert, 0 where it was not chosen; (blocks, experts).
+        gates: the weight of each expert, 0 if it was not chosen; (blocks, experts).
         probabilities: the routers' probabilities before top-k; (blocks, experts).
 
-    Where blocks differ in their number of experts, the rows of the smaller blocks end in zeros.
+    If blocks differ in their number of experts, the rows of smaller blocks are padded with zeros.
     """
 
     gates: Tensor
@@ -37,7 +37,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Block:
-    """A Transformer block with the experts that its router chooses from."""
+    """A Transformer block and the experts that its router chooses from."""
 
     path: str
     module: nn.Module
@@ -66,14 +66,14 @@ def pool(hidden: Tensor, pooler: str, weight: Tensor | None = None) -> Tensor:
 
 
 def rational(x: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return sum_{j>=0} a_j x^j / (1 + |sum_{i>=1} b_i x^i|), element by element."""
+    """Return sum_{j>=0} a_j x^j / (1 + |sum_{i>=1} b_i x^i|), elementwise."""
     above = sum(a * x**j for j, a in enumerate(numerator))
     below = 1 + torch.abs(sum(b * x**i for i, b in enumerate(denominator, start=1)))
     return above / below
 
 
 def activate(x: Tensor, name: str, numerator: Tensor | None = None, denominator: Tensor | None = None) -> Tensor:
-    """Apply a router's activation by its name."""
+    """Apply the router activation of this name."""
     if name == "rational":
         assert numerator is not None
         assert denominator is not None
@@ -92,13 +92,13 @@ def activate(x: Tensor, name: str, numerator: Tensor | None = None, denominator:
 
 
 def choose(probabilities: Tensor, k: int) -> list[int]:
-    """Return the indices of the k largest probabilities; of equals, the lower index comes first."""
+    """Return the indices of the k largest probabilities; ties go to the lower index."""
     values = probabilities.tolist()
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
 
 
 def gate_weights(probabilities: Tensor, k: int, gate: str) -> Tensor:
-    """Return each expert's weight in the forward pass, 0 for those not chosen; (experts)."""
+    """Return each expert's weight in the forward pass, 0 if it was not chosen; (experts)."""
     chosen = choose(probabilities, k)
     total = sum(probabilities[i] for i in chosen)
     weights = []
@@ -127,17 +127,17 @@ def load_balancing_loss(probabilities: Tensor) -> Tensor:
 
 
 class ReferenceMiLora:
-    """A backbone with a MiLoRA or MiDoRA adapter, computed by the book.
+    """A backbone with a MiLoRA or MiDoRA adapter, computed directly from the paper's equations.
 
     Arguments:
-        backbone: a Hugging Face causal language model of its own (it is frozen and set to eval mode).
-        tensors: what `adapter_model.safetensors` holds. They are used as they are, so tensors that require a gradient
-            get one from `loss` and `load_balancing`.
-        config: what `adapter_config.json` holds.
+        backbone: a Hugging Face causal language model, used by nothing else (it is frozen and set to eval mode).
+        tensors: the contents of `adapter_model.safetensors`. They are used without a copy, so tensors that require a
+            gradient get one from `loss` and `load_balancing`.
+        config: the contents of `adapter_config.json`.
 
     Raises:
-        ValueError: if the tensors are not exactly those that the contract asks for, or if the configuration uses
-            something that this reference does not compute.
+        ValueError: if the tensors are not exactly those of the adapter format, or if the configuration uses a feature
+            that this reference does not compute.
     """
 
     def __init__(self, backbone: PreTrainedModel, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -168,7 +168,7 @@ class ReferenceMiLora:
         return blocks
 
     def _check_tensors(self) -> None:
-        """Hold the names, shapes and types of the tensors against the contract."""
+        """Compare the names, shapes and types of the tensors with the adapter format."""
         r, (m, n) = self.config["r"], self.config["rational_orders"]
         d = self.backbone.config.hidden_size
         expected: dict[str, tuple[int, ...]] = {}
@@ -198,14 +198,14 @@ class ReferenceMiLora:
                 raise ValueError(f"{key} must be float32, not {tensor.dtype}")
 
     def route(self, input_ids: Tensor) -> Decision:
-        """Run the routers on a prompt (1, n): each block sees what the adapted blocks before it made."""
+        """Run the routers on a prompt (1, n). Each block reads the output of the adapted blocks before it."""
         _, decision = self._forward(input_ids, None, input_ids.shape[1])
         return decision
 
     def logits(self, input_ids: Tensor, prompt_length: int, decision: Decision | None = None) -> Tensor:
         """Return the logits (1, n, vocabulary) of a sequence, routed by its first `prompt_length` tokens.
 
-        A `decision` takes the place of the routers'.
+        A given `decision` replaces the routers'.
         """
         decision = self.route(input_ids[:, :prompt_length]) if decision is None else decision
         return self._forward(input_ids, decision, prompt_length)[0]
@@ -223,13 +223,13 @@ class ReferenceMiLora:
 
     @torch.no_grad()
     def greedy(self, input_ids: Tensor, new_tokens: int) -> list[int]:
-        """Return greedily decoded tokens; the prompt alone decides the route, once."""
+        """Return greedily decoded tokens. The route is decided once, from the prompt alone."""
         decision = self.route(input_ids)
         return self._decode(input_ids, new_tokens, decision)
 
     @torch.no_grad()
     def backbone_greedy(self, input_ids: Tensor, new_tokens: int) -> list[int]:
-        """Return what the backbone decodes without the adapter."""
+        """Return the backbone's greedily decoded tokens without the adapter."""
         return self._decode(input_ids, new_tokens, None)
 
     @torch.no_grad()
@@ -248,7 +248,7 @@ class ReferenceMiLora:
         return sequence[0, input_ids.shape[1] :].tolist()
 
     def _forward(self, input_ids: Tensor, decision: Decision | None, prompt_length: int) -> tuple[Tensor, Decision]:
-        """Run the adapted backbone on one sequence, under a decision or (None) deciding block by block."""
+        """Run the adapted backbone on one sequence, with a given decision or (None) deciding block by block."""
         if input_ids.ndim != 2 or input_ids.shape[0] != 1:
             raise ValueError(f"the reference takes one sequence (1, n), not {tuple(input_ids.shape)}")
         run = _Run(self, decision, prompt_length)
@@ -258,12 +258,12 @@ class ReferenceMiLora:
 
 
 class _Run:
-    """One forward pass: its hooks, and the decisions that they made or follow."""
+    """One forward pass: its hooks, and the decisions that they make or follow."""
 
     def __init__(self, reference: ReferenceMiLora, given: Decision | None, prompt_length: int) -> None:
         self.reference = reference
         self.given = given
-        # Late adaptation: the last prompt token, which predicts the first new one, is the first to be adapted.
+        # Late adaptation starts at the last prompt token, which predicts the first new one.
         self.first_adapted = prompt_length - 1 if reference.config.get("adapted_tokens") == "completion" else 0
         self.gates: dict[int, Tensor] = {}
         self.probabilities: dict[int, Tensor] = {}
@@ -271,7 +271,7 @@ class _Run:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hook the blocks and their experts for the time of the pass."""
+        """Hook the blocks and their experts during the pass."""
         handles = []
         for b, block in enumerate(self.reference.blocks):
             handles.append(block.module.register_forward_pre_hook(self._router_hook(b), with_kwargs=True))
@@ -285,11 +285,11 @@ class _Run:
                 handle.remove()
         expected = {(b, e) for b, block in enumerate(self.reference.blocks) for e in range(len(block.experts))}
         if self.calls != expected:
-            # A model that reads a module's weight without calling it would silently go unadapted.
+            # Otherwise a model that reads a module's weight without calling the module would silently stay unadapted.
             raise RuntimeError(f"experts that were never called (block, expert): {sorted(expected - self.calls)}")
 
     def decision(self) -> Decision:
-        """Collect the rows of the blocks."""
+        """Stack the decisions of the blocks."""
         if self.given is not None:
             return self.given
         widest = max(len(block.experts) for block in self.reference.blocks)
@@ -363,14 +363,14 @@ class _Run:
 
 def weight_of(module: nn.Module) -> Tensor:
     """Return a linear module's weight as (d_out, d_in)."""
-    # transformers' Conv1D keeps it the other way round.
+    # transformers' Conv1D stores the transpose.
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def expert_delta(
     module: nn.Module, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None
 ) -> Tensor:
-    """Return what an expert adds to its module's output.
+    """Return the output that an expert adds to its module's.
 
     LoRA: s B A x. DoRA: m / |W + s B A| (W x + s B A x) - W x.
     """
@@ -379,9 +379,9 @@ def expert_delta(
     if magnitude is None:
         return low_rank
     weight = weight_of(module).to(lora_a.dtype)
-    # One norm per output row, and no gradient through it (the DoRA paper's section 4.3; PEFT does the same).
+    # One norm per output row, without a gradient (the DoRA paper's section 4.3; PEFT does the same).
     norm = (weight + scaling * (lora_b @ lora_a)).norm(dim=1).detach()
-    # The bias is neither scaled nor adapted, so it stays out of this.
+    # Without the bias, which is neither scaled nor adapted.
     plain = x @ weight.T
     return magnitude / norm * (plain + low_rank) - plain
 
@@ -389,12 +389,12 @@ def expert_delta(
 def random_adapter(
     backbone: PreTrainedModel, blocks: str, config: Mapping[str, Any], seed: int = 0
 ) -> dict[str, Tensor]:
-    """Draw an adapter in the contract's layout, strong enough to change what a tiny backbone decodes.
+    """Draw a random adapter in the adapter format, strong enough to change a tiny backbone's greedy tokens.
 
     Arguments:
-        backbone: gives the shapes; it is only read.
+        backbone: gives the shapes; it is not changed.
         blocks: the path of the list of blocks, such as `model.layers`.
-        config: as `ReferenceMiLora` takes it.
+        config: the configuration, as for `ReferenceMiLora`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -422,11 +422,11 @@ def random_adapter(
         if config.get("router_norm") == "centered":
             tensors[router + "pooler.center"] = normal(d, std=0.3)
         if (activation if isinstance(activation, str) else activation[index]) == "rational":
-            # Around (x/2 + x^2/4) / (1 + x^2/4), cut to the orders at hand: tame where the pooled values are.
+            # Near (x/2 + x^2/4) / (1 + x^2/4), cut to the given orders: bounded on the range of the pooled values.
             numerator, denominator = torch.zeros(m + 1), torch.zeros(n)
             numerator[1:3] = torch.tensor([0.5, 0.25])[:m]
             denominator[1:2] = 0.25
-            # Every coefficient counts, but the highest powers less, or they alone would decide.
+            # Every coefficient matters, with smaller noise on high powers, which would otherwise dominate.
             powers = 0.2 ** torch.arange(m + n + 1)
             tensors[router + "activation.numerator"] = numerator + normal(m + 1, std=0.2) * powers[: m + 1]
             tensors[router + "activation.denominator"] = denominator + normal(n, std=0.2) * powers[1 : n + 1]

@@ -20,7 +20,7 @@ def digest(key: str) -> str:
 
 
 def write_keys(folder: Path, tenants: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Files of keys; a tenant's key is its name and `-key`. Gives the options of `milora serve`."""
+    """Writes the key files and returns the options of `milora serve`. A tenant's key is `NAME-key`."""
     entries = [{"name": name, "key_sha256": digest(f"{name}-key"), **fields} for name, fields in tenants.items()]
     (folder / "keys.yaml").write_text(json.dumps({"tenants": entries}))
     (folder / "admin.sha256").write_text(digest(ADMIN))
@@ -28,11 +28,11 @@ def write_keys(folder: Path, tenants: Mapping[str, Mapping[str, Any]]) -> list[s
 
 
 class ServerProcess:
-    """The process, ready when it is made.
+    """A server process; the constructor returns when the server is ready.
 
     Attributes:
-        log: The lines of its log so far.
-        url: Its address.
+        log: The log lines so far.
+        url: The server's address.
     """
 
     def __init__(self, *options: str | Path) -> None:
@@ -64,7 +64,7 @@ class ServerProcess:
         return [line for line in self.log if line["event"] == name]
 
     def end(self, number: int = signal.SIGTERM, timeout: float = 60) -> int:
-        """Sends a signal and gives the exit status."""
+        """Sends a signal and returns the exit status."""
         self.process.send_signal(number)
         status = self.process.wait(timeout)
         self._reader.join(10)

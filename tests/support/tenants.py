@@ -1,4 +1,4 @@
-"""Tiny backbones with adapters of all kinds on disk, and what `generate` alone writes with each."""
+"""Tiny backbones with adapters of all kinds on disk, and the tokens that `generate` alone produces with each."""
 
 import random
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "late-window": {"adapted_tokens": "completion", "router_window": 5},
     "late-midora": {"adapted_tokens": "completion", "pooler": "last", "use_dora": True},
 }
-"""MiLoRA adapters by name, with the settings that make them differ."""
+"""Settings of MiLoRA adapters by name."""
 
 
 def saved_adapters(folder: Path, backbone: str, kinds: Mapping[str, dict[str, Any]] = KINDS) -> dict[str, Path]:
-    """An adapter of each kind, and two plain LoRAs."""
+    """Saves an adapter of each kind and two plain LoRAs; returns their folders."""
     folders = {}
     for seed, (name, settings) in enumerate(kinds.items()):
-        # `adapted_tokens` and the window decide nothing of the tensors.
+        # `adapted_tokens` and the window do not affect the tensors.
         own = {key: value for key, value in settings.items() if key not in ("adapted_tokens", "router_window")}
         model = adapted(backbone, seed=seed, **own).model
         config = model.peft_config["default"]
@@ -49,7 +49,7 @@ def saved_adapters(folder: Path, backbone: str, kinds: Mapping[str, dict[str, An
 
 
 def save_lora(folder: Path, backbone: str, **settings: Any) -> None:
-    """A plain LoRA adapter that visibly changes what its backbone decodes."""
+    """Saves a plain LoRA adapter that visibly changes the backbone's output."""
     model = get_peft_model(
         ARCHITECTURES[backbone](), LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], **settings)
     )
@@ -61,10 +61,10 @@ def save_lora(folder: Path, backbone: str, **settings: Any) -> None:
 
 
 class Alone:
-    """`generate` with one adapter on a model of its own, greedily."""
+    """Greedy `generate` with one adapter, on a separate model for each adapter."""
 
     def __init__(self, backbone: str, folders: Mapping[str, Path]) -> None:
-        # All at once: building one draws random numbers, and an engine's thread that loads adapters draws some too.
+        # Built at once, because building a model draws random numbers, as does an engine thread that loads adapters.
         self._models: dict[str | None, Any] = {None: ARCHITECTURES[backbone]()}
         for name, folder in folders.items():
             self._models[name] = PeftModel.from_pretrained(ARCHITECTURES[backbone](), folder).eval()
@@ -89,7 +89,7 @@ class Alone:
 
 @dataclass
 class Answer:
-    """A request's texts, put together from its events."""
+    """A request's texts, assembled from its events."""
 
     tokens: list[list[int]]
     texts: list[str]

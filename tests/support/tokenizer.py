@@ -1,4 +1,4 @@
-"""A tokenizer of characters for the tiny random models: ids 1 to 95 are characters, 0 pads, 96 ends."""
+"""A character tokenizer for the tiny random models: ids 1 to 95 are characters, 0 pads, 96 ends."""
 
 import string
 from pathlib import Path
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer(*, chat: bool = False, appends_end: bool = False, pads: bool = True) -> PreTrainedTokenizerFast:
-    """The tokenizer: with a chat template, with an end token behind every text, without a padding token."""
+    """The tokenizer; options add a chat template, append an end token to every text, or remove the padding token."""
     vocabulary = {"<pad>": PAD, **{character: 1 + index for index, character in enumerate(CHARACTERS)}, "<eos>": END}
     assert len(vocabulary) == VOCABULARY
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
@@ -36,9 +36,9 @@ def character_tokenizer(*, chat: bool = False, appends_end: bool = False, pads: 
 
 
 def save_backbone(folder: Path, family: str = "llama", positions: int | None = None, **settings: Any) -> Path:
-    """A folder that `from_pretrained` reads: a tiny random model and its tokenizer.
+    """Saves a tiny random model and its tokenizer in a folder that `from_pretrained` reads.
 
-    `positions` is another number of them, for models whose positions have no weights.
+    `positions` overrides the number of positions, for models without position weights.
     """
     model = ARCHITECTURES[family]()
     if positions is not None:

@@ -146,4 +146,4 @@ def test_a_model_that_repeats_itself_costs_no_time(text: str) -> None:
     started = time.process_time()
     find_letter(text, LETTERS)
     Labels(("true", "false")).find(text)
-    assert time.process_time() - started < 5  # a pattern that tries everything takes minutes
+    assert time.process_time() - started < 5  # a backtracking pattern needs minutes

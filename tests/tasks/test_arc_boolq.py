@@ -1,4 +1,4 @@
-"""ARC and BoolQ: their rows from both origins, and what counts as an answer."""
+"""ARC and BoolQ: rows from both sources, and which texts count as an answer."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class TestRealRows:
         assert len(splits["test"]) == paper["test"]
         for row in (row for split in splits.values() for row in split):
             assert rows.is_correct(row.completion, row.answer)
-            assert rows.parse(row.prompt) is None  # listing the choices is no answer
+            assert rows.parse(row.prompt) is None  # a list of the choices is not an answer
             assert row.prompt.endswith("\n\n### Response:\n")
         assert {row.prompt for row in splits["train"]}.isdisjoint(row.prompt for row in splits["dev"])
         assert len(splits["dev"]) == pytest.approx(min(500, in_all / 10), abs=2)
 
     @pytest.mark.parametrize("task", TASKS)
     def test_the_hub_s_rows_are_worded_as_the_files_are(self, task: type[LabelTask]) -> None:
-        """Rows in the hub's schema, taken apart from the real files, come back as the same examples."""
+        """Rows in the hub's schema, reconstructed from the real files, give the same examples."""
         raw = json.loads((real(task.folder) / task.folder / "test.json").read_text(encoding="utf-8"))
         checked = 0
         for fields in raw:
@@ -180,7 +180,7 @@ class TestHub:
         [
             (ArcEasy, LICHENS, "ARC-Easy", ["train", "validation", "test"]),
             (ArcChallenge, LICHENS, "ARC-Challenge", ["train", "validation", "test"]),
-            (BoolQ, SUGAR, None, ["train", "validation"]),  # dev is a part of train
+            (BoolQ, SUGAR, None, ["train", "validation"]),  # dev is split off train
         ],
     )
     def test_splits(

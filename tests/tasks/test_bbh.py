@@ -1,4 +1,4 @@
-"""BBH: all 27 tasks, exact match but for form, and rows that are shown are not tested."""
+"""BBH: all 27 tasks, exact match up to formatting; rows shown as examples are not tested."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TestRealRows:
                 assert task.is_correct(output, row.answer)
 
     def test_gold_answers_that_differ_stay_different(self) -> None:
-        """Tolerance of form must not make one answer of a task pass for another."""
+        """Tolerant matching must not confuse different answers of a task."""
         data = real("bbh")
         for name in TASKS:
             raw = json.loads((data / "bbh" / f"{name}.json").read_text(encoding="utf-8"))["examples"]

@@ -1,4 +1,4 @@
-"""The bundled tasks: what they promise of their rows, checked on rows, and answers worked out again from prompts."""
+"""The bundled tasks: properties of their rows, and answers recomputed from prompts."""
 
 import re
 import subprocess
@@ -31,7 +31,7 @@ def rows(name: str) -> list[Example]:
 
 
 def content_of(task: GeneratedTask, example: Example) -> object:
-    """What decides the split of a row, read back from its text."""
+    """The content that decides a row's split, extracted from its text."""
     if task.name == "bundled-yesno":
         return example.prompt.splitlines()[0]
     if task.name == "bundled-arithmetic":
@@ -97,7 +97,7 @@ def test_a_gold_completion_gives_its_own_answer(task: GeneratedTask) -> None:
     for example in rows(task.name):
         assert task.parse(example.completion) == example.answer
         assert task.is_correct(example.completion, example.answer)
-        # What a model that does not stop goes on with changes nothing.
+        # Text after the answer, from a model that does not stop, changes nothing.
         assert task.is_correct(f"{example.completion}\nPassage: Ada likes soup.", example.answer)
 
 
@@ -146,7 +146,7 @@ def test_arithmetic_chains_are_right_and_follow_the_story() -> None:
 
 
 def told_by_story(prompt: str) -> int:
-    """The number of things after the story, from its words alone."""
+    """The number of things after the story, from its text alone."""
     number = 0
     for verb, amount in re.findall(r"(\w+) (\d)", prompt):
         if verb == "had":
@@ -172,7 +172,7 @@ def test_the_token_budget_suffices_and_prompts_are_short(task: GeneratedTask) ->
     tokenizer = AutoTokenizer.from_pretrained(TINY_BACKBONE)
     examples = rows(task.name)
     completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
-    # One more for the end of the text.
+    # Plus the end token.
     assert max(map(len, completions)) + 1 <= task.max_new_tokens
     assert max(map(len, tokenizer([example.prompt for example in examples])["input_ids"])) <= 80
 
@@ -222,6 +222,6 @@ def test_the_bundled_backbone_is_as_small_as_promised() -> None:
 
 
 def test_no_row_of_the_bundled_backbone_is_empty() -> None:
-    """DoRA divides by the length of a row."""
+    """DoRA divides by the norm of a row."""
     model = AutoModelForCausalLM.from_pretrained(TINY_BACKBONE)
     assert all(weight.norm(dim=1).min() > 0 for weight in model.parameters() if weight.ndim == 2)

@@ -1,4 +1,4 @@
-"""The page on tasks says what the code does: every task, its splits and tokens, where its rows come from."""
+"""The page on tasks agrees with the code: every task, its splits and tokens, and its sources of rows."""
 
 from __future__ import annotations
 

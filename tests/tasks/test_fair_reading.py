@@ -1,4 +1,4 @@
-"""Answers as a fair grader reads them: signs and spellings, denials, several candidates; what is ambiguous is none."""
+"""Answers as a fair grader reads them: signs, spellings, denials, several candidates; ambiguous texts have none."""
 
 from __future__ import annotations
 

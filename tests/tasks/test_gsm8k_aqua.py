@@ -1,4 +1,4 @@
-"""GSM8K and AQuA: chains of thought that lead to the gold answer, the same prompts from every source."""
+"""GSM8K and AQuA: reasoning that leads to the gold answer, and the same prompts from every source."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TestRealRows:
 
     @pytest.mark.parametrize("task", [Gsm8k, Aqua])
     def test_no_completion_contradicts_its_answer(self, tmp_path: Path, task: type[ReasoningTask]) -> None:
-        """Of the outputs in LLM-Adapters' own test files, two in five lead to another answer."""
+        """Two in five outputs in LLM-Adapters' own test files lead to another answer."""
         data = real(task.folder)
         (tmp_path / task.folder).mkdir()
         (tmp_path / task.folder / "test.json").symlink_to(data / task.folder / "test.json")
@@ -82,7 +82,7 @@ class TestRealRows:
         assert 0.3 < alone / len(examples) < 0.6
 
     def test_aqua_rows_are_worded_as_the_hub_s(self) -> None:
-        """Rows taken apart from the real file, by undoing the spaces at brackets, come back as the same prompts."""
+        """Rows of the real file, with the spaces at brackets undone, give the same prompts."""
         raw = json.loads((real("AQuA") / "AQuA" / "test.json").read_text(encoding="utf-8"))
         for fields in raw:
             question, choices = fields["instruction"].split(" Answer Choices:")

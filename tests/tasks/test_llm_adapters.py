@@ -1,4 +1,4 @@
-"""LLM-Adapters' rules, on cases worked out by hand from its scripts."""
+"""LLM-Adapters' rules, on cases computed by hand from its scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milora.tasks.llm_adapters import TASKS, is_correct
     ("task", "output", "answer", "right"),
     [
         ("boolq", "the correct answer is true", "true", True),
-        ("boolq", "It cannot be true.", "true", True),  # the first label, whatever is said of it
+        ("boolq", "It cannot be true.", "true", True),  # the first label, regardless of context
         ("boolq", "True", "true", False),  # case matters
         ("boolq", "untrue", "true", True),
         ("boolq", "false, true", "true", False),
@@ -23,7 +23,7 @@ from milora.tasks.llm_adapters import TASKS, is_correct
         ("arc-challenge", "answer12", "answer1", True),
         ("obqa", "answer5, no: answer4", "answer4", False),
         ("aqua", "The answer is (C).", "C", True),
-        ("aqua", "An apple: (C)", "A", True),  # the first capital of A to E, in a word too
+        ("aqua", "An apple: (C)", "A", True),  # the first capital A to E, even as a word
         ("aqua", "c", "C", False),
         ("gsm8k", "She has 1,072 clips.", "1072", True),
         ("gsm8k", "The answer is 5. 3 are red", "5", False),  # the last number

@@ -1,4 +1,4 @@
-"""MMLU and the naming of its subjects: prompts as the public harnesses have them, rows counted, splits disjoint."""
+"""MMLU and its subject names: prompts as in the public harnesses, row counts, disjoint splits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TestRealRows:
         splits = {split: task.examples(split) for split in ("train", "dev", "test")}
         assert sum(map(len, splits.values())) == 14042
         assert [len(splits[split]) / 14042 for split in splits] == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
-        # A prompt's first line is the question, which decides the split.
+        # The split depends on the question, the first line of a prompt.
         seen = [{row.prompt.split("question: ")[1].split("\n\nA. ")[0] for row in rows} for rows in splits.values()]
         assert seen[0].isdisjoint(seen[1])
         assert seen[0].isdisjoint(seen[2])

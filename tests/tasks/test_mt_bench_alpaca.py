@@ -1,4 +1,4 @@
-"""The tasks without a gold answer: MT-Bench, which is judged, and Alpaca, which is trained on."""
+"""Tasks without a gold answer: MT-Bench, which needs a judge, and Alpaca, for training."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class TestAlpaca:
         (tmp_path / "alpaca_data.json").write_text(json.dumps(rows), encoding="utf-8")
         task = Alpaca(tmp_path)
         train, dev = task.examples("train"), task.examples("dev")
-        assert (len(train), len(dev)) == (18, 2)  # the row without an output is none
+        assert (len(train), len(dev)) == (18, 2)  # the row without an output is skipped
         assert Example(instruction_prompt("Name a fruit.", "A red one."), "Apple.", "Apple.") in [*train, *dev]
         assert {row.prompt for row in train}.isdisjoint(row.prompt for row in dev)
         assert len(read_rows("alpaca", data_dir=tmp_path)) == 18

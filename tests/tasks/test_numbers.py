@@ -1,4 +1,4 @@
-"""Numbers in generated texts: every form of a value is that value, and what is no answer is none."""
+"""Numbers in generated texts: all forms of a value are equal, and texts without an answer give none."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class TestSpacesBetweenThousands:
         ("48 - 4 = 44", "44"),
         ("5-3", "3"),
         ("She had 5 and ate 3 of 8", "8"),
-        ("Answer: She has 5 and buys 3. In all 8", "8"),  # a cue that only opens the reasoning
+        ("Answer: She has 5 and buys 3. In all 8", "8"),  # this cue only starts the reasoning
         ("Answer: x = 18", "18"),
         ("The answer is not 5 but 6", "6"),
         ("The answer is below.\n\n18", "18"),
@@ -187,4 +187,4 @@ def test_a_model_that_repeats_itself_costs_no_time(text: str) -> None:
     started = time.process_time()
     find_number(text)
     find_number(f"the answer is {text}")
-    assert time.process_time() - started < 5  # a pattern that tries everything takes minutes
+    assert time.process_time() - started < 5  # a backtracking pattern needs minutes

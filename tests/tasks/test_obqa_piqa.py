@@ -1,4 +1,4 @@
-"""OpenBookQA and PIQA: their rows from the hub's schema, and PIQA's from LLM-Adapters' files."""
+"""OpenBookQA and PIQA: rows from the hub's schema, and PIQA's rows from LLM-Adapters' files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestHub:
 
 class TestFiles:
     def test_piqa_rows_are_worded_as_the_hub_s(self) -> None:
-        """Rows taken apart from the real file, the public validation split, come back as the same examples."""
+        """Rows in the hub's schema, reconstructed from the real file (the validation split), give the same examples."""
         data = real("piqa")
         raw = json.loads((data / "piqa" / "test.json").read_text(encoding="utf-8"))
         read = {example.prompt: example for example in Piqa(data).examples("test")}

@@ -1,4 +1,4 @@
-"""The shop's tasks: rows whose answers follow from their prompts."""
+"""The shop's tasks: every row's answer follows from its prompt."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Rows from what a user passes: every shape that is read, and every mistake with the place it stands at."""
+"""Rows from the user's files and data sets: every supported form, and the location of every error."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ class TestFiles:
 
     def test_a_file_that_cannot_be_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(path: Path) -> bytes:
-            raise PermissionError(13, "Permission denied")  # a real one does not stop an administrator
+            raise PermissionError(13, "Permission denied")  # real permissions do not stop root
 
         file = write_lines(tmp_path / "rows.jsonl", PAIR)
         monkeypatch.setattr(Path, "read_bytes", refuse)
@@ -263,7 +263,7 @@ class TestFolders:
         assert error_of(tmp_path, split="test").endswith("test.jsonl and test.json: name the one to read")
 
     def test_a_dataset_that_load_dataset_reads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # not the user's own
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # keep the user's cache unchanged
         folder = tmp_path / "data"
         folder.mkdir()
         Dataset.from_list([PAIR, {**PAIR, "prompt": " "}]).to_parquet(folder / "rows.parquet")

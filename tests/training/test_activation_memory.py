@@ -1,4 +1,4 @@
-"""Whether gradient checkpointing is needed: what is counted, and who decides."""
+"""Whether gradient checkpointing is needed: how memory is estimated, and who decides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _adapted(config: Any) -> Any:
 
 @pytest.mark.parametrize("config", [MiLoraConfig(r=4), LoraConfig(r=4, target_modules="all-linear")])
 def test_what_a_forward_keeps_is_what_it_allocates(config: Any) -> None:
-    # Independent of saved tensors' sizes: what torch's allocator hands out in a forward and does not get back.
+    # Independent of saved tensors' sizes: memory that torch's allocator still holds after a forward pass.
     model = _adapted(config)
     counted = saved_bytes(model, 4, 64, bf16=False)
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's ranks go down to the target under the stock Trainer, with the callback and not without."""
+"""AdaLoRA's ranks fall to the target under the stock Trainer with the callback, and not without it."""
 
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,14 @@ def test_ranks_shrink_to_the_target(tmp_path: Path, tfinal: int) -> None:
     assert len(ranks(model)) == 14
     assert watch.after_step[0] == 14 * 8
     assert sum(ranks(model)) == 14 * 4
-    assert len(set(ranks(model))) > 1  # Shared out by importance, not evenly.
-    # After the tenth step; between two allocations the optimiser brings some back.
+    assert len(set(ranks(model))) > 1  # Distributed by importance, not evenly.
+    # After the tenth step: between two allocations the optimiser restores some ranks.
     assert 14 * 4 < watch.after_step[9] < 14 * 8
-    # Once reached, the target is kept to the end.
+    # The target is kept once it is reached.
     assert watch.after_step[STEPS - tfinal - 1 :] == [14 * 4] * (tfinal + 1)
 
 
-# PEFT takes a module of which no rank is left for one that was not gathered, and AdaLoRA's rank_pattern for LoRA's.
+# PEFT reports a module without ranks as not gathered, and reads AdaLoRA's rank_pattern as LoRA's.
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")
 def test_the_pruned_adapter_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What belongs to an adapter travels with it: tokenizer, end of sequence, backbone revision, resized embeddings."""
+"""Everything that belongs to an adapter is saved with it: tokenizer, end of sequence, backbone revision, embeddings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_template_that_an_adapter_was_trained_with_is_used(
     assert train(backbone, chats, out, chat_template_path=template_file(tmp_path)) == 0
     tokenizer = load_for_inference(out, device="cpu")[1]
     assert tokenizer.decode(encode_prompt(tokenizer, PROMPT)) == "<user>Say 3;<bot>"
-    # Beside another name for the same folder, and on a backbone that is named.
+    # The same folder under two names, with an explicit backbone.
     tokenizer = load_for_inference({"a": out, "b": out}, backbone, device="cpu")[1]
     assert tokenizer.decode(encode_prompt(tokenizer, PROMPT)) == "<user>Say 3;<bot>"
     assert main(["export", "--adapter", str(out), "--prompt", "a", "--output", str(tmp_path / "lora")]) == 0
@@ -145,7 +145,7 @@ def test_the_end_of_sequence_of_training_ends_generation(backbone: Path, chats: 
     assert tokenizer.eos_token == "~"
     ends = model.generation_config.eos_token_id
     assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
-    # The bare backbone ends where it did.
+    # The bare backbone keeps its own end of sequence.
     bare = load_for_inference({}, backbone, device="cpu")[0].generation_config.eos_token_id
     assert tokenizer.eos_token_id not in (bare if isinstance(bare, list) else [bare])
 
@@ -158,7 +158,7 @@ def test_an_end_that_is_no_token_is_refused(
 
 
 def resized(folder: Path, backbone: Path, *, config: Any = None) -> Path:
-    """An adapter that was trained by hand, with two tokens that the backbone does not have."""
+    """A hand-trained adapter with two tokens that the backbone lacks."""
     tokenizer = character_tokenizer()
     tokenizer.add_tokens(["<one>", "<two>"])
     model = AutoModelForCausalLM.from_pretrained(backbone)
@@ -190,7 +190,7 @@ def test_embeddings_that_were_resized_are_loaded(backbone: Path, tmp_path: Path,
 
 
 def large_tokenizer(folder: Path) -> Path:
-    """A backbone whose tokenizer has tokens without embeddings, padding among them."""
+    """A backbone whose tokenizer has tokens without embeddings, including padding."""
     save_backbone(folder)
     tokenizer = character_tokenizer()
     tokenizer.add_tokens(["<new>"])
@@ -203,7 +203,7 @@ def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path, capsys: pytest.C
     backbone = large_tokenizer(tmp_path / "backbone")
     model, tokenizer = load_backbone(backbone, device="cpu")
     texts = list(generate_texts(model, tokenizer, ["ab", "abcdef"], Decoding(max_new_tokens=2)))
-    assert len(texts) == 2  # though the padding token is beyond the vocabulary
+    assert len(texts) == 2  # although the padding token is beyond the vocabulary
     with pytest.raises(MiLoraError, match="'<new>' the id 97, but the backbone has embeddings for only 97 tokens"):
         generate_texts(model, tokenizer, ["a <new> b"], Decoding(max_new_tokens=2))
     for completion, status in (("yes", 0), ("<new>", 2)):

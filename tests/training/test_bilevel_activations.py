@@ -1,4 +1,4 @@
-"""Bi-level training of the routers' activations: who learns from which rows, at what cost, and how it is resumed."""
+"""Bi-level training of the routers' activations: which rows train which parameters, the cost, and resuming."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RATE = 1e-3
 
 
 def text_rows(count: int, shift: int = 0) -> Dataset:
-    """Rows of one length, so that a mean of means is the mean over all tokens."""
+    """Rows of equal length, so a mean of means is the mean over all tokens."""
     letters = "abcdefghijklmnop"
     prompts = [f"say {letters[(i + shift) % 16]} and {letters[(3 * i + shift) % 16]}:" for i in range(count)]
     return Dataset.from_dict({"prompt": prompts, "completion": [f" {letters[(i + shift) % 16]}" for i in range(count)]})
@@ -86,7 +86,7 @@ def moved(model: Any, before: dict[str, Tensor], *, theta: bool) -> bool:
 
 
 def by_hand(rows: Dataset, steps: int) -> dict[str, Tensor]:
-    """Theta after some steps of Adam's on the mean loss of all rows, in plain torch on the backbone's own loss."""
+    """Theta after `steps` Adam steps on the mean loss of all rows, in plain torch with the backbone's own loss."""
     model = adapted()
     tokenizer = character_tokenizer()
     theta = [parameter for name, parameter in model.named_parameters() if ".activation." in name]
@@ -112,7 +112,7 @@ def by_hand(rows: Dataset, steps: int) -> dict[str, Tensor]:
     ],
 )
 def test_theta_takes_adams_steps_on_the_dev_loss(tmp_path: Path, checkpointing: dict[str, Any]) -> None:
-    # With everything else at rest; neither its loss nor its dropout is in the dev loss.
+    # Other parameters do not move; the dev loss contains neither their balance loss nor dropout.
     model = adapted(load_balancing_coef=0.5, lora_dropout=0.5)
     trainer = trainer_for(tmp_path, model, learning_rate=0.0, **checkpointing)
     rest = trained(model, theta=False)
@@ -134,7 +134,7 @@ def test_everything_else_trains_as_without(tmp_path: Path) -> None:
         assert not moved(model, before, theta=True)
         results[mode] = trained(model, theta=False)
         logs[mode] = [entry for entry in trainer.state.log_history if "loss" in entry]
-    # The same bits: a dev step draws no random numbers, and leaves no gradients and no statistics.
+    # Bit-identical: a dev step draws no random numbers and leaves no gradients or statistics.
     for name, value in results["frozen"].items():
         assert torch.equal(results["bilevel"][name], value), name
     assert [e["load_balancing_loss"] for e in logs["bilevel"]] == [e["load_balancing_loss"] for e in logs["frozen"]]
@@ -166,13 +166,13 @@ def test_the_activations_of_iapt_are_theta_too(tmp_path: Path) -> None:
         after = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         assert all(torch.equal(after[name], value) for name, value in theta.items()) is (rate == 0)
         ends[rate] = after
-    # The one step of everything else, before Theta's, is the same.
+    # The other parameters' only step comes before Theta's, so it is the same.
     for name, value in ends[0.0].items():
         assert ".activation." in name or torch.equal(value, ends[RATE][name]), name
 
 
 class Passes:
-    """Counts what runs: forward and backward passes of the backbone, and who is given gradients in them."""
+    """Counts the backbone's forward and backward passes, and the parameters that get gradients in them."""
 
     def __init__(self, model: PeftModel) -> None:
         self.rows: list[int] = []
@@ -216,7 +216,7 @@ def test_a_step_costs_at_most_one_more_pass(
     trainer_for(tmp_path, model, **{"max_steps": 4, **values}).train()
     blocks = 2
     assert len(passes.rows) == passes.backward == train_passes + dev_passes
-    assert len(set(passes.rows)) == 1  # Batches of one size.
+    assert len(set(passes.rows)) == 1  # All batches have one size.
     assert passes.rest == blocks * train_passes
     assert passes.theta == blocks * dev_passes
 
@@ -238,7 +238,7 @@ def test_under_autocast_theta_stays_exact(tmp_path: Path) -> None:
     expected = by_hand(text_rows(4, shift=5), steps=3)
     after = trained(model, theta=True)
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
-    # The gradients are rounded, and Adam's first steps are about their signs.
+    # Gradients are rounded, and Adam's first steps depend on their signs.
     agreeing = [((after[n] - before[n]).sign() == (expected[n] - before[n]).sign()).float().mean() for n in after]
     assert torch.stack(agreeing).mean() > 0.9
 
@@ -316,7 +316,7 @@ def test_a_checkpoint_without_thetas_optimiser_is_refused(tmp_path: Path) -> Non
 
 
 def test_quantised_backbones_leave_routers_exact(tmp_path: Path) -> None:
-    """TRL casts all that trains to bfloat16 where a backbone says that it is quantised."""
+    """TRL casts trainable parameters to bfloat16 if a backbone reports that it is quantised."""
     model = adapted()
     before = {name: value for theta in (True, False) for name, value in trained(model, theta=theta).items()}
     model.get_base_model().is_loaded_in_4bit = True
@@ -338,10 +338,10 @@ def test_dev_batches(rows: int, size: int, processes: int, start: int) -> None:
     streams = [batches(process) for process in range(processes)]
     seen = [[next(stream) for stream in streams] for _ in range(steps)]
     flat = [row for step in seen for part in step for row in part]
-    # Every round has each row once, and rounds come one after the other.
+    # Every round contains each row once, and rounds do not overlap.
     for first in range(0, len(flat) - rows + 1, rows):
         assert sorted(flat[first : first + rows]) == list(range(rows))
-    # From any step on, the same as the whole would have given.
+    # Starting at any step gives the same batches as the whole run.
     later = batches(processes - 1, start % steps)
     assert [next(later) for _ in range(steps - start % steps)] == [step[-1] for step in seen[start % steps :]]
 
@@ -353,7 +353,7 @@ def test_a_scaled_loss_makes_the_same_step(scale: float) -> None:
     before = layer.weight.detach().clone()
     step = DevStep([layer.weight], torch.optim.SGD([layer.weight], lr=0.5), [BATCH], evaluation=True)
     loss = step(Model(layer), torch.device("cpu"), scale)
-    # The loss is the sum of the outputs, so the gradient is the sum of the inputs.
+    # The loss is the sum of the outputs, so the weight's gradient is the sum of the inputs.
     assert loss == pytest.approx((BATCH["labels"] @ before.T + layer.bias).sum().item())
     torch.testing.assert_close(layer.weight, before - 0.5 * BATCH["labels"].sum(dim=0))
     assert (layer.weight.grad, layer.bias.grad, layer.weight.requires_grad) == (None, None, False)
@@ -372,7 +372,7 @@ def test_gradients_that_are_not_finite_make_no_step(is_scaled: bool, caplog: pyt
         step(Model(layer), torch.device("cpu"), float("inf") if is_scaled else None)
     assert torch.equal(layer.weight, before)
     assert (step.steps, step.skipped, step.state_dict()["skipped"]) == (3, 3, 3)
-    # Under loss scaling it is how the scale is found; without, what is trained would silently never move.
+    # Loss scaling finds its scale by skipping steps; without scaling, Theta would silently never change.
     assert ["not finite at dev step 0" in record.getMessage() for record in caplog.records] == [True] * (not is_scaled)
 
 
@@ -405,7 +405,7 @@ torch.save(trained(model, theta=True), folder / f"{trainer.args.process_index}.p
 
 @pytest.mark.slow
 def test_two_processes_have_one_theta(tmp_path: Path) -> None:
-    """The same in both, and that of one process with batches of twice the size, under DDP that wants every gradient."""
+    """Theta is equal in both processes, and equal to one process with twice the batch size, under strict DDP."""
     results = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads on top, and that it is ours wherever one is written."""
+"""The model card: the metadata that the hub reads, and that every writer of cards writes ours."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def facts(**values: Any) -> CardFacts:
 
 
 def one_spaced(text: str) -> str:
-    """Tables without the spaces that align them."""
+    """Removes the spaces that align tables."""
     return re.sub(" +", " ", text)
 
 
@@ -100,7 +100,7 @@ def test_while_it_runs() -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as creating a repository and committing small files takes."""
+    """The part of the hub's protocol that creates a repository and commits small files."""
 
     files: dict[str, bytes]
 
@@ -145,7 +145,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.mark.slow
 def test_a_run_is_pushed_with_its_card(tmp_path: Path) -> None:
-    """Over HTTP, to a server that speaks the hub's protocol."""
+    """Pushes over HTTP to a server that speaks the hub's protocol."""
     backbone = save_backbone(tmp_path / "backbone")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {i}:", "completion": f" {i}"}) + "\n" for i in range(24)))

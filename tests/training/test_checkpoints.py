@@ -1,4 +1,4 @@
-"""Which folder a run goes on from: the newest whole one, whoever kept the optimiser's state."""
+"""The checkpoint from which a run resumes: the newest complete one, for every layout of optimiser state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(folder: Path, names: tuple[str, ...], state: str = "{}") -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_found(tmp_path: Path, layout: str) -> None:
     whole = write(tmp_path / "checkpoint-2", (*COMMON, *LAYOUTS[layout]))
-    write(tmp_path / "checkpoint-10", COMMON)  # No optimiser yet.
+    write(tmp_path / "checkpoint-10", COMMON)  # Without an optimiser.
     write(tmp_path / "checkpoint-11", (*COMMON, *LAYOUTS[layout]), state='{"epoch"')
     (tmp_path / "checkpoint-last").mkdir()
     assert last_checkpoint(tmp_path) == whole
@@ -42,5 +42,5 @@ def test_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
 
 
 def test_there_may_be_none(tmp_path: Path) -> None:
-    write(tmp_path / "checkpoint-3", (*COMMON, "optimizer.pt"))  # Cut off before the schedule.
+    write(tmp_path / "checkpoint-3", (*COMMON, "optimizer.pt"))  # Interrupted before the scheduler was written.
     assert last_checkpoint(tmp_path) is None

@@ -17,13 +17,13 @@ def test_fsdp_on_cpus_is_refused(kind: DistributedType, monkeypatch: pytest.Monk
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(MiLoraError, match="requests FSDP"):
         check_launch()
-    # The launcher of a configuration without it says so.
+    # A launcher whose configuration has no FSDP sets "false".
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     check_launch()
 
 
 def test_deepspeed_that_is_left_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `--use_cpu` does, of the launcher or of the command."""
+    """`--use_cpu` of the launcher or of the command turns DeepSpeed off."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_CPU)
     with pytest.raises(MiLoraError, match="remove --use_cpu"):

@@ -47,7 +47,7 @@ def trainer_for(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **s
 
 
 class Recorder(TrainerCallback):
-    """Looks at the adapter after every step, and what the search did in it."""
+    """Records the adapter and the search after every step."""
 
     def __init__(self) -> None:
         self.rounds_left: list[int] = []
@@ -69,16 +69,16 @@ def test_searches_then_trains(tmp_path: Path, retrain: bool) -> None:
     search = LearnedAdapterSearch(dev_batches(), search_share=0.6, learning_rate=1e-2, retrain=retrain)
     trainer = trainer_for(model, tmp_path, search, recorder)
     trainer.train()
-    # Three rounds in six of ten steps; the first is after the second.
+    # Three rounds in the first six of ten steps; the first round ends after the second step.
     assert recorder.rounds_left == [3, 2, 2, 1, 1, 0, 0, 0, 0, 0]
     assert len(recorder.weights[0]) == 8
-    # Adam's first steps are of the learning rate's size. Operations start equal: they differ from the second step on.
+    # Adam's first steps are about the learning rate. Operations start equal, so they differ from the second step on.
     assert all(weights.abs().max() > 5e-3 for weights in recorder.weights[0][::2])
     assert all(weights[weights > DROPPED / 2].abs().max() > 5e-3 for weights in recorder.weights[2])
     assert not model.base_model.is_searching
     assert len(model.peft_config["default"].architecture) == 4
     assert (recorder.up[5] == 0) == retrain
-    # What is trained afterwards is what is left, and it is learned.
+    # After the search only the remaining parameters are trained, and they learn.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert recorder.optimizer_sizes[-1] == len(trained)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -87,7 +87,7 @@ def test_searches_then_trains(tmp_path: Path, retrain: bool) -> None:
 
 @pytest.mark.parametrize("when", ["with the trainer", "after it"])
 def test_the_trainer_leaves_the_architecture_alone(tmp_path: Path, when: str) -> None:
-    """Neither its gradients nor its weight decay reach the architecture weights."""
+    """Neither gradients nor weight decay of the trainer change the architecture weights."""
     model, recorder = learned(), Recorder()
     for weights in model.base_model.architecture_parameters():
         torch.nn.init.constant_(weights, 0.5)
@@ -100,7 +100,7 @@ def test_the_trainer_leaves_the_architecture_alone(tmp_path: Path, when: str) ->
     trainer.train()
     for weights in itertools.chain(*recorder.weights):
         assert set(weights.tolist()) <= {0.5, DROPPED}
-    # Nothing but the drops changed them, of equal candidates the last.
+    # Only drops changed them; among equal candidates the last is dropped.
     assert model.peft_config["default"].architecture["model.layers.0.mlp"] == {
         "activation": "relu",
         "operation": "identity",
@@ -130,7 +130,7 @@ def test_a_run_is_resumed_during_the_search_and_after_it(tmp_path: Path) -> None
         trainer = trainer_for(model, tmp_path / "resumed", search, recorder, **settings)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert recorder.rounds_left == ([1, 0] if rounds_left else []) + [0] * (12 - max(step, 6))
-    # After the search the resumed run is the run that was not interrupted.
+    # After the search, the resumed run equals the uninterrupted one.
     assert model.peft_config["default"].architecture == whole.peft_config["default"].architecture
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, whole.get_parameter(name), msg=name)
@@ -142,7 +142,7 @@ def test_the_best_checkpoint_has_the_architecture(tmp_path: Path) -> None:
         str(tmp_path),
         **{**QUIET, "save_strategy": "steps"},
         max_steps=8,
-        # So much that the adapter is at its best in the beginning, during the search.
+        # So large that the adapter is best at the start, during the search.
         learning_rate=0.5,
         lr_scheduler_type="constant",
         per_device_train_batch_size=4,
@@ -155,7 +155,7 @@ def test_the_best_checkpoint_has_the_architecture(tmp_path: Path) -> None:
     trainer = Trainer(model, arguments, train_dataset=rows(5), eval_dataset=rows(6), callbacks=[search])
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    # The evaluation of the fourth step is after its end, where the search ended too.
+    # The search ends with the fourth step, before that step's evaluation.
     best = 4 + min(range(5), key=lambda index: losses[3:][index])
     assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{best}"
     again = PeftModel.from_pretrained(ARCHITECTURES["llama"](), trainer.state.best_model_checkpoint)
@@ -216,7 +216,7 @@ torch.save((model.peft_config["default"].architecture, tensors), Path(sys.argv[1
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(tmp_path: Path) -> None:
-    """Under DDP as `Trainer` sets it up: parameters that leave with the search are no reason to wait."""
+    """Under DDP as `Trainer` sets it up: it does not wait for parameters that the search removed."""
     script, here = tmp_path / "script.py", Path(__file__).parent
     script.write_text(TWO_PROCESSES)
     environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}

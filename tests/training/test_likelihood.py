@@ -1,4 +1,4 @@
-"""Dev perplexity is exp of the mean negative log-likelihood of the supervised tokens, whatever is optimised."""
+"""Dev perplexity is exp of the mean negative log-likelihood of the supervised tokens, for any training loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def milora_trainer(model: Any, folder: Path, **settings: Any) -> MiLoraTrainer:
 
 @torch.no_grad()
 def by_hand(model: Any) -> float:
-    """Row by row, without padding: the model's own log-probabilities of the completions' tokens and the end."""
+    """The model's own log-probabilities of completion and end tokens, row by row without padding."""
     tokenizer = character_tokenizer()
     total = tokens = 0.0
     for row in rows():
@@ -77,7 +77,7 @@ def test_perplexity_is_of_the_tokens_and_of_nothing_else(tmp_path: Path, setting
     logged = trainer.state.log_history[-1]
     assert logged["eval_perplexity"] == pytest.approx(by_hand(trainer.model), rel=1e-4)
     assert math.log(logged["eval_perplexity"]) == pytest.approx(logged["eval_loss"])
-    # The loss that is optimised stays the one that was asked for.
+    # The training loss stays the requested one.
     assert trainer.args.loss_type == settings.get("loss_type", "nll")
     assert (trainer.label_smoother is not None) == ("label_smoothing_factor" in settings)
     assert trainer.compute_loss_func is settings.get("compute_loss_func")

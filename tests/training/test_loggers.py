@@ -1,4 +1,4 @@
-"""What TensorBoard and wandb are given, read from what the one writes and of what the other has received."""
+"""Values logged to TensorBoard, read from its files, and to wandb, read from its process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     train(tmp_path, "wandb")
-    # The last values, asked back of wandb's own process: what it writes offline has no reader.
+    # The last values, requested from wandb's own process, because its offline files have no reader.
     received = dict(wandb.run.summary)
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,4 +1,4 @@
-"""Which method learns, and with which settings: names, flags and mappings."""
+"""The method to train and its settings: names, flags and mappings."""
 
 from __future__ import annotations
 
@@ -90,6 +90,6 @@ def test_an_activation_for_each_half_of_the_blocks() -> None:
 def test_tasks_by_comma_and_by_space() -> None:
     data = DataArguments("tiny", task=["bundled-choice,bundled-yesno", "arc-easy"], data=["bundled-choice"])
     assert data.sources == ["bundled-choice", "bundled-yesno", "arc-easy"]
-    assert DataArguments("tiny", task="boolq").task == ["boolq"]  # As YAML may have it.
+    assert DataArguments("tiny", task="boolq").task == ["boolq"]  # As YAML can contain it.
     with pytest.raises(MiLoraError, match=r"no task 'arc-esy'.*did you mean 'arc-easy'"):
         DataArguments("tiny", task=["arc-esy"])

@@ -1,4 +1,4 @@
-"""Every method through `train`: what is written is what was best, and a run that was cut goes on as the whole would."""
+"""Every method through `train`: the best state is saved, and an interrupted run resumes to the same result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 pytestmark = [
-    # PEFT takes a module of which no rank is left for one that was not gathered, and AdaLoRA's rank_pattern for LoRA's.
+    # PEFT reports a module without ranks as not gathered, and reads AdaLoRA's rank_pattern as LoRA's.
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape"),
 ]
@@ -77,14 +77,14 @@ def run(method: str, backbone: Path, folder: Path, output: str, **values: Any) -
 
 
 def perplexity(backbone: Path, adapter: str, dev: list[dict[str, str]]) -> float:
-    """Of an adapter as anyone would load it, by the backbone's own loss, a row at a time."""
+    """Perplexity of a saved adapter, loaded with plain PEFT; the backbone's own loss, one row at a time."""
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), adapter).eval()
     total, count = 0.0, 0
     for row in dev:
         prompt = tokenizer(row["prompt"])["input_ids"]
         text = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
-        # Without labels, which methods read to know the prompt, and PEFT's AdaLoRA in inference stumbles over.
+        # Without labels: some methods find the prompt's end in them, and PEFT's AdaLoRA fails on them in inference.
         model_prompt = torch.tensor([[1] * len(prompt) + [0] * (len(text) - len(prompt))])
         said = getattr(model.base_model, "use_prompt", None)
         with torch.no_grad(), said(model_prompt) if said else nullcontext():
@@ -102,7 +102,7 @@ def held_out(folder: Path, seed: int = 1) -> list[dict[str, str]]:
     return [{"prompt": str(row.prompt), "completion": str(row.completion)} for row in dev]
 
 
-# At some seconds each; the fast ones have a search, a pruning schedule, and a router.
+# Each takes some seconds. The fast ones have a router, a search, and a pruning schedule.
 FAST = ("milora", "ssp", "adalora")
 
 
@@ -118,7 +118,7 @@ def test_the_adapter_on_disk_is_the_best_one(method: str, backbone: Path, tmp_pa
     assert (result.train_rows, result.dev_rows, result.steps) == (36, 4, 10)
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    # While a structure is open, no checkpoint is one of the method's.
+    # A checkpoint counts only once the method's structure is fixed.
     first = {"ssp": 3, "learned-adapter": 3, "adalora": 7}.get(method, 1)
     best = min((step for step in losses if step >= first), key=lambda step: (losses[step], step))
     assert result.best_step == best
@@ -183,7 +183,7 @@ def test_methods_that_search_need_dev_rows(backbone: Path, tmp_path: Path) -> No
 
 
 def test_adalora_is_trained_with_its_penalty(backbone: Path, tmp_path: Path) -> None:
-    """The first loss differs by the weight times the penalty, which is worked out here from the adapter's start."""
+    """The first loss differs by weight times penalty, with the penalty computed here from the initial adapter."""
     losses = {}
     for weight in (0.0, 0.5):
         SMALL["adalora"] = {"init_r": 4, "orth_reg_weight": weight, "tfinal": 0}
@@ -202,7 +202,7 @@ def test_adalora_is_trained_with_its_penalty(backbone: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_trains_as_float32_does(method: str, backbone: Path, tmp_path: Path) -> None:
-    # What a processor that multiplies bfloat16 gets by default.
+    # The default on processors with bfloat16 products.
     more = {"max_steps": 4, "search_share": 0.8, "eval_strategy": "no", "save_strategy": "no"}
 
     histories = [

@@ -1,4 +1,4 @@
-"""A backbone in 4 or 8 bits by bitsandbytes, on CPU: it trains from the lowest block on, and the adapter serves."""
+"""A backbone in 4 or 8 bits by bitsandbytes on a CPU: it trains from the lowest block on, and the adapter works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_what_has_no_such_attribute_is_left_alone() -> None:
 
 
 def test_bitsandbytes_packs_by_this_attribute() -> None:
-    """Which is its own affair, and may move."""
+    """A private attribute of bitsandbytes, which may be renamed."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(64, 64)
     assert hasattr(layer, PACKS)
@@ -32,7 +32,7 @@ def test_bitsandbytes_packs_by_this_attribute() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["--load_in_4bit", "--load_in_8bit"])
 def test_a_quantised_backbone_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str], width: str) -> None:
-    """The evaluation before the first step is what packs 4-bit weights, which pass no gradients on."""
+    """The evaluation before the first step packs 4-bit weights, and packed weights pass no gradients on."""
     pytest.importorskip("bitsandbytes")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {i}:", "completion": f" {i}"}) + "\n" for i in range(12)))
@@ -44,7 +44,7 @@ def test_a_quantised_backbone_trains(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert main(flags.split()) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
-    # They begin at zero, and the lowest block's learn only if gradients come through all above it.
+    # They start at zero; the lowest block's learn only if gradients flow through all blocks above.
     learned = {name: bool(value.any()) for name, value in load_peft_weights(str(output)).items() if "lora_B" in name}
     assert learned
     assert all(learned.values()), [name for name, has in learned.items() if not has]

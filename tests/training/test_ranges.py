@@ -1,4 +1,4 @@
-"""Numbers that cannot be meant, before anything is loaded."""
+"""Values that cannot be intended are rejected before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes: the command in their first line, and what they set."""
+"""The recipes: the command in their first line, and their settings."""
 
 from __future__ import annotations
 

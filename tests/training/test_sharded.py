@@ -1,4 +1,4 @@
-"""MiLoRA's parameters shared out by FSDP: two processes train to the weights that one has."""
+"""MiLoRA's parameters sharded by FSDP: two processes train to the same weights as one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_sharded_parameters_train_alike(tmp_path: Path) -> None:
-    """The same rows in both, so that the mean over processes is what one would have had; Theta with the rest."""
+    """Both processes get the same rows, so their mean equals one process's; Theta trains with the other parameters."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

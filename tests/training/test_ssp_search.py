@@ -1,4 +1,4 @@
-"""The structure search under the stock Trainer: who learns when, the end, and what is saved."""
+"""The structure search under the stock Trainer: training of gates and weights, the end, and saved files."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def train(model: PeftModel, folder: Path, search: SSPSearch, *more: TrainerCallb
 
 
 class Watch(TrainerCallback):
-    """Notes the gates, the candidates' weights and the optimiser's parameters at the end of each step."""
+    """Records the gates, the candidates' weights and the optimiser's parameters after each step."""
 
     def __init__(self) -> None:
         self.logits: list[list[float]] = []
@@ -73,13 +73,13 @@ def test_the_search_under_the_stock_trainer(tmp_path: Path) -> None:
     budget = 0.4 * sum(p.numel() for n, p in model.named_parameters() if ".ssp_." in n and ".gate." not in n)
     candidates = 4 * len(model.gate_parameters())  # Two parameters for each of two kinds.
     trainer = train(model, tmp_path, SSPSearch(batches(), search_share=0.6, every=2), watch)
-    # The gates learn at every second step, by Adam's 0.1 at first, and are gone after the sixth.
+    # The gates learn at every second step, first by Adam's 0.1, and are removed after the sixth.
     assert [bool(logits) for logits in watch.logits] == [True] * 5 + [False] * 5
     assert watch.logits[0] == [0.0] * len(watch.logits[0])
     assert max(map(abs, watch.logits[1])) == pytest.approx(0.1, rel=0.01)
     assert watch.logits[2] == watch.logits[1]
     assert watch.logits[3] != watch.logits[2]
-    # The trainer trains the candidates, not the gates; in the end what was found, from zero.
+    # The trainer trains the candidates but not the gates; finally it trains the found structure, from zero.
     assert watch.in_optimizer[:5] == [candidates] * 5
     assert watch.weights[4] > watch.weights[0] > 0
     assert watch.weights[5] == 0
@@ -97,8 +97,8 @@ def test_the_search_under_the_stock_trainer(tmp_path: Path) -> None:
 
 
 def test_the_search_prefers_what_helps_on_the_dev_set(tmp_path: Path) -> None:
-    # The last block's biases push away from the one token that the dev set is about. Its LoRAs, which have no effect
-    # yet, gain by that because of the budget, which is just theirs: (32 + 32) + (48 + 32).
+    # The last block's biases push away from the dev set's only token. Its LoRAs have no effect yet, but gain because
+    # both share the budget, which is exactly the LoRAs' size: (32 + 32) + (48 + 32).
     model = searching(r=1, projection_dim=None, target_modules=r".*\.1\..*(o_proj|down_proj)", budget=144)
     harm = -model.get_output_embeddings().weight[5].detach()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_the_best_checkpoint_is_one_with_the_structure(tmp_path: Path) -> None:
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
-        # Worse and worse: the best of all steps would be one of the search.
+        # The loss rises, so the best of all steps would lie in the search.
         learning_rate=1.0,
     )
     assert trainer.state.best_global_step >= 5

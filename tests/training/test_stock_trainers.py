@@ -1,4 +1,4 @@
-"""What stock trainers do to a batch before the model sees it: labels withheld, rows packed, labels that are classes."""
+"""Stock trainers change a batch before the model gets it: withheld labels, packed rows, class labels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
 
 
 class PopsLabels(Trainer):
-    """The trainer of countless notebooks."""
+    """A trainer with the `compute_loss` that many notebooks use."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         labels = inputs.pop("labels")
@@ -210,5 +210,5 @@ def test_a_classifier_trains_with_the_balance_loss_once(tmp_path: Path, task: st
         data = Dataset.from_dict({"input_ids": rows, "labels": labels})
         losses[coefficient] = Trainer(model, arguments, train_dataset=data).train().training_loss
         balance = model.base_model.routing_statistics()["load_balancing_loss"]
-    # transformers leaves a classifier's own loss a sum over the accumulated batches.
+    # transformers does not average a classifier's own loss over accumulated batches: it stays a sum.
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * balance, abs=2e-4)

@@ -1,4 +1,4 @@
-"""Early stopping, and the best checkpoint, where a structure is first searched for."""
+"""Early stopping and the best checkpoint, for methods that first search a structure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_waits_for_the_structure() -> None:
     worse = [1.0, 2.0, 3.0, 4.0]
     assert stops_at(worse) == 3
     assert stops_at(worse, Search()) is None
-    # From then on it counts, against what came after.
+    # After the search it counts, and compares only with later losses.
     assert stops_at([*worse, 3.5, 3.6, 3.7, 3.8], Search()) == 7
     assert stops_at([*worse, 3.5, 3.6, 3.4, 3.8], Search()) is None
 

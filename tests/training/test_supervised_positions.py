@@ -1,4 +1,4 @@
-"""Where the logits of a training step are computed: at supervised positions, on a CPU too."""
+"""A training step computes logits at supervised positions only, also on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milora.training.supervised_positions import score_supervised_positions_only
 
 
 def test_trl_still_asks_where_we_answer() -> None:
-    # If this fails, TRL decides elsewhere which positions its LM head scores: see supervised_positions.py.
+    # If this fails, TRL now chooses the scored positions elsewhere: see supervised_positions.py.
     assert callable(getattr(trl_utils, supervised_positions.CHOICE))
     assert f"compact = {supervised_positions.CHOICE}(" in _source(trl_utils.add_fused_lm_head)
 

@@ -1,4 +1,4 @@
-"""The stock `Trainer` and TRL's `SFTTrainer`: the balance loss once in the loss, logged, resumed, in two processes."""
+"""The stock `Trainer` and TRL's `SFTTrainer`: the balance loss is added once, logged, resumed, in two processes too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def adapted(family: str, **settings: Any) -> PeftModel:
 
 
 def tokenized_rows(count: int = 8) -> Dataset:
-    """Rows of one length, so that no collator has to pad: six prompt tokens, three supervised ones."""
+    """Rows of equal length, which need no padding: six prompt tokens, three supervised ones."""
     rows = random_prompts(count, 9, seed=5)
     return Dataset.from_dict(
         {
@@ -66,7 +66,7 @@ def test_stock_trainer_counts_the_balance_loss_once(tmp_path: Path, accumulation
         trainer.train()
         losses[coefficient] = first_loss(trainer)
         logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    # Mean over the micro-batches, whichever way the loss was accumulated.
+    # The mean over micro-batches, for every kind of loss accumulation.
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * logged["load_balancing_loss"], abs=2e-4)
     shares = [value for name, value in logged.items() if name.startswith("expert_share/")]
     assert len(shares) == 7
@@ -177,7 +177,7 @@ if trainer.args.process_index == 0:
 def test_two_processes_train_and_agree_with_one(tmp_path: Path) -> None:
     """Under DDP without `find_unused_parameters`, which stalls on a parameter without a gradient.
 
-    Without the balance loss, which is of a process's own rows and so differs from that of all.
+    Without the balance loss: each process computes it over its own rows, so it differs from that of all rows.
     """
     results = {}
     for processes in (1, 2):

@@ -1,4 +1,4 @@
-"""Rows of a run: what is left out and counted, and the dev set of each source."""
+"""Rows of a run: rows that are left out and counted, and each source's dev set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def file_of(folder: Path, name: str, rows: list[tuple[str, str]]) -> str:
 
 
 def test_what_does_not_fit_is_counted_by_why(tmp_path: Path) -> None:
-    # In characters, with one more for the end of sequence: 10 in all.
+    # In characters; with the end token they must fit in 10.
     rows = [("a" * 6, "b" * 3), ("a" * 6, "b" * 4), ("a" * 9, "b"), ("a" * 10, "b"), ("a" * 30, "b")]
     source = file_of(tmp_path, "rows.jsonl", rows)
     mixture = mix(read_sources(DataArguments("tiny", data=[source], dev_fraction=0.0), 0), character_tokenizer(), 10)
@@ -98,7 +98,7 @@ class TestHeldOut:
             ]
             for number in range(20)
         ]
-        # One more that opens as another does, and goes on in its own way.
+        # One more chat starts like another and then continues differently.
         chats.append([*chats[3][:1], *chats[4][1:]])
         path = tmp_path / "chats.jsonl"
         path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
@@ -130,7 +130,7 @@ class TestHeldOut:
         assert sizes(["one"] * 9) == [9, 0]
         assert sizes([f"{number}" for number in range(5)], fraction=0.0) == [5, 0]
         assert sizes([f"{number}" for number in range(6000)]) == [5500, 500]
-        # A prompt of which there are too many rows is not held out.
+        # A prompt with too many rows is not held out.
         assert sizes(["often"] * 501 + ["once", "again"], fraction=0.9)[1] in (1, 2)
         with pytest.raises(MiLoraError, match=r"dev_fraction must be at least 0 and below 1; found 1\.0"):
             sizes(["one"], fraction=1.0)
@@ -139,7 +139,7 @@ class TestHeldOut:
 def test_rows_longer_than_the_backbone_s_positions_are_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backbone = save_backbone(tmp_path / "backbone", "opt")  # it learns positions, 128 of them
+    backbone = save_backbone(tmp_path / "backbone", "opt")  # with 128 learned positions
     source = file_of(tmp_path, "rows.jsonl", [(f"row {index}", "x") for index in range(7)] + [("a" * 127, "b")])
     arguments = TrainingArguments(
         str(tmp_path / "out"), max_steps=1, save_strategy="no", load_best_model_at_end=False, use_cpu=True,

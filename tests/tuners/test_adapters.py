@@ -1,4 +1,4 @@
-"""Adapters in PEFT's hands: several in one model, switched, saved, loaded, removed; and what LoRA's options do."""
+"""Adapters managed by PEFT: several in one model, switched, saved, loaded, removed; and LoRA's options."""
 
 import copy
 import json
@@ -82,7 +82,7 @@ class TestSeveral:
         assert generate(case.model) == [case.reference.greedy(torch.tensor([prompt]), 6) for prompt in PROMPTS]
         case.model.set_adapter("narrow")
         assert case.model.route(**BATCH).blocks == ("model.layers.1",)
-        # LoRA's B starts at zero.
+        # The new adapter has no effect, because LoRA's B starts at zero.
         with case.model.disable_adapter():
             backbone = generate(case.model)
         assert generate(case.model) == backbone
@@ -111,7 +111,7 @@ class TestSeveral:
         model = adapted().model
         backbone = generate(ARCHITECTURES["llama"]())
         model.delete_adapter("default")
-        # PEFT's own wrapper looks for the configuration of an adapter that is gone.
+        # PEFT's own wrapper would look up the deleted adapter's configuration.
         assert generate(model.base_model) == backbone
         assert not [module for module in model.modules() if isinstance(module, RouterLayer)]
         with pytest.raises(MiLoraError, match="there are no routers"):
@@ -225,7 +225,7 @@ class TestAdapterNames:
         assert generate(model) == before
 
     def test_flattened_tokens_belong_to_their_rows(self) -> None:
-        # OPT's feed-forward modules are given (batch * tokens, d).
+        # OPT's feed-forward modules get (batch * tokens, d).
         model = two_adapters("opt")
         mixed = logits_of(model, adapter_names=list(self.names))
         for row, name in enumerate(self.names):
@@ -246,7 +246,7 @@ class TestRemoval:
         assert type(bare) is type(backbone)
         Snapshot(backbone.requires_grad_(False)).assert_unchanged(bare)
         assert torch.equal(logits_of(bare), logits_of(backbone))
-        # And it can be adapted again.
+        # The backbone can be adapted again.
         assert get_peft_model(bare, MiLoraConfig(r=2)).route(**BATCH)
 
 
@@ -270,7 +270,7 @@ class TestFiles:
         assert loaded.route(**BATCH) == model.route(**BATCH)
         assert not any(parameter.requires_grad or parameter.is_meta for parameter in loaded.parameters())
 
-    # One is part of every parameter's path, one of LoRA's own names, one of the router's.
+    # Names that also occur in every parameter's path, in LoRA's names, or in the router's.
     @pytest.mark.parametrize(
         ("adapter", "low_cpu_mem_usage"),
         [("other", False), ("model", False), ("model", True), ("lora_A_", False), ("projection", True)],
@@ -351,7 +351,7 @@ class TestFiles:
             "use_dora": False,
         }
         assert {key: config[key] for key in expected} == expected
-        # What is needed while the model is built is not the file's business.
+        # Fields that are only used while the model is built are not saved.
         assert not {"expert_places", "awaits_weights", "normalize_router_input"} & set(config)
 
     @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ class TestFiles:
         assert PeftConfig.from_pretrained(str(tmp_path)).router_norm == router_norm
         loaded = PeftModel.from_pretrained(ARCHITECTURES["llama"](), tmp_path)
         assert torch.equal(logits_of(loaded), logits_of(model))
-        # Saved again, it is a file of today.
+        # Saving again writes the current format.
         loaded.save_pretrained(tmp_path)
         again = json.loads(path.read_text())
         assert again["router_norm"] == router_norm
@@ -479,7 +479,7 @@ class TestPrecision:
         exact = model.route(**BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             route = model.route(**BATCH)
-        # The first block's input is the embedding, which autocast leaves alone.
+        # The first block's input is the embedding, which autocast does not change.
         assert torch.equal(route.probabilities[0], exact.probabilities[0])
 
 
@@ -556,7 +556,7 @@ class TestLoraOptions:
                 {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
                 {0: ["self_attn.q_proj"]},
             ),
-            # What lies outside the blocks is no expert.
+            # Modules outside the blocks are no experts.
             ({"target_modules": ["k_proj", "lm_head"]}, ["self_attn.k_proj"]),
         ],
         ids=str,

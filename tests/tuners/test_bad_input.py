@@ -1,4 +1,4 @@
-"""Mistakes: each is refused with a message that names it, and the model is afterwards what it was before."""
+"""Errors: every mistake gets a message that names it, and the model stays unchanged."""
 
 import json
 import os
@@ -252,14 +252,14 @@ def test_files(
     with pytest.raises(MiLoraError, match=message):
         PeftModel.from_pretrained(backbone, folder, low_cpu_mem_usage=low_cpu_mem_usage)
     before.assert_unchanged(backbone)
-    # Beside an adapter with fewer modules, so that new LoRA layers would be left over.
+    # On top of an adapter with fewer modules, where a failed load could leave new LoRA layers behind.
     model = get_peft_model(backbone, MiLoraConfig(r=2, top_k=1, target_modules=["q_proj", "v_proj"])).eval()
     before = Snapshot(model)
     with pytest.raises(MiLoraError, match=message):
         model.load_adapter(folder, "other", low_cpu_mem_usage=low_cpu_mem_usage)
     before.assert_unchanged(model)
     assert not (tmp_path / "exploded").exists()
-    # And a sound one can be loaded under the same name.
+    # A valid adapter can still be loaded under the same name.
     model.load_adapter(sound, "other", low_cpu_mem_usage=low_cpu_mem_usage)
     model.set_adapter("other")
     assert torch.equal(model.generate(INPUT_IDS, attention_mask=ATTENTION_MASK, max_new_tokens=4), generated)

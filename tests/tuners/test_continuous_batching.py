@@ -1,4 +1,4 @@
-"""transformers' continuous batching logs errors in a thread and returns empty texts: it is refused before."""
+"""transformers' continuous batching logs errors in a thread and returns empty texts, so it is refused early."""
 
 import pytest
 from peft import get_peft_model

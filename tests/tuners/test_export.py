@@ -13,7 +13,7 @@ from milora.tuners.milora.export import export_route
 
 
 def adapted(family: str, **settings: Any) -> PeftModel:
-    """A backbone with a random MiLoRA adapter, of any setting that LoRA has too."""
+    """A backbone with a random MiLoRA adapter, with any setting that LoRA shares."""
     model = get_peft_model(ARCHITECTURES[family](), MiLoraConfig(**{"r": 4, "lora_alpha": 8, "top_k": 2, **settings}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -25,7 +25,7 @@ def adapted(family: str, **settings: Any) -> PeftModel:
 
 
 def check_equal(model: PeftModel, folder: Path, family: str, route: Route) -> PeftModel:
-    """The exported adapter gives the frozen route's logits for any prompt, also merged."""
+    """Checks that the exported adapter gives the frozen route's logits for any prompt, also when merged."""
     inputs = torch.tensor(random_prompts(3, 9, seed=7))
     with model.base_model.use_route(route):
         expected = model(input_ids=inputs).logits
@@ -71,7 +71,7 @@ def test_the_exported_adapter_equals_the_frozen_route(family: str, settings: dic
 
 def test_so_many_modules_that_peft_shortens_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted("llama", top_k=6)
-    # From 20 entries on PEFT looks for common endings, in vain if it took one for a module that was not chosen.
+    # From 20 entries on, PEFT shortens names to common endings, which must not match modules that were not chosen.
     monkeypatch.setattr(tuners_utils, "MIN_TARGET_MODULES_FOR_OPTIMIZATION", 2)
     route = route_of(model, seed=4)
     assert len({tuple(experts) for experts in route.chosen_experts().values()}) > 1

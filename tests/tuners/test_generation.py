@@ -1,4 +1,4 @@
-"""Generation by an adapted model, held against the reference and against itself one row at a time."""
+"""Generation with an adapted model, compared with the reference and with each row alone."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ PROMPTS = random_prompts(4, (3, 9), seed=1)
 
 
 def generate(model: PeftModel, prompts: list[list[int]] = PROMPTS, **settings: Any) -> list[list[int]]:
-    """Greedy continuations (unless told otherwise) of left-padded prompts."""
+    """Continuations of left-padded prompts, greedy by default."""
     input_ids, attention_mask = pad(prompts, "left")
     settings = {"max_new_tokens": NEW, "do_sample": False, **settings}
     output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **settings)
@@ -42,7 +42,7 @@ def assert_route_is_the_references(case: Adapted, route: Route, prompts: list[li
     for row, prompt in enumerate(prompts):
         decision = case.reference.route(torch.tensor([prompt]))
         for index, block in enumerate(blocks):
-            # Where blocks differ the route's experts are their union.
+            # If blocks differ, the route's experts are the union over blocks.
             columns = [route.experts.index(expert) for expert in block.experts]
             width = len(block.experts)
             others = [column for column in range(len(route.experts)) if column not in columns]
@@ -56,7 +56,7 @@ def assert_route_is_the_references(case: Adapted, route: Route, prompts: list[li
 
 @contextmanager
 def counted(model: PeftModel) -> Iterator[Counter[str]]:
-    """Counts decisions by block, and calls of `lora_A` by block."""
+    """Counts routing decisions and calls of `lora_A`, by block."""
     counts: Counter[str] = Counter()
     handles = []
     for path, module in model.base_model.model.named_modules():
@@ -205,7 +205,7 @@ class TestWaysToDecode:
 
     def test_prompt_lookup(self) -> None:
         model = adapted().model
-        # Repeats itself, so that candidates are found.
+        # The prompt repeats itself, so candidates are found.
         prompt = [[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]]
         plain = generate(model, prompt, max_new_tokens=12)
         assert generate(model, prompt, max_new_tokens=12, prompt_lookup_num_tokens=3) == plain
@@ -228,7 +228,7 @@ class TestWaysToDecode:
     def test_an_adapted_model_as_assistant(self) -> None:
         model, assistant = adapted().model, adapted(seed=5).model
         prompt = PROMPTS[:1]
-        # Its candidates come from a generation each, all on one cache.
+        # The assistant generates its candidates in several generations on one cache.
         with pytest.raises(MiLoraError, match="route="):
             generate(model, prompt, assistant_model=assistant)
         assert_nothing_in_force(model)
@@ -267,7 +267,7 @@ class TestWaysToDecode:
         found = sample()
         assert len(found) == 12
         assert len({tuple(row) for row in found}) > 4
-        # The same draws, each row forced to the route of its prompt.
+        # The same random draws, with each row's route fixed to its prompt's.
         assert found == sample(route=model.route(*pad(PROMPTS, "left")))
         other = model.route(*pad(PROMPTS[::-1], "left"))
         assert found != sample(route=other)

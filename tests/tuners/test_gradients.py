@@ -1,4 +1,4 @@
-"""Gradients: against the independent reference, and the same under every way of running the backward pass."""
+"""Gradients against the independent reference, and equal for every kind of backward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def adapted(family: str, **settings: Any) -> PeftModel:
 
 
 def contract_tensors(model: PeftModel, *, gradients: bool = False) -> dict[str, Tensor]:
-    """The adapter's parameters, or their gradients, by the names that its file has."""
+    """The adapter's parameters or their gradients, named as in its file."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -33,7 +33,7 @@ FAMILIES = ["llama", "gemma2", "qwen3", "gpt2", "gpt_neox", "phi3", "opt", "falc
 
 
 def supervised_batch(seed: int = 0) -> tuple[dict[str, Tensor], list[list[int]], list[int]]:
-    """Three rows, padded on the right, with prompts of different lengths; every completion has three tokens."""
+    """Three rows, padded on the right, with prompts of different lengths and completions of three tokens."""
     prompts = random_prompts(3, (3, 8), seed)
     rows = [prompt + completion for prompt, completion in zip(prompts, random_prompts(3, 3, seed + 99), strict=True)]
     input_ids, attention_mask = pad(rows, "right")
@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_those_of_the_equations(family: str, gate: str, u
     loss.backward()
     tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in contract_tensors(model).items()}
     reference = ReferenceMiLora(ARCHITECTURES[family](), tensors, model.peft_config["default"].to_dict())
-    # Completions of equal length, so the mean over tokens is the mean over rows.
+    # Completions have equal length, so the mean over tokens is the mean over rows.
     expected = torch.stack(
         [reference.loss(torch.tensor([row]), length) for row, length in zip(rows, lengths, strict=True)]
     ).mean() + 0.3 * reference.load_balancing(
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_the_equations(family: str, gate: str, u
     assert actual.keys() == tensors.keys()
     for name, tensor in tensors.items():
         wanted = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-        # Relative to the tensor: high powers of the rational lose digits in float32.
+        # Relative to the tensor, because high powers in the rational activation lose digits in float32.
         tolerance = 5e-3 if "activation" in name else 5e-4
         assert (actual[name] - wanted).norm() <= tolerance * wanted.norm() + 1e-5, name
     moved = [name for name, tensor in actual.items() if tensor.abs().max() > 0]
@@ -133,7 +133,7 @@ def test_a_retained_graph_counts_each_backward_once(checkpointing: bool) -> None
 
 
 def test_micro_batches_with_num_items_add_up_to_the_whole_batch() -> None:
-    """Trainer does not divide such losses: the language-model part is exact, the balance part weighted by tokens."""
+    """Trainer does not divide such losses: the language-model part is exact, the balance part is weighted by tokens."""
     batch, _, _ = supervised_batch()
     items = (batch["labels"][:, 1:] != -100).sum()
     whole = adapted("llama", load_balancing_coef=0.0).train()
@@ -157,7 +157,7 @@ def test_micro_batches_with_num_items_add_up_to_the_whole_batch() -> None:
         (balanced(**part).loss - unbalanced(**part).loss).item()
         for part in ({name: tensor[row : row + 1] for name, tensor in batch.items()} for row in range(3))
     ]
-    # Rows with equally many labels: a third of each.
+    # All rows have equally many labels, so each counts a third.
     assert extra == pytest.approx([value / 3 for value in alone], abs=1e-5)
 
 

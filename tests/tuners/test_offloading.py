@@ -1,4 +1,4 @@
-"""Models of which accelerate keeps the weights elsewhere between calls."""
+"""Models whose weights accelerate offloads between calls."""
 
 from typing import Any
 

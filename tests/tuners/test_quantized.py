@@ -1,4 +1,4 @@
-"""MiLoRA on quantised backbones, with whichever back-ends are installed: they come with the extra of their name."""
+"""MiLoRA on quantised backbones; tests of a back-end are skipped if it is not installed."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,8 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from milora import MiLoraConfig
 from milora.backbone.blocks import find_blocks
 
-# torchao's layers say how they could be merged, which MiLoRA's never are; the back-ends' own imports use what torch
-# deprecates.
+# torchao's layers warn about merging, which MiLoRA never does there; the back-ends import deprecated parts of torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning"),
@@ -28,7 +27,7 @@ PROMPTS = random_prompts(3, (3, 8), seed=1)
 
 
 def backbone() -> PreTrainedModel:
-    """Wider than the other tests', because four-bit formats share a scale among 64 weights of a row."""
+    """Wider than other tests' backbones, because four-bit formats share one scale among 64 weights of a row."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -115,7 +114,7 @@ def test_a_quantised_backbone(quantised: Callable[[], PreTrainedModel], use_dora
         if ".default" in name:
             key = name.replace(".default", "")
             parameter.data.copy_(tensors[key.removesuffix(".weight") if "magnitude" in key else key])
-    # Before the first pass, at which bitsandbytes packs its weights for the CPU: saving unpacks them with a loss.
+    # Saved before the first pass, when bitsandbytes packs its weights for the CPU: saving unpacks them with a loss.
     model.save_pretrained(tmp_path)
     model.eval()
     input_ids, attention_mask = pad(PROMPTS, "left")
@@ -128,14 +127,14 @@ def test_a_quantised_backbone(quantised: Callable[[], PreTrainedModel], use_dora
         plain = model.generate(input_ids=input_ids, attention_mask=attention_mask, **settings)
     assert not torch.equal(together, plain)
     loaded = PeftModel.from_pretrained(quantised(), tmp_path)
-    with torch.no_grad():  # bitsandbytes has other kernels, with other rounding, where a gradient may be asked for
+    with torch.no_grad():  # if gradients may be needed, bitsandbytes uses kernels with other rounding
         assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
     assert loaded.route(input_ids, attention_mask) == model.route(input_ids, attention_mask)
 
 
 @pytest.mark.parametrize("quantised", BACKENDS)
 def test_rows_with_adapters_of_their_own(quantised: Callable[[], PreTrainedModel]) -> None:
-    """Computed one adapter after the other: no stack serves a quantised layer."""
+    """Adapters are computed one after the other, because a quantised layer has no stack."""
     model = get_peft_model(quantised(), MiLoraConfig(r=4, top_k=2, init_lora_weights=False))
     model.add_adapter("soft", MiLoraConfig(r=2, top_k=3, gate="softmax", init_lora_weights=False))
     model.eval()

@@ -1,14 +1,14 @@
-"""Tests of the plugin, in an environment with vLLM: `make test-vllm`."""
+"""Fixtures of the vLLM plugin's tests, which need an environment with vLLM: `make test-vllm`."""
 
 import importlib.util
 import os
 
-# Where `tests` is on the path, this folder is found as a package without an origin if vLLM is not installed.
+# Without vLLM, `find_spec` finds this folder when `tests` is on the path: a package without an origin.
 found = importlib.util.find_spec("vllm")
-# The main test run collects nothing here.
+# Without vLLM nothing in this folder is collected.
 collect_ignore_glob = [] if found is not None and found.origin is not None else ["*.py"]
 
-# Before vLLM is imported. Waiting threads must not spin: the tests share their cores.
+# Set before vLLM is imported. Waiting threads must not spin, because the tests share their cores.
 os.environ |= {
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
@@ -28,7 +28,7 @@ if not collect_ignore_glob:
 
     @pytest.fixture(scope="session", params=["llama", "qwen3"])
     def each_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A folder with a backbone and adapters of every kind."""
+        """A folder with a backbone and adapters of every kind, for each model type."""
         from tenants import write_tenants
 
         folder = tmp_path_factory.mktemp(request.param)
@@ -37,7 +37,7 @@ if not collect_ignore_glob:
 
     @pytest.fixture(scope="session")
     def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The same with one backbone."""
+        """The same folder for Llama alone."""
         from tenants import write_tenants
 
         folder = tmp_path_factory.mktemp("tenants")

@@ -1,4 +1,4 @@
-"""vLLM engines in the process of the tests."""
+"""vLLM engines in the test process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = [*SETTINGS, PLAIN]
 
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
-    """An `LLM` that serves the backbone of a folder; prefix caching and chunks are on, as by default."""
+    """An `LLM` that serves a folder's backbone, with prefix caching and chunked prefill on, as by default."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -41,14 +41,14 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
 
 
 def lora_request(folder: Path, name: str | None, number: int = 0) -> Any:
-    """The `LoRARequest` of an adapter of a folder."""
+    """The `LoRARequest` for an adapter in a folder."""
     from vllm.lora.request import LoRARequest
 
     return None if name is None else LoRARequest(name, number or NAMES.index(name) + 1, str(folder / name))
 
 
 def run(llm: Any, folder: Path, jobs: Sequence[Job]) -> list[Any]:
-    """Continues all jobs at once, greedily; returns vLLM's outputs."""
+    """Continues all jobs greedily in one batch; returns vLLM's outputs."""
     from vllm import SamplingParams
 
     return llm.generate(  # type: ignore[no-any-return]
@@ -60,7 +60,7 @@ def run(llm: Any, folder: Path, jobs: Sequence[Job]) -> list[Any]:
 
 
 def different(outputs: Sequence[Any], jobs: Sequence[Job]) -> list[tuple[str | None, int]]:
-    """The adapter and the prompt's length of each job whose tokens are not those expected."""
+    """The adapter and prompt length of each job whose tokens differ from the expected ones."""
     return [
         (job.adapter, len(job.prompt))
         for output, job in zip(outputs, jobs, strict=True)
@@ -74,7 +74,7 @@ def cached(outputs: Sequence[Any]) -> int:
 
 
 def served(llm: Any) -> Any:
-    """The plugin's part of an engine's worker; `None` before a MiLoRA adapter is loaded."""
+    """The plugin's part of an engine's worker, or `None` before a MiLoRA adapter is loaded."""
     from milora_vllm.patches import served_by
 
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -1,6 +1,6 @@
-"""vLLM's runner V2 on a CPU: Triton's interpreter stands in for a driver. Prints what happened, as JSON.
+"""vLLM's runner V2 on a CPU: Triton's interpreter replaces the driver. Prints the results as JSON.
 
-Run as `python interpreted.py FOLDER`, with the folder that `tenants.write_tenants` made.
+Run as `python interpreted.py FOLDER`, with the folder that `tenants.write_tenants` wrote.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import types
 from pathlib import Path
 from typing import Any
 
-# Before Triton is imported.
+# Set before Triton is imported.
 os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 from triton.backends import backends
 
 
 class Driver:
-    """All that vLLM asks of a driver."""
+    """The driver functions that vLLM calls."""
 
     @staticmethod
     def is_active() -> bool:

@@ -1,4 +1,4 @@
-"""Tiny backbones, adapters of every kind and what each decodes, by the reference and without vLLM or a cache."""
+"""Tiny backbones, adapters of every kind and their expected tokens, computed by the reference without vLLM."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "late_mean": {"top_k": 3, "adapted_tokens": "completion", "pooler": "mean"},
     "late_window": {"top_k": 3, "adapted_tokens": "completion", "router_window": 48},
 }
-"""Every pooler, gate, normalisation and kind of routing at least once."""
+"""Covers every pooler, gate, normalisation and kind of routing at least once."""
 
 PLAIN = "plain"
 
 
 @dataclass
 class Job:
-    """A prompt and how it is continued."""
+    """A prompt and its continuation."""
 
     adapter: str | None
     prompt: list[int]
@@ -88,7 +88,7 @@ def make_backbone(kind: str) -> PreTrainedModel:
 
 
 def write_tenants(folder: Path, kind: str) -> None:
-    """Writes a backbone, a tokenizer for it, and an adapter of each of [`SETTINGS`] and a plain one."""
+    """Writes a backbone, its tokenizer, an adapter for each of [`SETTINGS`], and a plain LoRA."""
     model = make_backbone(kind)
     model.save_pretrained(folder / "backbone")
     _write_tokenizer(folder / "backbone")
@@ -103,7 +103,7 @@ def write_tenants(folder: Path, kind: str) -> None:
 
 
 def adapter_config(folder: Path, **settings: Any) -> dict[str, Any]:
-    """The configuration of an adapter for the backbone of a folder."""
+    """An adapter configuration for the backbone of a folder."""
     config = {
         "peft_type": "MILORA",
         "base_model_name_or_path": str(folder / "backbone"),
@@ -145,12 +145,12 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def random_tokens(count: int, generator: torch.Generator) -> list[int]:
-    """Tokens of a prompt; 0 is the unknown word."""
+    """Random prompt tokens, without 0, the unknown word."""
     return torch.randint(1, VOCABULARY, (count,), generator=generator).tolist()
 
 
 def expect(folder: Path, jobs: Sequence[Job]) -> None:
-    """Fills in what each job must decode: greedily, in float32, by the reference."""
+    """Fills in each job's expected tokens: greedy decoding by the reference in float32."""
     model = LlamaForCausalLM if "llama" in (folder / "backbone" / "config.json").read_text() else Qwen3ForCausalLM
     backbone = model.from_pretrained(folder / "backbone", dtype=torch.float32).eval().requires_grad_(False)
     references: dict[str, ReferenceMiLora] = {}
@@ -179,7 +179,7 @@ def _continue(folder: Path, backbone: PreTrainedModel, ids: Tensor, job: Job) ->
 
 @contextmanager
 def plain_lora(backbone: nn.Module, folder: Path | None) -> Iterator[None]:
-    """The backbone with a plain LoRA adapter, whose scaling is 1."""
+    """Adds a plain LoRA adapter with scaling 1 to the backbone."""
     hooks = []
     if folder is not None:
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""The GPU's path through vLLM, with the CPU's kernels: fixed buffers of slots and gates."""
+"""The code path of GPUs through vLLM, with the CPU's kernels: fixed buffers of slots and gates."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""MiLoRA on vLLM in one process: every token as the reference decodes it alone, without vLLM, a batch or a cache."""
+"""MiLoRA on vLLM in one process: every token equals the reference's for that prompt alone, without vLLM or a cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_mixed_batches_with_chunks_and_prefix_cache(each_kind: Path) -> None:
         assert different(run(llm, each_kind, jobs), jobs) == []
         again = run(llm, each_kind, jobs)
         assert different(again, jobs) == []
-        # 128 of the 130 tokens of each long prompt, and 32 of each of 40.
+        # 128 of the 130 tokens of each long prompt, and 32 of the 40 of each short one.
         assert cached(again) == (len(SETTINGS) + 2) * (128 + 32)
 
 
@@ -42,7 +42,7 @@ def test_without_chunks_and_prefix_cache(llama: Path) -> None:
 
 
 def window_jobs() -> list[Job]:
-    """Prompts that share the window and differ after it, and prompts that share a block and differ in the window."""
+    """Some prompts share the window and differ after it; others share a block and differ in the window."""
     generator, jobs = seeded(3), []
     for adapter in ("window", "window_last", "late_window"):
         shared = random_tokens(32, generator)
@@ -59,7 +59,7 @@ def test_the_window_decides_and_the_rest_comes_in_chunks(llama: Path, monkeypatc
     jobs = window_jobs()
     expect(llama, jobs)
     options: dict[str, Any] = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
-    # Whole-prompt adapters do not fit such a small step, so only these are served.
+    # Whole-prompt adapters do not fit such small steps, so only window adapters are served.
     with engine(llama, **options) as llm:
         assert different(run(llm, llama, jobs), jobs) == []
         again = run(llm, llama, jobs)
@@ -88,18 +88,18 @@ def test_late_adaptation_shares_the_prompt_with_all_tenants_and_the_base(llama: 
     turns = [Job(job.adapter, job.prompt, 40) for job in jobs]
     expect(llama, jobs + turns)
     with engine(llama) as llm:
-        # The base reads the document first; then one tenant after another.
+        # The base model reads the document first, then one tenant after another.
         assert different(run(llm, llama, jobs[-1:]), jobs[-1:]) == []
         for job in jobs[:2]:
             outputs = run(llm, llama, [job])
             assert different(outputs, [job]) == []
             assert cached(outputs) == 160
-        # A router that reads the whole prompt, or a window of it, needs those tokens once for each prompt.
+        # A router that reads the whole prompt or a window must read these tokens once per prompt.
         for job in jobs[2:4]:
             first, second = run(llm, llama, [job]), run(llm, llama, [job])
             assert different(first + second, [job, job]) == []
             assert (cached(first), cached(second)) == (0, 160)
-        # Generated tokens are adapted. In the next turn they are prompt, so their blocks must not be reused.
+        # Generated tokens are adapted. In the next turn they belong to the prompt, so their blocks must not be reused.
         assert different(run(llm, llama, turns), turns) == []
         follow = [Job(turn.adapter, turn.prompt + turn.expected + random_tokens(5, generator)) for turn in turns]
         expect(llama, follow)
@@ -133,7 +133,7 @@ def test_preempted_requests_continue_their_routes(llama: Path, monkeypatch: pyte
 
 
 def test_the_scheduler_runs_ahead_of_the_worker(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asynchronous scheduling, the default on GPUs: steps are scheduled before the tokens of the last one are known."""
+    """Asynchronous scheduling, the default on GPUs, schedules a step before the last step's tokens are known."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
@@ -165,7 +165,7 @@ def test_finished_requests_leave_nothing(llama: Path) -> None:
 
 
 def test_a_reloaded_adapter_uses_no_keys_values_or_routes_of_its_past(llama: Path, tmp_path: Path) -> None:
-    """The same name and path with other weights, under the new number that vLLM's server gives each loading."""
+    """The same name and path with other weights; vLLM's server gives each load a new number."""
     import shutil
 
     folder = tmp_path / "tenants"
@@ -194,7 +194,7 @@ def test_a_reloaded_adapter_uses_no_keys_values_or_routes_of_its_past(llama: Pat
 
 
 def test_beams_are_routed_by_their_prompt(llama: Path) -> None:
-    """The first new token is the same for all beams; each beam's score is that of its tokens by the reference."""
+    """All beams have the same first new token, and each beam's score equals the reference's for its tokens."""
     import json
 
     from safetensors.torch import load_file
@@ -236,5 +236,5 @@ def test_in_bfloat16_the_routers_stay_in_float32(llama: Path) -> None:
         sum(a == b for a, b in zip(output.outputs[0].token_ids, job.expected, strict=True))
         for output, job in zip(outputs, jobs, strict=True)
     ]
-    # Rounding moves a near tie now and then, after which a text goes its own way.
+    # Rounding sometimes decides near ties, and the texts then differ.
     assert sum(equal) >= 0.6 * sum(len(job.expected) for job in jobs)

@@ -1,4 +1,4 @@
-"""What vLLM cannot do with MiLoRA adapters is refused when the adapter is loaded, by the option's name."""
+"""Options that MiLoRA adapters do not support: loading an adapter is refused with the option's name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHANGES: dict[str, tuple[str, str, Any]] = {
 
 
 def write_broken(llama: Path, folder: Path, change: dict[str, Any], drop: str = "") -> Path:
-    """A copy of an adapter with another configuration, or without one of its files."""
+    """A copy of an adapter with a changed configuration, or with a file missing."""
     shutil.copytree(llama / "attention", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
@@ -57,7 +57,7 @@ def test_options_and_adapters_that_are_refused(llama: Path, tmp_path: Path) -> N
             object.__setattr__(getattr(changed, part) if part else changed, name, value)
             assert any(flag in problem for problem in unsupported(changed)), flag
 
-        # A step of 100 tokens has no room for a prompt of 255 beside 7 other requests.
+        # A step of 100 tokens cannot hold a prompt of 255 and 7 other requests.
         with pytest.raises(ValueError, match="pass --max-num-batched-tokens 263"):
             llm.llm_engine.add_lora(lora_request(llama, "attention"))
         with pytest.raises(VLLMValidationError, match="pass --max-num-batched-tokens 263"):
@@ -77,7 +77,7 @@ def test_options_and_adapters_that_are_refused(llama: Path, tmp_path: Path) -> N
             with pytest.raises(Exception, match=message):
                 llm.llm_engine.add_lora(LoRARequest(f"broken{number}", number, str(folder)))
 
-        # After all that, vLLM serves what it serves without the plugin.
+        # Afterwards vLLM still serves everything that it serves without the plugin.
         assert different(run(llm, llama, plain), plain) == []
         good = [Job("window", random_tokens(150, torch.Generator().manual_seed(32)))]
         expect(llama, good)

@@ -1,4 +1,4 @@
-"""The private parts of vLLM, the version gate, and what loading the plugin costs a process."""
+"""The private parts of vLLM, the version check, and the plugin's cost per process."""
 
 from __future__ import annotations
 

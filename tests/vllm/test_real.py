@@ -1,4 +1,4 @@
-"""A real language model: hidden states whose first token is a hundred times as long as the others."""
+"""A real language model, whose first token's hidden states are a hundred times as long as the others."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_smollm2_decodes_what_the_reference_decodes(tmp_path: Path) -> None:
         config = adapter_config(tmp_path, experts=EXPERTS, **settings)
         tensors = random_adapter(backbone, "model.layers", config, seed)
         for key, tensor in tensors.items():
-            # Small enough that the model still writes text.
+            # Small enough that the texts stay readable.
             if "lora_B" in key:
                 tensor *= 0.2
         write_adapter(tmp_path / name, config, tensors)
         reference = ReferenceMiLora(backbone, tensors, config)
         bare = bare or [reference.backbone_greedy(prompt, TOKENS) for prompt in ids]
         jobs += [Job(name, prompt[0].tolist(), TOKENS, reference.greedy(prompt, TOKENS)) for prompt in ids]
-    # Otherwise the comparison would say nothing.
+    # Otherwise the comparison would show nothing.
     assert sum(job.expected not in bare for job in jobs) >= len(jobs) // 2
     with engine(tmp_path, max_num_batched_tokens=280, long_prefill_token_threshold=16) as llm:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Which tokens decide a route, and what block hashes contain."""
+"""The tokens that decide a route, and the contents of block hashes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ extra_keys = with_routes(getattr(generate_block_hash_extra_keys, "__wrapped__", 
 
 
 def request(folder: Path, tokens: list[int], number: int = 1, salt: str | None = None, **settings: Any) -> Any:
-    """A request as the block hashes see it, with an adapter of the given settings; the base model's without."""
+    """A request as block hashing sees it, with an adapter of the given settings; without settings, the base model's."""
     lora = None
     if settings:
         path = folder / "-".join(map(str, settings.values()))
@@ -79,7 +79,7 @@ def test_requests_share_a_route_only_if_adapter_and_deciding_tokens_are_equal(tm
     assert key(tokens, **window) != key([*tokens[:47], 7, *tokens[48:]], **window)
     assert key(tokens, **ALL) != key([*tokens, 7], **ALL)
     assert key(tokens, **ALL) != key(tokens, **window)
-    # Loaded again, under a new number.
+    # Loaded again under a new number.
     assert key(tokens, **ALL) != key(tokens, number=2, **ALL)
 
 
@@ -93,7 +93,7 @@ def test_blocks_before_the_last_prompt_token_are_the_base_models_with_late_adapt
     assert extra_keys(longer, 64, 96, 0)[0] is None
     assert keys != extra_keys(request(tmp_path, tokens, 2, **LATE, pooler="last"), 64, 96, 0)[0]
     assert keys != extra_keys(request(tmp_path, [*tokens, 1], **LATE, pooler="last"), 64, 96, 0)[0]
-    # A prompt of 64 tokens ends with its second block: the last token is adapted, so that block is its own.
+    # A prompt of 64 tokens fills two blocks. Its last token is adapted, so the second block belongs to the adapter.
     aligned = request(tmp_path, tokens[:64], **LATE, pooler="last")
     assert extra_keys(aligned, 0, 32, 0)[0] is None
     assert extra_keys(aligned, 32, 64, 0)[0] is not None

@@ -1,4 +1,4 @@
-"""The plugin on vLLM's runner V2, which is the default on GPUs."""
+"""The plugin with vLLM's runner V2, the default on GPUs."""
 
 import json
 import os

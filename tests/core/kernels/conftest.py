@@ -1,4 +1,4 @@
-"""Leaves out the tests that need Triton's interpreter where nothing is interpreted: another process runs them."""
+"""Deselects tests that need Triton's interpreter when it is off: another process runs them."""
 
 from __future__ import annotations
 

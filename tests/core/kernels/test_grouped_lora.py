@@ -1,4 +1,4 @@
-"""The operator against a loop over rows, on every implementation that runs here."""
+"""The operator against a loop over rows, with every implementation that runs here."""
 
 import importlib
 import os
@@ -46,7 +46,7 @@ def make_case(
 
 
 def by_rows(case: Case) -> Tensor:
-    """The same row by row, in float64."""
+    """The operator's result row by row, in float64."""
     rows = []
     for row, (adapter, gate) in enumerate(zip(case["adapters"].tolist(), case["gates"].tolist(), strict=True)):
         out = case["result"][row].double()
@@ -163,7 +163,7 @@ def test_without_result_the_sum_alone() -> None:
 
 
 def test_registration() -> None:
-    """The schema, the fake implementation and what compilers derive from them, by torch's own check."""
+    """torch's own check of the schema, the fake implementation and what compilers derive from them."""
     with torch.no_grad():
         torch.library.opcheck(torch.ops.milora.add_grouped_lora.default, tuple(make_case(**SMALL).values()))
 
@@ -214,8 +214,8 @@ def test_an_adapter_beyond_the_stacks() -> None:
 
 
 def test_float64_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's kernels sum in float32."""
-    module = importlib.import_module("milora_core.kernels.grouped_lora")  # the package has a function of its name
+    """Triton's kernels sum in float32, so float64 inputs use torch."""
+    module = importlib.import_module("milora_core.kernels.grouped_lora")  # in the package this name is the function
     monkeypatch.setattr(module, "has_triton", lambda: True)
     case = make_case(**{**SMALL, "dtype": torch.float64})
     result = case["result"].clone()
@@ -247,7 +247,7 @@ def test_triton_is_the_loop_over_rows(case: Case) -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_triton_with_several_blocks_of_everything(tokens: int) -> None:
-    # d_in beyond one piece, d_out beyond one block, more tokens than a block where there are several.
+    # d_in and d_out beyond one block, and more tokens than a block holds, unless there is only one.
     tokens = tokens if tokens == 1 else 70
     case = make_case([40, 3], [1, -1, 0], [0.5, 1.0, 2.0], tokens, 1100, 300, torch.float32)
     assert_right(in_triton(case), case)
@@ -272,7 +272,7 @@ def test_triton_with_views_and_types() -> None:
 
 
 class Launches:
-    """Stands for a kernel: notes its launches, and on which device's turn they came."""
+    """A fake kernel that records its launches and the current device at each."""
 
     def __init__(self, current: list[Any]) -> None:
         self.current = current
@@ -289,7 +289,7 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
-    """In place of the kernels, by name."""
+    """Replaces the kernels; returns the fakes by name."""
     from milora_core.kernels import grouped_lora_triton
 
     current: list[Any] = [None]
@@ -317,7 +317,7 @@ def test_triton_runs_on_the_tensors_device(launches: dict[str, Launches]) -> Non
 @needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="nothing is compiled in the interpreter")
 def test_no_variant_is_compiled_for_a_length_or_a_number_of_rows(request: pytest.FixtureRequest) -> None:
-    """By Triton's own key of a kernel's variants, for a GPU that need not be there."""
+    """Computes Triton's own key for kernel variants, so no GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -347,7 +347,7 @@ def test_triton_on_a_gpu_that_is_not_the_current_one() -> None:
 @needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="this is the process that interprets Triton")
 def test_triton_in_its_interpreter() -> None:
-    """The tests above in a process of their own: the interpreter is chosen when a kernel is defined."""
+    """Runs the tests above in another process, because the interpreter is chosen when a kernel is defined."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"],
         env={**os.environ, "TRITON_INTERPRET": "1"},

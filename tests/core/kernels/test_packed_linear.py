@@ -11,7 +11,7 @@ from milora_core.kernels.packed_linear import PackedLinear, has_packed_linear
 
 
 def test_the_private_operators_are_where_they_were() -> None:
-    """Of torch 2.13's CPU builds; where this fails, look at the names in packed_linear.py."""
+    """As in torch 2.13's CPU builds. If this fails, look at the names in packed_linear.py."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     assert has_packed_linear()
@@ -38,7 +38,7 @@ def test_products_are_torchs(dtype: torch.dtype, tolerance: float, bias: bool, s
 @pytest.mark.skipif(not has_packed_linear(), reason="no packed products here")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_use_their_own_weights(copied: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
-    """PEFT copies a module that an adapter saves whole, and trains or loads the copy."""
+    """PEFT copies a module that an adapter saves whole, then trains or loads the copy."""
     linear, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
     PackedLinear.pack(linear)
     other = copied(linear)

@@ -1,4 +1,4 @@
-"""The LoRA of packed passes against the formula, a token at a time."""
+"""The LoRA of packed passes against the formula, one token at a time."""
 
 import pytest
 import torch
@@ -26,12 +26,12 @@ def test_each_token_gets_its_adapter_and_gate(dtype: torch.dtype, has_bias: bool
     for column, module in enumerate(modules):
         for number, rank in enumerate(RANKS):
             if (number + column) % 4 == 3:
-                continue  # No part of this module.
+                continue  # Not adapted in this module.
             a, wide = random(rank, d_in), random(d_out, rank + 3)
             factors = torch.rand(d_out, generator=generator) + 0.5 if number == 2 else None
             weights[column, number] = a, wide[:, :rank], factors
             assert module.set(number, a, wide[:, :rank], 0.5 + number, factors)
-    numbers = [0, 0, 0, 1, 2, 2, 3, 4, 6]  # The last has no adapter at all.
+    numbers = [0, 0, 0, 1, 2, 2, 3, 4, 6]  # Number 6 has no adapter at all.
     tokens = torch.randperm(14, generator=generator)[: len(numbers)].tolist()
     gates = torch.rand(len(numbers), columns, generator=generator)
     gates[torch.rand(len(numbers), columns, generator=generator) < 0.4] = 0

@@ -1,4 +1,4 @@
-"""The paged attention against attention by its formula, a text at a time."""
+"""The paged attention against the attention formula, one text at a time."""
 
 import pytest
 import torch
@@ -10,7 +10,10 @@ PAGE = 8
 
 
 def expected(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """(heads, value) from (heads, key), (tokens, groups, key) and (tokens, groups, value), in float64."""
+    """Attention by its formula in float64; returns (heads, value).
+
+    Shapes: query (heads, key), keys (tokens, groups, key), values (tokens, groups, value).
+    """
     shared = query.shape[0] // keys.shape[1]
     keys, values = (part.double().repeat_interleave(shared, dim=1) for part in (keys, values))
     scores = torch.einsum("hd,thd->ht", query.double(), keys) * 0.3
@@ -44,12 +47,12 @@ def test_single_tokens_attend_to_their_texts(
         (pages[row, : pages_of[row], None] * PAGE + torch.arange(PAGE)).flatten()[:length]
         for row, length in enumerate(lengths)
     ]
-    chunk = numbers[used] * PAGE + torch.arange(2)  # Two tokens of a prompt, which are only stored.
+    chunk = numbers[used] * PAGE + torch.arange(2)  # Two prompt tokens that are only stored.
     slots = torch.cat([torch.stack([of_row[-1] for of_row in slots_of]), chunk])
     keys, values = random(len(numbers) * PAGE, groups, size), random(len(numbers) * PAGE, groups, width)
     untouched = torch.ones(len(keys), dtype=torch.bool)
     untouched[torch.cat([slots, *slots_of])] = False
-    keys[untouched] = values[untouched] = float("nan")  # Nothing else is read.
+    keys[untouched] = values[untouched] = float("nan")  # Other slots must not be read.
     query, key, value = (
         random(len(slots), count, of_size).transpose(0, 1)
         for count, of_size in ((heads, size), (groups, size), (groups, width))

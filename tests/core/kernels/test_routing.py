@@ -1,4 +1,4 @@
-"""The router's native kernels against the formulas in float64, and where they leave the work to torch."""
+"""The router's native kernels against the formulas in float64, and the cases that they leave to torch."""
 
 import math
 
@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def pooled_by_hand(hidden: Tensor, mask: Tensor, weight: Tensor | None, *, normalize: bool = False) -> Tensor:
-    """Prompt for prompt, over its own tokens only."""
+    """Pools one prompt at a time, over its own tokens only."""
     rows = []
     for of_prompt, of_mask in zip(hidden.double(), mask, strict=True):
         tokens = [token for token, keep in zip(of_prompt, of_mask.tolist(), strict=True) if keep]
@@ -40,7 +40,7 @@ def prompts(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
         [draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens).filter(any)) for _ in range(batch)]
     )
     hidden = normal(batch, tokens, size, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])))
-    # What is no part of a prompt may be anything.
+    # Values outside a prompt can be anything.
     hidden[~mask] = draw(st.sampled_from([0.0, 7.0, math.nan, math.inf]))
     weight = normal(size, seed=1) * draw(st.sampled_from([0.0, 0.1, 3.0]))
     return hidden, mask, weight if draw(st.booleans()) else None
@@ -90,7 +90,7 @@ def test_the_rational_is_its_formula(numerator: list[float], denominator: list[f
         terms = [c * at**j for j, c in enumerate(a.double().tolist())]
         inner = [c * at ** (i + 1) for i, c in enumerate(b.double().tolist())]
         below = 1 + abs(math.fsum(inner))
-        # Sums of large terms that cancel lose what float32 loses of the terms.
+        # Where large terms cancel, the sum has the terms' float32 error.
         lost = 1e-5 * (math.fsum(map(abs, terms)) + math.fsum(map(abs, inner)) * abs(math.fsum(terms)) / below) / below
         assert found == pytest.approx(math.fsum(terms) / below, rel=1e-5, abs=lost + 1e-30)
 

@@ -1,4 +1,4 @@
-"""The native kernel against a loop over rows in float64, and how it is built."""
+"""The native kernel against a loop over rows in float64, and its build."""
 
 import math
 import os
@@ -99,7 +99,7 @@ def test_rounding_to_bfloat16_is_torchs() -> None:
             torch.arange(0, 2**16, 7, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float(),
             torch.randint(-(2**31), 2**31 - 1, (20_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
             .view(torch.float32),
-            # Halves between two neighbours, which go to the even one; overflow; the least numbers.
+            # Ties, which round to even; overflow; the smallest numbers.
             torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, -3.4e38, math.inf, -math.inf, math.nan, 1e-40, -1e-45]),
         ]
     )  # fmt: skip
@@ -202,7 +202,7 @@ def test_it_is_built_once_for_all_processes(tmp_path: Path) -> None:
     first = built.stat()
     assert built.suffix == ".so"
     assert (tmp_path / "milora").stat().st_mode & 0o077 == 0
-    # Nothing that could build it again is at hand.
+    # Another process uses the same file without a rebuild.
     assert in_a_process(XDG_CACHE_HOME=str(tmp_path)) == "True [8.0, 8.0, 8.0]"
     assert (built.stat().st_mtime_ns, built.stat().st_ino) == (first.st_mtime_ns, first.st_ino)
 

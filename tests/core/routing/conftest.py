@@ -1,4 +1,4 @@
-"""Property tests draw the same examples in every run, and take the time that a busy machine needs."""
+"""Hypothesis settings: the same examples in every run, and no deadline, as CI machines can be slow."""
 
 from hypothesis import settings
 

@@ -1,4 +1,4 @@
-"""Poolers: padding never enters, whatever lies there, wherever it is and however much there is."""
+"""Poolers ignore padding: its contents, its place and its amount."""
 
 import math
 
@@ -25,7 +25,7 @@ def pooler_of(name: str) -> Pooler:
 
 @st.composite
 def padded(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """A batch with garbage at padding, its mask, and each row's prompt alone."""
+    """A batch with garbage at padding, its mask, and each prompt without padding."""
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     width = max(lengths) + draw(st.integers(0, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -33,7 +33,7 @@ def padded(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Tensor]]:
     hidden = torch.full((len(lengths), width, HIDDEN), draw(st.sampled_from(GARBAGE)))
     mask = torch.zeros(len(lengths), width, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        # Anywhere in the row, in order, with gaps: padding may be left, right, or between.
+        # Tokens stay in order, with gaps: padding can be left, right, or in between.
         places = sorted(draw(st.permutations(range(width)))[: len(prompt)])
         hidden[row, places] = prompt
         mask[row, places] = True
@@ -79,7 +79,7 @@ def test_attention_by_hand() -> None:
     pooler = AttentionPooler(2)
     hidden = torch.tensor([[[0.0, 4.0], [9.0, 9.0], [2.0, 0.0], [1.0, 2.0]]])
     mask = torch.tensor([[True, False, True, True]])
-    # It starts as the mean.
+    # With zero weights it is the mean.
     torch.testing.assert_close(pooler(hidden, mask), torch.tensor([[1.0, 2.0]]))
     pooler.weight.data = torch.tensor([[math.log(2), 0.0]])
     # Scores 0, 2 ln 2 and ln 2: weights 1/7, 4/7 and 2/7.
@@ -108,7 +108,7 @@ def test_tokens_divided_by_their_root_mean_square_by_hand(name: str) -> None:
     s = 2**0.5 / 5
     mean = [(3 * s + 4 * s + 1) / 3, (-4 * s + 3 * s + 1) / 3]
     expected = {"attention": mean, "mean": mean, "max": [4 * s, 1.0], "last": [1.0, 1.0]}[name]
-    # The attention pooler starts as the mean.
+    # With zero weights the attention pooler is the mean.
     pooled = build_pooler(name, 2)(hidden, mask, normalize=True)
     torch.testing.assert_close(pooled, torch.tensor([expected]), rtol=1e-5, atol=1e-6)
 
@@ -128,9 +128,9 @@ def test_the_center_is_the_running_mean_of_earlier_batches(name: str) -> None:
     pooler = build_pooler(name, 2, centered=True)
     first, second = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.tensor([[12.0, 1.0]])
     assert torch.equal(pooler.centered(first, learn=False), first)
-    # The first batch sets it: (2, 1).
+    # The first batch sets the center: (2, 1).
     assert torch.equal(pooler.centered(first, learn=True), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
-    # The second is centered by the first, and moves it by a tenth.
+    # The second batch is centered by it, and moves it by a tenth.
     assert torch.equal(pooler.centered(second, learn=True), torch.tensor([[10.0, 0.0]]))
     torch.testing.assert_close(pooler.centered(second, learn=False), torch.tensor([[9.0, 0.0]]))
     assert pooler.to(torch.bfloat16).center.dtype == torch.float32

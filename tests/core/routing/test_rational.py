@@ -1,4 +1,4 @@
-"""The rational activation: how well it starts, its formula and gradients, and that it stays in float32."""
+"""The rational activation: quality of its initial fit, formula, gradients, and that it stays in float32."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from milora_core.routing.rational import fit_rational
         ("identity", (1, 1), 1e-5),
         ("gelu", (5, 4), 6e-3),
         ("gelu", (3, 2), 5e-2),
-        # Whose best fit has a denominator that changes its sign.
+        # The best fit has a denominator that changes sign.
         ("gelu", (2, 4), 5e-2),
     ],
 )
@@ -28,7 +28,7 @@ def test_it_starts_close_to_its_target(target: str, orders: tuple[int, int], lar
     activation = RationalActivation(orders, target)
     assert activation.numerator.shape == (orders[0] + 1,)
     assert activation.denominator.shape == (orders[1],)
-    # Points that the fit did not see.
+    # Points that the fit did not use.
     x = torch.linspace(-3, 3, 4999)
     assert (activation(x) - ACTIVATIONS[target](x)).abs().max() <= largest_error
 
@@ -83,7 +83,7 @@ def test_it_can_be_built_while_the_meta_device_is_the_default() -> None:
     fit_rational.cache_clear()
     with torch.device("meta"):
         assert RationalActivation((3, 3)).numerator.is_meta
-    # What was computed meanwhile is no meta tensor that a later one would get from the cache.
+    # The cached fit is a real tensor, even if it was computed under the meta device.
     assert torch.equal(RationalActivation((3, 3)).numerator, torch.tensor(fit_rational("gelu", (3, 3))[0]))
 
 

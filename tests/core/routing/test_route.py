@@ -1,4 +1,4 @@
-"""`Route` as a value: what goes in comes out, by row, through files and through JSON."""
+"""`Route` as a value: it round-trips through rows, files and JSON."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Choosing k experts and weighting them; the load-balancing loss; the router on its own."""
+"""Choosing and weighting k experts; the load-balancing loss; the router alone."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from milora_core.routing import GATES, choose, load_balancing_loss
 
 @st.composite
 def probabilities_and_k(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Few different values, so that ties are the rule."""
+    """Only a few different values, so ties are common."""
     experts = draw(st.integers(1, 9))
     rows = draw(st.lists(st.lists(st.integers(1, 3), min_size=experts, max_size=experts), min_size=1, max_size=4))
     raw = torch.tensor(rows, dtype=torch.float32)
@@ -84,7 +84,7 @@ def test_the_balance_loss_lies_between_its_bounds(case: tuple[Tensor, int]) -> N
     probabilities, _ = case
     experts = probabilities.shape[1]
     loss = load_balancing_loss(probabilities).item()
-    # p of the winners is at least 1 / N each, so sum f p > 0; and f p summed is at most 1.
+    # Each winner's p is at least 1 / N, so sum f p > 0; and sum f p is at most 1.
     assert 0 < loss <= experts + 1e-5
 
 
@@ -94,7 +94,7 @@ def test_the_balance_loss_by_hand() -> None:
     loss = load_balancing_loss(rows)
     torch.testing.assert_close(loss, torch.tensor(1.0))
     loss.backward()
-    # N f_i / rows: the share is a constant.
+    # N f_i / rows: the shares are constants.
     torch.testing.assert_close(rows.grad, torch.tensor([[4 / 9, 2 / 9]] * 3))
     torch.testing.assert_close(load_balancing_loss(torch.tensor([[0.9, 0.1]] * 4)), torch.tensor(1.8))
     torch.testing.assert_close(load_balancing_loss(torch.eye(5)), torch.tensor(1.0))
@@ -108,11 +108,11 @@ def test_the_balance_loss_is_float32() -> None:
 @pytest.mark.parametrize(
     ("norm", "first"),
     [
-        # The mean of the tokens is (3, -4), and relu keeps the first feature.
+        # The mean of the tokens is (3, -4); relu keeps the first feature.
         ("none", 3.0),
-        # Its root mean square is 5 / sqrt(2).
+        # The root mean square of (3, -4) is 5 / sqrt(2).
         ("pooled", 3 / (5 / 2**0.5)),
-        # The tokens' are 10 / sqrt(2), and 0 of the token that is zero.
+        # The tokens' root mean squares are 10 / sqrt(2), and 0 for the zero token.
         ("tokens", 3 / (10 / 2**0.5)),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_router_refuses_what_it_cannot_do() -> None:
 
 
 def test_a_long_first_token_does_not_decide_alone_by_default() -> None:
-    """As in pretrained models, where every prompt starts with the same token, hundreds of times as long as others."""
+    """As in pretrained models: every prompt starts with the same token, whose norm is hundreds of times the others'."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randn(16, 12, 32, generator=generator)
     prompts[:, 0] = 300 * torch.randn(32, generator=generator)
@@ -160,13 +160,13 @@ def test_a_long_first_token_does_not_decide_alone_by_default() -> None:
     routes = [{tuple(row) for row in router(prompts, mask).chosen.tolist()} for router in (blind, reading)]
     assert len(routes[0]) == 1
     assert len(routes[1]) > 4
-    # One-hot probabilities have no gradient to learn from.
+    # One-hot probabilities have no gradient.
     assert blind(prompts, mask).probabilities.amax(dim=1).min() > 0.99
     assert reading(prompts, mask).probabilities.amax(dim=1).max() < 0.5
 
 
 def test_a_center_leaves_what_prompts_differ_in() -> None:
-    """Prompts whose pooled vectors are nearly the same, as those of pretrained models are."""
+    """The prompts' pooled vectors are nearly the same, as in pretrained models."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randn(32, 12, 32, generator=generator) + 3 * torch.randn(32, generator=generator)
     mask = torch.ones(32, 12, dtype=torch.bool)

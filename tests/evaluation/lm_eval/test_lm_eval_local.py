@@ -1,4 +1,4 @@
-"""lm-eval's MMLU, BBH and GSM8K on files: the names, the prompts, the numbers, and what is said of bad files."""
+"""lm-eval's MMLU, BBH and GSM8K on local files: names, prompts, scores, and errors for bad files."""
 
 import csv
 import json
@@ -32,12 +32,12 @@ def write_mmlu(file: Path, rows: list[tuple[Any, ...]]) -> None:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskManager, dict[str, Path | None]]:
-    """The local tasks of a subject of MMLU, a task of BBH, and GSM8K, a few made-up rows each."""
+    """Local tasks with a few made-up rows each: a subject of MMLU, a task of BBH, and GSM8K."""
     root = tmp_path_factory.mktemp("local")
     data = root / "data"
     shot = ("Where is the heart?", "chest", "foot", "hand", "head", 0)
     write_mmlu(data / "mmlu/dev/anatomy_dev.csv", [shot] * 5)
-    # A comma, quotes and a line break inside a cell.
+    # A cell with a comma, quotes and a line break.
     write_mmlu(
         data / "mmlu/test/anatomy_test.csv",
         [
@@ -61,7 +61,7 @@ def tasks_of(data: Path, root: Path) -> tuple[TaskManager, dict[str, Path | None
     folder = root / "tasks"
     folder.mkdir()
     missing = write_local_tasks(folder, data)
-    # lm-eval's own thousands of tasks take seconds to find.
+    # lm-eval needs seconds to find its own thousands of tasks.
     return TaskManager(include_path=folder, include_defaults=False), missing
 
 
@@ -183,13 +183,13 @@ def test_a_file_that_is_not_text_is_said(tmp_path: Path) -> None:
 
 
 def test_rows_are_word_for_word_what_the_files_say(tmp_path: Path) -> None:
-    """lm-eval's templates decide on spaces, so nothing is stripped or worded as our own tasks word it."""
+    """lm-eval's templates control spaces, so nothing is stripped, and our own tasks' wording is not used."""
     file = tmp_path / "rows.jsonl"
     with file.open("w", newline="") as handle:
         csv.writer(handle).writerows([CSV_HEADER, (" a\u2028b?\n", " 1", "2 ", '"', "", 3)])
     row = {"question": " a\u2028b?\n", "choices": [" 1", "2 ", '"', ""], "answer": 3}
     assert read_mmlu(file) == [row]
-    # As MMLU's authors published it.
+    # The format of MMLU's authors.
     file.write_text(file.read_text().replace(",".join(CSV_HEADER) + "\n", "").replace(",3", ",D"))
     assert read_mmlu(file) == [row]
     file.write_text(json.dumps({"canary": "x", "examples": [{"input": " q\n", "target": " (A) ", "more": 1}]}))

@@ -1,4 +1,4 @@
-"""Scores of the lm-eval model, against a forward pass without padding that follows the route of the context."""
+"""Scores of the lm-eval model against an unpadded forward pass with the context's route."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def characters(text: str) -> list[int]:
 
 
 def on_route(model: PeftModel, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One row, no padding: the route is asked of the context, then forced."""
+    """Scores one unpadded row: computes the context's route, then uses it for the whole row."""
     route = model.route(torch.tensor([context]))
     with torch.no_grad(), model.use_route(route):
         scores = model(torch.tensor([context + continuation])).logits.log_softmax(-1)[0, len(context) - 1 : -1]
@@ -88,7 +88,7 @@ def test_the_naive_concatenation_takes_another_route_and_other_scores(
     moved = [abs(one - other) > 1e-2 for (one, _), (other, _) in zip(naive, expected, strict=True)]
     assert any(rerouted)
     assert any(moved)
-    # A row alone, so that no padding is read either: its score moves where its route does.
+    # A single row reads no padding either. Its score changes because its route does.
     row = rerouted.index(True)
     ((alone, _),) = harness(model, HFLM, batch_size=1).loglikelihood(requests([PAIRS[row]]), disable_tqdm=True)
     assert abs(alone - expected[row][0]) > 1e-3
@@ -164,7 +164,7 @@ def test_rolling_texts_are_routed_on_the_token_before_each_window(model: PeftMod
     text = "A text of twenty-six letters"
     tokens = characters(text)
     found = harness(model, max_length=12).loglikelihood_rolling(requests([text, "short"]), disable_tqdm=True)
-    # Windows of 12, 12 and 4 tokens, none overlapping: the last reads what fills it, up to the token before its own.
+    # Windows of 12, 12 and 4 tokens without overlap. The last reads a full window, up to the token before its own.
     first = on_route(model, [END], tokens[:12])[0]
     second = on_route(model, tokens[11:12], tokens[12:24])[0]
     assert len(tokens) == 28
@@ -189,7 +189,7 @@ def test_a_chat_template_is_part_of_the_prompt(model: PeftModel) -> None:
     context = lm.apply_chat_template([{"role": "user", "content": "Is iron a metal?"}])
     assert context == "user: Is iron a metal?\nassistant: "
     found = lm.loglikelihood(requests([(context, "yes")]), disable_tqdm=True)
-    # The context's last space is the continuation's first.
+    # The trailing space of the context moves to the continuation.
     assert_same(found, [on_route(model, characters(context[:-1]), characters(" yes"))])
 
 
@@ -199,7 +199,7 @@ def test_every_method_scores_as_without_padding(method: str) -> None:
     found = harness(model).loglikelihood(requests(PAIRS[::3]), disable_tqdm=True)
     for (context, choice), answer in zip(PAIRS[::3], found, strict=True):
         tokens, length = characters(context + choice), len(characters(context))
-        # What is supervised is no prompt: the way in which the trainer tells a method that reads prompts.
+        # Supervised tokens are not prompt; labels tell methods that read prompts where the prompt ends.
         labels = torch.tensor([[-100] * length + tokens[length:]])
         with torch.no_grad():
             scores = model(torch.tensor([tokens]), labels=labels).logits.log_softmax(-1)[0, length - 1 : -1]

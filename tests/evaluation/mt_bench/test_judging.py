@@ -1,4 +1,4 @@
-"""Judging over real HTTP, against a server that speaks the protocol and misbehaves when told to."""
+"""Judging over real HTTP, with a server that speaks the protocol and misbehaves on request."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestClient:
         server.reply = lambda body, number: None
         with pytest.raises(MiLoraError, match=r"does not answer"):
             endpoint(server, timeout=0.2, retries=1).complete([], temperature=0, max_tokens=1)
-        # The client may give up before the server's thread has read the request.
+        # The client can give up before the server's thread has read the request.
         end = time.monotonic() + 10
         while len(server.requests) < 2 and time.monotonic() < end:
             time.sleep(0.01)
@@ -127,7 +127,7 @@ class TestClient:
 
 
 class TestInterruption:
-    # A shell's background jobs ignore SIGINT, and their children inherit that.
+    # A shell's background jobs ignore SIGINT, and child processes inherit that.
     SCRIPT = """
 import signal
 import sys
@@ -164,7 +164,7 @@ except KeyboardInterrupt:
                 assert process.poll() is None
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
-            # A request may take 120 seconds, and is repeated six times.
+            # A request can take 120 seconds and is repeated six times.
             assert process.wait(60) == 130
         finally:
             release.set()
@@ -257,7 +257,7 @@ class TestComparing:
         ("reply", "winners", "summary"),
         [
             ("[[C]]", ("tie", "tie"), {"wins": 0, "ties": 4, "losses": 0, "unparsed": 0, "win_rate": 0.5}),
-            # Always the first place: no one wins.
+            # Always the first position: no one wins.
             ("[[A]]", ("model_1", "model_2"), {"wins": 0, "ties": 4, "losses": 0, "unparsed": 0, "win_rate": 0.5}),
             ("who?", ("error", "error"), {"wins": 0, "ties": 0, "losses": 0, "unparsed": 4, "win_rate": None}),
             (

@@ -1,4 +1,4 @@
-"""Answers to MT-Bench: two turns, FastChat's format, resumed."""
+"""Answers to MT-Bench: two turns, FastChat's format, resuming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = [
 
 def model_and_tokenizer() -> tuple[Any, Any]:
     model = adapted("llama").model
-    # Rotary positions go on beyond what the tiny model's configuration says.
+    # Rotary positions also work beyond the tiny model's configured limit.
     model.config.max_position_embeddings = 1024
     return model, character_tokenizer()
 
@@ -43,7 +43,7 @@ def by_hand(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
 
 def test_both_turns_against_a_loop_of_single_prompts(tmp_path: Path) -> None:
     model, tokenizer = model_and_tokenizer()
-    # The adapter's routes depend on the prompt: a second turn that kept the first one's would differ.
+    # Routes depend on the prompt: a second turn that kept the first turn's route would differ.
     path = tmp_path / "folder" / "m.jsonl"
     steps: list[int] = []
 
@@ -108,7 +108,7 @@ def test_answers_of_another_seed_or_to_other_words_are_refused(tmp_path: Path) -
     path = tmp_path / "m.jsonl"
     drawn, greedy = Question(1, "writing", ("ab?", "cd?")), Question(2, "math", ("ef?", "gh?"))
     first = answer_questions(model, tokenizer, [greedy, drawn], path, "m", max_new_tokens=2)
-    # Nothing is drawn for mathematics, so that the seed decides nothing there.
+    # Mathematics is decoded greedily, so the seed has no effect.
     assert answer_questions(model, tokenizer, [greedy], path, "m", max_new_tokens=2, seed=1) == first[:1]
     with pytest.raises(DataError, match=r"question 1: .*from another seed"):
         answer_questions(model, tokenizer, [greedy, drawn], path, "m", max_new_tokens=2, seed=1)
@@ -133,7 +133,7 @@ def test_each_turn_has_the_route_of_its_own_prompt(tmp_path: Path) -> None:
             assert route == {
                 expert: torch.nonzero(gates[:, column]).flatten().tolist() for column, expert in enumerate(experts)
             }
-    # Each turn's and each question's differ, so that one in another's place would show.
+    # Routes differ by turn and by question, so a swapped one would be noticed.
     assert found[0].routes[0] not in (found[0].routes[1], found[1].routes[0])
     lines = {line["question_id"]: line["routes"] for line in map(json.loads, path.read_text().splitlines())}
     assert [lines[answer.question] for answer in found] == [list(answer.routes) for answer in found]
@@ -171,7 +171,7 @@ class FakeJudge:
 
 
 class FailingJudge:
-    """Grades, and refuses to compare."""
+    """Grades answers but fails on comparisons."""
 
     model = "j"
 

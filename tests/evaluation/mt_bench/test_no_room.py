@@ -1,4 +1,4 @@
-"""Conversations of MT-Bench that do not fit a backbone: answered as far as they go, counted, judged without a judge."""
+"""MT-Bench conversations that do not fit a backbone: partly answered, counted, and judged without a judge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FITS = Question(1, "math", ("ab?", "cd?"))
 SECOND_TOO_LONG = Question(2, "math", ("gh?", "i" * 100))
 FIRST_TOO_LONG = Question(3, "math", ("j" * 200, "k?"))
 QUESTIONS = [SECOND_TOO_LONG, FITS, FIRST_TOO_LONG]
-# A token a character: the conversation that fits, with the longest first answer that it can have, fits exactly.
+# One character per token: the conversation that fits, with the longest possible first answer, fits exactly.
 POSITIONS = (
     len(instruction_prompt("ab?")) + NEW_TOKENS + len("\n\n### Instruction:\ncd?\n\n### Response:\n") + NEW_TOKENS
 )
@@ -35,7 +35,7 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 
 
 def alone(question: Question, path: Path) -> Answer:
-    """The question's answer where there is room for everything."""
+    """The question's answer with enough positions for everything."""
     model, tokenizer = model_and_tokenizer()
     model.config.max_position_embeddings = 4096
     return answer_questions(model, tokenizer, [question], path, "m", max_new_tokens=NEW_TOKENS)[0]
@@ -60,7 +60,7 @@ def test_what_fits_is_answered_and_the_rest_is_empty(tmp_path: Path, monkeypatch
 
 def test_a_conversation_without_its_first_answer_is_not_gone_on_with(tmp_path: Path) -> None:
     model, tokenizer = model_and_tokenizer()
-    # The second turn would fit in a template that forgets what was said before it.
+    # The second turn alone would fit a template that drops earlier turns.
     tokenizer.chat_template = "{% for m in messages[-1:] %}{{ m.content }}{% endfor %}"
     long = Question(3, "math", ("j" * POSITIONS, "k?"))
     found = answer_questions(model, tokenizer, [long], tmp_path / "m", "m", max_new_tokens=NEW_TOKENS)
@@ -68,7 +68,7 @@ def test_a_conversation_without_its_first_answer_is_not_gone_on_with(tmp_path: P
 
 
 class Judge:
-    """Prefers what stands first, and thinks it excellent."""
+    """Prefers the first position, and grades it as excellent."""
 
     model = "j"
 
@@ -81,7 +81,7 @@ class Judge:
 
 
 def fastchat_mean(path: Path) -> float:
-    """As `show_result.py` has it: of all grades but -1."""
+    """The mean as in FastChat's `show_result.py`: over all grades except -1."""
     grades = [json.loads(line)["score"] for line in path.read_text().splitlines()]
     return sum(grade for grade in grades if grade != -1) / len([grade for grade in grades if grade != -1])
 
@@ -105,7 +105,7 @@ def test_pairs(tmp_path: Path) -> None:
     theirs = [Answer(1, "theirs", ("y", "y")), Answer(3, "theirs", ("z", ""), no_room=(2,))]
     outcome = judging.compare(pairs, [FITS, FIRST_TOO_LONG], ours, theirs)
     winners = [(r["question_id"], r["turn"], r["g1_winner"], r["g2_winner"]) for r in outcome.records]
-    # The judge was asked about the first turn of the first question only, twice.
+    # Only the first turn of the first question reached the judge, twice.
     assert winners == [
         (1, 1, "model_1", "model_2"),
         (1, 2, "model_2", "model_2"),

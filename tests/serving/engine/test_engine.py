@@ -1,4 +1,4 @@
-"""Each text of the engine equals the one that `generate` writes alone, next to any other requests."""
+"""Each of the engine's texts equals `generate` alone, next to any other requests."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""What PEFT keeps beside LoRA, and layers that are no plain ones: whole modules, quantised weights."""
+"""Layers other than plain LoRA: whole modules that PEFT saves, and quantised weights."""
 
 import random
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_modules_that_are_saved_whole_are_each_requests_own(tmp_path: Path) -> N
             running.append((adapter, prompt, engine.submit(greedy(prompt, adapter, 9))))
         for adapter, prompt, generation in running:
             assert read(generation).tokens == [alone(adapter, prompt, 9)], adapter
-        # Its embedding reads the prompt too, so what it leaves to the backbone is no other adapter's.
+        # Its embedding also changes the prompt's keys and values, so other adapters cannot share them.
         assert not engine._pool.find("late-embedding").is_shared
 
 

@@ -1,4 +1,4 @@
-"""What a request may ask for: drawing, penalties, stops, several texts, log-probabilities, routes, cancelling."""
+"""Request options: sampling, penalties, stops, several texts, log-probabilities, routes, cancelling."""
 
 import asyncio
 import random
@@ -63,7 +63,7 @@ def test_penalties_equal_generates(engine: Engine, alone: Alone, options: dict[s
 
 
 def test_presence_and_frequency_are_subtracted_by_count(engine: Engine, alone: Alone) -> None:
-    """Worked out by hand from the logits that the model itself gives behind the text so far."""
+    """Penalties computed by hand from the model's own logits after the text so far."""
     answer = read(engine.submit(greedy(PROMPT, None, 12, presence_penalty=0.7, frequency_penalty=1.1)))
     model, text = alone.model(None), []
     for token in answer.tokens[0]:
@@ -120,7 +120,7 @@ def test_logprobs_are_the_models(engine: Engine, alone: Alone) -> None:
 
 
 def test_end_of_sequence_ends_a_text_unless_ignored(engine: Engine, alone: Alone) -> None:
-    """The first prompt after which the model writes the end token within its text."""
+    """Uses the first prompt whose text contains the end token."""
     generator = random.Random(0)
     prompts = (prompt_of(generator, 8) for _ in range(500))
     prompt, expected = next((p, found) for p in prompts if END in (found := alone(None, p, 20))[:-1])
@@ -173,7 +173,7 @@ def test_beams_are_generates(
     length_penalty: float,
     ends: tuple[int, ...],
 ) -> None:
-    """Of several lengths, so that texts end early and late; with few pages, so that beams are taken off their rows."""
+    """Prompts of several lengths, so texts end at different times; few pages, so beams are preempted."""
     options = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": length_penalty}
     generator = random.Random(beams)
     prompts = [prompt_of(generator, size) for size in (1, 6, 11, 16)]

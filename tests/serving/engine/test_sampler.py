@@ -1,4 +1,4 @@
-"""The sampler against transformers' warpers and against frequencies; the detokeniser against decoding all at once."""
+"""The sampler against transformers' warpers and frequencies; the detokeniser against decoding all tokens at once."""
 
 import random
 
@@ -45,7 +45,7 @@ def test_draws_have_the_models_frequencies() -> None:
 
 
 class Bytes:
-    """A tokenizer whose tokens are bytes, so that characters take several."""
+    """A tokenizer with bytes as tokens, so a character can need several."""
 
     @staticmethod
     def decode(tokens: list[int], skip_special_tokens: bool) -> str:

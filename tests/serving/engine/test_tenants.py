@@ -1,4 +1,4 @@
-"""Tenants beside each other: shared prefixes, fairness, limits, failures, adapters that come and go."""
+"""Several tenants: shared prefixes, fairness, limits, failures, adapters that are loaded and unloaded."""
 
 import random
 import shutil
@@ -60,7 +60,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def cached(engine: Engine, alone: Alone, prompt: tuple[int, ...], adapter: str | None) -> int:
-    """Tokens that the prefix cache had of a prompt, whose text is right all the same."""
+    """The number of prompt tokens found in the prefix cache; also checks the text."""
     answer = read(engine.submit(greedy(prompt, adapter, 8)))
     assert answer.tokens == [alone(adapter, prompt, 8)]
     return answer.events[0].cached_tokens
@@ -71,9 +71,9 @@ def test_late_adapters_and_the_backbone_share_one_cache(folders: dict[str, Path]
         assert cached(engine, alone, (*DOCUMENT, 1, 2), "late") == 0
         assert cached(engine, alone, (*DOCUMENT, 3, 4, 5), "late-two") == 40
         assert cached(engine, alone, (*DOCUMENT, 6), None) == 40
-        # The document's last token is adapted here, so the last page is not the bare backbone's.
+        # The document's last token is adapted here, so the bare backbone's last page does not match.
         assert cached(engine, alone, DOCUMENT, "late") == 36
-        # Its router reads the whole prompt, which it has not seen before.
+        # Its router reads the whole prompt, which is new.
         assert cached(engine, alone, (*DOCUMENT, 7), "late-mean") == 0
         assert cached(engine, alone, (*DOCUMENT, 7), "late-mean") == 40
         assert engine.statistics().prefix_hit_tokens == 40 + 40 + 36 + 40
@@ -81,11 +81,11 @@ def test_late_adapters_and_the_backbone_share_one_cache(folders: dict[str, Path]
 
 def test_pages_of_adapted_prompts_belong_to_adapter_and_route(folders: dict[str, Path], alone: Alone) -> None:
     with engine_on("llama", folders) as engine:
-        # Every module's gate is 1 in both of the LoRAs, so they differ in nothing but their weights.
+        # Both LoRAs have gate 1 in every module, so they differ only in their weights.
         for adapter in ("one", "two", "window", "lora", "dora", None):
             assert cached(engine, alone, (*DOCUMENT, 1), adapter) == 0
             assert cached(engine, alone, (*DOCUMENT, 1), adapter) == 40
-        assert cached(engine, alone, (*DOCUMENT, 2, 3), "one") == 0  # Another prompt, so the routers are asked.
+        assert cached(engine, alone, (*DOCUMENT, 2, 3), "one") == 0  # Another prompt needs a new route.
         assert cached(engine, alone, (*DOCUMENT, 2, 3), "window") == 40  # The window is the same.
         assert cached(engine, alone, (1, *DOCUMENT), "window") == 0
         assert cached(engine, alone, (*DOCUMENT, 2, 3), "lora") == 40
@@ -110,7 +110,7 @@ def test_a_forced_route_finds_its_own_pages_only(folders: dict[str, Path], alone
 
 
 def test_texts_are_right_while_pages_run_out(folders: dict[str, Path], alone: Alone) -> None:
-    """16 pages of 4 tokens: requests lose their pages, wait again, and go on where they were."""
+    """16 pages of 4 tokens: requests are preempted, wait, and continue at the same token."""
     of_page = 2 * PAGE * 2 * 8 * 2 * 4  # layers, tokens, heads, size, keys and values, bytes
     generator = random.Random(1)
     with engine_on("llama", folders, cache_bytes=16 * of_page) as engine:
@@ -133,7 +133,7 @@ def test_texts_are_right_while_pages_run_out(folders: dict[str, Path], alone: Al
 
 
 def test_one_tenants_flood_does_not_starve_another(folders: dict[str, Path]) -> None:
-    """64 requests of 60 new tokens fill the 4 rows for a thousand steps; another tenant's waits for a few of them."""
+    """64 requests of 60 new tokens fill the 4 rows for a thousand steps; another tenant's request waits a few steps."""
     with engine_on("llama", folders, most_texts=4, step_tokens=16) as engine:
         flood = [engine.submit(greedy(DOCUMENT, "one", 60, tenant="flood")) for _ in range(64)]
         next(flood[0])
@@ -144,7 +144,7 @@ def test_one_tenants_flood_does_not_starve_another(folders: dict[str, Path]) -> 
             next(small)
             waits.append(engine.statistics().steps - before)
             read(small)
-        # A step that runs, the prompt's own after at most one of the flood's, and those of this thread's delay.
+        # A step in progress, one step of the flood, the prompt's own steps, and those during this thread's delay.
         assert sorted(waits)[2] <= 8, waits
         assert sum(generation.is_cancelled for generation in flood) == 0
         for generation in flood:
@@ -161,7 +161,7 @@ def test_busy_tenants_get_equal_parts(folders: dict[str, Path]) -> None:
         for generation in running:
             generation.cancel()
     assert done["few"] == 300
-    # Served alternately once both were there; what ran before may be more, and a request of each is under way.
+    # Served alternately once both were queued. Earlier steps may add some, and each has a request in progress.
     assert done["many"] <= 300 + 8 * 30
 
 
@@ -198,7 +198,7 @@ def test_nan_fails_its_own_request_only(folders: dict[str, Path], alone: Alone, 
     shutil.copytree(folders["one"], broken)
     tensors = load_file(broken / "adapter_model.safetensors")
     huge = next(name for name in tensors if "down_proj.lora_B" in name)
-    tensors[huge] = torch.full_like(tensors[huge], 3e38)  # Finite, as the file is checked; its products are not.
+    tensors[huge] = torch.full_like(tensors[huge], 3e38)  # Finite, because the file is checked; its products overflow.
     save_file(tensors, broken / "adapter_model.safetensors")
     save_file({name: tensor * 1 for name, tensor in tensors.items()}, broken / "adapter_model.safetensors")
     prompts = [prompt_of(random.Random(seed), 12) for seed in range(12)]
@@ -258,7 +258,7 @@ def test_adapters_are_loaded_and_unloaded_while_others_run(folders: dict[str, Pa
             engine.submit(greedy(DOCUMENT, "two", 8))
         with pytest.raises(UnknownAdapterError):
             engine.unload_adapter("two")
-        engine.load_adapter("two", folders["late"])  # The name's second adapter has nothing of the first.
+        engine.load_adapter("two", folders["late"])  # The new adapter shares nothing with the old one of that name.
         assert read(engine.submit(greedy(DOCUMENT, "two", 8))).tokens == [alone("late", DOCUMENT, 8)]
         assert read(running).tokens[0] == alone("one", DOCUMENT, 60)[1:]
         assert [(info.name, info.kind, info.in_memory) for info in engine.adapters()] == [
@@ -298,7 +298,7 @@ def test_more_adapters_than_memory_come_and_go(folders: dict[str, Path], alone: 
 
 
 def test_an_adapter_takes_the_place_of_one_of_the_same_shapes(tmp_path: Path) -> None:
-    """Its weights are written over the other's; DoRA's factors are worked out anew."""
+    """Its weights overwrite the other's; DoRA's factors are recomputed."""
     kinds = {"a": {}, "b": {}, "dora-a": {"use_dora": True}, "dora-b": {"use_dora": True}, "rank": {"r": 2}}
     folders = saved_adapters(tmp_path, "llama", kinds)
     alone = Alone("llama", folders)

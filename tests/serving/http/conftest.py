@@ -1,4 +1,4 @@
-"""A server over a scripted engine, in this process."""
+"""An HTTP server over a scripted engine, in the test process."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def make_service(backbone: Any, engine: FakeEngine, tmp_path: Path) -> Callable[
 
 @pytest.fixture
 def client(make_service: Callable[..., Service]) -> TestClient:
-    """An open server: no keys but the admin's."""
+    """A server that requires no keys, except for administration."""
     return TestClient(build_app(make_service()), raise_server_exceptions=False)
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Service], str]]:
-    """Runs a server over real HTTP, in a thread; gives its address."""
+    """Serves over real HTTP in a thread and returns the address."""
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def start(service: Service) -> str:

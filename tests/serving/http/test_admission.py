@@ -249,7 +249,7 @@ def test_over_http(make_service: Callable[..., Service], engine: FakeEngine, fol
     assert load(lora_name="new", lora_path="new", load_inplace=True).status_code == 409
     engine.in_use.clear()
     assert load(lora_name="new", lora_path="new", load_inplace=True).status_code == 200
-    # A folder that is refused leaves the adapter of that name alone.
+    # A refused folder does not affect the loaded adapter of that name.
     change_config(folder.parent / "new", bias="all")
     assert load(lora_name="new", lora_path="new", load_inplace=True).status_code == 400
     assert "new" in engine.known

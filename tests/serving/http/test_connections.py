@@ -1,4 +1,4 @@
-"""Over real HTTP: clients that leave or stop reading, draining, logs."""
+"""Over real HTTP: clients that disconnect or stop reading, draining, logs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MakeService = Callable[..., Service]
 
 
 def raw(address: str, **body: Any) -> socket.socket:
-    """A connection that has sent a request and read nothing."""
+    """A connection that has sent a request but reads nothing."""
     host, port = address.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
     content = json.dumps({"model": "ada", "prompt": "hey", **body}).encode()
@@ -77,7 +77,7 @@ def test_a_client_that_stops_reading_counts_as_gone(
     address = serve(make_service(stall_seconds=0.2))
     connection = raw(address, stream=True)
     assert engine.cancelled.wait(30)
-    # Others are served meanwhile and after.
+    # Other requests are still served.
     engine.script = lambda request: spelled("yes")
     body = {"model": "ada", "prompt": "hey"}
     assert httpx2.post(f"{address}/v1/completions", json=body).json()["choices"][0]["text"] == "yes"

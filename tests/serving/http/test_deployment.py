@@ -1,4 +1,4 @@
-"""The files of `deploy/`: they parse, and the options and metrics that they name exist."""
+"""The files of `deploy/` parse, and all options and metrics in them exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELP = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["serve", "--help"]).output
 
 @pytest.fixture(scope="module")
 def series() -> set[str]:
-    """The names of all series that a server shows."""
+    """The names of all series that a server exports."""
     metrics = Metrics(FakeEngine().statistics, lambda: False)
     metrics.requests.labels("ada", "/v1/completions", "200").inc()
     for counter in (metrics.prompt_tokens, metrics.cached_tokens, metrics.generated_tokens):

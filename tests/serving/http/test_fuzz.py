@@ -1,4 +1,4 @@
-"""A few hundred of the requests that `scripts/fuzz_serve.py` sends."""
+"""A few hundred requests of `scripts/fuzz_serve.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions and chats: OpenAI's form, whole and streamed."""
+"""Completions and chats in OpenAI's format, complete and streamed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_chat_goes_through_the_template(client: TestClient, engine: FakeEngine
     assert choice["message"] == {"role": "assistant", "content": "hi"}
     expected = ids("system: be kind\nuser: a\nb\nassistant: ")
     assert engine.requests[0].prompt == expected
-    # Without a limit: as many as there are positions.
+    # Without a limit, up to the number of positions.
     assert engine.requests[0].sampling.max_tokens == 128 - len(expected)
 
     body = {"model": "ada", "messages": messages, "stream": True, "max_completion_tokens": 4}
@@ -132,7 +132,7 @@ def test_logprobs_of_completions(client: TestClient, engine: FakeEngine, stream:
     assert found == {
         "tokens": ["y", "e", "s"],
         "token_logprobs": [-0.5] * 3,
-        # Minus infinity is no JSON.
+        # JSON has no minus infinity.
         "top_logprobs": [{"a": -9999.0, character: -0.5} for character in "yes"],
         "text_offset": [0, 1, 2],
     }
@@ -209,7 +209,7 @@ def test_errors_of_the_engine(
     response = client.post("/v1/completions", json={"model": "ada", "prompt": "hey", "stream": stream})
     assert "secret" not in response.text
     if stream and when == "later":
-        # The status is sent already.
+        # The status has already been sent.
         assert response.status_code == 200
         assert streamed(response.text)[-1]["error"]["code"] == code
         return

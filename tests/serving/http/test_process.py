@@ -1,4 +1,4 @@
-"""A real `milora serve`: texts equal those of `generate` alone while other things happen to the server."""
+"""A real `milora serve`: texts equal `generate` alone while the server is under stress."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class World:
     alone: Alone
 
     def expected(self, adapter: str | None, prompt: str, new_tokens: int, *, chat: bool = False) -> str:
-        """What `generate` alone writes."""
+        """The text of `generate` alone."""
         given: Any = [{"role": "user", "content": prompt}] if chat else prompt
         ids = tuple(encode_prompt(TOKENIZER, given))
         tokens = self.alone(adapter, ids, new_tokens, eos_token_id=END, pad_token_id=0)
@@ -58,7 +58,7 @@ def words(generator: random.Random, low: int = 4, high: int = 60) -> str:
 async def ask(
     client: openai.AsyncOpenAI, model: str, prompt: str, new_tokens: int, *, stream: bool = False, chat: bool = False
 ) -> str:
-    """A greedy text by the openai client, in any of the four ways."""
+    """A greedy text from the openai client: completion or chat, complete or streamed."""
     common: dict[str, Any] = {"model": model, "max_tokens": new_tokens, "temperature": 0, "stream": stream}
     if chat:
         messages: Any = [{"role": "user", "content": prompt}]
@@ -115,7 +115,7 @@ def test_200_requests_of_20_tenants_are_each_as_generate_alone(world: World, tmp
 
 @pytest.fixture
 def open_server(world: World, tmp_path: Path) -> Any:
-    """A server without keys but the admin's, over a copy of the adapters."""
+    """A server that requires no keys, except for administration, with a copy of the adapters."""
     shutil.copytree(world.adapters, tmp_path / "adapters")
     keys = write_keys(tmp_path, {"unused": {}})[2:]
     with ServerProcess(
@@ -130,7 +130,7 @@ def client_of(server: ServerProcess, key: str = "none") -> openai.AsyncOpenAI:
 
 
 def test_adapters_are_replaced_under_load(world: World, open_server: ServerProcess) -> None:
-    """Each text is of one of the adapters that had the name, or refused."""
+    """Each text comes from one of the adapters that had the name, or the request is refused."""
     versions = ["milora-a", "late-a", "lora"]
     generator = random.Random(5)
     prompts = [words(generator, 10, 50) for _ in range(8)]
@@ -184,7 +184,7 @@ def test_adapters_are_replaced_under_load(world: World, open_server: ServerProce
 
 
 def test_memory_clients_that_leave_and_sigterm(world: World, open_server: ServerProcess) -> None:
-    """More texts than the cache holds, clients that go or do not read, then SIGTERM: texts are right all the same."""
+    """Texts stay right with more texts than the cache holds, clients that leave or do not read, then SIGTERM."""
     generator = random.Random(6)
     prompts = [words(generator, 60, 90) for _ in range(24)]
     models = ["milora-b", "late-a"]
@@ -287,7 +287,7 @@ def test_a_drain_that_takes_too_long_ends_requests_with_an_error(world: World) -
 def test_mistakes_are_one_line(
     options: list[str], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # pytest's own handlers stay.
+    # Keep pytest's own handlers.
     monkeypatch.setattr(logs, "configure", lambda level: None)
     assert main(["serve", *options]) == 2
     error = capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Keys, limits, and what one tenant may know of another."""
+"""Keys, limits, and that tenants learn nothing about each other."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_key_sees_and_uses_its_adapters_only(guarded: TestClient, engine: Fake
     assert post(guarded, "ada-key", model="base").status_code == 200
     assert [request.tenant for request in engine.requests] == ["ada", "ada"]
 
-    # What is there and what is not look alike.
+    # Responses for existing and missing models are the same.
     foreign, missing, hidden = (post(guarded, "bo-key", model=model) for model in ("ada", "boa", "base"))
     for response, name in ((foreign, "ada"), (missing, "boa"), (hidden, "base")):
         assert response.status_code == 404
@@ -132,7 +132,7 @@ def test_concurrent_requests_are_limited(make_service: MakeService, engine: Fake
     assert refused.status_code == 429
     assert refused.headers["retry-after"] == "1"
     tenant.end()
-    # Requests that end, well or not, make room.
+    # Requests free their slot when they end, also with an error.
     for refusal in (None, QueueFullError("full"), None):
         engine.refusal = refusal
         assert post(client, "ada-key").status_code == (429 if refusal else 200)
@@ -154,7 +154,7 @@ def test_tokens_per_minute() -> None:
     with pytest.raises(ApiError, match="61 tokens, and this key allows 60"):
         tenant.reserve(61)
     now += 1000
-    # No more than a minute's tokens are saved up.
+    # Unused tokens accumulate for at most a minute.
     tenant.reserve(60)
     with pytest.raises(ApiError, match="try again"):
         tenant.reserve(1)
@@ -163,7 +163,7 @@ def test_tokens_per_minute() -> None:
 def test_unused_tokens_come_back(make_service: MakeService, engine: FakeEngine) -> None:
     client = TestClient(build_app(make_service(entry("ada", adapters=["*"], tokens_per_minute=100))))
     engine.script = lambda request: spelled("yes")
-    # Each reserves 3 + 60 tokens and takes 6.
+    # Each request reserves 3 + 60 tokens and uses 6.
     for _ in range(6):
         assert post(client, "ada-key", max_tokens=60).status_code == 200
     assert post(client, "ada-key", max_tokens=98).status_code == 400
@@ -172,7 +172,7 @@ def test_unused_tokens_come_back(make_service: MakeService, engine: FakeEngine) 
     for _ in range(3):
         assert post(client, "ada-key", max_tokens=50).json()["error"]["code"] == "queue_full"
     engine.refusal = None
-    # Without a limit a request takes what its key allows at most.
+    # A request without a limit reserves the maximum that its key allows.
     messages = [{"role": "user", "content": "a"}]
     chat = {"model": "ada", "messages": messages}
     assert client.post("/v1/chat/completions", json=chat, headers=bearer("ada-key")).status_code == 429

@@ -1,4 +1,4 @@
-"""The compiled decode step: the same tokens, compiled once whatever the prompts, routes and tenants."""
+"""The compiled decode step: the same tokens, compiled once for all prompts, routes and tenants."""
 
 import threading
 from collections import Counter
@@ -70,7 +70,7 @@ def test_compiled_once_for_all_prompts_routes_and_tenants(name: str, counters: d
             assert compiled(model, batch, **each) == tokens
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    # What is compiled stays out of the way of what is not.
+    # Compiled steps do not affect eager ones.
     assert generate(model) == expected[0][0]
     assert counters["stats"]["unique_graphs"] == 1
     assert_nothing_in_force(model)
@@ -79,7 +79,7 @@ def test_compiled_once_for_all_prompts_routes_and_tenants(name: str, counters: d
 
 @pytest.mark.slow
 def test_transformers_own_way_to_compile(counters: dict[str, Counter[str]]) -> None:
-    """As on a GPU, where a static cache is all that it takes."""
+    """Simulates a GPU, where transformers compiles as soon as the cache is static."""
     model = two_adapters()
     own = config()
     setattr(own, ALL_DEVICES, True)
@@ -103,7 +103,7 @@ def test_a_cache_of_the_callers(counters: dict[str, Counter[str]]) -> None:
 
 
 class Pausing(LogitsProcessor):
-    """Runs a function in the middle of a generation."""
+    """Runs a function during a generation."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -130,7 +130,7 @@ def in_another_thread(function: Any) -> Any:
 
 
 class TestBesideEagerThreads:
-    """One thread decodes with its routes at the addresses of the compiled step; others run eagerly meanwhile."""
+    """One thread decodes with routes at the addresses of the compiled step, while others run eagerly."""
 
     @pytest.mark.parametrize("others", [{"adapter_names": NAMES[::-1]}, {}], ids=["named rows", "one adapter"])
     def test_each_has_its_own_routes(self, others: dict[str, Any]) -> None:
@@ -141,12 +141,12 @@ class TestBesideEagerThreads:
         steps = iter(range(100))
 
         def pause() -> None:
-            if next(steps) == 0:  # the prefill; what decode steps multiply with on a CPU is made at the first
+            if next(steps) == 0:  # in the prefill; on a CPU the operands of decode steps are made at the first one
                 begin.wait()
                 go_on.wait()
 
         def owner() -> list[list[int]]:
-            # Without torch.compile, but with slots and gates where a compiled step would read them.
+            # No torch.compile, but with slots and gates where a compiled step would read them.
             with model.base_model.owner.compiled():
                 return generate(model, **own, logits_processor=[Pausing(pause)])
 
@@ -179,7 +179,7 @@ class TestBesideEagerThreads:
     @pytest.mark.slow
     @pytest.mark.parametrize("others", [{"adapter_names": NAMES[::-1]}, {}], ids=["named rows", "one adapter"])
     def test_while_the_step_is_being_compiled(self, others: dict[str, Any]) -> None:
-        """torch's `is_compiling()` is then true in every thread."""
+        """torch's `is_compiling()` is true in every thread during compilation."""
         model = two_adapters()
         torch._dynamo.reset()
         expected = [generate(model, adapter_names=NAMES), generate(model, BATCHES[1], **others)]
@@ -195,7 +195,7 @@ class TestBesideEagerThreads:
 
 
 class TestTheAdaptersAreDisabled:
-    """The compiled step is then the backbone's."""
+    """Then the compiled step is the backbone's."""
 
     @pytest.mark.slow
     def test_compiled_steps_are_the_backbones(self, counters: dict[str, Counter[str]]) -> None:
@@ -204,14 +204,14 @@ class TestTheAdaptersAreDisabled:
         for _ in range(2):
             with model.disable_adapter():
                 assert compiled(model) == backbone
-            # Its own step beside it; what that one reads must not come into the other.
+            # The adapters get a separate step, whose inputs must not affect the backbone's.
             expected = generate(model)
             assert compiled(model) == expected != backbone
         assert not counters["graph_break"]
 
 
 class TestLeftToTransformers:
-    """As on a GPU, where a static cache is all that it takes: a generation that did not ask for it is never refused."""
+    """Simulates a GPU, where a static cache compiles: a generation that did not request that is never refused."""
 
     def test_a_second_thread_generates_eagerly(self) -> None:
         model = two_adapters()
@@ -222,7 +222,7 @@ class TestLeftToTransformers:
             assert in_another_thread(lambda: generate(model, compile_config=own)) == expected
 
     def test_two_threads_at_once(self) -> None:
-        """One of them gets the compiled step, whatever the order in which they ask for it."""
+        """One thread gets the compiled step, in any order of requests."""
         model = two_adapters()
         serving = model.base_model.owner
         found: list[bool] = []

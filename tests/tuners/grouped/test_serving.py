@@ -1,4 +1,4 @@
-"""Rows with different adapters in one forward pass: each row as if it were alone, through one operator a module."""
+"""Rows with different adapters in one forward pass: each equals the row alone, with one operator per module."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ NAMES = ["default", "wide", "__base__", "soft", "wide", "default"]
 
 
 def tenants(name: str = "llama", **settings: Any) -> PeftModel:
-    """Three adapters of different ranks, gates and numbers of experts."""
+    """Three adapters with different ranks, gates and numbers of experts."""
     model = adapted(name, **settings).model
     add_adapter(model, "wide", name, seed=7, top_k=3, r=6, lora_alpha=3, **settings)
     add_adapter(model, "soft", name, seed=9, top_k=1, r=2, gate="softmax", **settings)
@@ -56,7 +56,7 @@ def alone(model: PeftModel, names: list[str] = NAMES, **settings: Any) -> list[l
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the inputs that the operator was called with."""
+    """The input shapes of all calls of the operator."""
     shapes: list[tuple[int, ...]] = []
     own = grouped_serving.add_grouped_lora
 
@@ -133,7 +133,7 @@ class TestParameters:
         assert generate(model, adapter_names=NAMES) == alone(model)
 
     def test_layers_put_in_again_keep_their_weights(self) -> None:
-        """Their parameters are views of the very slots that they are given."""
+        """Their parameters are views of the slots that they are copied to."""
         model = tenants()
         expected = generate(model, adapter_names=NAMES)
         for module in model.modules():
@@ -160,7 +160,7 @@ class TestParameters:
             assert torch.equal(layer.lora_B["wide"].weight, b)
 
     def test_a_rank_that_was_cut_in_place(self) -> None:
-        """The parameters begin where they began, and are shorter."""
+        """The parameters keep their address but are shorter."""
         model = tenants()
         generate(model, adapter_names=NAMES)
         for module in model.modules():
@@ -187,7 +187,7 @@ class TestParameters:
         assert generate(model, adapter_names=NAMES) == alone(model)
 
     def test_what_has_not_changed_is_not_looked_into_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A caller's own decoding loop brings the stacks up to date at every token."""
+        """A caller's own decoding loop updates the stacks at every token."""
         model = tenants()
         logits_of(model, adapter_names=NAMES)
         stacks = model.base_model.owner.stacks
@@ -246,7 +246,7 @@ class TestOneAdapterAfterTheOther:
         assert layer.lora_A["wide"].weight.grad is not None
 
     def test_midora_rows_with_gradients_and_soft_gates(self) -> None:
-        """Each row's gradients are those of the row alone, in its adapter, and in the router that gates it."""
+        """Each row's gradients equal those of the row alone, in its adapter and in the router that gates it."""
         model = tenants()
         add_adapter(model, "midora", seed=3, use_dora=True, gate="softmax")
         names = ["midora", "wide", "__base__", "midora", "soft", "wide"]
@@ -281,7 +281,7 @@ class TestOneAdapterAfterTheOther:
             torch.testing.assert_close(together[each], gradient, rtol=1e-3, atol=1e-4, msg=each)
 
     def test_a_layer_that_is_called_with_further_arguments(self) -> None:
-        """They are the base layer's, as in PEFT's own; the rows keep their adapters."""
+        """The base layer gets them, as in PEFT; the rows keep their adapters."""
 
         class Scaled(nn.Linear):
             def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:

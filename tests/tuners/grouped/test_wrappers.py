@@ -1,4 +1,4 @@
-"""Modules that adapters bring whole, or of which they bring tokens, beside LoRA: each row by its adapter's own."""
+"""Whole modules and tokens that adapters save besides LoRA: each row uses its adapter's own."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ KINDS = {"lm_head": HEADS, "tokens": TOKENS, "norm": NORMS}
 
 
 def tenants(method: type[Any], extras: list[dict[str, Any]], *, first: str = "one") -> PeftModel:
-    """Two adapters with modules or tokens of their own, and one without."""
+    """Two adapters with saved modules or tokens, and one without."""
     fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     fields |= {"task_type": "CAUSAL_LM"} if method is LoraConfig else {"top_k": 1}
     configs = {
@@ -99,7 +99,7 @@ def test_gradients_reach_each_rows_own_head() -> None:
 
 
 class TestCompiledSteps:
-    """They read rows from one place for every batch; of such modules they would take one for all rows."""
+    """Compiled steps read from fixed buffers; for saved modules they would use one adapter for all rows."""
 
     @staticmethod
     def config() -> CompileConfig:

@@ -1,4 +1,4 @@
-"""Parallel-Adapter and Learned-Adapter against blocks written out by hand, on three structures of block."""
+"""Parallel-Adapter and Learned-Adapter against blocks written out by hand, for three block structures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INPUT_IDS, ATTENTION_MASK = pad(random_prompts(3, (3, 7), seed=1), "left")
 BATCH = {"input_ids": INPUT_IDS, "attention_mask": ATTENTION_MASK}
 R = 16
 Adapters = dict[str, Callable[[Tensor], Tensor]]
-"""What is added beside a sub-layer, by the sub-layer's path in the block."""
+"""The functions added in parallel to sub-layers, by the sub-layer's path in the block."""
 
 
 def llama_block(block: nn.Module, adapters: Adapters, h: Tensor, **arguments: Any) -> Tensor:
@@ -57,7 +57,7 @@ BLOCKS = {
 
 
 def reference_logits(name: str, adapters: Adapters) -> Tensor:
-    """The logits of a bare backbone with its blocks written out; `adapters` by the sub-layers' paths."""
+    """The logits of a bare backbone with its blocks written out; `adapters` by sub-layer path."""
     model = ARCHITECTURES[name]()
     forward, path = BLOCKS[name]
     for index, block in enumerate(model.get_submodule(path)):
@@ -77,7 +77,7 @@ def randomized(model: PeftModel, seed: int = 0) -> PeftModel:
 
 
 def tensors_of(model: PeftModel, child: str, gradients: bool = False) -> dict[str, dict[str, Tensor]]:
-    """An adapter's tensors by sub-layer and name, as leaves of their own; or their gradients."""
+    """An adapter's tensors, or their gradients, by sub-layer and name; tensors are separate leaves."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         if f".{child}.bottleneck.default." in name:
@@ -127,7 +127,7 @@ def searching(t: dict[str, Tensor], activations: list[str], operations: list[str
 def assert_agrees(
     model: PeftModel, name: str, child: str, adapter_for: Callable[[str, dict[str, Tensor]], Any]
 ) -> None:
-    """Logits and gradients against the blocks written out; and the adapter does something."""
+    """Compares logits and gradients with the blocks written out, and checks that the adapter has an effect."""
     tensors = tensors_of(model, child)
     assert len(tensors) == 4
     expected = reference_logits(name, {path: adapter_for(path, t) for path, t in tensors.items()})
@@ -144,7 +144,7 @@ def assert_agrees(
             of_reference = tensors[path][tensor].grad
             scale = of_reference.abs().max().item()
             torch.testing.assert_close(gradient, of_reference, rtol=1e-3, atol=1e-4 * scale, msg=f"{path}.{tensor}")
-            # A choice that is not in the function gets no gradient in the reference, all others do.
+            # In the reference, every tensor in the function gets a gradient.
             assert scale > 0
 
 
@@ -162,7 +162,7 @@ CHOICES = list(itertools.product(ACTIVATIONS, OPERATIONS))
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("first", range(0, len(CHOICES), 4))
 def test_learned_adapter_with_an_architecture(name: str, first: int) -> None:
-    """Four of the twenty cells at a time, one at each of the four places."""
+    """Four of the twenty cells at a time, one at each place."""
     paths = tensors_of(get_peft_model(ARCHITECTURES[name](), ParallelAdapterConfig(bottleneck=R)), "parallel_adapter_")
     chosen = dict(zip(paths, CHOICES[first : first + 4], strict=True))
     architecture = {path: {"activation": a, "operation": o} for path, (a, o) in chosen.items()}
@@ -184,7 +184,7 @@ def test_learned_adapter_during_the_search(name: str) -> None:
 @pytest.mark.parametrize("config_class", [ParallelAdapterConfig, LearnedAdapterConfig])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_learns_at_both_sublayers(name: str, config_class: type[Any]) -> None:
-    """Nothing is changed at the start; every tensor has a gradient then, and one that is not zero after a step."""
+    """At first the output is unchanged and every tensor has a gradient; with random weights no gradient is zero."""
     backbone = ARCHITECTURES[name]()
     with torch.no_grad():
         bare = backbone(**BATCH).logits
@@ -243,7 +243,7 @@ def test_opt_is_left_as_it_was() -> None:
     with torch.no_grad():
         model(**BATCH)
         layer = model.base_model.layers()["model.decoder.layers.0.fc2"]
-        # The input is not held on to.
+        # The layer does not keep the input.
         assert layer._input is None
         with model.disable_adapter():
             model(**BATCH)

@@ -1,4 +1,4 @@
-"""Decode steps as transformers compiles them for a static cache: the tokens are those of eager steps."""
+"""Decode steps that transformers compiles for a static cache give the tokens of eager steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_compiled_step_decodes_as_an_eager_one(name: str) -> None:
     settings = {"max_new_tokens": 5, "do_sample": False}
     compiled = compiled_settings({"compile_config": CompileConfig(backend="eager", mode=None, fullgraph=False)})
     expected = model.generate(**inputs, **settings)
-    # The second time with what the first one has compiled.
+    # The second run uses the first one's compiled steps.
     for _ in range(2):
         assert torch.equal(model.generate(**inputs, **settings, **compiled), expected)
     with model.disable_adapter():

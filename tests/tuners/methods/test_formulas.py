@@ -1,4 +1,4 @@
-"""BitFit, (IA)3 and MOELoRA against their equations, computed module by module without their own code."""
+"""BitFit, (IA)3 and MOELoRA against their equations, computed module by module without the implementation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 def model_with(family: str, config: PeftConfig, spread: float = 0.3) -> PeftModel:
-    """A tiny backbone with an adapter far from its start."""
+    """A tiny backbone with an adapter whose parameters are far from their initial values."""
     model = get_peft_model(ARCHITECTURES[family](), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class Observed:
-    """What every adapted module of one forward pass was given, and what it gave."""
+    """The inputs and outputs of every adapted module in one forward pass."""
 
     def __init__(self, model: PeftModel, **arguments: Any) -> None:
         self.backbone = model.get_base_model()
@@ -146,25 +146,25 @@ def test_ia3_asks_for_names_that_it_does_not_know() -> None:
 # --------------------------------------------------------------------------------------------------------- MOELoRA
 
 EXPERTS, RANKS, TOP = 8, 4, 4
-"""As in the paper: 8 experts a module, 4 rank-1 LoRAs each, 4 of them for a token."""
+"""As in the paper: 8 experts per module with 4 rank-1 LoRAs each, 4 experts per token."""
 
-# What the router reads where it is not the module's own input: the modules that were called last with hidden states.
+# If the router does not read the module's own input: the last modules that were called with hidden states.
 READ_FROM = {
     "llama": {"mlp.down_proj": "mlp.up_proj"},
-    # Its heads are wider than the hidden states together.
+    # Its heads together are wider than the hidden states.
     "qwen3": {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"},
     "gpt2": {"mlp.c_proj": "mlp.c_fc"},
     "phi3": {"mlp.down_proj": "mlp.gate_up_proj"},
     "opt": {"fc2": "fc1"},
     "falcon": {"mlp.dense_4h_to_h": "mlp.dense_h_to_4h"},
     "mpt": {"ffn.down_proj": "ffn.up_proj"},
-    # Latent attention: inputs that are narrower than the hidden states are read as they are.
+    # Latent attention: the router reads inputs directly even if they are narrower than the hidden states.
     "deepseek_v3": {},
 }
 
 
 def experts_sum(seen: Observed, path: str, x: Tensor, gates: list[float], scale: float) -> Tensor:
-    """`s sum_i g_i B_i A_i x` of one token, expert by expert, each a sum of rank-1 LoRAs."""
+    """`s sum_i g_i B_i A_i x` for one token, expert by expert, each a sum of rank-1 LoRAs."""
     down, up = (seen.tensor(path, f"moelora_.lora.lora_{half}.weight") for half in "AB")
     total = torch.zeros(len(up))
     for expert, gate in enumerate(gates):
@@ -196,7 +196,7 @@ def test_moelora_by_token(family: str) -> None:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """A module's block, and its path in it."""
+    """Splits a module's path into its block and the path within the block."""
     parts = path.split(".")
     index = next(i for i, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
@@ -266,7 +266,7 @@ def balanced_batch() -> dict[str, Tensor]:
 
 
 def by_hand(model: PeftModel, batch: dict[str, Tensor]) -> float:
-    """The load-balancing loss from what the routers were given, attended tokens only."""
+    """The load-balancing loss from the routers' inputs, over attended tokens only."""
     seen: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda m, a, output, n=name: seen.update({n: output.detach()}))
@@ -294,7 +294,7 @@ def test_load_balancing_loss(family: str) -> None:
     balanced.train()
     expected = 0.5 * by_hand(balanced, batch)
     assert (balanced(**batch).loss - plain(**batch).loss).item() == pytest.approx(expected, abs=1e-5)
-    # Under gradient accumulation a batch has its share of the supervised tokens.
+    # Under gradient accumulation a batch counts by its share of the supervised tokens.
     items = torch.tensor(50)
     share = (batch["labels"][:, 1:] != -100).sum().item() / 50
     scaled = balanced(**batch, num_items_in_batch=items).loss - plain(**batch, num_items_in_batch=items).loss
@@ -437,11 +437,11 @@ def test_modules_that_are_called_out_of_order() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        # Per module 32 (d_in + d_out) and a router of 8 d.
+        # Per module 32 (d_in + d_out), and a router of 8 d.
         (lambda: MoeLoraConfig(), 87_293_952),
-        # Per module a vector of 64 and its projection.
+        # Per module a vector of 64, and its projection.
         (lambda: BitFitConfig(), 87_046_144),
-        # 78,643,200 of the projections, and the vectors.
+        # 78,643,200 for the projections, plus the vectors.
         (lambda: IA3ProjectedConfig(), 78_643_200 + 32 * 3 * 128),
     ],
     ids=["moelora", "bitfit", "ia3"],

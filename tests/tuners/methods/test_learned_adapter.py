@@ -1,4 +1,4 @@
-"""Learned-Adapter's search: what is dropped, what is left, what is saved."""
+"""Learned-Adapter's search: dropped candidates, the remaining ones, saved files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATHS = [f"model.layers.{index}.{name}" for index in range(2) for name in ("self
 
 
 def searching(seed: int = 0, **settings: Any) -> PeftModel:
-    """An adapter in the middle of nowhere: every tensor random, the architecture weights too."""
+    """An adapter with random tensors and random architecture weights."""
     model = get_peft_model(ARCHITECTURES["llama"](), LearnedAdapterConfig(**{"bottleneck": 16, **settings}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_the_weakest_of_each_choice_is_dropped() -> None:
     cell = SearchCell(8, ["relu", "gelu", "tanh"], ["identity", "mix", "gate", "scale"])
     with torch.no_grad():
         cell.activation_weights.copy_(torch.tensor([0.3, -0.2, 0.1]))
-        # Of equal ones, the last.
+        # Among equal ones the last is dropped.
         cell.operation_weights.copy_(torch.tensor([0.1, 0.1, 0.5, 0.1]))
     assert (cell.rounds, cell.rounds_left, cell.is_decided) == (3, 3, False)
     left = []
@@ -76,7 +76,7 @@ def test_a_dropped_candidate_has_no_part_and_does_not_come_back() -> None:
     optimizer = torch.optim.AdamW(cell.parameters(), lr=1.0, weight_decay=0.1)
     for _ in range(5):
         cell(torch.randn(4, 8)).square().sum().backward()
-        # Zero, and not none, which data-parallel training would wait for.
+        # Zero instead of None: data-parallel training would wait for a missing gradient.
         assert cell.activation_weights.grad[1] == cell.operation_weights.grad[2] == 0
         assert cell.operations["gate"].weight.grad.abs().max() == 0
         optimizer.step()
@@ -135,7 +135,7 @@ def test_resetting_starts_again() -> None:
 
 @pytest.mark.parametrize("rounds", range(4))
 def test_saved_at_any_time_of_the_search(tmp_path: Path, rounds: int) -> None:
-    """The file says how far the search was; what is loaded goes on to the same end."""
+    """The file stores the progress of the search; a loaded adapter finishes with the same result."""
     model = searching()
     for _ in range(rounds):
         model.base_model.drop_weakest()

@@ -1,4 +1,4 @@
-"""What every method must do on every kind of backbone, whatever it computes."""
+"""Requirements that every method must meet on every kind of backbone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from milora import MiLoraError
 
 FAMILIES = ["llama", "gemma2", "gpt2", "qwen3", "phi3", "opt", "falcon"]
-# Quick each, but many, and in most of what they do like the others.
+# Quick one by one, but many, and mostly similar to the others.
 SLOW = set(FAMILIES) - {"llama", "gpt2"}
 TOKENS = torch.tensor(random_prompts(3, 8))
-# Three tokens of prompt, for the methods that read one.
+# Three prompt tokens, for the methods that read the prompt.
 LABELS = TOKENS.masked_fill(torch.arange(8) < 3, -100)
 
 pytestmark = pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def generated(model: Any, method: str, tokens: Tensor = TOKENS, **settings: Any)
 
 def gradients(model: PeftModel, method: str) -> dict[str, Tensor]:
     model.train()
-    # Some methods draw their gates in training.
+    # Some methods draw their gates in training mode.
     torch.manual_seed(0)
     forward(model, method, TOKENS, labels=LABELS).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -235,7 +235,7 @@ def test_left_padding_changes_nothing(method: str, family: str) -> None:
 
 
 def rows_alone(method: str, tokens: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Each row as a batch of its own, with its own arguments."""
+    """Each row as a separate batch, with its own arguments."""
     arguments = METHODS[method].arguments(len(tokens))
     return [
         (tokens[row : row + 1], {name: value[row : row + 1] for name, value in arguments.items()})

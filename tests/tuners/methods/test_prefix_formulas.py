@@ -1,4 +1,4 @@
-"""P-tuning v2 and IAPT against attention written out by hand, and what only methods with a prefix have to get right."""
+"""P-tuning v2 and IAPT against attention written out by hand, and problems specific to prefix methods."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ each_method = pytest.mark.parametrize("method", ["ptuning-v2", "iapt"])
 
 
 def adapted(method: str, family: str = "llama", implementation: str | None = None) -> PeftModel:
-    """A tiny backbone whose new adapter changes it, in evaluation mode."""
+    """A tiny backbone in eval mode whose new adapter has an effect."""
     backbone = ARCHITECTURES[family]()
     if implementation is not None:
         backbone.set_attn_implementation(implementation)
@@ -59,7 +59,7 @@ def layers_of(model: PeftModel) -> list[Any]:
 
 @contextmanager
 def recorded(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """What a module is called with and returns."""
+    """Records a module's input and output."""
     seen: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -75,7 +75,7 @@ def recorded(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def counted(model: PeftModel) -> Iterator[list[str]]:
-    """The layers whose generators are called, in order."""
+    """The layers whose generators are called, in call order."""
     calls: list[str] = []
     handles = [
         layer.generator["default"].register_forward_hook(lambda *_, path=layer.path: calls.append(path))
@@ -89,7 +89,7 @@ def counted(model: PeftModel) -> Iterator[list[str]]:
 
 
 def rotated(x: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary positions of (batch, heads, tokens, head_dim), features i and i + head_dim / 2 as a complex number."""
+    """Rotates (batch, heads, tokens, head_dim) by position; features i and i + head_dim / 2 form a complex number."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[2])[:, None] * base ** (-torch.arange(half) / half)
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
@@ -129,7 +129,7 @@ def rational(activation: Any, x: Tensor) -> Tensor:
 
 
 def soft_tokens_by_hand(generator: SoftTokenGenerator, hidden: Tensor) -> Tensor:
-    """The soft tokens of one prompt without padding, (tokens, d)."""
+    """The soft tokens of one unpadded prompt, (tokens, d)."""
     between = hidden @ generator.down.T
     pooled = [(between @ query).softmax(dim=0) @ between for query in generator.pooler]
     return rational(generator.activation, torch.stack(pooled)) @ generator.up.T
@@ -173,7 +173,7 @@ def test_padding_never_enters_a_generator() -> None:
 @pytest.mark.parametrize("family", PREFIXED)
 @torch.no_grad()
 def test_keys_and_values_are_the_layers_own(family: str) -> None:
-    """What attention is called with, but for the rotation, which leaves the first position alone."""
+    """Compares the inputs of attention, apart from the rotation, which does not change the first position."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +223,7 @@ def test_a_callers_own_loop_goes_on_from_its_cache(method: str, family: str) -> 
         expected = model(input_ids=tokens, use_cache=False).logits
     caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)]
     for cache in caches:
-        # The prompt, three queries at once, one query.
+        # The prompt, three tokens at once, one token.
         parts = [model(input_ids=part, past_key_values=cache).logits for part in tokens.split([5, 3, 1], dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
 
@@ -382,7 +382,7 @@ def test_impossible_ptuning_settings_are_refused(settings: dict[str, Any]) -> No
     [
         (PTuningV2Config(), 32 * (2 * 16 * 640 + 640 * 4096)),
         (PTuningV2Config(projection_dim=None), 32 * 2 * 16 * 4096),
-        # With the 7 + 5 coefficients of a rational in each layer.
+        # Plus the 7 + 5 coefficients of a rational activation in each layer.
         (IAPTConfig(), 32 * (2 * 320 * 4096 + 320 * 4 + 12)),
     ],
 )

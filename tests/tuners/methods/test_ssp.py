@@ -1,4 +1,4 @@
-"""SSP: its distribution and its budget by formulas of our own, the search, and what is left of it on disk."""
+"""SSP: its distribution and budget by independent formulas, the search, and the saved result."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ INPUT = torch.tensor(random_prompts(3, 7))
 
 
 def adapted(family: str = "llama", **settings: Any) -> PeftModel:
-    """A model in evaluation mode whose candidates all have an effect."""
+    """A model in eval mode whose candidates all have an effect."""
     values = {"r": 2, "projection_dim": 3, "budget": 0.5, **settings}
     return fill(get_peft_model(ARCHITECTURES[family](), SSPConfig(**values))).eval()
 
@@ -88,7 +88,7 @@ def test_the_gradient_knows_that_the_budget_is_kept() -> None:
     steps = 1e-4 * torch.eye(6, dtype=torch.float64)
     by_differences = [(value(start.double() + step) - value(start.double() - step)) / 2e-4 for step in steps]
     torch.testing.assert_close(logits.grad, torch.stack(by_differences).float(), rtol=1e-3, atol=1e-5)
-    # The budget itself cannot change.
+    # The expected number of parameters stays at the budget, so it has no gradient.
     again = start.clone().requires_grad_()
     (sizes * torch.sigmoid(shifted(again, sizes, budget))).sum().backward()
     assert again.grad is not None
@@ -97,13 +97,13 @@ def test_the_gradient_knows_that_the_budget_is_kept() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_gates_are_binary_concrete(temperature: float) -> None:
-    """Its distribution function (Maddison et al. 2017, appendix B): P(z < x) = 1 / (1 + e^alpha (1/x - 1)^t)."""
+    """The distribution function of Maddison et al. (2017, appendix B): P(z < x) = 1 / (1 + e^alpha (1/x - 1)^t)."""
     alpha = 0.7
     draws = sample_gates(torch.full((200_000,), alpha), temperature)
     for x in (0.1, 0.5, 0.9):
         expected = 1 / (1 + math.exp(alpha) * (1 / x - 1) ** temperature)
         assert (draws < x).float().mean().item() == pytest.approx(expected, abs=5e-3)
-    # P(z > 1/2) is the probability that the gate stands for, at every temperature.
+    # P(z > 1/2) is the gate's probability at every temperature.
     assert (draws > 0.5).float().mean().item() == pytest.approx(1 / (1 + math.exp(-alpha)), abs=5e-3)
 
 
@@ -230,7 +230,7 @@ def test_hardening_keeps_the_most_probable_that_fit(budget: float) -> None:
     limit = everything if budget == 1.0 else everything / 2 if budget == 0.5 else budget
     assert 0.6 * limit < parameters_of(model) <= limit
     assert model.expected_parameters() == parameters_of(model)
-    # By hand: down the logits, what fits.
+    # By hand: in order of falling logits, every candidate that fits.
     sizes = {}
     for path in layers:
         module = model.base_model.model.get_submodule(path)
@@ -243,7 +243,7 @@ def test_hardening_keeps_the_most_probable_that_fit(budget: float) -> None:
             kept.append(names[index])
     assert sorted(map(tuple, structure)) == sorted(kept)
     assert spent == parameters_of(model)
-    # A module of which nothing was kept is as it was.
+    # A module with no kept candidate is unchanged.
     for path in layers:
         there = any(path == of for of, _ in structure)
         module = model.base_model.model.get_submodule(path)

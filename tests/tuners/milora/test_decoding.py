@@ -1,4 +1,4 @@
-"""What a decode step computes: counted operation by operation, beside the bare backbone's."""
+"""The operations of a decode step, counted and compared with the bare backbone's."""
 
 import gc
 import itertools
@@ -48,7 +48,7 @@ def generate(model: nn.Module, prompts: list[list[int]] = PROMPTS, **settings: A
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of every forward pass of a model, from before its first hook to after its last."""
+    """Counts the operations of each of a model's forward passes, including all hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Operations(TorchDispatchMode):
 
 
 def decode_step(model: Any, prompts: list[list[int]] = PROMPTS[:1], **settings: Any) -> Counter[str]:
-    """The operations of the third decode step of a generation."""
+    """The operations of a generation's third decode step."""
     inner = model.base_model.model if isinstance(model, PeftModel) else model
     with Operations(inner) as operations:
         generate(model, prompts, **settings)
@@ -80,7 +80,7 @@ def decode_step(model: Any, prompts: list[list[int]] = PROMPTS[:1], **settings: 
 
 
 def route_of(model: PeftModel, chosen: dict[int, list[str]], rows: int = 1) -> Route:
-    """A route that chooses these experts of these blocks for all rows."""
+    """A route that chooses these experts by block, for all rows."""
     like = model.route(torch.tensor(PROMPTS[:1]))
     gates = torch.zeros_like(like.gates)
     for block, experts in chosen.items():
@@ -170,7 +170,7 @@ class TestOperations:
             [sum(each.passes[step][name] for name in ASKS_THE_DEVICE) for step in range(NEW)]
             for each in (operations, own)
         )
-        # The prefill does ask: a check that the counting sees it.
+        # The prefill does check, which shows that the counter works.
         assert asked[0] > by_the_backbone[0]
         assert asked[1:] == by_the_backbone[1:]
 
@@ -225,7 +225,7 @@ class TestRows:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=tolerance)
 
     def test_what_is_prepared_keeps_the_adapters_precision(self) -> None:
-        # Adapters are float32 on a bf16 backbone: a step is LoRA's sum in float32, rounded once.
+        # Adapters are float32 on a bf16 backbone: LoRA's sum is computed in float32 and rounded once.
         model = adapted(dtype=torch.bfloat16, top_k=7).model
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         seen: list[tuple[Tensor, Tensor, Tensor]] = []

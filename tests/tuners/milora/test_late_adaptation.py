@@ -1,4 +1,4 @@
-"""Late adaptation and the window against the reference: what is adapted, what the router reads, what is shared."""
+"""Late adaptation and the router window against the reference: adapted tokens, router inputs, shared prompts."""
 
 import copy
 from typing import Any
@@ -31,7 +31,7 @@ def expected(case: Adapted, prompts: list[list[int]] = PROMPTS) -> list[list[int
 
 
 def fill_bare(model: PeftModel, tokens: Tensor, cache: Any = None) -> Any:
-    """A cache that the bare backbone filled."""
+    """A cache filled by the bare backbone."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     with model.disable_adapter(), torch.no_grad():
         model(tokens, past_key_values=cache)
@@ -164,11 +164,11 @@ class TestMixedBatches:
         assert_nothing_in_force(case.model)
 
     def test_an_adapter_that_was_replaced(self) -> None:
-        """The prompt of such a batch needs no stacks, and the steps after it do: they must be of the new adapter."""
+        """The batch's prompt needs no stacks, but later steps do, and must use the new adapter's."""
         case = adapted(**LATE)
         add_adapter(case.model, "whole", seed=7, top_k=3, r=6)
         names = ["default", "whole", "whole", "__base__"]
-        generate(case.model, adapter_names=["whole"] * 4)  # makes the stacks
+        generate(case.model, adapter_names=["whole"] * 4)  # creates the stacks
         case.model.delete_adapter("whole")
         whole = add_adapter(case.model, "whole", seed=8, top_k=3, r=6)
         found = generate(case.model, adapter_names=names)
@@ -177,7 +177,7 @@ class TestMixedBatches:
 
 
 class TestSharedPrompts:
-    """A prompt's keys and values are the backbone's own, so whoever computed them, the tokens are the same."""
+    """A prompt's keys and values are the bare backbone's, so any model on that backbone can compute them."""
 
     @pytest.mark.parametrize("cut", [1, 3, -1])
     def test_a_cache_that_the_backbone_filled(self, cut: int) -> None:

@@ -1,4 +1,4 @@
-"""A route merged into the backbone's weights: what it computes, what it leaves behind, and who is refused."""
+"""A route merged into the backbone's weights: outputs, restored weights, and refused requests."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def generate(model: PeftModel, prompts: list[list[int]] = PROMPTS[:1], **setting
 
 
 class Weights:
-    """The backbone's weights as they were: the same storage with the same bits."""
+    """Remembers the backbone's weights: storage and bits."""
 
     def __init__(self, model: PeftModel) -> None:
         self.places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
@@ -44,7 +44,7 @@ class Weights:
 
 
 class EachStep(LogitsProcessor):
-    """Runs something between the steps of a generation."""
+    """Runs a function between the steps of a generation."""
 
     def __init__(self, then: Callable[[int], None]) -> None:
         self.then = then
@@ -110,7 +110,7 @@ class TestWhatIsComputed:
             if name.endswith("lora_A.default"):
                 module.register_forward_hook(lambda *_, name=name: calls.append(name))
         generate(model, merge_route=True, logits_processor=[EachStep(look)])
-        # Two blocks with two experts each, from the first decode step on.
+        # Two blocks with two experts each, starting at the first decode step.
         assert moved == [0] + [4] * (NEW - 1)
         assert called[0] > 0
         assert set(called) == {len(calls)}
@@ -148,7 +148,7 @@ class TestWhatIsComputed:
             with torch.no_grad():
                 model(prompt[:, :-1], past_key_values=cache)
                 inside = model(prompt[:, -1:], past_key_values=copy.deepcopy(cache)).logits
-        # The cache outlives the merge; what continues it is adapted, and once.
+        # The cache outlives the merge; later tokens are adapted, and only once.
         with torch.no_grad():
             outside = model(prompt[:, -1:], past_key_values=cache).logits
         torch.testing.assert_close(inside, outside, rtol=1e-4, atol=1e-4)
@@ -223,7 +223,7 @@ class TestWhatIsLeftBehind:
             generate(model, merge_route=True)
         handle.remove()
         weights.assert_back(model)
-        # Other threads find the backbone free.
+        # Other threads can use the backbone again.
         results: list[Any] = []
         thread = threading.Thread(target=lambda: results.append(generate(model, merge_route=True)))
         thread.start()
@@ -321,7 +321,7 @@ class TestRefusals:
         assert_nothing_in_force(model)
 
     def test_steps_that_transformers_would_compile_are_run_eagerly(self) -> None:
-        """As on a GPU, where a static cache is all that it takes."""
+        """Simulates a GPU, where transformers compiles as soon as the cache is static."""
         model = adapted().model
         own = CompileConfig(backend=lambda graph, inputs: pytest.fail("a step was compiled"), mode=None)
         setattr(own, ALL_DEVICES, True)
@@ -352,7 +352,7 @@ class TestRefusals:
 
 class TestThreads:
     def meanwhile(self, model: PeftModel, other: Callable[[], Any], **settings: Any) -> list[Any]:
-        """What another thread gets, result or error, in the middle of a generation of this one."""
+        """The result or error of another thread's call during a generation in this thread."""
         results: list[Any] = []
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""A context belongs to its request, whatever runs it; a cache to the adapter, route and rows that made it."""
+"""A context belongs to its request in every thread or task; a cache belongs to its adapter, route and rows."""
 
 import asyncio
 import contextvars
@@ -39,7 +39,7 @@ def generate(model: PeftModel, prompts: list[list[int]] = PROMPTS, **settings: A
 
 
 class EachStep(LogitsProcessor):
-    """Runs something between the steps of a generation."""
+    """Runs a function between the steps of a generation."""
 
     def __init__(self, then: Any) -> None:
         self.then, self.step = then, 0
@@ -51,7 +51,7 @@ class EachStep(LogitsProcessor):
 
 
 class TestNestedCalls:
-    """A call of the model from inside a generation is about its own prompt."""
+    """A call of the model during a generation uses the call's own prompt."""
 
     @pytest.mark.parametrize(
         "settings",
@@ -147,7 +147,7 @@ class TestThreadsAndTasks:
             "merged": lambda: model.merged_route(routes[0]),
         }
         with ThreadPoolExecutor(1) as pool:
-            own = pool.submit(generate, model, PROMPTS[:1]).result()  # the thread is there before
+            own = pool.submit(generate, model, PROMPTS[:1]).result()  # start the thread first
             with scopes[kind]():
                 for call in (lambda: generate(model, PROMPTS[:1]), lambda: model(torch.tensor(PROMPTS[:1]))):
                     with pytest.raises(
@@ -237,13 +237,13 @@ class TestRowsAndNames:
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
 class TestIdentities:
     def in_the_middle(self, model: PeftModel, change: Any, **settings: Any) -> tuple[Any, Any]:
-        """A generation's text, or its error, and what a change from another thread gave while it ran."""
+        """A generation's text or error, and the result of a change that another thread makes while it runs."""
         reached, changed, found = threading.Event(), threading.Event(), {}
 
         def pause(step: int) -> None:
             if step == 2:
                 reached.set()
-                changed.wait(0.3)  # the change may wait for this generation
+                changed.wait(0.3)  # the change can wait for this generation
 
         def run() -> None:
             try:
@@ -357,7 +357,7 @@ class TestIdentities:
 
 
 class TestRowsOfACache:
-    """The caller's own loop: reorder, select and repeat rows between steps."""
+    """A caller's own loop reorders, selects and repeats rows between steps."""
 
     def loop(self, model: PeftModel, prompts: Tensor, mask: Tensor, change: Any) -> Tensor:
         cache = DynamicCache(config=model.config)

@@ -1,4 +1,4 @@
-"""Many tenants at once: adapters come and go under their names while threads and asyncio tasks generate."""
+"""Many tenants at once: adapters are replaced under their names while threads and asyncio tasks generate."""
 
 import asyncio
 import random
@@ -34,7 +34,7 @@ def settings_of(name: str) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
 def test_every_text_is_its_adapters_or_refused(tmp_path: Path) -> None:
-    # What each version of each adapter says alone.
+    # The texts of each adapter version alone.
     alone: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     single = adapted().model
     for name in ADAPTERS:
@@ -51,7 +51,7 @@ def test_every_text_is_its_adapters_or_refused(tmp_path: Path) -> None:
             text = single.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
             alone["__base__", place] = {tuple(text[0, len(prompt) :].tolist())}
 
-    # They are loaded from disk, as a server does.
+    # Loaded from disk, as in a server.
     for name in ADAPTERS:
         for version in range(VERSIONS):
             saved(tmp_path / f"{name}-{version}", seed=seed_of(name, version), **settings_of(name))

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, beside PEFT's LoRA on the same modules."""
+"""The memory that a training step keeps for its backward pass, compared with PEFT's LoRA on the same modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ RANK = 4
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """The tensors that autograd keeps, by the storage they lie in; parameters left out."""
+    """The tensors that autograd keeps, by storage, without parameters."""
     tensors: dict[int, Tensor] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -34,7 +34,7 @@ def kept(model: nn.Module) -> Iterator[dict[int, Tensor]]:
 
 
 def size(tensors: dict[int, Tensor]) -> int:
-    """Bytes; what the routers keep of a vector a row is left out, which tokens outnumber in models of any size."""
+    """Bytes, without the routers' vector per row, which is negligible in models of realistic size."""
     sizes = [tensor.untyped_storage().nbytes() for tensor in tensors.values()]
     return sum(each for each in sizes if each > 8 * 32 * 4)
 
@@ -61,15 +61,15 @@ def test_less_is_kept_than_lora_keeps(top_k: int, dtype: torch.dtype) -> None:
     milora = MiLoraConfig(r=RANK, top_k=top_k, pooler="last")
     ours = size(kept_in_a_pass(model_of(milora, dtype)))
     theirs = size(kept_in_a_pass(model_of(lora, dtype)))
-    # In one type, inputs are kept by LoRA too as they came.
+    # With one dtype, LoRA too keeps inputs unchanged.
     assert ours < theirs if dtype == torch.bfloat16 else ours <= theirs
 
 
 def test_inputs_are_kept_as_they_came_and_once_for_all_that_share_them() -> None:
     model = model_of(MiLoraConfig(r=RANK, top_k=7, pooler="last"))
     experts = [tensor for tensor in kept_in_a_pass(model).values() if tensor.shape == (8, 24, 32)]
-    # Of a block: the input of query, key and value, that of the output projection, that of gate and up. In float32
-    # there is what the norms keep, none of it the experts'.
+    # Per block: the inputs of query, key and value, of the output projection, and of gate and up. The float32 tensors
+    # are kept by the norms, not by experts.
     in_bf16 = [tensor for tensor in experts if tensor.dtype == torch.bfloat16]
     assert len(in_bf16) <= 3 * 2 + 2
 
