@@ -31,7 +31,7 @@ def everything() -> dict[str, Any]:
 
 
 def row(table: str, label: str) -> dict[str, float]:
-    """The row of one of [`TABLES`] with a name such as `MiLoRA MT`, by column; empty where the paper has none."""
+    """The row of one of [`TABLES`] with a name such as `MiLoRA MT`, by column; empty if the paper has no such row."""
     values = everything()[TABLES[table]].get(label)
     return {} if values is None else dict(zip(_columns(table), values, strict=True))
 
@@ -50,7 +50,7 @@ def table7() -> dict[str, list[dict[str, float]]]:
 
 
 def table4() -> dict[str, list[tuple[int, float, int]]]:
-    """Table 4: by method's title, (beams, tokens a second, peak memory in MiB)."""
+    """Table 4, by the method's title: (beams, tokens per second, peak memory in MiB)."""
     content = everything()["table4_efficiency_llama2_7b_a40"]
     return {name: list(map(tuple, values)) for name, values in content.items() if name != "columns"}
 

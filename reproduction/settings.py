@@ -152,7 +152,7 @@ class Request(Strict):
         return self
 
     def _check_names(self) -> None:
-        """Refuses fields that neither training nor the method's configuration has."""
+        """Rejects fields that neither training nor the method's configuration has."""
         for name in (*self.training, *self.tune):
             _named("field of training", name, sorted(training_defaults()))
         rows = [(row.method, row.overrides) for one in self.comparisons.values() for row in one.rows.values()]

@@ -3,8 +3,8 @@
     python -m reproduction.smollm2 reproduction/smollm2/ablation.yaml --backbone FOLDER --data FOLDER --records FILE
 
 A run is identified by its settings. Its record is one line of JSON, written when it ends. Two processes can share a
-file of records: each skips the runs of the other. Where a settings file gives several learning rates, the first seed
-runs with each, and the other seeds with the one of the lowest dev loss. Start the command again if it says `waiting`.
+file of records: each skips the runs of the other. If a settings file has several learning rates, the first seed runs
+with each, and the other seeds run with the rate of the lowest dev loss. Start the command again if it says `waiting`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from reproduction.smollm2.comparing import bootstrap, mcnemar
 Record = dict[str, Any]
 
 DECODE_NAMES = {"dora": "dora-cached"}
-"""Names in `milora bench decode` of methods that serve with other code than they train with."""
+"""Names in `milora bench decode` of methods that use other code for serving than for training."""
 
 
 def read(file: Path) -> list[Record]:

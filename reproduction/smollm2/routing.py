@@ -78,16 +78,16 @@ class Recorder:
 def route_statistics(
     of_tasks: Sequence[Tensor], chosen_of_tasks: Sequence[Tensor]
 ) -> dict[str, float | int | list[float]]:
-    """Over all prompts of all tasks; mutual information is that of the task and a block's chosen set, the mean of all.
+    """Statistics over all prompts of all tasks. The mutual information between task and chosen set is a mean of blocks.
 
     Args:
-        of_tasks: A task each: the probabilities, (rows, blocks, experts).
-        chosen_of_tasks: Likewise which experts were chosen.
+        of_tasks: For each task, the probabilities, (rows, blocks, experts).
+        chosen_of_tasks: For each task, the chosen experts, (rows, blocks, experts), bool.
     """
     probabilities, chosen = torch.cat(list(of_tasks)), torch.cat(list(chosen_of_tasks))
     rows, blocks, experts = chosen.shape
     task = [index for index, of_task in enumerate(chosen_of_tasks) for _ in of_task]
-    # A chosen set as a number.
+    # Encodes each chosen set as a number.
     sets = (chosen.long() * 2 ** torch.arange(experts)).sum(dim=-1)
     least = probabilities.masked_fill(~chosen, 2.0).amin(dim=-1)
     entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(dim=-1) / torch.tensor(experts).log()

@@ -155,7 +155,7 @@ def run(trial: Trial, backbone: str, data: str) -> dict[str, Any]:
 
 
 def prepare_routers(model: Any, trial: Trial) -> list[RouterLayer] | None:
-    """A MiLoRA model's routers as the trial wants them at the start; `None` for a method without."""
+    """Prepares a MiLoRA model's routers for the trial; `None` for a method without routers."""
     if not isinstance(model.base_model, MiLoraModel):
         return None
     routers = list(routers_of(model).values())
@@ -180,7 +180,7 @@ def train(
     of_routers = [p for name, p in model.named_parameters() if "milora_router" in name and p.requires_grad]
     own = {id(parameter) for parameter in of_routers}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    # Theta stays as it starts.
+    # Theta is not trained.
     for name, parameter in model.named_parameters():
         if "milora_router.activation" in name:
             parameter.requires_grad_(False)
@@ -250,7 +250,7 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
             right: list[bool] = [False] * len(examples)
             answer_losses: list[float] = [0.0] * len(examples)
             task_total, task_tokens = 0.0, 0
-            # Rows of similar length together, to reduce padding.
+            # Groups rows of similar length to reduce padding.
             order = sorted(range(len(examples)), key=lambda place: len(examples[place].ids))
             for start in range(0, len(order), batch):
                 places = order[start : start + batch]

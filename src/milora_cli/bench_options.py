@@ -66,7 +66,7 @@ class Shapes(Models):
 
 @dataclass(frozen=True)
 class RunningModels(Models):
-    """A backbone that runs."""
+    """A backbone with weights."""
 
     attention: Annotated[
         str | None, typer.Option("--attention", help="transformers' attn_implementation, such as sdpa or eager.")
@@ -96,7 +96,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class TenantsGeneration(Generation):
-    """The same for many tenants."""
+    """The options of generation for many tenants."""
 
     beams: Beams = "1"
     new_tokens: NewTokens = 16

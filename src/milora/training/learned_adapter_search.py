@@ -30,7 +30,7 @@ class LearnedAdapterSearch(ArchitectureSearch):
     architecture.
 
     Args:
-        dev_batches: Batches of the dev set with labels, as the model takes them; begun again when they run out.
+        dev_batches: Batches of the dev set with labels, as the model takes them; restarted when they run out.
         search_share: Share of the training steps after which the search ends.
         learning_rate: Adam's learning rate for the architecture weights; the default is DARTS's.
         retrain: Whether the adapters restart after the search with a reset optimiser. The learning rate schedule
