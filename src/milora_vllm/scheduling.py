@@ -74,7 +74,7 @@ class RoutedScheduling:
         return self._known.get(routing.key, step) < step
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        """Skips deciding tokens that are cached only if the workers know the route."""
+        """Uses cached blocks beyond the first deciding token only if the workers know the route."""
         routing = routing_of(request)
         if routing is not None:
             # The last token is always computed.
