@@ -26,7 +26,7 @@ def test_a_measurement_beside_the_papers(tmp_path: Path) -> None:
     ]
     (tmp_path / FILE).write_text(json.dumps({"rows": rows}))
     base, dora, moelora, milora = table4(tmp_path, measure=False)
-    # The second round, with a half as fast backbone, is left out.
+    # The second round is left out, because the backbone was half as fast.
     assert (base[""], base["rounds"], base["tokens a second"]) == ("the backbone alone", 3, "10.0 (10.0 to 11.0)")
     # 8/10, 8/10, 10/11; in the paper MiLoRA has 43.7, DoRA 36.5, MOELoRA 35.9.
     assert (base["MiLoRA's / its"], base["paper's ratio"]) == ("0.80 (0.80 to 0.91)", "-")
