@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.data import DATA_DIR  # noqa: F401, reads MILORA_DATA_DIR
 
+from milora_core.kernels.triton_support import is_interpreted
+
 # Set before anything imports transformers or huggingface_hub, which read them once. No test may use the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -16,6 +18,15 @@ os.environ.pop("MILORA_DATA_DIR", None)
 
 # The models are so small that a second thread costs more than it computes.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests that need Triton's interpreter when it is off: another process runs them."""
+    if is_interpreted():
+        return
+    left_out = [item for item in items if item.get_closest_marker("interpreted")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

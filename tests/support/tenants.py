@@ -63,11 +63,14 @@ def save_lora(folder: Path, backbone: str, **settings: Any) -> None:
 class Alone:
     """Greedy `generate` with one adapter, on a separate model for each adapter."""
 
-    def __init__(self, backbone: str, folders: Mapping[str, Path]) -> None:
+    def __init__(self, backbone: str, folders: Mapping[str, Path], device: str = "cpu") -> None:
+        self._device = device
         # Built at once, because building a model draws random numbers, as does an engine thread that loads adapters.
         self._models: dict[str | None, Any] = {None: ARCHITECTURES[backbone]()}
         for name, folder in folders.items():
             self._models[name] = PeftModel.from_pretrained(ARCHITECTURES[backbone](), folder).eval()
+        for model in self._models.values():
+            model.to(device)
 
     def __call__(self, adapter: str | None, prompt: tuple[int, ...], new_tokens: int, **options: Any) -> list[int]:
         return self.all(adapter, prompt, new_tokens, **options)[0]
@@ -75,8 +78,8 @@ class Alone:
     def all(self, adapter: str | None, prompt: tuple[int, ...], new_tokens: int, **options: Any) -> list[list[int]]:
         with torch.no_grad():
             output = self._models[adapter].generate(
-                input_ids=torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                input_ids=torch.tensor([prompt], device=self._device),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=self._device),
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 **options,
@@ -117,9 +120,11 @@ def prompt_of(generator: random.Random, tokens: int) -> tuple[int, ...]:
     return tuple(generator.randrange(1, VOCABULARY - 1) for _ in range(tokens))
 
 
-def engine_on(backbone: str, folders: Mapping[str, Path] | None = None, **settings: Any) -> Engine:
+def engine_on(backbone: str, folders: Mapping[str, Path] | None = None, device: str = "cpu", **settings: Any) -> Engine:
     settings = {"cache_bytes": 2**22, "page_tokens": 4, **settings}
-    return Engine(ARCHITECTURES[backbone](), character_tokenizer(), folders or {}, EngineSettings(**settings))
+    return Engine(
+        ARCHITECTURES[backbone]().to(device), character_tokenizer(), folders or {}, EngineSettings(**settings)
+    )
 
 
 def greedy(prompt: tuple[int, ...], adapter: str | None, tokens: int, **more: Any) -> GenerationRequest:

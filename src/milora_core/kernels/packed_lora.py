@@ -1,32 +1,68 @@
-"""The LoRA and DoRA of a packed pass's single tokens on a CPU: one call a module, and nothing prepared for it.
+"""The LoRA and DoRA of a packed pass: the choice of a device's kernel, and the native kernel for a CPU's single tokens.
 
 A serving engine's batch changes at almost every step. [`milora_core.kernels.row_lora.RowLora`] prepares a call for each
-module of each batch; here a module's adapters are known by number, and a batch is which token has which number and
-which gates, for all modules at once.
+module and batch. Here each adapter has a number in every module, and a batch consists of the number and the gates of
+each token, for all modules at once.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from milora_core.kernels.native import library
 from milora_core.kernels.row_lora import KERNEL_DTYPES
+from milora_core.kernels.triton_support import has_triton
+
+
+class PackedOperator(NamedTuple):
+    """The kernel of a device for packed passes.
+
+    Attributes:
+        module: Creates a `PackedModule` from (capacity, column, sizes, dtype, bias).
+        lora: Creates a `PackedLora` from (places of the tokens, adapters, gates, most_rank).
+        dtypes: Supported dtypes of the weights.
+        takes_chunks: Whether places are (first token, number of tokens). Otherwise the kernel supports single tokens
+            only, and a place is a token.
+    """
+
+    module: Callable[..., Any]
+    lora: Callable[..., Any]
+    dtypes: Collection[torch.dtype]
+    takes_chunks: bool
+
+
+def packed_operator(device: torch.device) -> PackedOperator | None:
+    """The kernel for packed passes on a device: native on a CPU, Triton on a GPU; `None` if there is none."""
+    if device.type == "cpu" and library() is not None:
+        return PackedOperator(PackedModule, PackedLora, KERNEL_DTYPES, takes_chunks=False)
+    if device.type == "cuda" and has_triton():
+        return triton_operator(device)
+    return None
+
+
+def triton_operator(device: torch.device) -> PackedOperator:
+    """The kernel in Triton, for tensors on a GPU, or on a CPU in Triton's interpreter."""
+    from milora_core.kernels import packed_lora_triton as triton
+
+    module = partial(triton.PackedModule, device=device)
+    return PackedOperator(module, triton.PackedLora, triton.KERNEL_DTYPES, takes_chunks=True)
 
 
 class PackedModule:
-    """The adapters of one module, by number, read where they lie.
+    """The adapters of one module by number. The weights are read in place.
 
     Args:
-        capacity: How many numbers there are.
-        column: The module's column in the gates of a batch.
+        capacity: The maximum number of adapters.
+        column: The module's column in the gates of a pass.
         sizes: (d_in, d_out).
-        dtype: Of the adapters, one of [`KERNEL_DTYPES`].
-        bias: (d_out), the base layer's, which DoRA leaves as it is.
+        dtype: The dtype of A and B, one of [`KERNEL_DTYPES`].
+        bias: (d_out), the base layer's bias, which DoRA does not scale.
     """
 
     def __init__(
@@ -42,17 +78,17 @@ class PackedModule:
         self.struct = _Module(ctypes.addressof(self._parts), pointer, *sizes, column)
 
     def set(self, number: int, a: Tensor, b: Tensor, scaling: float, factors: Tensor | None = None) -> bool:
-        """Gives an adapter its number.
+        """Gives a number to an adapter.
 
         Args:
             number: The number.
-            a: (r, d_in).
-            b: (d_out, r).
-            scaling: LoRA's.
+            a: (r, d_in), contiguous.
+            b: (d_out, r); its rows are contiguous, with or without gaps between them.
+            scaling: LoRA's factor.
             factors: (d_out): DoRA's `m / n`; `None` for LoRA.
 
         Returns:
-            Whether it has been done; it is not for weights of another type, elsewhere, or with gaps.
+            Whether the adapter was added. Weights of another dtype, shape, device or layout are not supported.
         """
         is_right = (
             a.dtype == b.dtype == self.dtype
@@ -71,19 +107,19 @@ class PackedModule:
         return True
 
     def clear(self, number: int) -> None:
-        """Takes an adapter out."""
+        """Removes an adapter."""
         self._parts[number] = _Part()
         self._kept.pop(number, None)
 
 
 class PackedLora:
-    """The single tokens of one pass.
+    """The adapted single tokens of one pass.
 
     Args:
-        tokens: Each one's place in the pass.
-        adapters: Each one's number; the tokens of an adapter follow each other.
+        tokens: The places of the tokens in the pass.
+        adapters: The adapter's number of each token. Tokens with the same adapter must be adjacent.
         gates: (tokens, columns), float32, contiguous: each token's gate in each module, 0 where the module was not
-            chosen. It may change between the calls.
+            chosen. It may change between calls.
         most_rank: The largest rank of the adapters.
 
     Raises:
@@ -128,8 +164,7 @@ class PackedLora:
             x: (..., d_in), likewise.
 
         Returns:
-            Whether it has been done; it is not where the two have gaps, are elsewhere, or have types that the kernel
-            does not serve.
+            Whether it was done. Tensors with gaps, of other dtypes or on another device are not supported.
         """
         function = self._functions.get((x.dtype, module.dtype))
         d_in, d_out = module.sizes

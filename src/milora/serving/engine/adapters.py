@@ -13,7 +13,6 @@ from milora.serving.engine.adapter import Adapter
 from milora.serving.engine.slots import AdapterSlots, shapes_of
 from milora.serving.requests import AdapterError, AdapterInfo, AdapterInUseError, UnknownAdapterError
 from milora.tuners.milora.packed import PackedRoute
-from milora.tuners.milora.routed import BlockRouting
 from milora.tuners.milora.router import follow
 from milora_core.errors import did_you_mean
 from milora_core.routing import Route
@@ -160,13 +159,13 @@ class AdapterPool:
         routers = [r for r in self.slots.model.base_model.hooks.routers.values() if adapter.slot in r.experts]
         if adapter.kind == "LORA":
             for router in routers:
-                route.gates[router.block] = [1.0] * len(router.experts[adapter.slot])
+                route.fixed(router.block, len(router.experts[adapter.slot]))
             return route, True
         if forced is not None:
             for router in routers:
                 experts = router.experts[adapter.slot]
                 decision = follow(forced, router.block, experts, None, router.weight.device)
-                route.decided(router.block, BlockRouting(experts, decision, []))
+                route.decided(router.block, experts, decision)
             return route, True
         key = _route_key(adapter, prompt)
         stored = self._routes.get(key)

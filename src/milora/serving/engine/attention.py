@@ -98,15 +98,12 @@ class PackedAttention:
         self._cache = cache
         self._device = cache.keys[0].device
         self._singles = [piece for piece in pieces if piece.count == 1]
-        self._chunks = [
-            (piece, self._slots(piece.pages, 0, piece.past + piece.count)) for piece in pieces if piece.count > 1
-        ]
+        chunks = [(piece, self._slots(piece.pages, piece.past + piece.count)) for piece in pieces if piece.count > 1]
+        self._chunks = [(piece, slots.to(self._device)) for piece, slots in chunks]
         size = cache.pool.page_tokens
         singles = [piece.pages[piece.past // size] * size + piece.past % size for piece in self._singles]
-        self._written = torch.cat(
-            [torch.tensor(singles, dtype=torch.long, device=self._device)]
-            + [slots[piece.past :] for piece, slots in self._chunks]
-        )
+        written = [torch.tensor(singles, dtype=torch.long), *(slots[piece.past :] for piece, slots in chunks)]
+        self._written = torch.cat(written).to(self._device)
         self._masks: dict[Any, Tensor | None] = {}
         self._native: PagedAttention | None = None
         self._read: Tensor | None = None
@@ -156,12 +153,11 @@ class PackedAttention:
             outputs.append(of_chunk[0].transpose(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
-    def _slots(self, pages: Sequence[int], first: int, end: int) -> Tensor:
+    def _slots(self, pages: Sequence[int], tokens: int) -> Tensor:
+        """(tokens), on the CPU: the slots of a text's first tokens."""
         size = self._cache.pool.page_tokens
-        of_pages = torch.tensor(pages[first // size : -(-end // size)])
-        slots = (of_pages[:, None] * size + torch.arange(size)).flatten()
-        skipped = first % size
-        return slots[skipped : skipped + end - first].to(self._device)
+        of_pages = torch.tensor(pages[: -(-tokens // size)])
+        return (of_pages[:, None] * size + torch.arange(size)).flatten()[:tokens]
 
     def _prepared(self) -> PagedAttention:
         longest = max(len(piece.pages) for piece in self._singles)
@@ -173,10 +169,10 @@ class PackedAttention:
         lengths = [piece.past + 1 for piece in self._singles]
         longest = max(lengths)
         if self._read is None:
-            read = [self._slots(piece.pages, 0, piece.past + 1) for piece in self._singles]
+            read = [self._slots(piece.pages, piece.past + 1) for piece in self._singles]
             # Pads each row with one of the row's own slots: other slots may hold NaN, and 0 * NaN is NaN.
             padded = [functional.pad(slots, (0, longest - len(slots)), value=int(slots[-1])) for slots in read]
-            self._read = torch.cat(padded)
+            self._read = torch.cat(padded).to(self._device)
         of_rows = [
             cached.index_select(0, self._read).view(len(lengths), longest, *cached.shape[1:]).transpose(1, 2)
             for cached in (keys, values)

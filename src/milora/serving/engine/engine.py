@@ -43,7 +43,7 @@ class Engine:
     prompts together, each with its own adapter and route: MiLoRA, MiDoRA, LoRA and DoRA adapters and the bare backbone
     in one batch. It supports decoder-only models that call transformers' attention interface with full or
     sliding-window attention (Llama, Qwen, Mistral, Gemma and others), and rejects others by name. On a CPU, steps use
-    the native kernels. On other devices they use torch's operators; this has not been measured on a GPU.
+    the native kernels. On a GPU, adapters use a Triton kernel, which has been tested in Triton's interpreter only.
 
     Args:
         backbone: A Hugging Face causal language model without adapters, in eval mode. Do not use it elsewhere until

@@ -20,7 +20,7 @@ from milora.tuners.grouped import GroupedOwner
 from milora.tuners.milora import MiLoraConfig
 from milora.tuners.milora.packed_rows import PackedModules
 from milora_core.errors import MiLoraError
-from milora_core.kernels.native import library
+from milora_core.kernels.packed_lora import packed_operator
 
 NOT_OF_SHAPES = (
     "auto_mapping",
@@ -45,14 +45,14 @@ class AdapterSlots:
 
     Attributes:
         model: The backbone with PEFT's layers.
-        packed: The adapters in the native kernel's format; `None` without the kernel.
+        packed: The adapters in the format of the device's kernel; `None` without a kernel.
     """
 
     def __init__(self, backbone: Any, most: int) -> None:
         # No request uses this adapter. PEFT cannot wrap whole modules without an active adapter.
         self.model: PeftModel = get_peft_model(backbone, MiLoraConfig(r=1, top_k=1), adapter_name="empty").eval()
-        is_native = backbone.device.type == "cpu" and library() is not None
-        self.packed = PackedModules(backbone, most) if is_native else None
+        operator = packed_operator(backbone.device)
+        self.packed = None if operator is None else PackedModules(backbone, most, backbone.device, operator)
         self._numbers = itertools.count()
         self._shapes: dict[str, Hashable] = {}
         self._tensors: dict[str, dict[str, Tensor]] = {}

@@ -1,17 +1,27 @@
-"""The adapters of a model as the native kernel for packed passes reads them, and the gates of its single tokens."""
+"""The adapters of a model as a device's kernel for packed passes reads them, and the gates of a pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from milora.tuners.milora.plans.formulas import dora_scale, is_dora, is_plain
-from milora_core.kernels import KERNEL_DTYPES
-from milora_core.kernels.packed_lora import PackedLora, PackedModule
+from milora_core.kernels.packed_lora import PackedOperator
+from milora_core.routing import Decision
+
+
+class _Experts(NamedTuple):
+    """The experts of an adapter in a block: the columns of their modules, and their indices in the router's order."""
+
+    columns: list[int]
+    indices: list[int]
+    on_device: tuple[Tensor, Tensor]
+    """Both as int64."""
 
 
 class PackedModules:
@@ -19,69 +29,88 @@ class PackedModules:
 
     Args:
         model: The backbone with PEFT's layers.
-        capacity: How many adapters there are at most.
+        capacity: The maximum number of adapters.
+        device: The device of the backbone.
+        operator: The device's kernel.
     """
 
-    def __init__(self, model: nn.Module, capacity: int) -> None:
+    def __init__(self, model: nn.Module, capacity: int, device: torch.device, operator: PackedOperator) -> None:
+        self.operator = operator
+        self.numbers: dict[str, int] = {}
         self._model = model
         self._capacity = capacity
-        self._modules: dict[LoraLayer, PackedModule] = {}
+        self._device = device
+        self._modules: dict[LoraLayer, Any] = {}
         self._columns: dict[LoraLayer, int] = {}
-        self.numbers: dict[str, int] = {}
-        self._places: dict[str, list[tuple[int, str, int]]] = {}
+        self._experts: dict[str, dict[str, _Experts]] = {}
         self._others: dict[str, set[LoraLayer]] = {}
-
-    @property
-    def columns(self) -> int:
-        """How many modules there are."""
-        return len(self._columns)
+        self._gates: WeakKeyDictionary[Any, tuple[str, Tensor]] = WeakKeyDictionary()
 
     def add(self, adapter: str) -> None:
-        """Reads where an adapter's weights lie; they must stay there."""
+        """Adds an adapter. Its weights must stay at their addresses until [`PackedModules.remove`]."""
         number = next(number for number in range(self._capacity) if number not in self.numbers.values())
         self.numbers[adapter] = number
-        places, others = self._places.setdefault(adapter, []), self._others.setdefault(adapter, set())
+        others = self._others.setdefault(adapter, set())
+        experts: dict[str, tuple[list[int], list[int]]] = {}
         for layer in self._model.modules():
             place = getattr(layer, "expert_places", {}).get(adapter) if isinstance(layer, LoraLayer) else None
             if place is None:
                 continue
             column = self._columns.setdefault(layer, len(self._columns))
-            places.append((column, place.block, place.expert))
+            columns, indices = experts.setdefault(place.block, ([], []))
+            columns.append(column)
+            indices.append(place.expert)
             if not self._set(layer, adapter, number, column):
                 others.add(layer)
+        self._experts[adapter] = {
+            block: _Experts(
+                *lists, (torch.tensor(lists[0], device=self._device), torch.tensor(lists[1], device=self._device))
+            )
+            for block, lists in experts.items()
+        }
 
     def remove(self, adapter: str) -> None:
-        """Takes an adapter out, before its weights go."""
+        """Removes an adapter. Call it before its weights are deleted."""
         number = self.numbers.pop(adapter, None)
         if number is not None:
             for module in self._modules.values():
                 module.clear(number)
-            del self._places[adapter], self._others[adapter]
+            del self._experts[adapter], self._others[adapter]
 
-    def module(self, layer: LoraLayer) -> PackedModule | None:
-        """A layer's adapters."""
+    def module(self, layer: LoraLayer) -> Any:
+        """The adapters of a layer as the kernel reads them; `None` if there are none."""
         return self._modules.get(layer)
 
     def is_served(self, layer: LoraLayer, adapter: str) -> bool:
-        """Whether the kernel serves an adapter in a layer."""
+        """Whether the kernel supports an adapter in a layer."""
         return adapter in self.numbers and layer not in self._others[adapter]
 
     def has_others(self, layer: LoraLayer) -> bool:
-        """Whether a layer has an adapter that the kernel does not serve."""
+        """Whether the kernel does not support one of a layer's adapters."""
         return any(layer in layers for layers in self._others.values())
 
-    def gates(self, adapter: str, gates: dict[str, list[float]]) -> list[float]:
-        """The gate of each column, 0 where it is not known yet.
+    def experts(self, adapter: str, block: str) -> tuple[Tensor, Tensor]:
+        """The columns of a block's modules and the indices of their experts, int64, on the device."""
+        return self._experts[adapter][block].on_device
+
+    def gates(self, route: Any) -> Tensor:
+        """(columns), float32: the gate of each module, 0 where it is not known yet. Do not change it.
 
         Args:
-            adapter: The adapter.
-            gates: Block -> the gates of its experts.
+            route: A [`milora.tuners.milora.packed.PackedRoute`].
         """
+        adapter, kept = self._gates.get(route, (None, None))
+        if kept is not None and adapter == route.adapter and len(kept) == len(self._columns):
+            return kept
         row = [0.0] * len(self._columns)
-        for column, block, expert in self._places[adapter]:
-            if block in gates:
-                row[column] = gates[block][expert]
-        return row
+        blocks, known = self._experts[route.adapter], route.gates
+        for block in blocks.keys() & known.keys():
+            for column, index in zip(blocks[block].columns, blocks[block].indices, strict=True):
+                row[column] = known[block][index]
+        gates = torch.tensor(row, device=self._device)
+        if blocks.keys() <= known.keys():
+            self._gates[route] = route.adapter, gates
+        return gates
 
     @property
     def most_rank(self) -> int:
@@ -92,41 +121,57 @@ class PackedModules:
         if not is_plain(layer, adapter) or layer.lora_bias.get(adapter, False):
             return False
         a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
-        if a.dtype not in KERNEL_DTYPES:
+        if a.dtype not in self.operator.dtypes:
             return False
         if layer not in self._modules:
             bias = getattr(layer.get_base_layer(), "bias", None)
-            self._modules[layer] = PackedModule(self._capacity, column, (a.shape[1], b.shape[0]), a.dtype, bias)
+            sizes = a.shape[1], b.shape[0]
+            self._modules[layer] = self.operator.module(self._capacity, column, sizes, a.dtype, bias)
         factors = dora_scale(layer, adapter) if is_dora(layer, adapter) else None
-        return self._modules[layer].set(number, a, b, layer.scaling[adapter], factors)
+        is_set: bool = self._modules[layer].set(number, a, b, layer.scaling[adapter], factors)
+        return is_set
 
 
 class PackedRows:
-    """The single adapted tokens of a pass.
+    """The tokens of a pass that the kernel adapts: one row for each request.
 
     Args:
         modules: The model's adapters.
-        tokens: Each one's place in the pass.
-        routes: Each one's [`milora.tuners.milora.packed.PackedRoute`], known or not.
+        parts: First token, number of tokens and [`milora.tuners.milora.packed.PackedRoute`] of each row. The route need
+            not be known yet.
     """
 
-    def __init__(self, modules: PackedModules, tokens: Sequence[int], routes: Sequence[Any]) -> None:
-        numbers = [modules.numbers[route.adapter] for route in routes]
-        order = sorted(range(len(tokens)), key=numbers.__getitem__)
+    def __init__(self, modules: PackedModules, parts: Sequence[tuple[int, int, Any]]) -> None:
+        parts = sorted(parts, key=lambda part: modules.numbers[part[2].adapter])
+        takes_chunks = modules.operator.takes_chunks
         self._modules = modules
-        self._routes = [routes[place] for place in order]
-        self._gates: Tensor = torch.tensor([modules.gates(route.adapter, route.gates) for route in self._routes])
-        self._lora = PackedLora(
-            [tokens[place] for place in order], [numbers[place] for place in order], self._gates, modules.most_rank
+        self._routes = [route for _, _, route in parts]
+        self._gates = torch.stack([modules.gates(route) for route in self._routes])
+        self._lora = modules.operator.lora(
+            [(first, count) if takes_chunks else first for first, count, _ in parts],
+            [modules.numbers[route.adapter] for route in self._routes],
+            self._gates,
+            modules.most_rank,
         )
 
-    def decided(self, route: Any) -> None:
-        """Takes in the gates of a route that a router has added to."""
+    def decided(self, route: Any, block: str, decision: Decision) -> None:
+        """Writes the gates of a block that a router decided. The host does not wait for the device."""
+        columns, experts = self._modules.experts(route.adapter, block)
+        gates = decision.gates[0].to(self._gates.device).index_select(0, experts)
         for row, each in enumerate(self._routes):
             if each is route:
-                self._gates[row] = torch.tensor(self._modules.gates(route.adapter, route.gates))
+                self._gates[row].index_copy_(0, columns, gates)
 
     def add_to(self, layer: LoraLayer, result: Tensor, x: Tensor) -> bool:
-        """Adds what the kernel serves in a layer; see [`PackedLora.add_to`]."""
+        """Adds a layer's adapters where the kernel supports them.
+
+        Args:
+            layer: The layer.
+            result: (tokens, d_out), the base layer's output; changed in place.
+            x: (tokens, d_in).
+
+        Returns:
+            Whether it was done.
+        """
         module = self._modules.module(layer)
         return module is not None and self._lora.add_to(module, result, x)
