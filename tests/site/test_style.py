@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ def _documents() -> Iterator[tuple[str, str]]:
     pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reproduction/README.md")]
     for page in [*pages, *(ROOT / "docs").rglob("*.md")]:
         yield str(page.relative_to(ROOT)), re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for notebook in sorted((ROOT / "docs").rglob("*.ipynb")):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        yield str(notebook.relative_to(ROOT)), "\n".join(texts)
     for folder in ("src", "reproduction", "scripts"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             yield str(file.relative_to(ROOT)), _words(file.read_text(encoding="utf-8"))
