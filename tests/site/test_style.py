@@ -36,6 +36,16 @@ INSTEAD = {
     r"\bdoes not take\b|\bdo not take\b": "does not accept, is not supported",
     r"\bof whatever kind\b": "of any kind",
     r"\bthe one place that meets\b": "the only file that changes",
+    r"\bwork(?:s|ed|ing)? (?:\w+ )?out\b": "computes",
+    r"\b(?:lets?|letting) go\b": "releases",
+    r"\bgives? (?:\w+ )?back\b": "returns, restores",
+    r"\bhands? (?:\w+ )?(?:on|over)\b": "passes",
+    r"\bstands? in for\b": "replaces",
+    r"\bshared out\b": "divided",
+    r"\bat any rate\b": "always",
+    r"\bbut for\b": "except",
+    r"\bnothing but\b": "only",
+    r"\banew\b": "again, from scratch",
 }
 """What we do not write -> what to write instead."""
 
@@ -51,6 +61,9 @@ def _documents() -> Iterator[tuple[str, str]]:
     for folder in ("src", "reproduction", "scripts"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             yield str(file.relative_to(ROOT)), _words(file.read_text(encoding="utf-8"))
+    for pattern in ("src/**/*.[ch]", "reproduction/**/*.yaml", "recipes/**/*.yaml", "deploy/*", "Makefile", "*.toml"):
+        for file in sorted(ROOT.glob(pattern)):
+            yield str(file.relative_to(ROOT)), file.read_text(encoding="utf-8").replace("*", " ")
 
 
 def _words(source: str) -> str:
