@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,10 +11,14 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from milora_core.errors import MiLoraError, importing
 from milora_core.interruption import Interrupted, handle_signals
+
+if TYPE_CHECKING:
+    from reproduction.grid import Grid
+    from reproduction.store import Store
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,22 +66,24 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     with importing("reproduction", "python -m reproduction"):
         from reproduction.grid import Grid
+        from reproduction.inputs import backbone_config
+        from reproduction.report import write_report
         from reproduction.settings import parse_overrides, read_request
         from reproduction.store import Store
+        from reproduction.table4 import table4
 
-    overrides = parse_overrides(options.set)
     sections = [*options.table, *(f"figure{number}" for number in options.figure)]
     given = {"sections": sections or None, "backbone": options.backbone, "data_dir": options.data_dir}
-    request = read_request(options.settings, {**overrides, **{k: v for k, v in given.items() if v is not None}})
-    if request.data_dir is None and os.environ.get("MILORA_DATA_DIR"):
-        request = request.model_copy(update={"data_dir": os.environ["MILORA_DATA_DIR"]})
+    overrides = parse_overrides(options.set) | {name: value for name, value in given.items() if value is not None}
+    request = read_request(options.settings, overrides)
     works = not (options.dry_run or options.no_run)
     store = Store(options.output)
     records = store.read()
     # Records of format 1 do not store the sizes for the budget.
     needs_config = works or any(record.get("format", 1) == 1 for record in records)
-    grid = Grid(request, records, partial(_config, network=works) if needs_config else lambda backbone: None)
-    runs = _plan(grid, records)
+    grid = Grid(request, records, partial(backbone_config, network=works) if needs_config else lambda backbone: None)
+    grid.see(records, lambda run: True)
+    runs = grid.plan()
     left = sum(run["state"] != "finished" for run in runs)
     seconds = [float(record["seconds"]["total"]) for record in records if record["status"] == "finished"]
     about = f", about {timedelta(seconds=round(left * median(seconds)))} in one process" if seconds and left else ""
@@ -89,14 +94,11 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     _say(summary)
     failed, missing = _work(grid, store) if works else (0, {})
-    from reproduction.report import write_report
-    from reproduction.table4 import table4
-
     grid.see(store.read())
-    speed = partial(table4, say=_say, measure=works) if "table4" in request.chosen_sections() else None
-    report = write_report(grid, store.folder, speed)
-    result: dict[str, Any] = {"report": str(report.path), "files": report.files, "errors": report.errors}
-    result |= {"failed": failed, "missing": missing}
+    has_table4 = "table4" in request.chosen_sections()
+    report = write_report(grid, store.folder, partial(table4, store.folder, _say, works) if has_table4 else None)
+    result = {"report": str(report.path), "files": report.files, "errors": report.errors, "failed": failed}
+    result["missing"] = missing
     print(json.dumps(result, ensure_ascii=False) if options.json else f"report in {report.path}")
     for message in report.errors:
         _say(message)
@@ -105,19 +107,7 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed or report.errors else 0
 
 
-def _plan(grid: Any, records: Any) -> list[dict[str, str]]:
-    """Every run with its state; `after tuning` if its settings depend on tries."""
-    grid.see(records, lambda key: True)
-    runs = [
-        (run.label, "finished" if grid.answers(run) else "failed before" if run.key in grid.failed else "open")
-        for run in grid.runs()
-    ]
-    return [
-        {"label": label, "state": state} for label, state in (*runs, *((one, "after tuning") for one in grid.waiting()))
-    ]
-
-
-def _work(grid: Any, store: Any) -> tuple[int, dict[str, str]]:
+def _work(grid: Grid, store: Store) -> tuple[int, dict[str, str]]:
     """Makes the runs. Returns the number of failed runs and the missing inputs."""
     import torch
     from datasets import disable_progress_bars
@@ -138,17 +128,6 @@ def _work(grid: Any, store: Any) -> tuple[int, dict[str, str]]:
     for name, reason in inputs.missing.items():
         _say(f"cannot be run: {name}: {reason}")
     return progress.failed, inputs.missing
-
-
-def _config(backbone: str, *, network: bool) -> Any:
-    from reproduction.inputs import backbone_config
-
-    if network:
-        return backbone_config(backbone, network=True)
-    try:
-        return backbone_config(backbone, network=False)
-    except MiLoraError:
-        return None
 
 
 def _say(text: str) -> None:

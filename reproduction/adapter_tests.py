@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from milora.backbone.positions import positions_of
-from milora.evaluation.accuracy import Evaluation, evaluate_task
+from milora.evaluation.accuracy import evaluate_task
 from milora.evaluation.compact_routes import compact_route, expert_shares
 from milora.evaluation.measurement import EvaluationSettings, Judging, evaluate
 from milora.evaluation.mt_bench.model_answers import TURNS, conversation_prompt
@@ -27,24 +28,15 @@ class UnfinishedRunError(MiLoraError):
     """A run cannot finish now for an external reason. The next call continues it."""
 
 
+@dataclass(frozen=True)
 class AdapterTests:
-    """The tests of a run.
+    """The tests of a run's adapter, which `model` has. Predictions, answers and judgements in `folder` are reused."""
 
-    Args:
-        run: The run.
-        model: The backbone with the run's adapter.
-        tokenizer: The model's tokenizer.
-        folder: Folder of predictions, answers and judgements. Existing ones are reused.
-        inputs: The sources of rows, and the judge.
-    """
-
-    def __init__(self, run: Run, model: Any, tokenizer: Any, folder: Path, inputs: Inputs) -> None:
-        self._run = run
-        self._model = model
-        self._tokenizer = tokenizer
-        self._folder = folder
-        self._data_dir = inputs.request.data_dir
-        self._judging = Judging(url=inputs.request.judge_url, model=inputs.request.judge_model)
+    run: Run
+    model: Any
+    tokenizer: Any
+    folder: Path
+    inputs: Inputs
 
     def test(self) -> tuple[Scores, Scores]:
         """Returns the scores by task, and for methods with routers the experts' shares by task.
@@ -55,13 +47,13 @@ class AdapterTests:
         """
         scores: Scores = {}
         shares: Scores = {}
-        for name in self._run.tests:
+        for name in self.run.tests:
             if name == MT_BENCH:
-                routed = self._first_turn_routes() if self._run.method in ROUTED else []
-                if self._judging.url is not None:
+                routed = self._first_turn_routes() if self.run.method in ROUTED else []
+                if self.inputs.request.judge_url is not None:
                     scores[name] = self._graded_conversations()
             else:
-                path = self._folder / f"{name}.test.jsonl"
+                path = self.folder / f"{name}.test.jsonl"
                 scores[name] = self._accuracy(name, path)
                 routed = [row for row in read_predictions(path) if row.get("route")]
             if routed:
@@ -69,66 +61,55 @@ class AdapterTests:
         return scores, shares
 
     def _accuracy(self, name: str, path: Path) -> dict[str, Any]:
-        task = registry.get(name, self._data_dir)
-        found: Evaluation = evaluate_task(
-            self._model,
-            self._tokenizer,
+        task = registry.get(name, self.inputs.request.data_dir)
+        settings = self.run.evaluation
+        found = evaluate_task(
+            self.model,
+            self.tokenizer,
             task,
             split="test",
-            limit=self._run.evaluation["test_rows"],
-            decoding=Decoding(max_new_tokens=task.max_new_tokens, beams=self._run.evaluation["beams"]),
-            batch_size=self._run.evaluation["batch_size"],
+            limit=settings["test_rows"],
+            decoding=Decoding(max_new_tokens=task.max_new_tokens, beams=settings["beams"]),
+            batch_size=settings["batch_size"],
             output=path,
         )
         theirs = {} if found.llm_adapters is None else {"llm_adapters_accuracy": found.llm_adapters.accuracy}
-        figures = {key: getattr(found, key) for key in ("accuracy", "rows", "correct", "unparsed", "no_room")}
-        return figures | theirs
+        return {key: getattr(found, key) for key in ("accuracy", "rows", "correct", "unparsed", "no_room")} | theirs
 
     def _first_turn_routes(self) -> list[dict[str, Any]]:
         """The routes of the first turns, without answers, for questions that fit the model's positions."""
-        positions = positions_of(self._model)
-        turns = [question.turns[:1] for question in MtBench(self._data_dir).questions()]
-        prompts = [conversation_prompt(self._tokenizer, turn, ()) for turn in turns]
-        fitting = [one for one in prompts if positions is None or len(encode_prompt(self._tokenizer, one)) <= positions]
+        positions = positions_of(self.model)
+        turns = [question.turns[:1] for question in MtBench(self.inputs.request.data_dir).questions()]
+        prompts = [conversation_prompt(self.tokenizer, turn, ()) for turn in turns]
+        fitting = [one for one in prompts if positions is None or len(encode_prompt(self.tokenizer, one)) <= positions]
         if not fitting:
             return []
-        routes = route_prompts(self._model, self._tokenizer, fitting, self._run.evaluation["batch_size"])
+        routes = route_prompts(self.model, self.tokenizer, fitting, self.run.evaluation["batch_size"])
         return [{"route": compact_route(routes, row)} for row in range(len(fitting))]
 
     def _graded_conversations(self) -> dict[str, Any]:
-        """Runs MT-Bench's conversations and grades them with the judge, as `milora evaluate --task mt-bench` does.
-
-        Returns:
-            `score` (the mean grade, of 10), `rows` (turns), `no_room` (turns without room for an answer), `ungraded`
-            (judgements without a grade), `judge`, `prompts`, `turns` and `categories` (means).
-        """
+        """Runs MT-Bench's conversations and grades them with the judge, as `milora evaluate --task mt-bench` does."""
+        request = self.inputs.request
         settings = EvaluationSettings(
-            seed=self._run.seed,
-            batch_size=self._run.evaluation["batch_size"],
-            output_dir=self._folder,
-            judging=self._judging,
+            seed=self.run.seed,
+            batch_size=self.run.evaluation["batch_size"],
+            output_dir=self.folder,
+            judging=Judging(url=request.judge_url, model=request.judge_model),
         )
         try:
-            found = evaluate(self._model, self._tokenizer, MtBench(self._data_dir), settings)
+            found = evaluate(self.model, self.tokenizer, MtBench(request.data_dir), settings)
         except MiLoraError as error:
             raise UnfinishedRunError(str(error)) from error
         if found["failed"]:
             raise UnfinishedRunError(f"{found['failed']} judgements could not be had: {found['reason']}")
-        return {
-            "score": found["score"],
-            "rows": TURNS * found["questions"],
-            "no_room": found["no_room"],
-            "unparsed": 0,
-            "ungraded": found["unparsed"],
-            **{name: found[name] for name in ("judge", "prompts", "turns", "categories")},
-        }
+        # The mean grade, of 10; turns; turns without room for an answer; judgements without a grade.
+        figures = {"score": found["score"], "rows": TURNS * found["questions"], "no_room": found["no_room"]}
+        figures |= {"unparsed": 0, "ungraded": found["unparsed"]}
+        return figures | {name: found[name] for name in ("judge", "prompts", "turns", "categories")}
 
 
 def share_record(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share of prompts that chose each expert in each block.
-
-    Args:
-        rows: Predictions, all with a route.
+    """The share of prompts that chose each expert in each block, over predictions with routes.
 
     Returns:
         `experts`, `blocks` (their numbers), `share` (blocks x experts), and `prompts` (the number of prompts).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -51,19 +51,16 @@ SIZES: Mapping[str, Size] = {
 """The size of each method. SSP has none: its budget is a number of parameters."""
 
 EXPERTS = 8
-"""Number of MOELoRA's experts per module in the paper. Each token uses half of them."""
+"""Number of MOELoRA's experts per module in the paper."""
 
 
-def paper_backbone(config: Any) -> str | None:
-    """The one of [`PAPER_BACKBONES`] with the dimensions of a transformers configuration, or `None`."""
-    for name in PAPER_BACKBONES:
-        if _dimensions(shape_config(name)) == _dimensions(config):
-            return name
-    return None
+def is_paper_backbone(config: Any) -> bool:
+    """Whether a transformers configuration has the dimensions of one of [`PAPER_BACKBONES`]."""
+    return _dimensions(config) in [_dimensions(shape_config(name)) for name in PAPER_BACKBONES]
 
 
 def size_at(name: str, config: Any, budget: str | int) -> Settings:
-    """The fields that bring a method within 5 % of a budget of tunable parameters.
+    """The fields that bring a method within 5 % of a budget of tunable parameters; empty for the paper's settings.
 
     Sizes are the whole numbers nearest to the target. [`milora.methods.parameter_counts`] counts the parameters
     (without DoRA's magnitudes) on a model without weights. SSP's budget is the target. MOELoRA's rank is divided evenly
@@ -76,30 +73,38 @@ def size_at(name: str, config: Any, budget: str | int) -> Settings:
         budget: `milora` (MiLoRA's parameters at the paper's rank), `paper` (the paper's settings), or a number. On
             the paper's backbones `milora` is `paper`: the paper made the budgets equal by hand.
 
-    Returns:
-        The fields; empty if the paper's settings apply.
-
     Raises:
         MiLoraError: If no size is near enough.
     """
-    if budget == "paper" or (budget == "milora" and paper_backbone(config) is not None):
+    if budget == "paper" or (budget == "milora" and is_paper_backbone(config)):
         return {}
     target = parameter_counts("milora", config).tunable if budget == "milora" else int(budget)
+    tried: list[tuple[int, Settings]] = []
+    for settings in _candidates(name, config, target):
+        tried.append((parameter_counts(name, config, **settings).tunable, settings))
+        if abs(tried[-1][0] - target) <= TOLERANCE * target:
+            return settings
+    tunable, settings = min(tried, key=lambda pair: abs(pair[0] - target))
+    raise MiLoraError(
+        f"No size brings {name} within {TOLERANCE:.0%} of {target:,} tunable parameters on this backbone: the nearest "
+        f"is {settings}, with {tunable:,}. Leave the method out, or give another budget."
+    )
+
+
+def _candidates(name: str, config: Any, target: int) -> Iterator[Settings]:
+    """The best size of each shape of a method, preferred shapes first. Only MOELoRA has several shapes."""
     if name == "ssp":
-        return _checked(name, {"budget": target}, config, target)
+        yield {"budget": target}
+        return
     size = SIZES[name]
     if name != "moelora":
-        return _checked(name, {size.field: _nearest(name, size, config, target, {})}, config, target)
-    tried: list[tuple[int, Settings]] = []
+        yield {size.field: _nearest(name, size, config, target, {})}
+        return
     # Numbers of experts nearest to the paper's eight come first; of two at the same distance, the smaller comes first.
     for experts in sorted(range(2, 2 * EXPERTS + 1), key=lambda experts: (abs(experts - EXPERTS), experts)):
         shape = {} if experts == EXPERTS else {"num_experts": experts, "top_k": max(experts // 2, 1)}
         of_experts = Size(size.field, experts * max(round(size.paper / experts), 1), experts)
-        settings = {size.field: _nearest(name, of_experts, config, target, shape), **shape}
-        tried.append((parameter_counts(name, config, **settings).tunable, settings))
-        if _is_near(tried[-1][0], target):
-            return settings
-    raise _none_near(name, *min(tried, key=lambda pair: abs(pair[0] - target)), target)
+        yield {size.field: _nearest(name, of_experts, config, target, shape), **shape}
 
 
 def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -> int:
@@ -119,24 +124,6 @@ def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -
         if abs(count(best) - target) <= CLOSE * target:
             break
     return best * size.step
-
-
-def _checked(name: str, settings: Settings, config: Any, target: int) -> Settings:
-    tunable = parameter_counts(name, config, **settings).tunable
-    if not _is_near(tunable, target):
-        raise _none_near(name, tunable, settings, target)
-    return settings
-
-
-def _is_near(tunable: int, target: int) -> bool:
-    return abs(tunable - target) <= TOLERANCE * target
-
-
-def _none_near(name: str, tunable: int, settings: Settings, target: int) -> MiLoraError:
-    return MiLoraError(
-        f"No size brings {name} within {TOLERANCE:.0%} of {target:,} tunable parameters on this backbone: the nearest "
-        f"is {settings}, with {tunable:,}. Leave the method out, or give another budget."
-    )
 
 
 def _dimensions(config: Any) -> tuple[Any, ...]:

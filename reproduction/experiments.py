@@ -14,15 +14,10 @@ INSTRUCTION_TESTS = ("mt-bench", "mmlu", "bbh")
 
 @dataclass(frozen=True)
 class Variant:
-    """A row's method, with the fields of configuration and training that the row sets.
+    """A row's method, with the fields of its configuration (`settings`) and of `TrainingArguments` that the row sets.
 
-    Attributes:
-        label: The row's name.
-        method: One of [`milora.methods.METHODS`].
-        settings: Fields of its configuration.
-        training: Fields of `TrainingArguments`.
-        backbone: A backbone other than the request's, with the method at the paper's size.
-        tuned: The label of the tuned values, if each row is tuned separately.
+    `backbone` is a backbone other than the request's, on which the method has the paper's size. `tuned` is the label of
+    the tuned values, if each row is tuned separately.
     """
 
     label: str
@@ -51,29 +46,21 @@ class Cell:
 class Row:
     """A row of a table, or a point of a figure at `x`. `cells` holds a cell for each column and seed."""
 
-    variant: Variant
+    label: str
+    method: str
     cells: Mapping[str, tuple[Cell, ...]]
-    x: float | None = None
-
-    @property
-    def label(self) -> str:
-        """The row's name."""
-        return self.variant.label
+    x: float | None
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table or figure: its name (`table1`), its comparison, its columns (tasks) and rows."""
+    """A table or figure: its name (`table1`), heading, comparison, columns (tasks) and rows."""
 
     name: str
+    title: str
     comparison: Comparison
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-
-    @property
-    def title(self) -> str:
-        """The heading."""
-        return self.comparison.title or self.name
 
     def cells(self) -> Iterator[Cell]:
         """All cells, row by row."""
@@ -101,7 +88,7 @@ def _section(name: str, comparison: Comparison, request: Request) -> Section:
             continue
         if row.backbone and row.backbone not in request.other_backbones:
             continue
-        settings, training = split_fields(row.method, row.overrides)
+        settings, training = split_fields(row.method, row.model_extra or {})
         backbone = request.other_backbones.get(row.backbone, "")
         tuned = label if comparison.tune_each_row else ""
         variant = Variant(label, row.method, settings, training, backbone, tuned)
@@ -110,5 +97,5 @@ def _section(name: str, comparison: Comparison, request: Request) -> Section:
             trained = columns if row.together else (INSTRUCTIONS,) if task in INSTRUCTION_TESTS else (task,)
             on = backbone or request.backbone
             cells[task] = tuple(Cell(variant, on, trained, task, seed) for seed in limit.seeds or request.seeds)
-        rows.append(Row(variant, cells, row.x))
-    return Section(name, comparison, columns, tuple(rows))
+        rows.append(Row(label, row.method, cells, row.x))
+    return Section(name, comparison.title or name, comparison, columns, tuple(rows))

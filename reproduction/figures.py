@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from milora.methods import method
-from milora.plots import COLORS, label_cells, new_figure, save_figure, short_experts
+from milora.plots import COLORS, label_cells, new_figure, save_figure, short_experts, write_cells
 from reproduction.experiments import Section
-from reproduction.measurements import Measurements, Shares, Summary
+from reproduction.measurements import Results, Shares, Summary, summary
 
 SERIES = (("#08519c", "o"), ("#d95f0e", "s"), ("0.35", "^"), ("#756bb1", "D"))
 """Colour and marker of each line. They are distinct for colour-blind readers and in grey print."""
@@ -24,7 +24,7 @@ PAPER_LIMIT = 0.3
 MOST_BLOCKS_WITH_VALUES = 16
 
 
-def line_figure(section: Section, measured: Measurements, path: Path) -> None:
+def line_figure(section: Section, found: Results, path: Path) -> None:
     """Draws accuracy against a setting: a panel for each task, a line for each method, the seeds' spread as a band.
 
     Raises:
@@ -38,11 +38,9 @@ def line_figure(section: Section, measured: Measurements, path: Path) -> None:
     panels = figure.subplots(1, len(section.columns), squeeze=False)[0]
     for axes, column in zip(panels, section.columns, strict=True):
         drawn: list[Summary] = []
-        for style, name in zip(SERIES, dict.fromkeys(row.variant.method for row in section.rows), strict=False):
-            found = {
-                row.x: measured.summary(row, section, column) for row in section.rows if row.variant.method == name
-            }
-            points = {x: summary for x, summary in found.items() if x is not None and summary is not None}
+        for style, name in zip(SERIES, dict.fromkeys(row.method for row in section.rows), strict=False):
+            summaries = {row.x: summary(found, row.label, column) for row in section.rows if row.method == name}
+            points = {x: one for x, one in summaries.items() if x is not None and one is not None}
             if points:
                 _draw_line(axes, name, style, values, points)
                 drawn += points.values()
@@ -84,7 +82,7 @@ def share_figure(by_task: Mapping[str, Shares], title: str, path: Path) -> None:
         label_cells(axes, experts, [str(block) for block in of_task.blocks] if axes is panels[0] else None)
         axes.set_title(f"{task}: share of prompts", fontsize=8)
         if len(of_task.blocks) <= MOST_BLOCKS_WITH_VALUES:
-            _write_shares(axes, of_task.by_block)
+            write_cells(axes, [[f"{share:.0%}" for share in row] for row in of_task.by_block], of_task.by_block)
     bar = below.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], format="{x:.0%}", aspect=12)
     bar.ax.tick_params(length=2, labelsize=7)
     save_figure(figure, path)
@@ -112,13 +110,6 @@ def _draw_bars(axes: Any, by_task: Mapping[str, Shares], experts: Sequence[str])
     axes.set_ylabel("share of all choices", fontsize=8)
     axes.figure.legend(loc="outside upper center", ncols=len(by_task) + 2, frameon=False, fontsize=8)
     _tidy(axes)
-
-
-def _write_shares(axes: Any, by_block: Sequence[Sequence[float]]) -> None:
-    for row, of_block in enumerate(by_block):
-        for column, share in enumerate(of_block):
-            color = "white" if share > 0.6 else "0.1" if share > 0 else "0.6"
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=color)
 
 
 def _draw_line(

@@ -26,8 +26,8 @@ ROUTED = ("milora", "midora")
 class Run:
     """One training with its tests.
 
-    `backbone` is the user's name for it. `settings` are fields of the method's configuration; `budget` determines those
-    in `size`. `training` and `data` are fields of `TrainingArguments` and `DataArguments`.
+    `settings` are fields of the method's configuration; `budget` determines those in `size`. `training` and `data` are
+    fields of `TrainingArguments` and `DataArguments`.
     """
 
     label: str
@@ -77,10 +77,7 @@ class Choice:
 class Grid:
     """The cells of a request, and the records that answer them.
 
-    Args:
-        request: The request.
-        records: The records so far; see [`Grid.see`].
-        config: Returns the transformers configuration of a backbone, or `None` if it is not available.
+    `config` returns the transformers configuration of a backbone, or `None` if it is not available.
     """
 
     def __init__(
@@ -92,12 +89,12 @@ class Grid:
         self._sizes: dict[str, Settings | None] = {}
         self.see(records)
 
-    def see(self, records: Iterable[Record], waits: Callable[[str], bool] = lambda key: False) -> None:
+    def see(self, records: Iterable[Record], waits: Callable[[Run], bool] = lambda run: False) -> None:
         """Updates the grid with the current records.
 
         Args:
             records: All records, oldest first.
-            waits: Maps a run's key to whether a missing record may still come. A choice waits for such tries.
+            waits: Whether a missing record of a run may still come. A choice waits for such tries.
         """
         self._waits = waits
         self._finished: dict[str, list[Record]] = {}
@@ -110,21 +107,16 @@ class Grid:
             if record.get("budget") == self.request.budget and backbone_name(record["backbone"]) == own:
                 self._recorded[record["method"]] = record["size"]
 
-    # ---------------------------------------------------------------- what a cell asks for
-
     def size(self, name: str) -> Settings | None:
         """The fields that set a method's size for the request's budget; `None` if the backbone is not available.
 
         Records store their sizes, so a report needs no backbone.
         """
-        if name in self._recorded:
-            return self._recorded[name]
+        if name in self._recorded or self.request.budget == "paper":
+            return self._recorded.get(name, {})
         if name not in self._sizes:
-            is_paper = self.request.budget == "paper"
-            config = None if is_paper else self._config(self.request.backbone)
-            self._sizes[name] = (
-                {} if is_paper else None if config is None else size_at(name, config, self.request.budget)
-            )
+            config = self._config(self.request.backbone)
+            self._sizes[name] = None if config is None else size_at(name, config, self.request.budget)
         return self._sizes[name]
 
     def tuned(self, variant: Variant) -> dict[str, tuple[Any, ...]]:
@@ -159,8 +151,6 @@ class Grid:
             evaluation=evaluation,
         )
 
-    # ------------------------------------------------------------------------------ tuning
-
     def tries(self, cell: Cell) -> list[tuple[Settings, Run]]:
         """The runs that tune a cell's method on its tasks, with the first seed; empty if nothing is tuned."""
         tuned = self.tuned(cell.variant)
@@ -178,7 +168,7 @@ class Grid:
         tries = self.tries(cell)
         tried = tuple((values, _perplexity(self._last(run))) for values, run in tries)
         known = [(perplexity, values) for values, perplexity in tried if perplexity is not None]
-        is_waiting = any(self._last(run) is None and self._waits(run.key) for _, run in tries)
+        is_waiting = any(self._last(run) is None and self._waits(run) for _, run in tries)
         best = None if is_waiting or not known else min(known, key=lambda pair: pair[0])[1]
         label = cell.variant.tuned or method(cell.variant.method).title
         return Choice(label, cell.tasks, tried, best)
@@ -189,8 +179,6 @@ class Grid:
             return self.asked(cell, {})
         best = self.choice(cell).best
         return None if best is None else self.asked(cell, best)
-
-    # ----------------------------------------------------------------------------- records
 
     def record(self, cell: Cell) -> Record | None:
         """The newest record that answers a cell."""
@@ -210,15 +198,19 @@ class Grid:
                 found.setdefault(run.key, []).append(run)
         return [_joined(same) for same in found.values()]
 
-    def waiting(self) -> list[str]:
-        """The labels of runs whose settings depend on unfinished tries."""
-        found: dict[str, str] = {}
+    def plan(self) -> list[dict[str, str]]:
+        """Every run with its state; `after tuning` if its settings depend on unfinished tries."""
+        runs = self.runs()
+        states = {run.key: "failed before" if run.key in self.failed else "open" for run in runs}
+        states |= {run.key: "finished" for run in runs if self.answers(run)}
+        labels = {run.key: run.label for run in runs}
         for cell in self.cells():
             tries = self.tries(cell)
-            if self.run(cell) is None and any(self._waits(run.key) for _, run in tries):
-                found.setdefault(self.asked(cell, tries[0][0]).key, str(cell))
-        tried = {run.key for cell in self.cells() for _, run in self.tries(cell)}
-        return [label for key, label in found.items() if key not in tried]
+            if self.run(cell) is None and any(self._waits(run) for _, run in tries):
+                key = self.asked(cell, tries[0][0]).key
+                states.setdefault(key, "after tuning")
+                labels.setdefault(key, str(cell))
+        return [{"label": labels[key], "state": state} for key, state in states.items()]
 
     def cells(self) -> list[Cell]:
         """The cells of all sections."""

@@ -24,11 +24,7 @@ PART = 1 << 20
 
 
 class Inputs:
-    """The inputs that runs need, each read once.
-
-    Args:
-        request: The request, with the data folder and the judge.
-    """
+    """The inputs that the runs of a request need, each read once."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -78,12 +74,12 @@ class Inputs:
         return self._try(f"{test} (test)", lambda: self._fingerprint(test, "test"))
 
     def _try(self, name: str, look: Callable[[], object]) -> bool:
-        try:
-            look()
-        except (MiLoraError, OSError) as error:
-            self.missing[name] = str(error).strip().splitlines()[0]
-            return False
-        return True
+        if name not in self.missing:
+            try:
+                look()
+            except (MiLoraError, OSError) as error:
+                self.missing[name] = str(error).strip().splitlines()[0]
+        return name not in self.missing
 
     def _rows_fingerprint(self, source: str, split: Any) -> str:
         rows: Iterable[Any]
@@ -104,14 +100,9 @@ class Inputs:
 
 
 def backbone_config(backbone: str, *, network: bool) -> Any:
-    """The transformers configuration of a backbone.
+    """The transformers configuration of a backbone: `tiny`, a shape's name, a folder or a hub id.
 
-    Args:
-        backbone: `tiny`, a shape's name, a folder or a hub id.
-        network: Whether to access the hub. If not, only cached configurations are found.
-
-    Raises:
-        MiLoraError: If the configuration is not found.
+    If it is not found, raises a [`MiLoraError`]; without `network`, which allows access to the hub, returns `None`.
     """
     if _is_local(backbone) or backbone in SHAPES:
         return shape_config(locate(backbone) if _is_local(backbone) else backbone)
@@ -120,6 +111,8 @@ def backbone_config(backbone: str, *, network: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(locate(backbone), local_files_only=not network)
     except (OSError, ValueError) as error:
+        if not network:
+            return None
         raise MiLoraError(f"The backbone {backbone} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 

@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from reproduction.experiments import Row, Section
+from reproduction.experiments import Section
 from reproduction.grid import Grid
 from reproduction.store import Record
 
-PERCENT = 100.0
+Results = Mapping[tuple[str, str], Sequence[Record | None]]
+"""The records of a section's numbers by row and column: one for each seed, `None` if missing."""
+
+
+def results(grid: Grid, section: Section) -> Results:
+    """Looks up the records of a section."""
+    return {
+        (row.label, column): [grid.record(cell) for cell in cells]
+        for row in section.rows
+        for column, cells in row.cells.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -36,43 +46,15 @@ class Summary:
         return f"{self.median:.1f} ({inside})" if inside else f"{self.median:.1f}"
 
 
-class Measurements:
-    """The results of a grid by row and column.
+def summary(found: Results, row: str, *columns: str) -> Summary | None:
+    """Summarises a column in percent (MT-Bench: the judge's mean grade, of 10), or the average over several columns.
 
-    Args:
-        grid: The grid, with its records.
+    The average is over the seeds that have all columns. Returns `None` if there is no value.
     """
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self._found: dict[tuple[int, str], list[Record | None]] = {}
-
-    def by_seed(self, row: Row, column: str) -> list[Record | None]:
-        """The record of a number for each seed; `None` if missing."""
-        key = (id(row), column)
-        if key not in self._found:
-            self._found[key] = [self.grid.record(cell) for cell in row.cells[column]]
-        return self._found[key]
-
-    def records(self, row: Row, column: str) -> list[Record]:
-        """The existing records of a number."""
-        return [record for record in self.by_seed(row, column) if record is not None]
-
-    def summary(self, row: Row, section: Section, column: str) -> Summary | None:
-        """Summarises a column in percent (MT-Bench: the judge's mean grade, of 10), or the average over columns.
-
-        The average is over the seeds that have all columns. Returns `None` if there is no value.
-        """
-        columns = section.columns if column == "average" else (column,)
-        by_column = [[_score(record, name) for record in self.by_seed(row, name)] for name in columns]
-        means = [_mean(values) for values in zip(*by_column, strict=True)]
-        known = tuple(value for value in means if value is not None)
-        return Summary(known, len(means)) if known else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+    by_column = [[_score(record, column) for record in found[row, column]] for column in columns]
+    by_seed = [[value for value in values if value is not None] for values in zip(*by_column, strict=True)]
+    known = tuple(sum(values) / len(values) for values in by_seed if len(values) == len(columns))
+    return Summary(known, len(by_seed)) if known else None
 
 
 def _score(record: Record | None, column: str) -> float | None:
@@ -81,7 +63,7 @@ def _score(record: Record | None, column: str) -> float | None:
         return None
     if "score" in test:
         return None if test["score"] is None else float(test["score"])
-    return PERCENT * float(test["accuracy"])
+    return 100.0 * float(test["accuracy"])
 
 
 @dataclass(frozen=True)
@@ -103,14 +85,13 @@ class Shares:
     seeds: int
 
 
-def shares(section: Section, measured: Measurements) -> dict[str, Shares]:
+def shares(found: Results) -> dict[str, Shares]:
     """Figure 2's numbers for each measured task."""
-    found = {}
-    for column in section.columns:
-        of_task = [record["expert_shares"].get(column) for record in measured.records(section.rows[0], column)]
-        if any(of_task):
-            found[column] = _mean_shares([one for one in of_task if one])
-    return found
+    by_task = {
+        task: [one["expert_shares"][task] for one in records if one and one["expert_shares"].get(task)]
+        for (_, task), records in found.items()
+    }
+    return {task: _mean_shares(of_task) for task, of_task in by_task.items() if of_task}
 
 
 def _mean_shares(records: Sequence[Mapping[str, Any]]) -> Shares:

@@ -17,10 +17,9 @@ TABLES: Mapping[str, str] = {
     "table2": "table2_multi_task_llama2_7b",
     "table3": "table3_instruction_tuning_llama2_7b",
     "table5": "table5_ablation_llama2_7b",
+    "table7": "table7_backbones",
 }
 """The tables with a number in each column, and their keys in the file."""
-
-_TASKS = {"mt_bench_gpt4": "mt-bench"}
 
 
 @cache
@@ -31,22 +30,23 @@ def everything() -> dict[str, Any]:
 
 
 def row(table: str, label: str) -> dict[str, float]:
-    """The row of one of [`TABLES`] with a name such as `MiLoRA MT`, by column; empty if the paper has no such row."""
-    values = everything()[TABLES[table]].get(label)
-    return {} if values is None else dict(zip(_columns(table), values, strict=True))
+    """A row with a name such as `MiLoRA MT`, by column; empty if the paper has no such row.
+
+    Table 7 has two unnamed rows for each backbone. According to the paper's text, the second row is MiLoRA's.
+    """
+    content = everything().get(TABLES.get(table, ""), {})
+    if table == "table7":
+        backbone, _, method = label.partition(": ")
+        values = content[backbone][method == "MiLoRA"] if backbone in content else None
+    else:
+        values = content.get(label)
+    return {} if values is None else dict(zip(map(_column, content["columns"]), values, strict=True))
 
 
 def tasks(table: str) -> list[str]:
     """The tasks among the columns of one of [`TABLES`]."""
-    return [name for name in _columns(table) if not name.endswith("_m") and name != "avg"]
-
-
-def table7() -> dict[str, list[dict[str, float]]]:
-    """Table 7: the two rows of each backbone. According to the paper's text, the second, higher row is MiLoRA's."""
-    content = dict(everything()["table7_backbones"])
-    names = [_column(name) for name in content.pop("columns")]
-    del content["note"]
-    return {on: [dict(zip(names, values, strict=True)) for values in pair] for on, pair in content.items()}
+    names = map(_column, everything()[TABLES[table]]["columns"])
+    return [name for name in names if not name.endswith("_m") and name != "avg"]
 
 
 def table4() -> dict[str, list[tuple[int, float, int]]]:
@@ -62,10 +62,6 @@ def dataset(task: str) -> dict[str, int | None]:
     return dict(zip(content["columns"], rows[task], strict=True)) if task in rows else {}
 
 
-def _columns(table: str) -> list[str]:
-    """Tasks by our names (`arc-easy`), other columns as in the file (`tunable_m`)."""
-    return [_column(name) for name in everything()[TABLES[table]]["columns"]]
-
-
 def _column(name: str) -> str:
-    return _TASKS.get(name, name if name.endswith("_m") else name.replace("_", "-"))
+    """A task by our name (`arc-easy`); other columns as in the file (`tunable_m`)."""
+    return "mt-bench" if name == "mt_bench_gpt4" else name if name.endswith("_m") else name.replace("_", "-")

@@ -5,25 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from milora.markdown import markdown_table
 from milora.methods import METHODS, method
 from milora_core.errors import MiLoraError
-from milora_core.files import write_text, writing
+from milora_core.files import write_text
 from reproduction import published
 from reproduction.experiments import Row, Section
 from reproduction.figures import line_figure, share_figure
 from reproduction.grid import Grid
-from reproduction.measurements import Measurements, shares
+from reproduction.measurements import Results, results, shares, summary
 from reproduction.store import Record, full_settings
 
-NAME = "report.md"
-JSON_NAME = "report.json"
 AVERAGE = "average"
 NOTHING = "-"
 CAPTION = "Accuracy in percent: the median over seeds (the least to the greatest)."
@@ -34,28 +32,37 @@ Table = list[dict[str, Any]]
 """Rows by column."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """A written report: the Markdown file, all files relative to the folder, and the reasons for missing parts."""
+    """A report in a folder: the names of its files, and the reasons for missing parts."""
 
-    path: Path
-    files: tuple[str, ...]
-    errors: tuple[str, ...] = ()
+    folder: Path
+    files: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """The Markdown file."""
+        return self.folder / "report.md"
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file, completely or not at all."""
+        write_text(self.folder / name, text)
+        self.files.append(name)
 
 
-def write_report(grid: Grid, folder: Path, speed: Callable[[Path], Table] | None = None) -> Report:
-    """Writes the report of the finished runs. Each file is written completely or not at all.
+def write_report(grid: Grid, folder: Path, table4: Callable[[], Table] | None = None) -> Report:
+    """Writes the report of the finished runs.
 
     Args:
         grid: The grid, with its records.
         folder: The report's folder.
-        speed: Measures Table 4 into a folder and returns its rows. A [`MiLoraError`] leaves the rest of the report.
+        table4: Returns the rows of Table 4. A [`MiLoraError`] leaves the rest of the report.
 
     Raises:
         MiLoraError: If a file cannot be written, or matplotlib is missing.
     """
-    measured = Measurements(grid)
-    files: list[str] = []
+    report = Report(folder)
     used = list({record["run"]: record for run in grid.runs() for record in grid.answers(run)[-1:]}.values())
     parts = ["# Tables and figures", f"```yaml\n{grid.request.to_yaml()}```"]
     tables = {
@@ -68,39 +75,35 @@ def write_report(grid: Grid, folder: Path, speed: Callable[[Path], Table] | None
         parts += [f"## {title}", _markdown(rows, left)] if rows else []
     data: dict[str, Any] = {title: rows for title, (rows, _) in tables.items()}
     for section in grid.sections:
-        data[section.name] = _numbers(section, measured)
-        _write(folder, f"{section.name}.csv", _csv(data[section.name]), files)
-        parts += [f"## {section.title}", *_section(section, measured, data[section.name], folder, files)]
-    errors = []
-    if speed is not None:
+        found = results(grid, section)
+        data[section.name] = _share_numbers(found) if section.name == "figure2" else _numbers(section, found)
+        report.write(f"{section.name}.csv", _csv(data[section.name]))
+        parts += [f"## {section.title}", *_section(section, found, data[section.name], report)]
+    if table4 is not None:
         try:
-            data["table4"] = speed(folder)
+            data["table4"] = table4()
             parts += ["## Table 4: tokens a second and peak memory of decoding", _markdown(data["table4"], 1)]
         except MiLoraError as error:
             # The other sections took hours and do not depend on it.
-            errors.append(f"Table 4: {error}")
+            report.errors.append(f"Table 4: {error}")
     data["Failed runs"] = _failures(grid)
     parts += ["## Failed runs", _markdown(data["Failed runs"], 2)] if data["Failed runs"] else []
-    _write(folder, NAME, "\n\n".join(parts) + "\n", files)
-    _write(folder, JSON_NAME, json.dumps(data, ensure_ascii=False, indent=1) + "\n", files)
-    return Report(folder / NAME, tuple(files), tuple(errors))
+    report.write(report.path.name, "\n\n".join(parts) + "\n")
+    report.write("report.json", json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    return report
 
 
-# ------------------------------------------------------------------------------ sections
-
-
-def _section(section: Section, measured: Measurements, numbers: Table, folder: Path, files: list[str]) -> list[str]:
+def _section(section: Section, found: Results, numbers: Table, report: Report) -> list[str]:
     """A section's Markdown: its picture, its table, and the number of skipped rows."""
     parts = []
-    path = folder / f"{section.name}.png"
-    by_task = shares(section, measured) if section.name == "figure2" else {}
+    by_task = shares(found) if section.name == "figure2" else {}
     if by_task or (section.comparison.axis and any(one["seeds"] for one in numbers)):
-        with writing(path):
-            if by_task:
-                share_figure(by_task, section.title, path)
-            else:
-                line_figure(section, measured, path)
-        files.append(path.name)
+        path = report.folder / f"{section.name}.png"
+        if by_task:
+            share_figure(by_task, section.title, path)
+        else:
+            line_figure(section, found, path)
+        report.files.append(path.name)
         parts.append(f"![{section.title}]({path.name})")
     if section.name == "figure2":
         overall: dict[str, dict[str, str]] = {}
@@ -108,66 +111,57 @@ def _section(section: Section, measured: Measurements, numbers: Table, folder: P
             if one["block"] == "all":
                 overall.setdefault(one["task"], {"": one["task"]})[one["expert"]] = f"{float(one['share']):.1%}"
         return [*parts, _markdown(list(overall.values()), 1)] if overall else parts
+    parts += [_markdown(_readable(section, found, numbers), 1), CAPTION]
     names = ("row", "column", "test_rows", "unparsed", "no_room", "left_out")
-    lost = [
-        {name: one[name] for name in names} for one in numbers if one["unparsed"] or one["no_room"] or one["left_out"]
-    ]
-    return [
-        *parts,
-        _markdown(_readable(section, measured, numbers), 1),
-        CAPTION,
-        *([LOST, _markdown(lost, 2)] if lost else []),
-    ]
+    lost = [{name: one[name] for name in names} for one in numbers if any(one[name] for name in names[3:])]
+    return [*parts, LOST, _markdown(lost, 2)] if lost else parts
 
 
-def _readable(section: Section, measured: Measurements, numbers: Table) -> Table:
+def _readable(section: Section, found: Results, numbers: Table) -> Table:
     """The section's table for readers, with the paper's numbers."""
     with_paper = {one["column"] for one in numbers if one["paper"] != ""}
     rows: dict[str, dict[str, Any]] = {}
-    for row in section.rows:
-        rows[row.label] = {"": row.label}
-        if section.name in WITH_PARAMETERS:
-            records = measured.records(row, section.columns[0])
-            for name, key in (("tunable, M", "tunable"), ("activated, M", "activated_mean")):
-                rows[row.label][name] = f"{records[0]['parameters'][key] / 1e6:.2f}" if records else NOTHING
-    by_label = {row.label: row for row in section.rows}
     for one in numbers:
-        column, cells = one["column"], rows[one["row"]]
-        summary = measured.summary(by_label[one["row"]], section, column)
-        cells[column] = NOTHING if summary is None else str(summary)
+        row, column = one["row"], one["column"]
+        cells = rows.setdefault(row, {"": row})
+        if section.name in WITH_PARAMETERS and len(cells) == 1:
+            for name, key in (("tunable, M", "tunable"), ("activated, M", "activated_mean")):
+                cells[name] = NOTHING if one[key] == "" else f"{one[key] / 1e6:.2f}"
+        of_cell = summary(found, row, *_averaged(section, column))
+        cells[column] = NOTHING if of_cell is None else str(of_cell)
         if column in with_paper:
-            cells[_paper_heading(section, column)] = NOTHING if one["paper"] == "" else f"{one['paper']:g}"
+            # The paper's average may be over other tasks.
+            over = f" ({len(published.tasks(section.name))} tasks)" if column == AVERAGE else ""
+            cells[f"{column}, paper{over}"] = NOTHING if one["paper"] == "" else f"{one['paper']:g}"
     return list(rows.values())
 
 
-def _numbers(section: Section, measured: Measurements) -> Table:
+def _numbers(section: Section, found: Results) -> Table:
     """The section's numbers for programs, one row per number."""
-    if section.name == "figure2":
-        return _share_numbers(section, measured)
-    comparison = section.comparison
-    has_average = len(section.columns) > 1 and comparison.average and not comparison.axis
-    return [
-        _number(section, row, column, measured)
-        for row in section.rows
-        for column in (*section.columns, *([AVERAGE] if has_average else []))
-    ]
+    has_average = len(section.columns) > 1 and section.comparison.average and not section.comparison.axis
+    columns = [*section.columns, AVERAGE] if has_average else section.columns
+    return [_number(section, row, column, found) for row in section.rows for column in columns]
 
 
-def _number(section: Section, row: Row, column: str, measured: Measurements) -> dict[str, Any]:
-    summary = measured.summary(row, section, column)
-    values = summary.values if summary else ()
-    records = [] if column == AVERAGE else measured.records(row, column)
+def _averaged(section: Section, column: str) -> tuple[str, ...]:
+    return section.columns if column == AVERAGE else (column,)
+
+
+def _number(section: Section, row: Row, column: str, found: Results) -> dict[str, Any]:
+    of_cell = summary(found, row.label, *_averaged(section, column))
+    values = of_cell.values if of_cell else ()
+    records = [record for record in found.get((row.label, column), ()) if record is not None]
     tests = [record["tests"][column] for record in records if column in record["tests"]]
     rates = sorted({record["full_training"]["learning_rate"] for record in records})
     parameters = records[0]["parameters"] if records else {}
-    paper = _paper(section, row, column)
+    paper = published.row(section.name, row.label).get("avg" if column == AVERAGE else column)
     return {
         "section": section.name,
         "row": row.label,
-        "method": row.variant.method,
+        "method": row.method,
         "x": "" if row.x is None else row.x,
         "column": column,
-        "median": round(summary.median, 3) if summary else "",
+        "median": round(of_cell.median, 3) if of_cell else "",
         "min": round(min(values), 3) if values else "",
         "max": round(max(values), 3) if values else "",
         "seeds": len(values),
@@ -182,54 +176,32 @@ def _number(section: Section, row: Row, column: str, measured: Measurements) -> 
     }
 
 
-def _share_numbers(section: Section, measured: Measurements) -> Table:
+def _share_numbers(found: Results) -> Table:
     """Figure 2's numbers by task, block and expert; those of block `all` are shares of all choices."""
-    found: list[tuple[Any, ...]] = []
-    for task, of_task in shares(section, measured).items():
-        for expert, (share, low, high) in zip(of_task.experts, of_task.overall, strict=True):
-            found.append((task, "all", expert, f"{share:.4f}", f"{low:.4f}", f"{high:.4f}", of_task.seeds))
-        for block, row in zip(of_task.blocks, of_task.by_block, strict=True):
-            for expert, share in zip(of_task.experts, row, strict=True):
-                found.append((task, block, expert, f"{share:.4f}", "", "", of_task.seeds))
+    rows: list[tuple[Any, ...]] = []
+    for task, of_task in shares(found).items():
+        for expert, overall in zip(of_task.experts, of_task.overall, strict=True):
+            rows.append((task, "all", expert, *(f"{share:.4f}" for share in overall), of_task.seeds))
+        for block, of_block in zip(of_task.blocks, of_task.by_block, strict=True):
+            for expert, share in zip(of_task.experts, of_block, strict=True):
+                rows.append((task, block, expert, f"{share:.4f}", "", "", of_task.seeds))
     names = ("task", "block", "expert", "share", "min", "max", "seeds")
-    return [dict(zip(names, one, strict=True)) for one in found]
-
-
-def _paper(section: Section, row: Row, column: str) -> float | None:
-    """The paper's number, or `None`."""
-    if section.name == "table7":
-        # Two rows without names; the text says that the second one is MiLoRA's.
-        pair = published.table7().get(row.label.partition(":")[0])
-        return None if pair is None else pair[row.variant.method == "milora"].get(column)
-    if section.name not in published.TABLES:
-        return None
-    return published.row(section.name, row.label).get("avg" if column == AVERAGE else column)
-
-
-def _paper_heading(section: Section, column: str) -> str:
-    """The heading of the paper's numbers; its average may be over other tasks."""
-    tasks = published.tasks(section.name) if column == AVERAGE else []
-    return f"{column}, paper ({len(tasks)} tasks)" if column == AVERAGE else f"{column}, paper"
-
-
-# -------------------------------------------------------------------------------- set-up
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _made_with(records: Sequence[Record]) -> Table:
     """The number of runs and their hours, by revision, machine and versions."""
-    runs: Counter[tuple[str, ...]] = Counter()
-    seconds: Counter[tuple[str, ...]] = Counter()
+    seconds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for record in records:
         environment = record["environment"]
         machine = (environment.get("gpu") or {}).get("name") or environment.get("processor")
-        libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        key = (str(record["revision"]), f"{machine}, {environment.get('threads')} threads", libraries)
-        runs[key] += 1
-        seconds[key] += record["seconds"]["total"]
-    names = ("revision", "machine", "versions")
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        key = (str(record["revision"]), f"{machine}, {environment.get('threads')} threads", versions)
+        seconds[key].append(record["seconds"]["total"])
     return [
-        {**dict(zip(names, key, strict=True)), "runs": count, "hours": f"{seconds[key] / 3600:.1f}"}
-        for key, count in runs.items()
+        {"revision": revision, "machine": machine, "versions": versions, "runs": len(times)}
+        | {"hours": f"{sum(times) / 3600:.1f}"}
+        for (revision, machine, versions), times in seconds.items()
     ]
 
 
@@ -241,8 +213,8 @@ def _data(records: Sequence[Record]) -> Table:
         for split in ("train", "dev", "test")
         for task, fingerprint in record["fingerprints"].get(split, {}).items()
     )
-    names = ("task", "split", "fingerprint")
-    return [{**dict(zip(names, key, strict=True)), "runs": runs} for key, runs in counts.items()]
+    names = ("task", "split", "fingerprint", "runs")
+    return [dict(zip(names, (*key, runs), strict=True)) for key, runs in counts.items()]
 
 
 def _budgets(grid: Grid, records: Sequence[Record]) -> Table:
@@ -251,12 +223,11 @@ def _budgets(grid: Grid, records: Sequence[Record]) -> Table:
     for name in METHODS:
         size = grid.size(name) or {}
         wanted = {**size, **grid.request.of_method(name)[0]}
-        found = [one for one in records if one["method"] == name and _has(one, wanted)]
-        if found:
-            counts = found[0]["parameters"]
+        counts = [one["parameters"] for one in records if one["method"] == name and _has(one, wanted)]
+        if counts:
             text = ", ".join(f"`{field}={value}`" for field, value in size.items()) or NOTHING
             shown = {"tunable": "tunable", "activated, mean": "activated_mean", "activated, most": "activated_max"}
-            numbers = {heading: f"{counts[key]:,}" for heading, key in shown.items()}
+            numbers = {heading: f"{counts[0][key]:,}" for heading, key in shown.items()}
             table.append({"": method(name).title, "size": text, **numbers})
     return table
 
@@ -292,9 +263,6 @@ def _failures(grid: Grid) -> Table:
     return [{"run": run.label, "error": grid.failed[run.key][-1]["error"]} for run in runs]
 
 
-# ------------------------------------------------------------------------------- writing
-
-
 def _markdown(rows: Table, left: int) -> str:
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows], left=left)
 
@@ -305,8 +273,3 @@ def _csv(rows: Table) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _write(folder: Path, name: str, text: str, files: list[str]) -> None:
-    write_text(folder / name, text)
-    files.append(name)

@@ -41,16 +41,10 @@ PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "logging_dir", "hu
 
 
 def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
-    """Trains and tests an adapter.
+    """Trains and tests an adapter. Returns the record without its `run` and `fingerprints`.
 
-    Args:
-        run: The run.
-        folder: Folder of checkpoints, adapter and predictions. An interrupted run resumes from its last checkpoint, or
-            with the remaining tests if the adapter is complete.
-        inputs: The sources of rows, and the judge.
-
-    Returns:
-        The record without its `run` and `fingerprints`.
+    `folder` holds checkpoints, adapter and predictions. An interrupted run resumes from its last checkpoint, or with
+    the remaining tests if the adapter is complete.
 
     Raises:
         UnfinishedRunError: If the judge cannot be reached. The folder keeps everything that the next call needs.
@@ -63,10 +57,9 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
     # The same backbone as in training: its revision, its dtype.
     model, tokenizer = load_for_training(data, training_arguments(run.training, folder, run.seed))
     model = load_adapter(model, folder)
-    tests = AdapterTests(run, model, tokenizer, folder / "predictions", inputs)
-    scores, shares = tests.test()
+    scores, shares = AdapterTests(run, model, tokenizer, folder / "predictions", inputs).test()
     device = str(model.device)
-    del model, tests
+    del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -104,11 +97,7 @@ def revision() -> str | None:
 
 
 def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, resume: bool = False) -> Any:
-    """The arguments of a run's training.
-
-    Raises:
-        MiLoraError: If a value is invalid.
-    """
+    """The arguments of a run's training. An invalid value raises a [`MiLoraError`]."""
     own = {"output_dir": str(folder), "seed": seed, "resume_from_checkpoint": "last" if resume else None}
     try:
         return TrainingArguments(**{**ALWAYS, **settings, **own})
@@ -118,19 +107,10 @@ def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, 
 
 
 def check_training(grid: Grid) -> None:
-    """Creates the training arguments of all runs once, so an invalid value raises before the first run.
-
-    Raises:
-        MiLoraError: If a value is invalid.
-    """
-    for cell in grid.cells():
-        for run in (grid.asked(cell, {}), *(run for _, run in grid.tries(cell))):
-            _arguments_once(canonical(run.training))
-
-
-@cache
-def _arguments_once(training: str) -> None:
-    training_arguments(json.loads(training), Path("out"), 0)
+    """Creates the training arguments of all runs once, so an invalid value raises before the first run."""
+    runs = [run for cell in grid.cells() for run in (grid.asked(cell, {}), *(run for _, run in grid.tries(cell)))]
+    for settings in {canonical(run.training): run.training for run in runs}.values():
+        training_arguments(settings, Path("out"), 0)
 
 
 def _train(run: Run, data: DataArguments, folder: Path) -> Record:

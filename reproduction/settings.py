@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -23,10 +24,6 @@ TABLE_4 = "table4"
 """A section without runs: it is measured."""
 
 
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
 def _named(kind: str, name: str, names: Iterable[str]) -> str:
     names = list(names)
     if name not in names:
@@ -40,11 +37,16 @@ def _section(name: Any) -> str:
     return f"table{short}" if short.isdigit() else short if short in (*paper_sections(), TABLE_4) else str(name)
 
 
+T = TypeVar("T")
+Several = Annotated[
+    tuple[T, ...], BeforeValidator(lambda given: given if isinstance(given, list | tuple) else (given,))
+]
+"""A list, or one of its items."""
+
+SectionName = Annotated[str, BeforeValidator(_section)]
 TaskName = Annotated[str, AfterValidator(lambda name: _named("task", name, registry.names()))]
 MethodName = Annotated[str, AfterValidator(lambda name: _named("method", name, METHODS))]
-Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_as_list)]
-Seeds = Annotated[tuple[Natural, ...], BeforeValidator(_as_list), Field(min_length=1)]
-Tried = Annotated[tuple[Any, ...], BeforeValidator(_as_list), Field(min_length=1)]
+AtLeastOne = Field(min_length=1)
 
 
 class Strict(BaseModel):
@@ -64,9 +66,9 @@ class Evaluation(Strict):
 class Limit(Strict):
     """Overrides for one section: its tasks, its seeds, the points of its axis."""
 
-    tasks: Tasks = ()
-    seeds: Annotated[tuple[Natural, ...], BeforeValidator(_as_list)] = ()
-    values: Annotated[tuple[float, ...], BeforeValidator(_as_list)] = ()
+    tasks: Several[TaskName] = ()
+    seeds: Several[Natural] = ()
+    values: Several[float] = ()
 
 
 class ComparisonRow(BaseModel):
@@ -85,11 +87,6 @@ class ComparisonRow(BaseModel):
     x: float | None = None
     backbone: str = ""
 
-    @property
-    def overrides(self) -> Settings:
-        """The fields that the row sets."""
-        return dict(self.model_extra or {})
-
 
 class Comparison(Strict):
     """A table or figure.
@@ -104,9 +101,9 @@ class Comparison(Strict):
         tune_each_row: Whether to tune every row separately. By default a row uses the values tuned for its method.
     """
 
-    rows: dict[str, ComparisonRow] = Field(min_length=1)
+    rows: Annotated[dict[str, ComparisonRow], AtLeastOne]
     title: str = ""
-    tasks: Tasks = ()
+    tasks: Several[TaskName] = ()
     average: bool = True
     axis: str = ""
     marked: float | None = None
@@ -123,19 +120,19 @@ def paper_sections() -> dict[str, Comparison]:
 class Request(Strict):
     """The settings of a reproduction. `reproduction/README.md` describes each field."""
 
-    sections: Annotated[tuple[Annotated[str, BeforeValidator(_section)], ...], BeforeValidator(_as_list)] = ()
+    sections: Several[SectionName] = ()
     backbone: str = "tiny"
     other_backbones: dict[str, str] = {}
-    tasks: Tasks = ()
-    seeds: Seeds = (0, 1, 2, 3, 4)
-    only_methods: Annotated[tuple[MethodName, ...], BeforeValidator(_as_list)] = ()
-    data_dir: str | None = None
+    tasks: Several[TaskName] = ()
+    seeds: Annotated[Several[Natural], AtLeastOne] = (0, 1, 2, 3, 4)
+    only_methods: Several[MethodName] = ()
+    data_dir: str | None = Field(default_factory=lambda: os.environ.get("MILORA_DATA_DIR") or None)
     budget: Literal["milora", "paper"] | Positive = "milora"
     training: Settings = {}
     data: Settings = {}
     evaluation: Evaluation = Evaluation()
     methods: dict[MethodName, Settings] = {}
-    tune: dict[str, Tried] = {}
+    tune: dict[str, Annotated[Several[Any], AtLeastOne]] = {}
     limits: dict[str, Limit] = {}
     comparisons: dict[str, Comparison] = {}
     threads: Positive | None = None
@@ -148,14 +145,9 @@ class Request(Strict):
             _named("section", name, (*self.all_comparisons(), TABLE_4))
         if taken := {*paper_sections(), TABLE_4} & set(self.comparisons):
             raise ValueError(f"comparisons: {min(taken)} is a section of the paper; give the table another name")
-        self._check_names()
-        return self
-
-    def _check_names(self) -> None:
-        """Rejects fields that neither training nor the method's configuration has."""
         for name in (*self.training, *self.tune):
             _named("field of training", name, sorted(training_defaults()))
-        rows = [(row.method, row.overrides) for one in self.comparisons.values() for row in one.rows.values()]
+        rows = [(row.method, row.model_extra or {}) for one in self.comparisons.values() for row in one.rows.values()]
         for method, overrides in (*self.methods.items(), *rows):
             for name, value in overrides.items():
                 if name in config_fields(method):
@@ -163,6 +155,7 @@ class Request(Strict):
                 _named(f"field of {method} or of training", name, sorted(training_defaults()))
                 if isinstance(value, list | tuple) and name not in self.tune:
                     raise ValueError(f"{method}: {name} is a list of values to try; add it to tune as well")
+        return self
 
     def all_comparisons(self) -> dict[str, Comparison]:
         """The paper's sections and those of the request."""

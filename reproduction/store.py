@@ -14,6 +14,7 @@ from filelock import FileLock
 from milora.methods import METHODS
 from milora.records import append_record, drop_half_line, read_records
 from milora_core.errors import MiLoraError
+from milora_core.files import writing
 from reproduction.budgets import SIZES
 from reproduction.settings import training_defaults
 
@@ -35,11 +36,7 @@ Record = dict[str, Any]
 
 
 class Store:
-    """The results in a folder.
-
-    Raises:
-        MiLoraError: If the folder is a file.
-    """
+    """The results in a folder, which must not be a file."""
 
     def __init__(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
@@ -49,16 +46,10 @@ class Store:
         self.working = folder / WORKING_FOLDER
 
     def prepare(self) -> None:
-        """Creates the folders. Git ignores the working folder.
-
-        Raises:
-            MiLoraError: If they cannot be created.
-        """
-        try:
+        """Creates the folders. Git ignores the working folder."""
+        with writing(self.working):
             (self.working / "locks").mkdir(parents=True, exist_ok=True)
             (self.working / ".gitignore").write_text("*\n", encoding="utf-8")
-        except OSError as error:
-            raise MiLoraError(f"{self.working} cannot be written to: {error.strerror}.") from error
 
     def lock(self, name: str) -> FileLock:
         """A lock between processes. The system releases it when the process dies."""
@@ -73,21 +64,11 @@ class Store:
         return [record for _, record in read_records(self.path)] if self.path.exists() else []
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a record as one line.
-
-        Raises:
-            MiLoraError: If it cannot be written. Earlier records are kept.
-        """
+        """Adds a record as one line. Earlier records are kept if it cannot be written."""
         # Locked, because only one process at a time may remove an incomplete line.
-        with self.lock("results"):
-            try:
-                drop_half_line(self.path)
-                append_record(self.path, record)
-            except OSError as error:
-                raise MiLoraError(
-                    f"{self.path} cannot be written to: {error.strerror}. The results in it are kept; make room and "
-                    "give the same command again."
-                ) from error
+        with self.lock("results"), writing(self.path, ". The results in it are kept; give the same command again."):
+            drop_half_line(self.path)
+            append_record(self.path, record)
 
 
 def key_of(run: Mapping[str, Any]) -> str:
@@ -129,8 +110,5 @@ def _full_settings(method: str, settings: str) -> Record:
     size = {SIZES[method].field: SIZES[method].paper} if method in SIZES else {}
     needed = {"total_step": 1000} if method == "adalora" else {}
     made = vars(config(**{**needed, **size, **json.loads(settings)}))
-    return {one.name: made[one.name] for one in fields(config) if one.init and _is_plain(made[one.name])}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list | tuple)
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return {one.name: made[one.name] for one in fields(config) if one.init and isinstance(made[one.name], plain)}

@@ -25,15 +25,10 @@ METHODS = ("base", "dora-cached", "moelora", "milora")
 TITLES = {"base": "the backbone alone", "dora-cached": "DoRA (cached)"}
 
 
-def table4(folder: Path, say: Callable[[str], None] = lambda _: None, *, measure: bool = True) -> list[dict[str, Any]]:
-    """The rows of Table 4. They are measured if `table4.json` is not in the folder.
+def table4(folder: Path, say: Callable[[str], None] = lambda _: None, measure: bool = True) -> list[dict[str, Any]]:
+    """The rows of Table 4. They are measured if `table4.json` is not in the folder and `measure` is true.
 
     Older files may contain disturbed rounds; their numbers are left out.
-
-    Args:
-        folder: The report's folder.
-        say: Receives progress messages.
-        measure: Whether to measure if the file is missing.
 
     Raises:
         MiLoraError: If the file is missing and `measure` is false, or it cannot be read.

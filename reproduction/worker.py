@@ -6,9 +6,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import Timeout
 
@@ -21,26 +21,28 @@ from reproduction.run import execute, revision
 from reproduction.store import FAILED, Record, Store, key_of
 
 Execute = Callable[[Run, Path, Inputs], Record]
-Say = Callable[[str], None]
 
 WAIT = 2.0
 """Seconds between checks of runs that other processes are making."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The numbers of runs with a result, of runs that failed in this call, and of remaining runs."""
+class Progress(NamedTuple):
+    """The numbers of runs with a result, and of runs that failed in this call."""
 
     finished: int
     failed: int
-    left: int
 
 
 class Worker:
     """One process that works on a grid: makes runs with `execute` and reports each result as a line to `say`."""
 
     def __init__(
-        self, grid: Grid, store: Store, inputs: Inputs, execute: Execute = execute, say: Say = lambda _: None
+        self,
+        grid: Grid,
+        store: Store,
+        inputs: Inputs,
+        execute: Execute = execute,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._grid = grid
         self._store = store
@@ -49,8 +51,7 @@ class Worker:
         self._say = say
         # A run that failed before this call is tried again. A run that fails now, in any process, is not.
         self._failures_before = self._failures(store.read())
-        self._impossible: set[str] = set()
-        self._progress = Progress(0, 0, 0)
+        self._progress = Progress(0, 0)
 
     def work(self) -> Progress:
         """Makes every run without a result, and waits for runs that other processes are making.
@@ -62,39 +63,35 @@ class Worker:
         """
         self._store.prepare()
         is_told = False
-        while True:
-            made = False
-            for run in self._look():
-                made = self._try(run) or made
-            left = self._look()
-            if not left:
-                return self._progress
-            if not made:
+        while left := self._left():
+            made = [self._try(run) for run in left]
+            if not any(made) and (left := self._left()):
                 if not is_told:
                     self._say(f"Waiting for {len(left)} runs that other processes are making.")
                 is_told = True
                 time.sleep(WAIT)
+        return self._progress
 
-    def _look(self) -> list[Run]:
+    def _left(self) -> list[Run]:
         """Reads the results and returns the runs to make."""
         records = self._store.read()
         failed = self._failures(records) - self._failures_before
         # Do not wait for failed runs, nor for runs whose inputs are missing.
-        self._grid.see(records, lambda key: key not in failed and key not in self._impossible)
-        possible = [(run, self._inputs.possible(run)) for run in self._grid.runs()]
-        impossible = {run.key for run, found in possible if found is None and not self._grid.answers(run)}
-        if impossible - self._impossible:
-            self._impossible |= impossible
-            return self._look()
-        runs = [found or run for run, found in possible]
-        not_made = [run for run in runs if not self._is_done(run)]
-        left = [run for run in not_made if run.key not in failed and run.key not in self._impossible]
-        finished = len(runs) - len(not_made)
-        self._progress = Progress(finished, sum(run.key in failed for run in not_made), len(left))
+        self._grid.see(records, lambda run: run.key not in failed and self._inputs.possible(run) is not None)
+        finished, failed_now, left = 0, 0, []
+        for run in self._grid.runs():
+            possible = self._inputs.possible(run)
+            if self._is_done(possible or run):
+                finished += 1
+            elif run.key in failed:
+                failed_now += 1
+            elif possible is not None:
+                left.append(possible)
+        self._progress = Progress(finished, failed_now)
         return left
 
     def _is_done(self, run: Run) -> bool:
-        """Whether a record answers a run and was made with the current rows and backbone."""
+        """Whether a record answers a run and was made with the current rows and backbone, if there are any."""
         answers = self._grid.answers(run)
         if not answers or self._inputs.possible(run) is None:
             return bool(answers)
@@ -112,7 +109,7 @@ class Worker:
         try:
             with self._store.lock(digest).acquire(blocking=False):
                 # Another process may have made the run since the list was read.
-                if any(one.key == run.key for one in self._look()):
+                if any(one.key == run.key for one in self._left()):
                     self._make(run, digest)
         except Timeout:
             return False

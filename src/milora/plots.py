@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from milora_core.errors import MiLoraError, importing
 from milora_core.files import whole_file
 from milora_core.routing import Route
@@ -50,7 +48,10 @@ def route_heat_map(routes: Route | Mapping[str, Route], path: str | Path, title:
         if label:
             axes.set_title(f"{label} ({_count(route)})", fontsize=9)
         if with_values:
-            _write_values(axes, route, share)
+            one = len(route) == 1
+            numbers = (route.probabilities[:, 0].cpu() if one else share).tolist()
+            texts = [[f"{number:.2f}" if one else f"{number:.0%}" for number in of_block] for of_block in numbers]
+            write_cells(axes, texts, share.tolist())
     bar = figure.colorbar(
         image, ax=list(drawn), ticks=[0, 0.25, 0.5, 0.75, 1], format="{x:g}", aspect=max(15, 2 * len(blocks))
     )
@@ -140,13 +141,10 @@ def label_cells(axes: Any, experts: Sequence[str], blocks: Sequence[str] | None)
     axes.set_ylabel("block", fontsize=9)
 
 
-def _write_values(axes: Any, route: Route, share: Tensor) -> None:
-    """The share in each cell, or the probability for a single prompt."""
-    one = len(route) == 1
-    numbers = (route.probabilities[:, 0].cpu() if one else share).tolist()
-    for row, (of_block, shares) in enumerate(zip(numbers, share.tolist(), strict=True)):
-        for column, (number, shade) in enumerate(zip(of_block, shares, strict=True)):
-            text = f"{number:.2f}" if one else f"{number:.0%}"
+def write_cells(axes: Any, texts: Sequence[Sequence[str]], shares: Sequence[Sequence[float]]) -> None:
+    """Writes a text in each cell of a heat map, readable on the colour of the cell's share."""
+    for row, (of_block, shades) in enumerate(zip(texts, shares, strict=True)):
+        for column, (text, shade) in enumerate(zip(of_block, shades, strict=True)):
             color = "white" if shade > 0.6 else "0.1" if shade > 0 else "0.6"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 

@@ -13,7 +13,7 @@ from support.grids import grid, record
 from reproduction import figures
 from reproduction.figures import line_figure, share_figure
 from reproduction.grid import Grid
-from reproduction.measurements import Measurements, shares
+from reproduction.measurements import Results, results, shares
 
 Accuracies = Mapping[tuple[str, str, float], Sequence[float]]
 """Accuracies of each seed by method, task and position on the axis."""
@@ -27,10 +27,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def measured(of: Grid, setting: str, accuracies: Accuracies) -> Measurements:
+def measured(of: Grid, setting: str, accuracies: Accuracies) -> Results:
     found = [(run, accuracies.get((run.method, run.tasks[0], run.settings[setting]))) for run in of.runs()]
     of.see([record(run, values[run.seed]) for run, values in found if values is not None])
-    return Measurements(of)
+    return results(of, of.sections[0])
 
 
 def lines(axes: Any) -> dict[str, tuple[list[float], Any]]:
@@ -108,7 +108,7 @@ def test_shares_of_all_choices_above_and_of_prompts_by_block_below(drawn: list[A
         of_task = {"experts": ["self_attn.q_proj", "mlp.up_proj"], "blocks": [0, 3], "share": share[task, run.seed]}
         found.append(record(run, expert_shares={task: of_task}))
     of.see(found)
-    share_figure(shares(of.sections[0], Measurements(of)), "Shares", tmp_path / "2.png")
+    share_figure(shares(results(of, of.sections[0])), "Shares", tmp_path / "2.png")
     bars, boolq, piqa, _ = drawn[0].axes
     # Of two blocks' choices, the first expert had 1.5 and 0.8 with the two seeds; the second had the rest.
     first, second = ([bar.get_height() for bar in one.patches] for one in bars.containers if hasattr(one, "patches"))

@@ -132,7 +132,7 @@ def test_tries_come_first_and_the_best_is_used_for_all_seeds() -> None:
     made = [record(run, dev_perplexity=perplexity[run.training["learning_rate"]]) for run in tries]
     of.see(made[:2], ALWAYS)
     assert len(runs(of)) == 3, "a try may still come"
-    assert len(of.waiting()) == 1 + 4 * 2
+    assert sum(one["state"] == "after tuning" for one in of.plan()) == 1 + 4 * 2
     # The third try has failed for now (no record), or has diverged.
     for records in (made[:2], made):
         of.see(records)
@@ -140,7 +140,7 @@ def test_tries_come_first_and_the_best_is_used_for_all_seeds() -> None:
         # The second seed, and four other coefficients with two seeds. A try is the first seed's run.
         assert len(after) == 3 + 1 + 4 * 2
         assert {run.training["learning_rate"] for run in after[3:]} == {2}
-        assert not of.waiting()
+        assert not [one for one in of.plan() if one["state"] == "after tuning"]
 
 
 def test_rows_that_are_tuned_one_by_one_and_values_that_a_method_fixes() -> None:

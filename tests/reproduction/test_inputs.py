@@ -115,5 +115,6 @@ def test_revisions_come_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.
 def test_a_configuration_without_the_network() -> None:
     assert backbone_config("tiny", network=False).num_hidden_layers == 4
     assert backbone_config("llama-2-7b", network=False).num_hidden_layers == 32
+    assert backbone_config("nobody/has-this", network=False) is None
     with pytest.raises(MiLoraError, match="cannot be loaded"):
-        backbone_config("nobody/has-this", network=False)
+        backbone_config("nobody/has this", network=True)

@@ -46,7 +46,7 @@ def work_slowly(folder: Path, name: str) -> None:
         return record(run)
 
     done = work(shared_grid(), folder, execute)
-    (folder / name).write_text(f"{done.finished} {done.failed} {done.left}")
+    (folder / name).write_text(f"{done.finished} {done.failed}")
 
 
 def lines(path: Path) -> list[str]:
@@ -58,7 +58,7 @@ def test_everything_is_run_once(tmp_path: Path) -> None:
     of = grid(sections=["table1", "table2"], only_methods=["lora", "milora"], tune={"learning_rate": [1, 2]})
     done = work(of, tmp_path, say=said.append)
     # Three task sets (two tasks and both), each with two tries and seed 1; one of the tries is seed 0's run.
-    assert done == Progress(2 * 3 * 3, 0, 0)
+    assert done == Progress(2 * 3 * 3, 0)
     assert len(Store(tmp_path).read()) == len(said) == 18
     assert work(of, tmp_path, lambda *_: pytest.fail("run again")) == done
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_run_is_left_out_and_the_rest_is_made(tmp_path: Path) -> 
     of = grid(sections=["table2"], only_methods=["lora"], tune={"learning_rate": [1, 2]})
     inputs = EverythingAtHand(of.request, {"bundled-extraction": "no such folder"})
     done = Worker(of, Store(tmp_path), inputs, instantly).work()
-    assert done == Progress(3, 0, 0)
+    assert done == Progress(3, 0)
     assert {tuple(one["tasks"]) for one in Store(tmp_path).read()} == {("bundled-choice",)}
 
 
@@ -95,13 +95,13 @@ def test_a_failure_is_recorded_stops_nothing_and_is_tried_again_by_the_next_call
             raise RuntimeError("it\nbroke")
         return record(run)
 
-    assert work(of, tmp_path, fails_for_lora) == Progress(4, 4, 0)
+    assert work(of, tmp_path, fails_for_lora) == Progress(4, 4)
     assert len(calls) == 8, "each once"
     failed = [one for one in Store(tmp_path).read() if one["status"] == "failed"]
     assert {one["error"] for one in failed} == {"RuntimeError: it broke"}
-    assert work(of, tmp_path) == Progress(8, 0, 0)
+    assert work(of, tmp_path) == Progress(8, 0)
     tuned = grid(sections=["table1"], only_methods=["lora"], tune={"learning_rate": [1, 2]})
-    assert work(tuned, tmp_path, fails_for_lora) == Progress(0, 4, 0), "where all tries fail the grid ends"
+    assert work(tuned, tmp_path, fails_for_lora) == Progress(0, 4), "where all tries fail the grid ends"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), OSError(errno.ENOSPC, "No space left on device")])
@@ -147,7 +147,7 @@ def test_two_processes_share_a_grid(tmp_path: Path) -> None:
         one.start()
     for one in processes:
         one.join(timeout=180)
-    assert [(tmp_path / name).read_text() for name in "ab"] == [f"{RUNS} 0 0"] * 2
+    assert [(tmp_path / name).read_text() for name in "ab"] == [f"{RUNS} 0"] * 2
     started = lines(tmp_path / "started")
     assert len(started) == len(set(started)) == RUNS
 
@@ -211,7 +211,7 @@ def test_a_full_disk_or_half_a_line_loses_no_other_line(tmp_path: Path, monkeypa
     write = os.write
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
-        with pytest.raises(MiLoraError, match=r"results\.jsonl cannot be written to: No space left.*are kept"):
+        with pytest.raises(MiLoraError, match=r"results\.jsonl cannot be written: No space left.*are kept"):
             store.append({"run": "b"})
     with store.path.open("a") as file:
         file.write('{"run": "half of')

@@ -32,7 +32,7 @@ class EverythingAtHand(Inputs):
 
 def grid(records: Any = (), **settings: Any) -> Grid:
     """A grid with the paper's settings, with two tasks and two seeds by default."""
-    values = {"tasks": TASKS, "seeds": (0, 1), "budget": "paper", **settings}
+    values = {"tasks": TASKS, "seeds": (0, 1), "budget": "paper", "data_dir": None, **settings}
     return Grid(read_request(None, values), records, lambda backbone: shape_config("tiny"))
 
 
