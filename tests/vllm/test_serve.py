@@ -20,7 +20,17 @@ import httpx
 import openai
 import pytest
 import torch
-from tenants import PLAIN, Job, expect, random_tokens
+from support.reference import random_adapter
+from tenants import (
+    PLAIN,
+    SETTINGS,
+    Job,
+    adapter_config,
+    expect,
+    make_backbone,
+    random_tokens,
+    write_adapter,
+)
 
 SECONDS_TO_START = 240
 SERVED = ["attention", "window", "late", "late_mean", PLAIN]
@@ -70,7 +80,7 @@ def modules(folder: Path) -> list[str]:
 
 
 def client_of(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def ask(client: openai.OpenAI, job: Job, stream: bool = False, **extra: Any) -> str:
@@ -154,6 +164,34 @@ def test_many_clients_at_once_streamed_and_not(llama: Path) -> None:
         with pytest.raises(openai.BadRequestError, match="milora_prompt_tokens"):
             ask(client, jobs[0], vllm_xargs={"milora_prompt_tokens": 99})
         check_all(address, jobs)
+
+
+def test_200_requests_of_20_tenants_that_arrive_one_after_the_other(llama: Path) -> None:
+    # More tenants than slots, so adapters are evicted and loaded again while requests run.
+    backbone = make_backbone("llama")
+    tenants = []
+    for number in range(20):
+        settings = list(SETTINGS.values())[number % len(SETTINGS)]
+        config = adapter_config(llama, **settings)
+        tenants.append(f"tenant{number}")
+        write_adapter(llama / tenants[-1], config, random_adapter(backbone, "model.layers", config, 200 + number))
+    generator = torch.Generator().manual_seed(23)
+    lengths = torch.randint(5, 140, (200,), generator=generator).tolist()
+    jobs = [Job(tenants[i % 20], random_tokens(length, generator), tokens=8) for i, length in enumerate(lengths)]
+    expect(llama, jobs)
+    starts = torch.rand(200, generator=generator).mul(10).tolist()
+
+    with serve(llama, "--lora-modules", *(f"{name}={llama / name}" for name in tenants)) as address:
+        client = client_of(address)
+
+        def run(number: int) -> str:
+            time.sleep(starts[number])
+            return ask(client, jobs[number], stream=number % 2 == 0)
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            texts = list(pool.map(run, range(len(jobs))))
+
+    assert [text.split() for text in texts] == [text_of(job.expected) for job in jobs]
 
 
 def test_tensor_parallel(llama: Path) -> None:
