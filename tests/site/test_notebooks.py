@@ -1,4 +1,4 @@
-"""The documentation's notebooks run as they are, and are committed with their outputs."""
+"""The documentation's notebooks run unchanged, and contain their outputs."""
 
 from __future__ import annotations
 

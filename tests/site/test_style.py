@@ -1,4 +1,4 @@
-"""Documentation, docstrings, comments and messages avoid phrases that readers stumble over."""
+"""Documentation, docstrings, comments and messages avoid phrases that are hard to read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ INSTEAD = {
     r"\bnothing but\b": "only",
     r"\banew\b": "again, from scratch",
 }
-"""What we do not write -> what to write instead."""
+"""Phrases that we avoid, and the replacements."""
 
 
 def _documents() -> Iterator[tuple[str, str]]:

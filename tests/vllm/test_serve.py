@@ -1,4 +1,4 @@
-"""`vllm serve` in a process of its own, and the `openai` client."""
+"""`vllm serve` in a separate process, used through the `openai` client."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SERVED = ["attention", "window", "late", "late_mean", PLAIN]
 
 @contextmanager
 def serve(folder: Path, *options: str, **environment: str) -> Iterator[str]:
-    """`vllm serve` of a folder's backbone; its address."""
+    """Runs `vllm serve` on a folder's backbone and returns its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,7 +84,7 @@ def client_of(address: str) -> openai.OpenAI:
 
 
 def ask(client: openai.OpenAI, job: Job, stream: bool = False, **extra: Any) -> str:
-    """The text that continues a prompt."""
+    """The text that follows a prompt."""
     arguments: dict[str, Any] = {
         "model": job.adapter or "backbone",
         "prompt": job.prompt,
@@ -129,7 +129,7 @@ def test_many_clients_at_once_streamed_and_not(llama: Path) -> None:
         for _ in range(2):
             check_all(address, jobs)
 
-        # Adapters that come and go.
+        # Loading and unloading an adapter.
         job = Job("mean", jobs[1].prompt)
         expect(llama, [job])
         body = {"lora_name": "mean", "lora_path": str(llama / "mean")}
@@ -143,7 +143,7 @@ def test_many_clients_at_once_streamed_and_not(llama: Path) -> None:
         with pytest.raises(openai.NotFoundError):
             ask(client, job)
 
-        # Found by its name, in the resolver's folder.
+        # The resolver finds the adapter by name in its folder.
         found = Job("max", jobs[2].prompt)
         expect(llama, [found])
         found.adapter = "found"
@@ -159,7 +159,7 @@ def test_many_clients_at_once_streamed_and_not(llama: Path) -> None:
         assert refused.status_code >= 400
         assert "use_dora" in refused.text
 
-        # Beams, and what fails one request only.
+        # Beam search, and an error that fails only its own request.
         assert len(ask(client, jobs[0], use_beam_search=True, n=2).split()) == jobs[0].tokens
         with pytest.raises(openai.BadRequestError, match="milora_prompt_tokens"):
             ask(client, jobs[0], vllm_xargs={"milora_prompt_tokens": 99})
@@ -197,7 +197,7 @@ def test_200_requests_of_20_tenants_that_arrive_one_after_the_other(llama: Path)
 def test_tensor_parallel(llama: Path) -> None:
     jobs = make_jobs(22)
     expect(llama, jobs)
-    # vLLM binds a worker to the processors of a NUMA node of its own, of which a machine may have one.
+    # vLLM binds each worker to its own NUMA node, but the machine may have only one.
     with serve(llama, "--tensor-parallel-size", "2", *modules(llama), VLLM_CPU_OMP_THREADS_BIND="nobind") as address:
         for _ in range(2):
             check_all(address, jobs)

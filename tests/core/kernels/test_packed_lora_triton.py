@@ -1,4 +1,4 @@
-"""The LoRA of packed passes in Triton against the formula, a token at a time: in the interpreter, and on a GPU."""
+"""The LoRA of packed passes in Triton against the formula, token by token: in the interpreter, and on a GPU."""
 
 import os
 import subprocess
@@ -19,11 +19,11 @@ SCALING = 0.5
 COLUMNS = 3
 
 SPANS = [(9, 1), (0, 1), (1, 1), (44, 2), (10, 34), (3, 1), (4, 1), (47, 33), (5, 1), (2, 1)]
-"""First token and number of tokens of each row: some fill a block of a chunk, two take two blocks."""
+"""First token and number of tokens of each row: some rows fill one block of a chunk, two need two blocks."""
 ADAPTERS = [0, 0, 1, 2, 3, 3, 4, 5, 6, 2]
 """Number 6 has no adapter."""
 TOKENS = 90
-"""Tokens 6 to 8, 46 and from 80 on have no adapter."""
+"""Tokens 6 to 8, token 46, and all tokens from 80 on have no adapter."""
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or not has_triton(), reason="needs a GPU and Triton")
@@ -32,7 +32,7 @@ Weights = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class Case:
-    """Random weights of adapters in three modules, each adapter with a part in two or three of them."""
+    """Random weights of adapters in three modules; each adapter adapts two or three of them."""
 
     def __init__(self, dtype: torch.dtype, device: str, sizes: tuple[int, int], *, has_bias: bool, seed: int) -> None:
         from milora_core.kernels.packed_lora_triton import PackedModule
@@ -77,7 +77,7 @@ class Case:
         return y
 
     def idle(self, column: int) -> list[int]:
-        """Tokens that no adapter changes in a module."""
+        """Tokens that no adapter changes in this module."""
         changed = {
             token
             for row, ((first, count), number) in enumerate(zip(SPANS, ADAPTERS, strict=True))
@@ -132,7 +132,7 @@ def test_on_a_gpu(weights: torch.dtype, inputs: torch.dtype, has_bias: bool, siz
 
 @pytest.mark.interpreted
 def test_gates_may_change_between_modules() -> None:
-    """A router writes its decision after the pass was prepared."""
+    """The router's decision is written after the pass is prepared."""
     from milora_core.kernels.packed_lora_triton import PackedLora
 
     case = Case(torch.float32, "cpu", (40, 72), has_bias=False, seed=5)
@@ -156,7 +156,7 @@ def test_weights_without_a_gate_are_not_read() -> None:
     rows = [row for row, number in enumerate(ADAPTERS) if number in (1, 5)]  # A single token, and a chunk.
     case.gates[rows] = 0
     for module in case.modules:
-        module.table[[1, 5], :2] = 16  # Nothing lies at this address: reading it ends the process.
+        module.table[[1, 5], :2] = 16  # Nothing is mapped at this address: reading it would end the process.
     packed = PackedLora(SPANS, ADAPTERS, case.gates, max(RANKS))
     for module in case.modules:
         x, result = (case.random(TOKENS, size) for size in case.sizes)
@@ -203,7 +203,7 @@ def test_weights_and_tensors_that_do_not_fit_are_left_to_others() -> None:
 
 
 class Launches:
-    """Stands in for a kernel and keeps the arguments of its launches."""
+    """A fake kernel that records the arguments of its launches."""
 
     def __init__(self) -> None:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -238,7 +238,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, torch.d
 @needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="nothing is compiled in the interpreter")
 def test_one_variant_for_single_tokens_and_one_for_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Triton's own key of a kernel's variants, for a GPU that need not be there."""
+    """Computes Triton's own key for kernel variants, so no GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -263,7 +263,7 @@ def test_one_variant_for_single_tokens_and_one_for_chunks(monkeypatch: pytest.Mo
 def test_the_kernels_compile_for_a_gpu(
     weights: torch.dtype, inputs: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To PTX for an H100, which Triton writes without one, and to machine code by the assembler beside it."""
+    """To PTX for an H100, which Triton can write without one, and to machine code with Triton's assembler."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -282,7 +282,7 @@ def test_the_kernels_compile_for_a_gpu(
             _, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
             compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target)
             assert compiled.asm["cubin"]
-            # Weights are loaded 16 bytes at a time: only the result of single tokens is loaded one by one.
+            # Weights are loaded 16 bytes at a time; only the results of single tokens are loaded one by one.
             assert compiled.asm["ptx"].count("ld.global.b16") <= 1
 
 
@@ -290,7 +290,7 @@ def test_the_kernels_compile_for_a_gpu(
 @needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="this is the process that interprets Triton")
 def test_in_tritons_interpreter() -> None:
-    """The tests above in a process of their own: the interpreter is chosen when a kernel is defined."""
+    """Runs the tests above in another process, because the interpreter is chosen when a kernel is defined."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "interpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -34,7 +34,7 @@ def requests_for(folders: dict[str, Path], longest: int, tokens: int, each: int)
 
 
 def texts_and_routes(folders: dict[str, Path], requests: list[Any], device: str = "cpu") -> list[Any]:
-    """All requests at once, in steps of 24 tokens: chunks of prompts beside single tokens of other requests."""
+    """Sends all requests at once, in steps of 24 tokens that mix chunks of prompts with single tokens."""
     with engine_on("llama", folders, device, step_tokens=24, most_texts=6) as engine:
         answers = [read(generation) for generation in [engine.submit(request) for request in requests]]
     return [(answer.tokens, answer.events[-1].route) for answer in answers]
@@ -52,7 +52,7 @@ def assert_equal(found: list[Any], expected: list[Any], requests: list[Any]) -> 
 
 @contextmanager
 def without_reading() -> Iterator[None]:
-    """Inside, reading a tensor on the host fails, which on a GPU would wait for it."""
+    """Inside, reading a tensor on the host fails, because that would wait for a GPU."""
 
     def refuse(self: torch.Tensor, *args: Any) -> Any:
         raise AssertionError("The host reads a tensor.")
@@ -64,7 +64,7 @@ def without_reading() -> Iterator[None]:
 
 
 def only_the_kernel(monkeypatch: pytest.MonkeyPatch, guard: Callable[[], Any]) -> None:
-    """Fails if torch's operators compute an adapter, or if a router's decision is read while the pass runs."""
+    """Fails if torch's operators compute an adapter, or if a router's decision is read during the pass."""
 
     def never(*args: Any) -> None:
         raise AssertionError("Torch's operators add an adapter.")
@@ -93,7 +93,7 @@ def test_interpreted_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_triton() or is_interpreted(), reason="needs Triton; this is the process that interprets it")
 def test_in_tritons_interpreter() -> None:
-    """The test above in a process of its own: the interpreter is chosen when a kernel is defined."""
+    """Runs the test above in another process, because the interpreter is chosen when a kernel is defined."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "interpreted"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
