@@ -17,16 +17,17 @@ def mcnemar(a: str, b: str) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def bootstrap(a: Sequence[str], b: Sequence[str], samples: int = SAMPLES) -> tuple[float, float, float]:
-    """The mean difference in accuracy, and its 95 % interval from test rows drawn with replacement.
+def bootstrap(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], samples: int = SAMPLES
+) -> tuple[float, float, float]:
+    """The mean difference between two methods, and its 95 % interval from test rows drawn with replacement.
 
     Args:
-        a: For each seed, which rows were right.
+        a: (seeds, rows): a measure of each row, such as whether its answer was right.
         b: The same for the other method, with the same rows and seeds.
         samples: Number of draws.
     """
-    right = [np.array([[char == "1" for char in row] for row in of], dtype=float).mean(axis=0) for of in (a, b)]
-    difference = right[0] - right[1]
+    difference = np.mean(a, axis=0) - np.mean(b, axis=0)
     draws = np.random.default_rng(0).integers(len(difference), size=(samples, len(difference)))
     low, high = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)

@@ -110,17 +110,25 @@ def best_rates(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def table1(best: dict[str, list[Record]]) -> str:
-    """Test accuracy by task, spread over seeds."""
+    """Test accuracy and answer loss by task, spread over seeds."""
     tasks = list(next(iter(best.values()))[0]["test"]["tasks"])
     return markdown_table(
-        ["method", "tunable", "learning rate", "seeds", *tasks, "mean", "dev perplexity"],
+        [
+            *("method", "tunable", "learning rate", "seeds"),
+            *(f"{task}: {measure}" for task in tasks for measure in ("accuracy", "answer loss")),
+            *("mean accuracy", "dev perplexity"),
+        ],
         [
             [
                 name,
                 f"{of[0]['tunable'] / 1e6:.2f}M",
                 f"{of[0]['learning_rate']:g}",
                 str(len(of)),
-                *(spread([record["test"]["tasks"][task]["accuracy"] for record in of]) for task in tasks),
+                *(
+                    spread([measure(record["test"]["tasks"][task]) for record in of])
+                    for task in tasks
+                    for measure in (lambda result: result["accuracy"], lambda result: mean(result["answer_losses"]))
+                ),
                 spread([record["test"]["accuracy"] for record in of]),
                 spread([math.exp(record["dev"]["loss"]) for record in of]),
             ]
@@ -137,17 +145,34 @@ def comparisons(best: dict[str, list[Record]], ours: str) -> str:
             continue
         seeds = sorted({record["seed"] for record in of} & {record["seed"] for record in best[ours]})
         for task in best[ours][0]["test"]["tasks"]:
-            a, b = (
-                [r["test"]["tasks"][task]["right"] for r in records if r["seed"] in seeds]
-                for records in (best[ours], of)
-            )
+            a, b = ([r["test"]["tasks"][task] for r in records if r["seed"] in seeds] for records in (best[ours], of))
             if not a:
                 continue
-            difference, low, high = bootstrap(a, b)
-            p_values = ", ".join(f"{mcnemar(*pair):.2g}" for pair in zip(a, b, strict=True))
-            lines.append([task, name, str(len(seeds)), f"{difference:+.3f} ({low:+.3f} to {high:+.3f})", p_values])
-    header = ["task", f"{ours} against", "seeds", "difference in accuracy (95 %, bootstrap over rows)", "McNemar's p"]
+            accuracy = bootstrap(_each(a, "right"), _each(b, "right"))
+            loss = bootstrap(_each(a, "answer_losses"), _each(b, "answer_losses"))
+            p_values = ", ".join(f"{mcnemar(x['right'], y['right']):.2g}" for x, y in zip(a, b, strict=True))
+            intervals = (f"{middle:+.3f} ({low:+.3f} to {high:+.3f})" for middle, low, high in (accuracy, loss))
+            lines.append([task, name, str(len(seeds)), *intervals, p_values])
+    header = ["task", f"{ours} against", "seeds", "difference in accuracy", "difference in answer loss", "McNemar's p"]
     return markdown_table(header, lines)
+
+
+def _each(results: Iterable[Record], measure: str) -> list[list[float]]:
+    """(seeds, rows). A string of 0 and 1 says which rows were right."""
+    return [[float(value) for value in result[measure]] for result in results]
+
+
+def routes_table(best: dict[str, list[Record]]) -> str:
+    """The routes of the test prompts, for the methods that have routers."""
+    lines = []
+    for name, of in best.items():
+        routes = [record["test"]["routes"] for record in of if record["test"]["routes"]]
+        if routes:
+            distinct = spread([of_seed["distinct_routes"] for of_seed in routes], 0)
+            names = ("adjusted_mutual_information", "most_used_share")
+            shares = (spread([of_seed[measure] for of_seed in routes], 2) for measure in names)
+            lines.append([name, f"{distinct} of {routes[0]['prompts']}", *shares])
+    return markdown_table(["method", "distinct routes", "AMI of route and task", "most used expert"], lines)
 
 
 def cost_points(best: dict[str, list[Record]], decode: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -194,7 +219,7 @@ def write(folder: Path) -> None:
     tested = [record for record in read(folder / "table1.jsonl") if "test" in record]
     if tested:
         best = best_rates(tested)
-        parts += ["## Table 1", table1(best)]
+        parts += ["## Table 1", table1(best), "## Routes of the test prompts", routes_table(best)]
         if "milora" in best and len(best) > 1:
             parts += ["## Paired tests", comparisons(best, "milora")]
         if (folder / "decode.json").is_file():

@@ -28,7 +28,7 @@ def test_mcnemar_is_the_binomial_test_by_hand() -> None:
 
 def test_the_bootstrap_pairs_rows() -> None:
     # Both are wrong on the same half of the rows, and the first is right on one row in four that the second is not.
-    first, second = "1110" * 100, "1010" * 100
+    first, second = [1.0, 1.0, 1.0, 0.0] * 100, [1.0, 0.0, 1.0, 0.0] * 100
 
     difference, low, high = bootstrap([first], [second])
 
@@ -153,14 +153,17 @@ def test_a_finished_run_is_not_repeated_and_an_interrupted_one_is(
 
 
 def _record(name: str, seed: int, rate: float, right: str, dev: float) -> dict[str, Any]:
-    tasks = {"boolq": {"rows": len(right), "accuracy": right.count("1") / len(right), "right": right}}
+    losses = [0.1 if char == "1" else 2.1 for char in right]
+    accuracy = right.count("1") / len(right)
+    routes = {"distinct_routes": 7, "adjusted_mutual_information": 0.5, "most_used_share": 0.2, "prompts": 9}
+    tasks = {"boolq": {"rows": len(right), "accuracy": accuracy, "right": right, "answer_losses": losses}}
     return {
         "name": name,
         "seed": seed,
         "learning_rate": rate,
         "tunable": 1_000_000,
         "dev": {"loss": dev, "accuracy": 0.5},
-        "test": {"tasks": tasks, "accuracy": tasks["boolq"]["accuracy"]},
+        "test": {"tasks": tasks, "accuracy": accuracy, "routes": routes if name == "milora" else None},
     }
 
 
@@ -179,5 +182,7 @@ def test_the_report_takes_each_methods_best_rate_on_dev_and_draws_the_cost(tmp_p
     report.write(tmp_path)
 
     text = (tmp_path / "tables.md").read_text()
-    assert "+0.250" in text
+    assert "+0.250 (" in text
+    assert "-0.500 (" in text
+    assert "7 of 9" in text
     assert (tmp_path / "cost.png").stat().st_size > 1000

@@ -98,7 +98,8 @@ def ask(client: openai.OpenAI, job: Job, stream: bool = False, **extra: Any) -> 
 
 
 def text_of(tokens: list[int]) -> list[str]:
-    return [f"w{token}" for token in tokens]
+    # The unknown word is a special token, which texts leave out.
+    return [f"w{token}" for token in tokens if token != 0]
 
 
 def make_jobs(seed: int) -> list[Job]:
