@@ -125,9 +125,12 @@ def table1(best: dict[str, list[Record]]) -> str:
                 f"{of[0]['learning_rate']:g}",
                 str(len(of)),
                 *(
-                    spread([measure(record["test"]["tasks"][task]) for record in of])
-                    for task in tasks
-                    for measure in (lambda result: result["accuracy"], lambda result: mean(result["answer_losses"]))
+                    spread(values)
+                    for results in ([record["test"]["tasks"][task] for record in of] for task in tasks)
+                    for values in (
+                        [result["accuracy"] for result in results],
+                        [mean(result["answer_losses"]) for result in results],
+                    )
                 ),
                 spread([record["test"]["accuracy"] for record in of]),
                 spread([math.exp(record["dev"]["loss"]) for record in of]),
