@@ -1,8 +1,11 @@
-"""Measures the embedded engine on SmolLM2's shape, interleaved in rounds: `python scripts/bench_engine.py CASE [...]`.
+"""Measures the embedded engine, interleaved in rounds: `python scripts/bench_engine.py CASE [...]`.
 
 Cases: `decode` (a step of 16 tenants, compared with `generate(adapter_names=...)`), `throughput` (staggered requests of
 MiLoRA tenants, compared with the engine's base model and with transformers' continuous batching with one PEFT LoRA),
 `prefix` (time to first token of 8 tenants with prompts about one document of 1,500 tokens). Prints one JSON object.
+
+The backbone is SmolLM2 by default. `--backbone tinyllama-1.1b --device cuda --dtype bfloat16` measures a named shape
+with random weights on a GPU.
 """
 
 from __future__ import annotations
@@ -22,25 +25,45 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from milora import MiLoraConfig
+from milora.backbone.bundled import TINY_BACKBONE
+from milora.backbone.shapes import SHAPES, build
 from milora.serving.engine import Engine, EngineSettings
 from milora.serving.requests import GenerationRequest, Sampling
 
 RANK = 8
-NEW_TOKENS = 32
+REQUESTS = 32
 DOCUMENT = 1500
 
 
 class Bench:
-    """A backbone, and adapters for it with random weights."""
+    """A backbone, and adapters for it with random weights.
 
-    def __init__(self, backbone: Path, folder: Path) -> None:
-        self._backbone, self._folder = backbone, folder
-        self.tokenizer = AutoTokenizer.from_pretrained(backbone)
+    Args:
+        backbone: A folder, `tiny`, or the name of a shape, which gets random weights.
+        device: The device.
+        dtype: The backbone's dtype.
+        tenants: Number of tenants of `decode`; the other cases have 8 at most.
+        new_tokens: Tokens to generate per request.
+        folder: A folder for the adapters.
+    """
+
+    def __init__(
+        self, backbone: str, device: torch.device, dtype: torch.dtype, tenants: int, new_tokens: int, folder: Path
+    ) -> None:
+        self._is_shape = backbone in SHAPES
+        self._backbone = str(TINY_BACKBONE) if backbone == "tiny" else backbone
+        self._dtype, self._folder = dtype, folder
+        self.device, self.tenants, self.new_tokens = device, tenants, new_tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(TINY_BACKBONE if self._is_shape else self._backbone)
         self.random = random.Random(0)
+        self._tokens = self.load().config.vocab_size - 1
 
     def load(self) -> Any:
         """A fresh copy of the backbone."""
-        return AutoModelForCausalLM.from_pretrained(self._backbone, dtype=torch.float32).eval()
+        if self._is_shape:
+            torch.manual_seed(0)
+            return build(self._backbone, self.device, self._dtype)
+        return AutoModelForCausalLM.from_pretrained(self._backbone, dtype=self._dtype).eval().to(self.device)
 
     def adapters(self, count: int, **settings: Any) -> dict[str, Path]:
         """Saved adapters by tenant."""
@@ -59,16 +82,17 @@ class Bench:
 
     def engine(self, folders: dict[str, Path], **settings: Any) -> Engine:
         """An engine with these adapters."""
-        return Engine(self.load(), self.tokenizer, folders, EngineSettings(cache_bytes=2**29, **settings))
+        return Engine(self.load(), self.tokenizer, folders, EngineSettings(cache_bytes=2**30, **settings))
 
     def prompt(self, tokens: int) -> tuple[int, ...]:
         """Random tokens."""
-        return tuple(self.random.randrange(1000, 40000) for _ in range(tokens))
+        return tuple(self.random.randrange(self._tokens // 40, self._tokens) for _ in range(tokens))
 
 
 def decode(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Median milliseconds of a decode step of 16 rows with an adapter each."""
-    folders = bench.adapters(16)
+    """Median milliseconds of a decode step with a row and an adapter per tenant."""
+    folders = bench.adapters(bench.tenants)
+    new_tokens = bench.new_tokens
     names = list(folders)
     model = PeftModel.from_pretrained(bench.load(), folders[names[0]], adapter_name=names[0])
     for name in names[1:]:
@@ -79,22 +103,23 @@ def decode(bench: Bench, rounds: int) -> dict[str, Any]:
     def generate(adapter_names: Sequence[str] | None) -> float:
         def of(tokens: int) -> float:
             begin = time.perf_counter()
-            model.generate(
-                input_ids=torch.tensor(prompts),
-                attention_mask=torch.ones(len(prompts), 32, dtype=torch.long),
+            texts = model.generate(
+                input_ids=torch.tensor(prompts, device=bench.device),
+                attention_mask=torch.ones(len(prompts), 32, dtype=torch.long, device=bench.device),
                 adapter_names=list(adapter_names or ["__base__"] * len(prompts)),
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=False,
             )
+            texts.cpu()  # Waits for a GPU.
             return time.perf_counter() - begin
 
-        return 1000 * (of(NEW_TOKENS) - of(2)) / (NEW_TOKENS - 2)
+        return 1000 * (of(new_tokens) - of(2)) / (new_tokens - 2)
 
     with bench.engine(folders, prefix_cache=False) as engine:
 
         def run(adapters: Sequence[str | None]) -> float:
-            sampling = Sampling(NEW_TOKENS, ignore_eos=True)
+            sampling = Sampling(new_tokens, ignore_eos=True)
             running = [
                 engine.submit(GenerationRequest(prompt, sampling, adapter))
                 for prompt, adapter in zip(prompts, adapters, strict=True)
@@ -119,21 +144,21 @@ def decode(bench: Bench, rounds: int) -> dict[str, Any]:
 
 def throughput(bench: Bench, rounds: int) -> dict[str, Any]:
     """Median new tokens per second of 32 requests that arrive staggered, of 8 tenants."""
-    folders = bench.adapters(8)
+    folders = bench.adapters(min(8, bench.tenants))
     names = list(folders)
-    prompts = [bench.prompt(bench.random.randrange(16, 49)) for _ in range(32)]
+    prompts = [bench.prompt(bench.random.randrange(16, 49)) for _ in range(REQUESTS)]
     waits = [bench.random.expovariate(1 / 0.02) for _ in prompts]
     lora = get_peft_model(bench.load(), LoraConfig(r=RANK, target_modules="all-linear")).eval()
 
     def continuous(model: Any) -> float:
-        settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        settings = GenerationConfig(max_new_tokens=bench.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
         manager = model.init_continuous_batching(generation_config=settings)
         manager.start()
         try:
             begin = time.perf_counter()
             for prompt, wait in zip(prompts, waits, strict=True):
                 time.sleep(wait)
-                manager.add_request(list(prompt), max_new_tokens=NEW_TOKENS)
+                manager.add_request(list(prompt), max_new_tokens=bench.new_tokens)
             tokens = done = 0
             while done < len(prompts):
                 result = manager.get_result(timeout=1)
@@ -151,9 +176,8 @@ def throughput(bench: Bench, rounds: int) -> dict[str, Any]:
             running = []
             for number, (prompt, wait) in enumerate(zip(prompts, waits, strict=True)):
                 time.sleep(wait)
-                request = GenerationRequest(
-                    prompt, Sampling(NEW_TOKENS, ignore_eos=True), adapters[number % len(adapters)]
-                )
+                sampling = Sampling(bench.new_tokens, ignore_eos=True)
+                request = GenerationRequest(prompt, sampling, adapters[number % len(adapters)])
                 running.append(engine.submit(request))
             tokens = sum(len(event.tokens) for generation in running for event in generation)
             return tokens / (time.perf_counter() - begin)
@@ -172,7 +196,7 @@ def throughput(bench: Bench, rounds: int) -> dict[str, Any]:
 
 def prefix(bench: Bench, rounds: int) -> dict[str, Any]:
     """Median share of the first tenant's time to first token that the other tenants wait."""
-    folders = bench.adapters(8, adapted_tokens="completion", pooler="last")
+    folders = bench.adapters(min(8, bench.tenants), adapted_tokens="completion", pooler="last")
     shares, firsts = [], []
     with bench.engine(folders) as engine:
         for name in folders:  # In memory before anything is measured.
@@ -205,11 +229,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     cases = {"decode": decode, "throughput": throughput, "prefix": prefix}
     parser.add_argument("cases", nargs="+", choices=cases)
-    parser.add_argument("--backbone", type=Path, default=Path.home() / ".cache/milora/smollm2-135m-instruct")
+    default = str(Path.home() / ".cache/milora/smollm2-135m-instruct")
+    parser.add_argument("--backbone", default=default, help="a folder, tiny, or a named shape with random weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--tenants", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.backbone, Path(folder))
+        bench = Bench(
+            arguments.backbone,
+            torch.device(arguments.device),
+            getattr(torch, arguments.dtype),
+            arguments.tenants,
+            arguments.new_tokens,
+            Path(folder),
+        )
         print(json.dumps({name: cases[name](bench, arguments.rounds) for name in arguments.cases}, indent=2))
 
 

@@ -1,106 +1,122 @@
 #!/usr/bin/env bash
-# All measurements that want a GPU, in one call: raw results as JSON, and tables in Markdown.
+# Runs the tests and measurements that need a GPU. Writes raw results as JSON and tables in Markdown.
 #
-#   scripts/bench_gpu.sh [FOLDER]            FOLDER: $OUT, or docs/results/gpu of the repository, where none is given
-#   DRY_RUN=1 scripts/bench_gpu.sh [FOLDER]  the same calls on a CPU at a tiny shape, to see that they run; by default
-#                                            into a temporary folder
+#   scripts/bench_gpu.sh [FOLDER]            writes to FOLDER; by default to $OUT, or to docs/results/gpu
+#   DRY_RUN=1 scripts/bench_gpu.sh [FOLDER]  runs the same commands on a CPU with a tiny backbone; by default in a
+#                                            temporary folder
 #
-# BACKBONE, ROUNDS, NEW_TOKENS, PROMPT_TOKENS, BATCHES (rows, and as many tenants) and MILORA (the command) can be set.
-# A measurement that fails is told of and the others go on; the exit status is then 1. Finished ones are not repeated,
-# as far as their log says that they were asked for in the same words; others of the same name are left as they are,
-# told of, and not in the tables.
+# You can set BACKBONE, ENGINE_BACKBONE, ROUNDS, NEW_TOKENS, PROMPT_TOKENS, BATCHES (numbers of tenants), MILORA and
+# PYTHON (the commands), and BUDGET: the time limit of the whole script in seconds. The defaults are meant for 7 minutes
+# on an H100 or H200. This is an estimate.
 #
-# Each call is a process of its own. With Llama-2 7B (13.5 GB in bfloat16, an adapter of r = 32 0.16 GB, a token's keys
-# and values 0.5 MB) and the settings below they need at most, in GB, by the sizes of what they hold at one time:
-#   decode-eager 51     the weights again for lora-merged (13) and as B A in DoRA's cache (13), and those of three
-#                       modules a block where a route is merged (9)
-#   decode-compiled 41  the same without the last
-#   tenants-*-64 54     64 adapters of three methods (31), keys and values of 64 rows (6.4); compiled: of two (20),
-#                       and a static cache of each of three (19)
-#   train 57            five methods and bi-level MiLoRA with their moments (6), DoRA's activations (36), the largest
-# so that a GPU of 80 GB holds them; the others need less.
+# The most important measurements come first. When the budget is used up, the others are skipped. If a measurement
+# fails or is skipped, the exit status is 1. Run the script again to continue: results from the same command are kept.
+# A result from another command is reported, left alone and not included in the tables.
+#
+# Each measurement is a separate process. With Llama-2 7B in bfloat16 (13.5 GB) all of them fit on a GPU with 80 GB, by
+# the sizes of their tensors. Training needs the most.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 milora=${MILORA:-milora}
+python=${PYTHON:-python}
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 if [ "${DRY_RUN:-0}" != 0 ]; then
   folder=${1:-${OUT:-$(mktemp -d)}}
   where=(--device cpu --threads 1)
-  backbone=${BACKBONE:-tiny}
-  rounds=${ROUNDS:-1} new=${NEW_TOKENS:-3} prompt=${PROMPT_TOKENS:-4} batches=${BATCHES:-1,2}
-  layers=(--layers 1) few=(--methods base,milora) trained=(--methods lora,milora)
-  kernel=(--d-in 32 --d-out 32 --rank 4)
-  train=(--batch 2 --tokens 8)
-  compiled=base,milora compiled_tenants=base,milora batched=base,milora beams=1,2
+  backbone=${BACKBONE:-tiny} budget=${BUDGET:-3600}
+  rounds=${ROUNDS:-1} new=${NEW_TOKENS:-3} prompt=${PROMPT_TOKENS:-4} batches=${BATCHES:-2}
+  layers=(--layers 1) kernel=(--d-in 32 --d-out 32 --rank 4) train=(--batch 2 --tokens 8)
+  methods=base,milora compiled=base,milora
+  # On a CPU, transformers' continuous batching (the case `throughput`) takes most of the memory.
+  engine=(decode --backbone "${ENGINE_BACKBONE:-tiny}" --device cpu --tenants 2)
 else
   folder=${1:-${OUT:-$root/docs/results/gpu}}
   where=(--device cuda)
-  backbone=${BACKBONE:-llama-2-7b}
-  rounds=${ROUNDS:-5} new=${NEW_TOKENS:-64} prompt=${PROMPT_TOKENS:-128} batches=${BATCHES:-1,8,32,64}
-  layers=() few=() trained=()
-  kernel=()
-  train=(--batch 8 --tokens 256)
-  compiled=base,lora,lora-merged,dora-cached,moelora,milora compiled_tenants=base,lora-together,milora
-  batched=base,lora,moelora,milora beams=1,3
+  backbone=${BACKBONE:-llama-2-7b} budget=${BUDGET:-420}
+  rounds=${ROUNDS:-3} new=${NEW_TOKENS:-32} prompt=${PROMPT_TOKENS:-128} batches=${BATCHES:-16}
+  layers=() kernel=() train=(--batch 8 --tokens 256)
+  methods=base,lora,moelora,milora,midora compiled=base,milora
+  engine=(decode throughput --backbone "${ENGINE_BACKBONE:-tinyllama-1.1b}" --device cuda --dtype bfloat16 --tenants 8)
 fi
 
 mkdir -p "$folder" || exit
 failed=0
 tables=()
 
-measure() { # NAME COMMAND...
-  local name=$1 asked="milora bench ${*:2}"
-  local result=$folder/$name.json log=$folder/$name.log
+# Runs a command unless its result exists: run RESULT COMMAND...
+run() {
+  local result=$folder/$1 name=${1%.*} asked=${*:2} log=$folder/${1%.*}.log left=$((budget - SECONDS))
   shift
   if [ -s "$result" ]; then
     if [ "$(head -n 1 "$log" 2>/dev/null)" = "$asked" ]; then
-      echo "bench_gpu: $name is there already" >&2
-      tables+=("$result")
-    else
-      echo "bench_gpu: $result is there already, but $log does not begin with '$asked':" \
-        "move it away, or give another folder" >&2
-      failed=1
+      echo "bench_gpu: $name exists" >&2
+      return 0
     fi
-    return
+    echo "bench_gpu: $result exists, but $log does not begin with '$asked': move it away, or use another folder" >&2
+    failed=1
+    return 1
+  fi
+  if [ "$left" -le 0 ]; then
+    echo "bench_gpu: $name skipped: the budget of $budget seconds is used up" >&2
+    failed=1
+    return 1
   fi
   echo "bench_gpu: $name: $asked" >&2
   echo "$asked" >"$log"
-  if $milora bench "$@" --json >"$result.part" 2>>"$log"; then
+  if timeout "$left" "$@" >"$result.part" 2>>"$log"; then
     mv "$result.part" "$result"
-    tables+=("$result")
+    echo "bench_gpu: $name finished after $SECONDS seconds" >&2
   else
+    [ -s "$result.part" ] && cat "$result.part" >>"$log"
     echo "bench_gpu: $name failed: $(tail -n 1 "$log")" >&2
     rm -f "$result.part"
     failed=1
+    return 1
   fi
 }
 
+# Runs `milora bench` and adds its result to the tables: measure NAME ARGUMENT...
+measure() {
+  # shellcheck disable=SC2086  # MILORA may be a command with arguments.
+  run "$1.json" $milora bench "${@:2}" --json && tables+=("$folder/$1.json")
+}
+
+tests=(
+  tests/core/kernels/test_packed_lora_triton.py
+  tests/core/kernels/test_grouped_lora.py
+  tests/serving/engine/test_engine_triton.py
+)
 model=(--backbone "$backbone" "${layers[@]}")
 shape=("${model[@]}" "${where[@]}" --rounds "$rounds")
 length=(--prompt-tokens "$prompt" --new-tokens "$new")
 
-measure kernel kernel "${where[@]}" --rounds "$rounds" --batches "$batches" "${kernel[@]}"
-measure decode-eager decode "${shape[@]}" "${length[@]}" --beams "$beams" "${few[@]}"
-measure decode-compiled decode "${shape[@]}" "${length[@]}" --beams "$beams" --compile --methods "$compiled"
+run tests.txt env --chdir "$root" $python -m pytest -q -p no:cacheprovider -k "on_a_gpu" "${tests[@]}"
+run engine.json $python "$root/scripts/bench_engine.py" "${engine[@]}" --rounds "$rounds"
+measure kernel kernel "${where[@]}" --rounds "$rounds" --batches "1,$batches" "${kernel[@]}"
+measure decode-eager decode "${shape[@]}" "${length[@]}" --beams 1 --methods "$methods"
 IFS=, read -ra sizes <<<"$batches"
 for size in "${sizes[@]}"; do
-  measure "decode-eager-batch-$size" decode "${shape[@]}" "${length[@]}" --beams 1 --batch "$size" \
-    --methods "$batched"
-  measure "tenants-eager-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" "${few[@]}"
-  measure "tenants-compiled-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" --compile \
-    --methods "$compiled_tenants"
+  measure "tenants-eager-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" --methods base,milora
 done
-measure prefill prefill "${shape[@]}" --prompt-tokens "$prompt,$((4 * prompt))" "${few[@]}"
-measure train train "${shape[@]}" "${train[@]}" "${trained[@]}"
-measure train-checkpointing train "${shape[@]}" "${train[@]}" "${trained[@]}" --gradient-checkpointing
+measure prefill prefill "${shape[@]}" --prompt-tokens "$prompt,$((4 * prompt))" --methods "$methods"
 measure traffic traffic "${model[@]}" --context "$((prompt + new))"
+measure train train "${shape[@]}" "${train[@]}" --methods lora,milora
+measure decode-compiled decode "${shape[@]}" "${length[@]}" --beams 1 --compile --methods "$compiled"
+for size in "${sizes[@]}"; do
+  measure "tenants-compiled-$size" tenants "${shape[@]}" "${length[@]}" --tenants "$size" --compile --methods "$compiled"
+done
 
 if {
   echo "# Measured on a GPU"
+  if [ -s "$folder/engine.json" ]; then
+    printf '\nThe embedded engine (decode: milliseconds per step; throughput: tokens per second):\n\n```json\n'
+    cat "$folder/engine.json"
+    printf '```\n'
+  fi
   echo
-  $milora bench markdown "${tables[@]}"
+  [ "${#tables[@]}" = 0 ] || $milora bench markdown "${tables[@]}"
 } >"$folder/README.md.part"; then
   mv "$folder/README.md.part" "$folder/README.md"
   echo "bench_gpu: tables in $folder/README.md" >&2
