@@ -24,6 +24,15 @@ class _Experts(NamedTuple):
     """Both as int64."""
 
 
+class _Gates(NamedTuple):
+    """The gates of a route."""
+
+    values: Tensor
+    """(columns), float32, on the device: the gate of each module, 0 where it is not known yet."""
+    chosen: frozenset[int] | None
+    """The columns whose gate is not 0; `None` if a router has yet to decide."""
+
+
 class PackedModules:
     """The adapters of all layers, by number.
 
@@ -44,7 +53,7 @@ class PackedModules:
         self._columns: dict[LoraLayer, int] = {}
         self._experts: dict[str, dict[str, _Experts]] = {}
         self._others: dict[str, set[LoraLayer]] = {}
-        self._gates: WeakKeyDictionary[Any, tuple[str, Tensor]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, tuple[str, _Gates]] = WeakKeyDictionary()
 
     def add(self, adapter: str) -> None:
         """Adds an adapter. Its weights must stay at their addresses until [`PackedModules.remove`]."""
@@ -77,9 +86,10 @@ class PackedModules:
                 module.clear(number)
             del self._experts[adapter], self._others[adapter]
 
-    def module(self, layer: LoraLayer) -> Any:
-        """The adapters of a layer as the kernel reads them; `None` if there are none."""
-        return self._modules.get(layer)
+    def module(self, layer: LoraLayer) -> tuple[int, Any] | None:
+        """A layer's column and its adapters as the kernel reads them; `None` if there are none."""
+        module = self._modules.get(layer)
+        return None if module is None else (self._columns[layer], module)
 
     def is_served(self, layer: LoraLayer, adapter: str) -> bool:
         """Whether the kernel supports an adapter in a layer."""
@@ -93,23 +103,25 @@ class PackedModules:
         """The columns of a block's modules and the indices of their experts, int64, on the device."""
         return self._experts[adapter][block].on_device
 
-    def gates(self, route: Any) -> Tensor:
-        """(columns), float32: the gate of each module, 0 where it is not known yet. Do not change it.
+    def gates(self, route: Any) -> _Gates:
+        """The gates of a request. Do not change them.
 
         Args:
             route: A [`milora.tuners.milora.packed.PackedRoute`].
         """
-        adapter, kept = self._gates.get(route, (None, None))
-        if kept is not None and adapter == route.adapter and len(kept) == len(self._columns):
-            return kept
+        adapter, known = self._known.get(route, (None, None))
+        if known is not None and adapter == route.adapter and len(known.values) == len(self._columns):
+            return known
         row = [0.0] * len(self._columns)
-        blocks, known = self._experts[route.adapter], route.gates
-        for block in blocks.keys() & known.keys():
-            for column, index in zip(blocks[block].columns, blocks[block].indices, strict=True):
-                row[column] = known[block][index]
-        gates = torch.tensor(row, device=self._device)
-        if blocks.keys() <= known.keys():
-            self._gates[route] = route.adapter, gates
+        experts, of_blocks = self._experts[route.adapter], route.gates
+        for block in experts.keys() & of_blocks.keys():
+            for column, index in zip(experts[block].columns, experts[block].indices, strict=True):
+                row[column] = of_blocks[block][index]
+        values = torch.tensor(row, dtype=torch.float32, device=self._device)
+        if not experts.keys() <= of_blocks.keys():
+            return _Gates(values, None)
+        gates = _Gates(values, frozenset(column for column, gate in enumerate(row) if gate != 0))
+        self._known[route] = route.adapter, gates
         return gates
 
     @property
@@ -146,7 +158,10 @@ class PackedRows:
         takes_chunks = modules.operator.takes_chunks
         self._modules = modules
         self._routes = [route for _, _, route in parts]
-        self._gates = torch.stack([modules.gates(route) for route in self._routes])
+        gates = [modules.gates(route) for route in self._routes]
+        self._gates = torch.stack([of_row.values for of_row in gates])
+        known = [of_row.chosen for of_row in gates if of_row.chosen is not None]
+        self._chosen = frozenset[int]().union(*known) if len(known) == len(gates) else None
         self._lora = modules.operator.lora(
             [(first, count) if takes_chunks else first for first, count, _ in parts],
             [modules.numbers[route.adapter] for route in self._routes],
@@ -173,5 +188,12 @@ class PackedRows:
         Returns:
             Whether it was done.
         """
-        module = self._modules.module(layer)
-        return module is not None and self._lora.add_to(module, result, x)
+        found = self._modules.module(layer)
+        if found is None:
+            return False
+        column, module = found
+        # A module that no request chose needs no launch, which takes longer than the kernel.
+        if self._chosen is not None and column not in self._chosen:
+            return True
+        is_added: bool = self._lora.add_to(module, result, x)
+        return is_added
