@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NoReturn
 
 from milora_core.errors import MiLoraError, importing
-from milora_core.interruption import Interrupted, handle_signals
+from milora_core.interruption import handle_signals
 
 if TYPE_CHECKING:
     from reproduction.grid import Grid
@@ -29,18 +29,15 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
-    Returns:
-        0; 1 if runs failed or Table 4 could not be made; 2 after a user's mistake, with one line on standard error;
-        128 + signal if a signal ends it.
+    Returns 0; 1 if runs failed or Table 4 could not be made; 2 after a user's mistake, with one line on standard error;
+    128 + signal if a signal ends it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return _run(_parser().parse_args(arguments))
-    except Interrupted as interrupted:
-        return _complain(f"{interrupted}; the same command continues", interrupted.status)
-    except KeyboardInterrupt:
-        return _complain("interrupted; the same command continues", 130)
+    except KeyboardInterrupt as error:
+        return _complain(f"{error or 'interrupted'}; the same command continues", getattr(error, "status", 130))
     except (MiLoraError, OSError) as error:
         return _complain(str(error), 2)
 
@@ -51,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--figure", action="append", default=[], metavar="N", help="2 to 5")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="YAML; see reproduction/README.md")
     parser.add_argument("--backbone", metavar="NAME", help="'tiny', a folder or a hub id")
-    parser.add_argument(
-        "--data-dir", metavar="DIR", help="the benchmarks' files; by default MILORA_DATA_DIR or the hub"
-    )
+    parser.add_argument("--data-dir", metavar="DIR", help="benchmark files; by default MILORA_DATA_DIR or the hub")
     set_help = "a setting by its dotted name, such as training.max_steps=100 or seeds=0,1; can be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=set_help)
     parser.add_argument("--output", type=Path, default=Path("out/report"), metavar="DIR", help="results and report")
@@ -96,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     failed, missing = _work(grid, store) if works else (0, {})
     grid.see(store.read())
     has_table4 = "table4" in request.chosen_sections()
-    report = write_report(grid, store.folder, partial(table4, store.folder, _say, works) if has_table4 else None)
+    report = write_report(grid, store.folder, partial(table4, store, _say, works) if has_table4 else None)
     result = {"report": str(report.path), "files": report.files, "errors": report.errors, "failed": failed}
     result["missing"] = missing
     print(json.dumps(result, ensure_ascii=False) if options.json else f"report in {report.path}")
@@ -124,10 +119,10 @@ def _work(grid: Grid, store: Store) -> tuple[int, dict[str, str]]:
         torch.set_num_threads(grid.request.threads)
     check_training(grid)
     inputs = Inputs(grid.request)
-    progress = Worker(grid, store, inputs, say=_say).work()
+    failed = Worker(grid, store, inputs, say=_say).work()
     for name, reason in inputs.missing.items():
         _say(f"cannot be run: {name}: {reason}")
-    return progress.failed, inputs.missing
+    return failed, inputs.missing
 
 
 def _say(text: str) -> None:

@@ -39,12 +39,7 @@ class AdapterTests:
     inputs: Inputs
 
     def test(self) -> tuple[Scores, Scores]:
-        """Returns the scores by task, and for methods with routers the experts' shares by task.
-
-        Raises:
-            UnfinishedRunError: If the judge cannot be reached.
-            MiLoraError: If a task cannot be tested.
-        """
+        """Returns the scores by task, and for methods with routers the experts' shares by task."""
         scores: Scores = {}
         shares: Scores = {}
         for name in self.run.tests:

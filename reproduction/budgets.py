@@ -10,6 +10,7 @@ from typing import Any
 from milora.backbone.shapes import shape_config
 from milora.methods import RANK, parameter_counts
 from milora_core.errors import MiLoraError
+from reproduction.settings import Settings
 
 TOLERANCE = 0.05
 """Largest allowed difference between a method's tunable parameters and the target, as a share of the target."""
@@ -20,8 +21,6 @@ PAPER_BACKBONES = ("llama-2-7b", "llama-2-13b", "gemma-2b")
 CLOSE = 0.01
 NEIGHBOURHOOD = 6
 """The search covers this many sizes around the expected one, unless a neighbour is within `CLOSE` of the target."""
-
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,9 @@ EXPERTS = 8
 
 def is_paper_backbone(config: Any) -> bool:
     """Whether a transformers configuration has the dimensions of one of [`PAPER_BACKBONES`]."""
-    return _dimensions(config) in [_dimensions(shape_config(name)) for name in PAPER_BACKBONES]
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads")
+    shapes = map(shape_config, PAPER_BACKBONES)
+    return any(all(getattr(config, name, None) == getattr(shape, name) for name in names) for shape in shapes)
 
 
 def size_at(name: str, config: Any, budget: str | int) -> Settings:
@@ -67,14 +68,10 @@ def size_at(name: str, config: Any, budget: str | int) -> Settings:
     among its experts: the paper's eight, or the nearest number for which a rank is near enough. Each token uses half of
     them.
 
-    Args:
-        name: One of [`milora.methods.METHODS`].
-        config: A transformers configuration.
-        budget: `milora` (MiLoRA's parameters at the paper's rank), `paper` (the paper's settings), or a number. On
-            the paper's backbones `milora` is `paper`: the paper made the budgets equal by hand.
+    `budget` is `milora` (MiLoRA's parameters at the paper's rank), `paper` (the paper's settings), or a number. On the
+    paper's backbones `milora` is `paper`: the paper made the budgets equal by hand.
 
-    Raises:
-        MiLoraError: If no size is near enough.
+    Raises a [`MiLoraError`] if no size is near enough.
     """
     if budget == "paper" or (budget == "milora" and is_paper_backbone(config)):
         return {}
@@ -95,16 +92,15 @@ def _candidates(name: str, config: Any, target: int) -> Iterator[Settings]:
     """The best size of each shape of a method, preferred shapes first. Only MOELoRA has several shapes."""
     if name == "ssp":
         yield {"budget": target}
-        return
-    size = SIZES[name]
-    if name != "moelora":
-        yield {size.field: _nearest(name, size, config, target, {})}
-        return
-    # Numbers of experts nearest to the paper's eight come first; of two at the same distance, the smaller comes first.
-    for experts in sorted(range(2, 2 * EXPERTS + 1), key=lambda experts: (abs(experts - EXPERTS), experts)):
-        shape = {} if experts == EXPERTS else {"num_experts": experts, "top_k": max(experts // 2, 1)}
-        of_experts = Size(size.field, experts * max(round(size.paper / experts), 1), experts)
-        yield {size.field: _nearest(name, of_experts, config, target, shape), **shape}
+    elif name != "moelora":
+        yield {SIZES[name].field: _nearest(name, SIZES[name], config, target, {})}
+    else:
+        size = SIZES[name]
+        # Numbers of experts nearest to the paper's eight come first; of two at the same distance, the smaller.
+        for experts in sorted(range(2, 2 * EXPERTS + 1), key=lambda experts: (abs(experts - EXPERTS), experts)):
+            shape = {} if experts == EXPERTS else {"num_experts": experts, "top_k": max(experts // 2, 1)}
+            of_experts = Size(size.field, experts * max(round(size.paper / experts), 1), experts)
+            yield {size.field: _nearest(name, of_experts, config, target, shape), **shape}
 
 
 def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -> int:
@@ -124,8 +120,3 @@ def _nearest(name: str, size: Size, config: Any, target: int, fixed: Settings) -
         if abs(count(best) - target) <= CLOSE * target:
             break
     return best * size.step
-
-
-def _dimensions(config: Any) -> tuple[Any, ...]:
-    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads")
-    return tuple(getattr(config, name, None) for name in names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from reproduction.settings import Comparison, Limit, Request, Settings, split_fields
@@ -62,12 +62,6 @@ class Section:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
-    def cells(self) -> Iterator[Cell]:
-        """All cells, row by row."""
-        for row in self.rows:
-            for of_column in row.cells.values():
-                yield from of_column
-
 
 def sections(request: Request) -> list[Section]:
     """The sections of a request that have rows. Table 4 is measured and has none."""
@@ -84,9 +78,8 @@ def _section(name: str, comparison: Comparison, request: Request) -> Section:
     rows = []
     for label, row in comparison.rows.items():
         is_left_out = request.only_methods and row.method not in request.only_methods
-        if is_left_out or (limit.values and row.x not in limit.values):
-            continue
-        if row.backbone and row.backbone not in request.other_backbones:
+        has_backbone = not row.backbone or row.backbone in request.other_backbones
+        if is_left_out or not has_backbone or (limit.values and row.x not in limit.values):
             continue
         settings, training = split_fields(row.method, row.model_extra or {})
         backbone = request.other_backbones.get(row.backbone, "")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from milora.methods import method
 from milora.plots import COLORS, label_cells, new_figure, save_figure, short_experts, write_cells
 from reproduction.experiments import Section
@@ -25,11 +27,7 @@ MOST_BLOCKS_WITH_VALUES = 16
 
 
 def line_figure(section: Section, found: Results, path: Path) -> None:
-    """Draws accuracy against a setting: a panel for each task, a line for each method, the seeds' spread as a band.
-
-    Raises:
-        MiLoraError: If matplotlib is missing or cannot write the format.
-    """
+    """Draws accuracy against a setting: a panel for each task, a line for each method, the seeds' spread as a band."""
     marked = section.comparison.marked
     values = sorted({row.x for row in section.rows if row.x is not None})
     figure = new_figure(layout="constrained")
@@ -61,11 +59,7 @@ def line_figure(section: Section, found: Results, path: Path) -> None:
 
 
 def share_figure(by_task: Mapping[str, Shares], title: str, path: Path) -> None:
-    """Draws figure 2: above, each expert's share of all choices, by task; below, the share of prompts by block.
-
-    Raises:
-        MiLoraError: If matplotlib is missing or cannot write the format.
-    """
+    """Draws figure 2: above, each expert's share of all choices, by task; below, the share of prompts by block."""
     first = next(iter(by_task.values()))
     experts = short_experts(first.experts)
     figure = new_figure(layout="constrained")
@@ -92,16 +86,13 @@ def _draw_bars(axes: Any, by_task: Mapping[str, Shares], experts: Sequence[str])
     breadth = 0.8 / len(by_task)
     highest = PAPER_LIMIT
     for position, (task, of_task) in enumerate(by_task.items()):
-        places = [index - 0.4 + breadth * (position + 0.5) for index in range(len(experts))]
-        heights = [share for share, _, _ in of_task.overall]
-        spread = [
-            [share - low for share, low, _ in of_task.overall],
-            [high - share for share, _, high in of_task.overall],
-        ]
+        places = np.arange(len(experts)) - 0.4 + breadth * (position + 0.5)
+        heights, lows, highs = np.array(of_task.overall).T
         axes.bar(places, heights, breadth * 0.92, color=TASK_COLORS[position % len(TASK_COLORS)], label=task)
         if of_task.seeds > 1:
+            spread = [heights - lows, highs - heights]
             axes.errorbar(places, heights, yerr=spread, fmt="none", ecolor="0.15", elinewidth=0.8, capsize=2)
-        highest = max(highest, *(high for _, _, high in of_task.overall))
+        highest = max(highest, *highs)
     axes.axhline(PAPER_LIMIT, color="0.4", linewidth=0.8, linestyle=":", label="30 %, the paper's highest")
     axes.axhline(1 / len(experts), color="0.4", linewidth=0.8, linestyle="--", label="all alike")
     axes.set_ylim(0, highest * 1.12)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from milora.methods import method
 from reproduction.budgets import size_at
@@ -61,15 +61,12 @@ class Run:
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The values `tried` for tuned fields on some tasks, each with its dev perplexity, and the `best` of them.
+class Choice(NamedTuple):
+    """The values `tried` for tuned fields, each with its dev perplexity (`None` without a record), and the `best`.
 
-    A perplexity is `None` without a record. `best` is `None` while tries are missing, or if all have failed.
+    `best` is `None` while tries are missing, or if all have failed.
     """
 
-    label: str
-    tasks: tuple[str, ...]
     tried: tuple[tuple[Settings, float | None], ...]
     best: Settings | None
 
@@ -85,16 +82,16 @@ class Grid:
     ) -> None:
         self.request = request
         self.sections: list[Section] = sections(request)
+        columns = [column for section in self.sections for row in section.rows for column in row.cells.values()]
+        self.cells: list[Cell] = [cell for column in columns for cell in column]
         self._config = config
         self._sizes: dict[str, Settings | None] = {}
         self.see(records)
 
     def see(self, records: Iterable[Record], waits: Callable[[Run], bool] = lambda run: False) -> None:
-        """Updates the grid with the current records.
+        """Updates the grid with all records, oldest first.
 
-        Args:
-            records: All records, oldest first.
-            waits: Whether a missing record of a run may still come. A choice waits for such tries.
+        `waits` is whether a missing record of a run may still come. A choice waits for such tries.
         """
         self._waits = waits
         self._finished: dict[str, list[Record]] = {}
@@ -169,9 +166,7 @@ class Grid:
         tried = tuple((values, _perplexity(self._last(run))) for values, run in tries)
         known = [(perplexity, values) for values, perplexity in tried if perplexity is not None]
         is_waiting = any(self._last(run) is None and self._waits(run) for _, run in tries)
-        best = None if is_waiting or not known else min(known, key=lambda pair: pair[0])[1]
-        label = cell.variant.tuned or method(cell.variant.method).title
-        return Choice(label, cell.tasks, tried, best)
+        return Choice(tried, None if is_waiting or not known else min(known, key=lambda pair: pair[0])[1])
 
     def run(self, cell: Cell) -> Run | None:
         """The run of a cell; `None` while its values are still being tuned."""
@@ -192,8 +187,8 @@ class Grid:
     def runs(self) -> list[Run]:
         """The runs known so far, each once with all its tests; tries come first."""
         found: dict[str, list[Run]] = {}
-        tries = [run for cell in self.cells() for _, run in self.tries(cell)]
-        for run in (*tries, *map(self.run, self.cells())):
+        tries = [run for cell in self.cells for _, run in self.tries(cell)]
+        for run in (*tries, *map(self.run, self.cells)):
             if run is not None:
                 found.setdefault(run.key, []).append(run)
         return [_joined(same) for same in found.values()]
@@ -204,7 +199,7 @@ class Grid:
         states = {run.key: "failed before" if run.key in self.failed else "open" for run in runs}
         states |= {run.key: "finished" for run in runs if self.answers(run)}
         labels = {run.key: run.label for run in runs}
-        for cell in self.cells():
+        for cell in self.cells:
             tries = self.tries(cell)
             if self.run(cell) is None and any(self._waits(run) for _, run in tries):
                 key = self.asked(cell, tries[0][0]).key
@@ -212,13 +207,8 @@ class Grid:
                 labels.setdefault(key, str(cell))
         return [{"label": labels[key], "state": state} for key, state in states.items()]
 
-    def cells(self) -> list[Cell]:
-        """The cells of all sections."""
-        return [cell for section in self.sections for cell in section.cells()]
-
     def _last(self, run: Run) -> Record | None:
-        found = self.answers(run)
-        return found[-1] if found else None
+        return next(reversed(self.answers(run)), None)
 
     def _has(self, record: Record, test: str) -> bool:
         if test != MT_BENCH:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +31,22 @@ class Inputs:
         self.request = request
         self.missing: dict[str, str] = {}
         """Why inputs are missing, by the input's name. Filled by [`Inputs.possible`]."""
-        self._fingerprint = cache(self._rows_fingerprint)
-        self._backbone = cache(partial(_backbone_fingerprint, revision=request.data.get("model_revision", "main")))
+        self._look = cache(self._look_up)
 
     def possible(self, run: Run) -> Run | None:
         """Returns a run with its possible tests, or `None` if one of its inputs is missing."""
-        tests = tuple(test for test in run.tests if self._is_tested(run, test))
-        looks = {run.backbone: partial(self._backbone, run.backbone)}
-        looks |= {f"{task} (train)": partial(self._fingerprint, task, "train") for task in run.tasks}
-        looks |= {f"{source} (dev)": partial(self._fingerprint, source, "dev") for source in self._dev(run)}
-        found = [self._try(name, look) for name, look in looks.items()]
-        return replace(run, tests=tests) if tests and all(found) else None
+        run = replace(run, tests=tuple(test for test in run.tests if self._is_tested(run, test)))
+        found = self.fingerprints(run)
+        needed = (found["backbone"], *found["train"].values(), *found["dev"].values())
+        return run if run.tests and None not in needed else None
 
     def fingerprints(self, run: Run) -> dict[str, Any]:
         """Fingerprints of everything that a run reads. They depend on the contents only, not on the location."""
         return {
-            "backbone": self._backbone(run.backbone),
-            "train": {task: self._fingerprint(task, "train") for task in run.tasks},
-            "dev": {source: self._fingerprint(source, "dev") for source in self._dev(run)},
-            "test": {task: self._fingerprint(task, "test") for task in run.tests},
+            "backbone": self._look(run.backbone, "backbone"),
+            "train": {task: self._look(task, "train") for task in run.tasks},
+            "dev": {source: self._look(source, "dev") for source in self._dev(run)},
+            "test": {task: self._look(task, "test") for task in run.tests},
         }
 
     def _dev(self, run: Run) -> Sequence[str]:
@@ -58,7 +56,9 @@ class Inputs:
 
     def revisions(self, run: Run) -> dict[str, str]:
         """The commits of the hub repositories that a run reads, by repository."""
-        found: dict[str, str | None] = {} if _is_local(run.backbone) else {run.backbone: self._backbone(run.backbone)}
+        found: dict[str, str | None] = (
+            {} if _is_local(run.backbone) else {run.backbone: self._look(run.backbone, "backbone")}
+        )
         for name in (*run.tasks, *run.tests) if self.request.data_dir is None else ():
             task = registry.get(name)
             repository = getattr(task, "hub_id", MT_BENCH_HUB_ID if name == MT_BENCH else None)
@@ -71,32 +71,32 @@ class Inputs:
         if test == MT_BENCH and self.request.judge_url is None and run.method not in ROUTED:
             self.missing[MT_BENCH] = "a judge grades its answers; name one as judge_url"
             return False
-        return self._try(f"{test} (test)", lambda: self._fingerprint(test, "test"))
+        return self._look(test, "test") is not None
 
-    def _try(self, name: str, look: Callable[[], object]) -> bool:
-        if name not in self.missing:
-            try:
-                look()
-            except (MiLoraError, OSError) as error:
-                self.missing[name] = str(error).strip().splitlines()[0]
-        return name not in self.missing
+    def _look_up(self, name: str, part: str) -> str | None:
+        """The fingerprint of a backbone or of a split's rows; `None` if it is missing."""
+        try:
+            if part == "backbone":
+                return _backbone_fingerprint(name, self.request.data.get("model_revision", "main"))
+            return self._rows_fingerprint(name, part)
+        except (MiLoraError, OSError) as error:
+            key = name if part == "backbone" else f"{name} ({part})"
+            self.missing[key] = str(error).strip().splitlines()[0]
+            return None
 
     def _rows_fingerprint(self, source: str, split: Any) -> str:
-        rows: Iterable[Any]
+        names = ["prompt", "completion", "answer"]
         if source == MT_BENCH:
-            rows = ((q.id, q.category, q.turns, q.references) for q in MtBench(self.request.data_dir).questions())
+            found: Sequence[Any] = MtBench(self.request.data_dir).questions()
+            names = ["id", "category", "turns", "references"]
         elif source in registry.names():
-            examples = registry.get(source, self.request.data_dir).examples(split)
-            rows = ((row.prompt, row.completion, row.answer) for row in examples)
+            found = registry.get(source, self.request.data_dir).examples(split)
         else:
             found = read_dev_rows(source) if split == "dev" else read_rows(source)
-            rows = ((row.prompt, row.completion, row.answer) for row in found)
-        digest, count = hashlib.blake2b(digest_size=8), 0
-        for count, row in enumerate(rows, start=1):  # noqa: B007
-            digest.update(f"{row!r}\n".encode())
-        if not count:
+        rows = list(map(attrgetter(*names), found))
+        if not rows:
             raise MiLoraError(f"{source} has no rows in its split {split}")
-        return digest.hexdigest()
+        return hashlib.blake2b("".join(f"{row!r}\n" for row in rows).encode(), digest_size=8).hexdigest()
 
 
 def backbone_config(backbone: str, *, network: bool) -> Any:
@@ -105,7 +105,7 @@ def backbone_config(backbone: str, *, network: bool) -> Any:
     If it is not found, raises a [`MiLoraError`]; without `network`, which allows access to the hub, returns `None`.
     """
     if _is_local(backbone) or backbone in SHAPES:
-        return shape_config(locate(backbone) if _is_local(backbone) else backbone)
+        return shape_config(backbone)
     from transformers import AutoConfig
 
     try:

@@ -68,20 +68,12 @@ def _score(record: Record | None, column: str) -> float | None:
 
 @dataclass(frozen=True)
 class Shares:
-    """The routers' choices for the prompts of a task, as the mean over seeds.
-
-    Attributes:
-        experts: The experts' paths in a block.
-        blocks: The blocks' numbers.
-        by_block: (blocks, experts): the share of prompts that chose the expert in the block.
-        overall: (experts, 3): the share of all choices in all blocks; the minimum and the maximum over seeds.
-        seeds: Number of seeds.
-    """
+    """The routers' choices for the prompts of a task, as the mean over seeds."""
 
     experts: list[str]
     blocks: list[int]
-    by_block: list[list[float]]
-    overall: list[list[float]]
+    by_block: list[list[float]]  # (blocks, experts): the share of prompts that chose the expert in the block
+    overall: list[list[float]]  # (experts, 3): the share of all choices; the minimum and the maximum over seeds
     seeds: int
 
 

@@ -49,17 +49,12 @@ def tasks(table: str) -> list[str]:
     return [name for name in names if not name.endswith("_m") and name != "avg"]
 
 
-def table4() -> dict[str, list[tuple[int, float, int]]]:
-    """Table 4, by the method's title: (beams, tokens per second, peak memory in MiB)."""
-    content = everything()["table4_efficiency_llama2_7b_a40"]
-    return {name: list(map(tuple, values)) for name, values in content.items() if name != "columns"}
-
-
-def dataset(task: str) -> dict[str, int | None]:
-    """Table 6: a task's numbers of train, dev and test rows; `None` if the task does not have the split."""
-    content = everything()["table6_datasets"]
-    rows: dict[str, list[int | None]] = {_column(name): counts for name, counts in content.items() if name != "columns"}
-    return dict(zip(content["columns"], rows[task], strict=True)) if task in rows else {}
+def table4() -> dict[tuple[str, int], tuple[float, int]]:
+    """Table 4: tokens a second and peak memory in MiB, by method's title and beams."""
+    content = everything()["table4_efficiency_llama2_7b_a40"].items()
+    return {
+        (name, beam): (speed, memory) for name, rows in content if name != "columns" for beam, speed, memory in rows
+    }
 
 
 def _column(name: str) -> str:

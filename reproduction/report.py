@@ -34,35 +34,24 @@ Table = list[dict[str, Any]]
 
 @dataclass
 class Report:
-    """A report in a folder: the names of its files, and the reasons for missing parts."""
+    """A report: its Markdown file, the names of all its files in the folder, and the reasons for missing parts."""
 
-    folder: Path
+    path: Path
     files: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    @property
-    def path(self) -> Path:
-        """The Markdown file."""
-        return self.folder / "report.md"
-
     def write(self, name: str, text: str) -> None:
         """Writes a file, completely or not at all."""
-        write_text(self.folder / name, text)
+        write_text(self.path.with_name(name), text)
         self.files.append(name)
 
 
 def write_report(grid: Grid, folder: Path, table4: Callable[[], Table] | None = None) -> Report:
     """Writes the report of the finished runs.
 
-    Args:
-        grid: The grid, with its records.
-        folder: The report's folder.
-        table4: Returns the rows of Table 4. A [`MiLoraError`] leaves the rest of the report.
-
-    Raises:
-        MiLoraError: If a file cannot be written, or matplotlib is missing.
+    `table4` returns the rows of Table 4. If it raises a [`MiLoraError`], the rest of the report is written.
     """
-    report = Report(folder)
+    report = Report(folder / "report.md")
     used = list({record["run"]: record for run in grid.runs() for record in grid.answers(run)[-1:]}.values())
     parts = ["# Tables and figures", f"```yaml\n{grid.request.to_yaml()}```"]
     tables = {
@@ -98,7 +87,7 @@ def _section(section: Section, found: Results, numbers: Table, report: Report) -
     parts = []
     by_task = shares(found) if section.name == "figure2" else {}
     if by_task or (section.comparison.axis and any(one["seeds"] for one in numbers)):
-        path = report.folder / f"{section.name}.png"
+        path = report.path.with_name(f"{section.name}.png")
         if by_task:
             share_figure(by_task, section.title, path)
         else:
@@ -106,11 +95,11 @@ def _section(section: Section, found: Results, numbers: Table, report: Report) -
         report.files.append(path.name)
         parts.append(f"![{section.title}]({path.name})")
     if section.name == "figure2":
-        overall: dict[str, dict[str, str]] = {}
-        for one in numbers:
-            if one["block"] == "all":
-                overall.setdefault(one["task"], {"": one["task"]})[one["expert"]] = f"{float(one['share']):.1%}"
-        return [*parts, _markdown(list(overall.values()), 1)] if overall else parts
+        overall = [
+            {"": task, **{expert: f"{of[0]:.1%}" for expert, of in zip(one.experts, one.overall, strict=True)}}
+            for task, one in by_task.items()
+        ]
+        return [*parts, _markdown(overall, 1)] if overall else parts
     parts += [_markdown(_readable(section, found, numbers), 1), CAPTION]
     names = ("row", "column", "test_rows", "unparsed", "no_room", "left_out")
     lost = [{name: one[name] for name in names} for one in numbers if any(one[name] for name in names[3:])]
@@ -198,11 +187,9 @@ def _made_with(records: Sequence[Record]) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         key = (str(record["revision"]), f"{machine}, {environment.get('threads')} threads", versions)
         seconds[key].append(record["seconds"]["total"])
-    return [
-        {"revision": revision, "machine": machine, "versions": versions, "runs": len(times)}
-        | {"hours": f"{sum(times) / 3600:.1f}"}
-        for (revision, machine, versions), times in seconds.items()
-    ]
+    names = ("revision", "machine", "versions", "runs", "hours")
+    rows = [(*key, len(times), f"{sum(times) / 3600:.1f}") for key, times in seconds.items()]
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _data(records: Sequence[Record]) -> Table:
@@ -223,34 +210,34 @@ def _budgets(grid: Grid, records: Sequence[Record]) -> Table:
     for name in METHODS:
         size = grid.size(name) or {}
         wanted = {**size, **grid.request.of_method(name)[0]}
-        counts = [one["parameters"] for one in records if one["method"] == name and _has(one, wanted)]
-        if counts:
+        found = [one for one in records if one["method"] == name]
+        used = [one for one in found if wanted.items() <= full_settings(name, one["settings"]).items()]
+        if used:
             text = ", ".join(f"`{field}={value}`" for field, value in size.items()) or NOTHING
             shown = {"tunable": "tunable", "activated, mean": "activated_mean", "activated, most": "activated_max"}
-            numbers = {heading: f"{counts[0][key]:,}" for heading, key in shown.items()}
+            numbers = {heading: f"{used[0]['parameters'][key]:,}" for heading, key in shown.items()}
             table.append({"": method(name).title, "size": text, **numbers})
     return table
 
 
-def _has(record: Record, wanted: Mapping[str, Any]) -> bool:
-    settings = full_settings(record["method"], record["settings"])
-    return all(settings[name] == value for name, value in wanted.items())
-
-
 def _tuning(grid: Grid) -> Table:
     """The values tried on dev, and the chosen ones."""
-    choices = [grid.choice(cell) for cell in grid.cells() if grid.tuned(cell.variant)]
+    choices = {
+        (cell.variant.tuned or method(cell.variant.method).title, cell.tasks): grid.choice(cell)
+        for cell in grid.cells
+        if grid.tuned(cell.variant)
+    }
     return [
         {
-            "": choice.label,
-            "trained on": " + ".join(choice.tasks),
+            "": label,
+            "trained on": " + ".join(tasks),
             "tried: dev perplexity": ", ".join(
                 f"{_values(values)}: {NOTHING if found is None else format(found, '.3f')}"
                 for values, found in choice.tried
             ),
             "taken": NOTHING if choice.best is None else _values(choice.best),
         }
-        for choice in {(choice.label, choice.tasks): choice for choice in choices}.values()
+        for (label, tasks), choice in choices.items()
     ]
 
 

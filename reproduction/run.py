@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,11 @@ PLACES = ("output_dir", "resume_from_checkpoint", "run_name", "logging_dir", "hu
 
 
 def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
-    """Trains and tests an adapter. Returns the record without its `run` and `fingerprints`.
+    """Trains and tests an adapter. Returns the results for the record.
 
     `folder` holds checkpoints, adapter and predictions. An interrupted run resumes from its last checkpoint, or with
-    the remaining tests if the adapter is complete.
-
-    Raises:
-        UnfinishedRunError: If the judge cannot be reached. The folder keeps everything that the next call needs.
-        Exception: Any error of training or generation.
+    the remaining tests if the adapter is complete. If the judge cannot be reached, raises an `UnfinishedRunError`; the
+    folder keeps everything that the next call needs.
     """
     started = time.monotonic()
     data = DataArguments(backbone=run.backbone, task=list(run.tasks), data_dir=inputs.request.data_dir, **run.data)
@@ -61,8 +57,7 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
     device = str(model.device)
     del model
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     finished = time.monotonic()
     config = backbone_config(run.backbone, network=True)
     counts = parameter_counts(run.method, config, **{k: v for k, v in run.settings.items() if v is not None})
@@ -70,8 +65,6 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
     seconds = {"total": finished - started, "training": trained_at - started, "evaluation": finished - trained_at}
     return {
         "status": FINISHED,
-        "label": run.label,
-        **run.says,
         "settings": _settings(run),
         **trained,
         "parameters": {**parameters, "trained": trained["parameters"]},
@@ -79,9 +72,7 @@ def execute(run: Run, folder: Path, inputs: Inputs) -> Record:
         "expert_shares": shares,
         "hub_revisions": inputs.revisions(run),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "revision": revision(),
         "environment": {k: v for k, v in environment(device).items() if k not in ("seconds", "load_average", "date")},
     }
 
@@ -108,7 +99,7 @@ def training_arguments(settings: Mapping[str, Any], folder: Path, seed: int, *, 
 
 def check_training(grid: Grid) -> None:
     """Creates the training arguments of all runs once, so an invalid value raises before the first run."""
-    runs = [run for cell in grid.cells() for run in (grid.asked(cell, {}), *(run for _, run in grid.tries(cell)))]
+    runs = [run for cell in grid.cells for run in (grid.asked(cell, {}), *(run for _, run in grid.tries(cell)))]
     for settings in {canonical(run.training): run.training for run in runs}.values():
         training_arguments(settings, Path("out"), 0)
 

@@ -72,42 +72,25 @@ class Limit(Strict):
 
 
 class ComparisonRow(BaseModel):
-    """A method, and overrides for any fields of its configuration or of `TrainingArguments`.
-
-    Attributes:
-        method: One of [`milora.methods.METHODS`].
-        together: Train one adapter for all tasks instead of one for each.
-        x: The value on the axis of a figure. Each method is a line.
-        backbone: A name in `other_backbones`.
-    """
+    """A method, and overrides for any fields of its configuration or of `TrainingArguments`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: MethodName
-    together: bool = False
-    x: float | None = None
-    backbone: str = ""
+    together: bool = False  # train one adapter for all tasks instead of one for each
+    x: float | None = None  # the value on the axis of a figure; each method is a line
+    backbone: str = ""  # a name in `other_backbones`
 
 
 class Comparison(Strict):
-    """A table or figure.
-
-    Attributes:
-        rows: By label.
-        title: The heading; by default the name.
-        tasks: The columns; by default the request's tasks.
-        average: Whether to add a column with the mean over tasks.
-        axis: The axis label, if the comparison is a figure of lines.
-        marked: The paper's value on the axis.
-        tune_each_row: Whether to tune every row separately. By default a row uses the values tuned for its method.
-    """
+    """A table or figure: its rows by label."""
 
     rows: Annotated[dict[str, ComparisonRow], AtLeastOne]
-    title: str = ""
-    tasks: Several[TaskName] = ()
-    average: bool = True
-    axis: str = ""
-    marked: float | None = None
-    tune_each_row: bool = False
+    title: str = ""  # the heading; by default the name
+    tasks: Several[TaskName] = ()  # the columns; by default the request's tasks
+    average: bool = True  # whether to add a column with the mean over tasks
+    axis: str = ""  # the axis label, if the comparison is a figure of lines
+    marked: float | None = None  # the paper's value on the axis
+    tune_each_row: bool = False  # by default a row uses the values tuned for its method
 
 
 @cache
@@ -209,8 +192,7 @@ _Loader.add_implicit_resolver(
 def read_request(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Request:
     """Reads a request from a YAML file and from overrides by dotted name, such as `training.max_steps`.
 
-    Raises:
-        MiLoraError: If the file is not a YAML mapping, or a name or a value is wrong. Names the first mistake.
+    Raises a [`MiLoraError`] that names the first mistake.
     """
     values: Any = {}
     if path is not None:
@@ -235,11 +217,7 @@ def read_request(path: Path | None = None, overrides: Mapping[str, Any] | None =
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """Parses `["training.max_steps=3", "seeds=0,1"]` into a mapping. Values are YAML; commas separate list items.
-
-    Raises:
-        MiLoraError: If a text has no name or no value.
-    """
+    """Parses `["training.max_steps=3", "seeds=0,1"]` into a mapping. Values are YAML; commas separate list items."""
     found = {}
     for text in texts:
         name, _, value = text.partition("=")

@@ -89,12 +89,12 @@ def test_records_answer_whatever_their_digests_and_folders_are() -> None:
     (run,) = runs(grid(backbone="/here/llama", **settings))
     made = json.loads(json.dumps(record(run, run="another", fingerprints={})))
     of = grid([made], backbone="somewhere/else/llama", **settings)
-    assert of.record(of.cells()[0]) == made
+    assert of.record(of.cells[0]) == made
     newer = {**made, "finished_at": "later"}
     of.see([made, newer])
-    assert of.record(of.cells()[0]) == newer, "the newest record counts"
+    assert of.record(of.cells[0]) == newer, "the newest record counts"
     of.see([{**made, "tests": {}}])
-    assert of.record(of.cells()[0]) is None, "it was not tested on the task"
+    assert of.record(of.cells[0]) is None, "it was not tested on the task"
 
 
 def test_records_of_format_1_are_of_routers_without_a_norm() -> None:
@@ -103,10 +103,10 @@ def test_records_of_format_1_are_of_routers_without_a_norm() -> None:
     old = {"r": 32, "top_k": 3, "normalize_router_input": False}
     made = record(run, format=1, settings=old)
     del made["budget"], made["size"]
-    cell = grid(**settings).cells()[0]
+    cell = grid(**settings).cells[0]
     assert grid([made], **settings).record(cell) is None, "today's default normalises every token"
     of = grid([made], methods={"milora": {"router_norm": "none"}}, **settings)
-    assert of.record(of.cells()[0]) == made
+    assert of.record(of.cells[0]) == made
 
 
 def test_a_report_finds_sizes_in_the_records() -> None:
@@ -115,7 +115,7 @@ def test_a_report_finds_sizes_in_the_records() -> None:
     assert made[0]["settings"]["r"] == 6
     without = Grid(grid(**settings).request, made)
     assert without.size("lora") == {"r": 6}
-    assert [without.record(cell) for cell in without.cells()] == made
+    assert [without.record(cell) for cell in without.cells] == made
     assert Grid(grid(**settings).request).size("lora") is None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from milora_core.errors import MiLoraError
+from reproduction.store import Store
 from reproduction.table4 import FILE, table4
 
 ROUNDS = {
@@ -25,7 +26,7 @@ def test_a_measurement_beside_the_papers(tmp_path: Path) -> None:
         for name, rounds in ROUNDS.items()
     ]
     (tmp_path / FILE).write_text(json.dumps({"rows": rows}))
-    base, dora, moelora, milora = table4(tmp_path, measure=False)
+    base, dora, moelora, milora = table4(Store(tmp_path), measure=False)
     # The second round is left out, because the backbone was half as fast.
     assert (base[""], base["rounds"], base["tokens a second"]) == ("the backbone alone", 3, "10.0 (10.0 to 11.0)")
     # 8/10, 8/10, 10/11; in the paper MiLoRA has 43.7, DoRA 36.5, MOELoRA 35.9.
@@ -41,7 +42,7 @@ def test_a_measurement_beside_the_papers(tmp_path: Path) -> None:
 
 def test_without_a_measurement_and_with_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(MiLoraError, match="not measured yet"):
-        table4(tmp_path, measure=False)
+        table4(Store(tmp_path), measure=False)
     (tmp_path / FILE).write_text("{")
     with pytest.raises(MiLoraError, match="remove it to measure again"):
-        table4(tmp_path)
+        table4(Store(tmp_path))

@@ -10,7 +10,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from support.grids import FINGERPRINTS, EverythingAtHand, grid, instantly, record
@@ -19,8 +19,9 @@ from milora_core.errors import MiLoraError
 from reproduction import worker
 from reproduction.adapter_tests import UnfinishedRunError
 from reproduction.grid import Grid, Run
+from reproduction.inputs import Inputs
 from reproduction.store import Store
-from reproduction.worker import Progress, Worker
+from reproduction.worker import Worker
 
 RUNS = 2 * 2 * 2 + 2 * 2
 # Forked, because a new interpreter needs seconds to import torch.
@@ -28,8 +29,16 @@ FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def work(of: Grid, folder: Path, execute: Any = instantly, **values: Any) -> Progress:
-    return Worker(of, Store(folder), EverythingAtHand(of.request), execute, **values).work()
+class Progress(NamedTuple):
+    """The numbers of runs with a result, and of runs that failed in a call."""
+
+    finished: int
+    failed: int
+
+
+def work(of: Grid, folder: Path, execute: Any = instantly, inputs: Inputs | None = None, **values: Any) -> Progress:
+    failed = Worker(of, Store(folder), inputs or EverythingAtHand(of.request), execute, **values).work()
+    return Progress(sum(bool(of.answers(run)) for run in of.runs()), failed)
 
 
 def shared_grid() -> Grid:
@@ -80,8 +89,7 @@ def test_other_rows_are_run_again_and_records_of_format_1_are_not(tmp_path: Path
 def test_what_cannot_be_run_is_left_out_and_the_rest_is_made(tmp_path: Path) -> None:
     of = grid(sections=["table2"], only_methods=["lora"], tune={"learning_rate": [1, 2]})
     inputs = EverythingAtHand(of.request, {"bundled-extraction": "no such folder"})
-    done = Worker(of, Store(tmp_path), inputs, instantly).work()
-    assert done == Progress(3, 0)
+    assert work(of, tmp_path, inputs=inputs) == Progress(3, 0)
     assert {tuple(one["tasks"]) for one in Store(tmp_path).read()} == {("bundled-choice",)}
 
 

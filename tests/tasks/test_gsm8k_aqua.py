@@ -49,9 +49,9 @@ class TestRealRows:
     def test_gsm8k(self) -> None:
         task = Gsm8k(real("gsm8k"))
         splits = {split: task.examples(split) for split in ("train", "dev", "test")}
-        paper = published.dataset("gsm8k")
-        assert (len(splits["dev"]), len(splits["test"])) == (500, paper["test"])
-        assert len(splits["train"]) + 500 == paper["train"]
+        train, _, test = published.everything()["table6_datasets"]["gsm8k"]
+        assert (len(splits["dev"]), len(splits["test"])) == (500, test)
+        assert len(splits["train"]) + 500 == train
         assert {row.prompt for row in splits["train"]}.isdisjoint(row.prompt for row in splits["dev"])
         for row in (row for rows in splits.values() for row in rows):
             assert "<<" not in row.completion
@@ -76,7 +76,7 @@ class TestRealRows:
         (tmp_path / task.folder).mkdir()
         (tmp_path / task.folder / "test.json").symlink_to(data / task.folder / "test.json")
         examples = task(tmp_path).examples("test")
-        assert len(examples) == published.dataset(task.name)["test"]
+        assert len(examples) == published.everything()["table6_datasets"][task.name][-1]
         assert all(task().is_correct(example.completion, example.answer) for example in examples)
         alone = sum(example.completion == task.sentence(example.answer) for example in examples)
         assert 0.3 < alone / len(examples) < 0.6
