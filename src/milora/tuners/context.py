@@ -92,6 +92,7 @@ class Generation:
         tokens: (rows, tokens): the prefill's tokens, if the generation has no cache.
         columns: Tokens of the longest prompt, including padding.
         seen: Number of these tokens read so far.
+        steps: The plan of its decode steps; `None` before the first.
         merge_into: Merges the route as soon as it is known.
         follows_all: Whether a separate pass has already read the prompt, so every pass follows its result.
     """
@@ -109,6 +110,7 @@ class Generation:
         self.prompts: Prompts | None = None
         self.tokens: Tensor | None = None
         self.seen = 0
+        self.steps: Any = None
         self.merge_into = merge_into
         self.follows_all = False
 

@@ -14,7 +14,7 @@ from milora.tuners.context import ForwardContext, Generation, said
 from milora.tuners.grouped import GroupedOwner, GroupedPlan, Share, check_names, rows_by_adapter
 from milora.tuners.identity import Use
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.plans.decode import DecodePlan, PreparedExperts
+from milora.tuners.milora.plans.decode import DecodePlan
 from milora.tuners.milora.plans.passes import PassPlan
 from milora.tuners.milora.routed import RoutedPrompts
 from milora.tuners.milora.router import RouterLayer
@@ -142,8 +142,6 @@ class RoutingHooks(PromptHooks):
             prompts.bare = cached + int((~adapted[late[0]]).int().cumprod(dim=1).sum(dim=1).min())
         if generation is not None:
             generation.seen = cached + attended.shape[1]
-            if prompts.adapter is not None:
-                prompts.steps = PreparedExperts(prompts.adapter, prompts)
         return self._planned(prompts, "route", adapted, generation, own)
 
     def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
@@ -208,8 +206,9 @@ class RoutingHooks(PromptHooks):
             plan, mode = BasePlan(), "merged"
         elif is_grouped and not adapted:
             plan = RoutedRows(self.owner, prompts, layers, is_compiled=is_compiled)
-        elif mode == "follow" and prompts.steps is not None and not adapted and not _has_gradients_or_autocast():
-            plan = DecodePlan(prompts.steps)
+        elif generation is not None and mode == "follow" and not adapted and not _has_gradients_or_autocast():
+            assert prompts.adapter is not None
+            generation.steps = plan = generation.steps or DecodePlan(prompts.adapter, prompts)
         begun = None if generation is None or generation.prompts is not None else generation
         return ForwardContext(self.owner, prompts, mode, plan, adapted, begun, use)
 

@@ -106,7 +106,6 @@ class RoutedPrompts(Prompts):
         forced: The route of `rows` rows to follow instead of the routers.
         routings: Adapter -> block -> decision.
         routed_blocks: Blocks that have been routed.
-        steps: The decode steps of a generation; `None` outside of one.
         bare: Number of cached tokens that the bare backbone made (late adaptation); 0 if experts changed the prompt.
     """
 
@@ -114,7 +113,6 @@ class RoutedPrompts(Prompts):
     forced: Route | None = None
     routings: dict[str, dict[str, BlockRouting]] = field(default_factory=dict)
     routed_blocks: set[str] = field(default_factory=set)
-    steps: Any = None
     bare: int = 0
 
     @property

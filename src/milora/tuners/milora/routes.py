@@ -216,8 +216,6 @@ class Routes:
                 yield generation
         finally:
             self.owner.identities.end(use)
-            if isinstance(generation.prompts, RoutedPrompts):
-                generation.prompts.steps = None  # A caller's cache keeps the prompts longer.
 
     def _merging_into(self, stack: ExitStack, generation: Generation) -> Callable[[Route], None]:
         def merge(route: Route) -> None:

@@ -47,8 +47,6 @@ class PassPlan:
                 continue
             if summed.data_ptr() == x.data_ptr():
                 summed = summed.clone()  # A base layer may return its input.
-            if prompts.steps is not None:
-                prompts.steps.note_input(layer, x)
             summed = self._add(layer, adapter, selection, x, summed)
         return summed.to(result.dtype)
 
