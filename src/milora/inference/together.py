@@ -47,11 +47,11 @@ def serve_together(model: PeftModel, *, capacity: int = 0) -> None:
     """
     tuner: Any = getattr(model, "base_model", None)
     if isinstance(tuner, MiLoraModel):
-        tuner.owner.set_capacity(capacity)
+        tuner.owner.capacity = capacity
     elif type(tuner) is LoraModel:
         serving = tuner.__dict__.get("owner")
         if isinstance(serving, LoraServing):
-            serving.set_capacity(capacity)
+            serving.capacity = capacity
             return
         tuner.owner = LoraServing(tuner, capacity)
         setattr(tuner, NAMED_ROWS, tuner.owner.naming_rows)

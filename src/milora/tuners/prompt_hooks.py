@@ -8,6 +8,7 @@ prompts that filled it, so it shows which prompts a call continues.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -171,20 +172,21 @@ class PromptHooks(ABC):
         if generation is not None:
             generation.prompts = context.prompts
             if not isinstance(cache, Cache):
-                generation.tokens = _source(arguments_of(module, args, kwargs))
+                generation.tokens = source_of(arguments_of(module, args, kwargs))
         elif context.mode != "follow" and module.training:
             return self.after(context, arguments_of(module, args, kwargs), output)
         return None
 
 
-def _source(arguments: dict[str, Any]) -> Tensor | None:
+def source_of(arguments: Mapping[str, Any]) -> Any:
+    """The tokens of a call, `input_ids` or `inputs_embeds`, (batch, tokens, ...); `None` without either."""
     source = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if source is None else source
 
 
 def _begins_with(arguments: dict[str, Any], first: Tensor | None) -> bool:
     """Whether a call without a cache begins with the prefill's tokens, as the next step of a generation does."""
-    source = _source(arguments)
+    source = source_of(arguments)
     if first is None or source is None or source.dim() != first.dim() or source.shape[1] <= first.shape[1]:
         return False
     return source.shape[0] == first.shape[0] and torch.equal(source[:, : first.shape[1]], first)
@@ -195,7 +197,7 @@ def _with_mask(arguments: dict[str, Any], generation: Generation | None) -> dict
 
     Generation with a static cache passes the model a prepared mask, in which a window may hide a part of the prompt.
     """
-    mask, source = None if generation is None else generation.attended, _source(arguments)
+    mask, source = None if generation is None else generation.attended, source_of(arguments)
     if mask is None or source is None or mask.dim() != 2 or source.shape[0] % mask.shape[0] != 0:
         return arguments
     if mask.shape[1] != source.shape[1]:

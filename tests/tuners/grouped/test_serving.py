@@ -207,7 +207,7 @@ class TestParameters:
 
     def test_another_adapter_moves_nothing_where_there_is_room(self) -> None:
         model = tenants()
-        model.base_model.owner.stacks.capacity = 5
+        model.base_model.owner.capacity = 5
         logits_of(model, adapter_names=NAMES)
         stacks = model.base_model.owner.stacks.modules
         places = {path: stack.lora_a.data_ptr() for path, stack in stacks.items()}

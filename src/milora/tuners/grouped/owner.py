@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from milora.tuners.context import ContextOwner
@@ -18,11 +17,10 @@ from milora_core.errors import MiLoraError
 class GroupedOwner(ContextOwner):
     """Owns a model's contexts, the stacks of its adapters, and its single compiled decode step.
 
-    Args:
-        model: The backbone with PEFT's layers.
-        capacity: Number of adapters to reserve memory for; see [`AdapterStacks`].
-
     Attributes:
+        model: The backbone with PEFT's layers.
+        capacity: Number of adapters to reserve memory for, so another one is loaded without moving the others.
+            Existing stacks keep their size.
         stacks: The stacks of the model's adapters.
         compiled_for: The generation (or batch) with compiled decode steps. Others may run eagerly at the same time.
         eagerly: The argument of `generate` that disables compiled steps, for messages.
@@ -37,7 +35,7 @@ class GroupedOwner(ContextOwner):
         self._begin()
 
     def _begin(self) -> None:
-        self.stacks = AdapterStacks(self.model, self.is_stackable, self.capacity)
+        self.stacks = AdapterStacks(self.model)
         self.compiled_for: Any = None
         self._compiled_lock = threading.Lock()
         self._compiling_thread: int | None = None
@@ -51,19 +49,10 @@ class GroupedOwner(ContextOwner):
         super().__setstate__(state)
         self._begin()
 
-    @staticmethod
-    def is_stackable(layer: LoraLayer, adapter: str) -> bool:
-        """Whether an adapter is `x A B` in a layer."""
-        return adapter not in layer.lora_variant
-
-    def set_capacity(self, capacity: int) -> None:
-        """Changes the number of adapters to reserve memory for. Existing stacks keep their size."""
-        self.capacity = self.stacks.capacity = capacity
-
     def refresh(self) -> None:
         """Updates the stacks to the model's current adapters."""
         with self.identities.lock:
-            self.stacks.refresh(self.identities.running())
+            self.stacks.refresh(self.capacity, self.identities.running())
 
     def is_compiled_for(self, request: Any) -> bool:
         """Whether this request has the compiled decode steps. The thread's first request claims them."""
@@ -93,45 +82,34 @@ class GroupedOwner(ContextOwner):
         return MiLoraError(f"{_not_compilable(path)}. Generate with {self.eagerly}.")
 
     @contextmanager
-    def compiled(self, adapters: Collection[str] = (), *, named_rows: bool = False) -> Iterator[None]:
-        """Inside this context a compiled decode step may run. Only one generation at a time can have compiled steps,
-        because they read their rows from one address.
+    def compiled(
+        self, adapters: Collection[str] = (), *, named_rows: bool = False, required: bool = True
+    ) -> Iterator[bool]:
+        """Inside this context a compiled decode step may run, unless it yields `False`. Only one generation at a time
+        can have compiled steps, because they read their rows from one address.
 
         Args:
             adapters: The generation's adapters.
             named_rows: See [`GroupedOwner.why_not_compiled`].
+            required: Raise instead of yielding `False`.
 
         Raises:
             MiLoraError: If another thread's compiled generation is running, or a layer cannot be compiled.
         """
-        with self.alone():
-            reason = self.why_not_compiled(adapters, named_rows=named_rows)
-            if reason is not None:
-                raise MiLoraError(f"{reason}. Generate with {self.eagerly}.")
-            with self.compiled_steps():
-                yield
-
-    @contextmanager
-    def compiled_if_possible(self, adapters: Collection[str], *, named_rows: bool = False) -> Iterator[bool]:
-        """Like [`GroupedOwner.compiled`], but runs eagerly instead of raising if compiled steps are impossible.
-
-        Args:
-            adapters: The generation's adapters.
-            named_rows: See [`GroupedOwner.why_not_compiled`].
-
-        Yields:
-            Whether the steps may be compiled.
-        """
-        is_alone = self._compiled_lock.acquire(blocking=False)
-        try:
-            if is_alone and self.why_not_compiled(adapters, named_rows=named_rows) is None:
-                with self.compiled_steps():
-                    yield True
-                return
-        finally:
-            if is_alone:
-                self._compiled_lock.release()
-        yield False
+        with ExitStack() as stack:
+            is_possible = True
+            try:
+                stack.enter_context(self.alone())
+                reason = self.why_not_compiled(adapters, named_rows=named_rows)
+                if reason is not None:
+                    raise MiLoraError(f"{reason}. Generate with {self.eagerly}.")
+                stack.enter_context(self.compiled_steps())
+            except MiLoraError:
+                if required:
+                    raise
+                stack.close()
+                is_possible = False
+            yield is_possible
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -143,8 +121,7 @@ class GroupedOwner(ContextOwner):
         if not self._compiled_lock.acquire(blocking=False):
             raise MiLoraError(
                 "Another compiled generation is running on this model, and a compiled decode step reads one set of "
-                "routes. "
-                f"Generate one after the other, or with {self.eagerly}."
+                f"routes. Generate one after the other, or with {self.eagerly}."
             )
         try:
             yield

@@ -81,9 +81,8 @@ class GroupedPlan(ABC):
 
     def _build(self, layer: Any, x: Tensor) -> ModuleRows | None:
         stack = layer.stack
-        shares = list(self.shares(layer, x))
-        served = [share for share in shares if share.adapter in stack.slots]
-        is_left_out = any(share.adapter in layer.lora_A for share in shares if share.adapter not in stack.slots)
+        shares = [share for share in self.shares(layer, x) if share.adapter in layer.lora_A]
+        is_left_out = any(share.adapter not in stack.slots for share in shares)
         if self.is_compiled and (is_left_out or not self.has_fixed_rows(x)):
             raise self.owner.cannot_compile(stack.path)
         if is_left_out:
@@ -91,7 +90,7 @@ class GroupedPlan(ABC):
         rows, device = self.batch_rows(x), stack.lora_a.device
         slots = [-1] * rows
         gates = torch.zeros(rows, device=device)
-        for share in served:
+        for share in shares:
             scaling = layer.scaling[share.adapter]
             for row in range(rows) if share.rows is None else share.rows:
                 slots[row] = stack.slots[share.adapter]
@@ -102,8 +101,7 @@ class GroupedPlan(ABC):
                 gates[torch.tensor(share.rows, device=device)] = torch.as_tensor(gate, device=device)
         slots_of_rows = torch.tensor(slots, dtype=torch.int32, device=device)
         if self.is_compiled:
-            stack.fix(slots_of_rows, gates)
-            slots_of_rows, gates = stack.fixed
+            slots_of_rows, gates = stack.fix(slots_of_rows, gates)
         return ModuleRows(slots_of_rows, gates, stack.lora_a, stack.lora_b)
 
 

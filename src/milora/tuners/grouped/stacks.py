@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from milora.tuners.identity import Use
 from milora_core.kernels import OneToken, add_grouped_lora, one_token
-
-IsPlain = Callable[[LoraLayer, str], bool]
-"""Whether an adapter's change of a layer is only `x A B` with scaling and gates."""
 
 
 @dataclass
@@ -73,29 +70,28 @@ class ModuleStack:
         fixed: Slots and gates of a batch at fixed addresses, which a compiled decode step reads.
     """
 
-    lora_a: Tensor
-    lora_b: Tensor
-
     def __init__(self, path: str, layer: LoraLayer) -> None:
         self.path = path
         self.layer = layer
         self.slots: dict[str, int] = {}
-        self._parts: dict[str, tuple[nn.Module, nn.Module, int]] = {}
+        self.lora_a = self.lora_b = torch.empty(0, 0, 0)
+        self._ranks: dict[str, int] = {}
         self._fitted_to: Any = None
         self._left: dict[int, list[Use]] = {}
         self.fixed: tuple[Tensor, Tensor] | None = None
-        self._fixed_by_rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._fixed_by_rows: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def fix(self, slots: Tensor, gates: Tensor) -> None:
+    def fix(self, slots: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a batch's slots and gates, (rows) each, to the addresses that the compiled step reads."""
-        rows = slots.shape[0]
-        if rows not in self._fixed_by_rows or self._fixed_by_rows[rows][0].device != slots.device:
-            self._fixed_by_rows[rows] = (torch.empty_like(slots), torch.empty_like(gates))
-            for tensor in self._fixed_by_rows[rows]:
+        key = slots.shape[0], slots.device
+        if key not in self._fixed_by_rows:
+            self._fixed_by_rows[key] = (torch.empty_like(slots), torch.empty_like(gates))
+            for tensor in self._fixed_by_rows[key]:
                 torch._dynamo.mark_static_address(tensor, guard=False)
-        self.fixed = self._fixed_by_rows[rows]
+        self.fixed = self._fixed_by_rows[key]
         self.fixed[0].copy_(slots)
         self.fixed[1].copy_(gates)
+        return self.fixed
 
     def fixed_rows(self) -> ModuleRows:
         """The inputs of a compiled decode step; call [`ModuleStack.fix`] first."""
@@ -106,7 +102,7 @@ class ModuleStack:
         """Whether the layer's adapters and their storage are unchanged since [`ModuleStack.fit`]."""
         return bool(self._fitted_to == _state_of(self.layer))
 
-    def fit(self, adapters: list[str], capacity: int, running: Sequence[Use] = ()) -> None:
+    def fit(self, adapters: list[str], capacity: int, running: Sequence[Use]) -> None:
         """Makes the stacks contain exactly these adapters. Nothing moves if they fit into the existing stacks.
 
         Args:
@@ -115,11 +111,10 @@ class ModuleStack:
             running: Running uses of adapters. A slot is overwritten only when all uses that read it have ended.
         """
         for adapter in [name for name in self.slots if name not in adapters or not self._is_view(name)]:
-            self._left[self.slots[adapter]] = [use for use in running if adapter in use.adapters]
-            del self.slots[adapter], self._parts[adapter]
+            self._left[self.slots.pop(adapter)] = [use for use in running if adapter in use.adapters]
         added = [name for name in adapters if name not in self.slots]
         read = {slot for slot, uses in self._left.items() if any(use.is_running for use in uses)}
-        free = [slot for slot in range(self._places()) if slot not in {*self.slots.values(), *read}]
+        free = [slot for slot in range(len(self.lora_a)) if slot not in {*self.slots.values(), *read}]
         if len(added) > len(free) or not all(self._has_room(name) for name in added):
             self._make_anew(adapters, capacity)
             added, free = adapters, list(range(len(adapters)))
@@ -127,27 +122,20 @@ class ModuleStack:
             self._take_in(adapter, slot)
         self._fitted_to = _state_of(self.layer)
 
-    def _places(self) -> int:
-        return self.lora_a.shape[0] if hasattr(self, "lora_a") else 0
-
     def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight
 
-    def _part(self, adapter: str) -> tuple[nn.Module, nn.Module, int]:
-        a, b = self.layer.lora_A[adapter], self.layer.lora_B[adapter]
-        return a, b, a.weight.shape[0]
-
     def _is_view(self, adapter: str) -> bool:
         """Whether the adapter's parameters are still views of the stacks."""
-        slot = self.slots[adapter]
-        if adapter not in self.layer.lora_A or self._part(adapter) != self._parts[adapter]:
+        if adapter not in self.layer.lora_A:
             return False
         a, b = self._weights(adapter)
-        return a.data_ptr() == self.lora_a[slot].data_ptr() and b.data_ptr() == self.lora_b[slot].data_ptr()
+        slot, rank = self.slots[adapter], self._ranks[adapter]
+        pointers = (self.lora_a[slot].data_ptr(), self.lora_b[slot].data_ptr())
+        return (a.data_ptr(), b.data_ptr()) == pointers and a.shape[0] == rank
 
     def _has_room(self, adapter: str) -> bool:
-        a, _ = self._weights(adapter)
-        stack = self.lora_a
+        a, stack = self._weights(adapter)[0], self.lora_a
         return a.shape[0] <= stack.shape[1] and a.dtype == stack.dtype and a.device == stack.device
 
     def _make_anew(self, adapters: list[str], capacity: int) -> None:
@@ -159,7 +147,7 @@ class ModuleStack:
         for stack in (self.lora_a, self.lora_b):
             # CUDA graphs copy inputs whose address is not marked as static.
             torch._dynamo.mark_static_address(stack, guard=False)
-        self.slots, self._parts, self._left = {}, {}, {}
+        self.slots, self._left = {}, {}
 
     @torch.no_grad()
     def _take_in(self, adapter: str, slot: int) -> None:
@@ -173,8 +161,7 @@ class ModuleStack:
         for parameter, value, place in zip(parameters, values, places, strict=True):
             place.copy_(value)
             parameter.data = place
-        self.slots[adapter] = slot
-        self._parts[adapter] = self._part(adapter)
+        self.slots[adapter], self._ranks[adapter] = slot, rank
 
 
 class AdapterStacks:
@@ -183,11 +170,6 @@ class AdapterStacks:
     Layers whose base layer is not a plain linear layer (quantised backbones) are excluded, and so are adapters that are
     more than `x A B` in a layer (DoRA, a bias). These use their layers' own forward.
 
-    Args:
-        model: The backbone with PEFT's layers.
-        is_plain: Whether an adapter is `x A B` in a layer.
-        capacity: Number of adapters to reserve memory for, so another one is loaded without moving the others.
-
     Attributes:
         modules: Path -> the stack of a LoRA layer.
         left_out: Path -> a LoRA layer without a stack.
@@ -195,21 +177,16 @@ class AdapterStacks:
             `trainable_token_indices`).
     """
 
-    def __init__(self, model: nn.Module, is_plain: IsPlain, capacity: int = 0) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.is_plain = is_plain
-        self.capacity = capacity
         self.modules: dict[str, Any] = {}
         self.left_out: dict[str, LoraLayer] = {}
         self.wrappers: dict[str, AuxiliaryTrainingWrapper] = {}
 
-    def refresh(self, running: Sequence[Use] = ()) -> None:
-        """Updates the stacks to the model's current adapters.
+    def refresh(self, capacity: int, running: Sequence[Use]) -> None:
+        """Updates the stacks to the model's current adapters; see [`ModuleStack.fit`].
 
         This runs before every pass, so unchanged layers are only compared with their last state.
-
-        Args:
-            running: Running uses of adapters.
         """
         modules: dict[str, ModuleStack] = {}
         left_out, wrappers = {}, {}
@@ -225,27 +202,21 @@ class AdapterStacks:
                     continue
                 if stack is None or stack.layer is not module:
                     stack = ModuleStack(path, module)
-                stack.fit(stackable, self.capacity, running)
+                stack.fit(stackable, capacity, running)
             module.stack = stack
             modules[path] = stack
         self.modules, self.left_out, self.wrappers = modules, left_out, wrappers
 
-    def bytes(self) -> int:
-        """Memory of the stacks, including the adapters' parameters (their views)."""
-        return sum(s.nbytes for stack in self.modules.values() for s in (stack.lora_a, stack.lora_b))
-
     def _stackable(self, layer: LoraLayer) -> list[str]:
+        """The adapters that are `x A B` in a layer, of the dtype and device of the first."""
         # Our subclasses of PEFT's layers store the original class as `kind`. PEFT's own are for quantised layers.
-        if getattr(layer, "kind", type(layer)) is not LoraLinear or not isinstance(
-            layer.get_base_layer(), nn.Linear | Conv1D
-        ):
+        is_linear = getattr(layer, "kind", type(layer)) is LoraLinear
+        if not is_linear or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
             return []
-        plain = [name for name in layer.lora_A if self.is_plain(layer, name) and not layer.lora_bias.get(name, False)]
-        kinds = {name: _kind(layer.lora_A[name].weight) for name in plain}
-        if not kinds:
-            return []
-        first = next(iter(kinds.values()))
-        return [name for name in plain if kinds[name] == first and not layer.lora_A[name].weight.is_meta]
+        plain = [name for name in layer.lora_A if name not in layer.lora_variant and not layer.lora_bias.get(name)]
+        weights = {name: layer.lora_A[name].weight for name in plain}
+        kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
+        return [name for name in plain if kinds[name] == kinds[plain[0]] and not weights[name].is_meta]
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -285,7 +256,3 @@ def _state_of(layer: LoraLayer) -> tuple[Any, ...]:
         [weight.shape for weight in weights_a],
         [linear._parameters["weight"].data_ptr() for linear in lora_b.values()],
     )
-
-
-def _kind(weight: Tensor) -> tuple[torch.dtype, torch.device]:
-    return weight.dtype, weight.device

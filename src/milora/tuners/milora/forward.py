@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from milora.tuners.caches import BARE
 from milora.tuners.context import ForwardContext, Generation, said
 from milora.tuners.grouped import GroupedOwner, GroupedPlan, Share, check_names, rows_by_adapter
 from milora.tuners.identity import Use
-from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.plans.decode import DecodePlan
 from milora.tuners.milora.plans.passes import PassPlan
 from milora.tuners.milora.routed import RoutedPrompts
@@ -22,7 +21,7 @@ from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.outputs import add_to_loss
 from milora.tuners.plan import BasePlan, Plan
 from milora.tuners.prompt import attended_tokens, labels_of, predicts_next_tokens, supervised_tokens
-from milora.tuners.prompt_hooks import PromptHooks
+from milora.tuners.prompt_hooks import PromptHooks, source_of
 from milora_core.errors import MiLoraError
 from milora_core.routing import Route, load_balancing_loss
 
@@ -35,11 +34,7 @@ UNKNOWN_CACHE = (
 class RoutedRows(GroupedPlan):
     """The rows of a batch with different adapters and routes, or at the addresses that a compiled step reads.
 
-    Args:
-        owner: The model's.
-        prompts: Rows -> (adapter, route).
-        layers: The plan for layers without a stack, and for single tokens of a prompt.
-        is_compiled: See [`GroupedPlan`].
+    `layers` computes layers without a stack, and single tokens of a prompt.
     """
 
     def __init__(self, owner: GroupedOwner, prompts: RoutedPrompts, layers: PassPlan, *, is_compiled: bool) -> None:
@@ -71,35 +66,28 @@ class RoutedRows(GroupedPlan):
 class RoutingHooks(PromptHooks):
     """See [`PromptHooks`].
 
-    Args:
-        backbone: The called model.
-        owner: The model's.
-        configs: Adapter -> configuration.
-        active: Returns the names of the active adapters.
+    Attributes:
+        tuner: The [`milora.tuners.milora.model.MiLoraModel`].
+        routers: Block -> its router.
+        merged: The [`milora.tuners.milora.merging.Merged`] route that the backbone's weights contain.
     """
 
     owner: GroupedOwner
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        owner: GroupedOwner,
-        configs: Mapping[str, MiLoraConfig],
-        active: Callable[[], list[str]],
-    ) -> None:
+    def __init__(self, backbone: nn.Module, owner: GroupedOwner, tuner: Any) -> None:
         super().__init__(backbone, owner)
-        self.configs = configs
-        self.active = active
+        self.tuner = tuner
         self.routers: dict[str, RouterLayer] = {}
         self.statistics = RoutingStatistics()
         self.merged: Any = None
-        """The [`milora.tuners.milora.merging.Merged`] route that the backbone's weights contain."""
 
     def is_off(self) -> bool:
         """See [`PromptHooks.is_off`]; PEFT disables all layers at once."""
-        return not self.active() or any(router.disable_adapters for router in self.routers.values())
+        return not self.tuner.active_adapters or any(router.disable_adapters for router in self.routers.values())
 
-    # ------------------------------------------------------------------ contexts
+    def late(self, adapters: Iterable[str]) -> list[str]:
+        """Those of the adapters that leave the prompt to the bare backbone (late adaptation)."""
+        return [name for name in adapters if self.tuner.peft_config[name].adapted_tokens == "completion"]
 
     def _context(self, arguments: dict[str, Any]) -> ForwardContext | None:
         if self.merged is not None:
@@ -109,77 +97,65 @@ class RoutingHooks(PromptHooks):
     def begin(
         self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None, cached: int = 0
     ) -> ForwardContext:
-        """See [`PromptHooks.begin`].
-
-        Args:
-            arguments: The model's arguments by name.
-            attended: (rows, tokens), bool: the tokens that are not padding.
-            generation: The generation of this prefill.
-            cached: Tokens of the prompts that are already in the cache, made by the bare backbone.
-        """
+        """See [`PromptHooks.begin`]. `cached` tokens of the prompts are already in the cache, made by the backbone."""
         if self.merged is not None:
             self.merged.check_prompts(generation)
-        rows = attended.shape[0]
-        adapter_rows = self._adapter_rows(rows, generation)
-        forced = self._forced(rows, generation)
-        late = [adapter for adapter in adapter_rows if self.configs[adapter].adapted_tokens == "completion"]
-        prompt = None
-        if forced is None or late:
-            prompt = self._prompt(arguments, attended, generation, cached)
+        rows, tokens = attended.shape
+        adapter_rows, forced = self._adapter_rows(rows, generation), self._forced(rows, generation)
+        late, changed = self.late(adapter_rows), attended
         if forced is None and cached:
             self._check_readable(adapter_rows)
-        adapted = {}
+        prompt = self._prompt(arguments, attended, generation, cached) if forced is None or late else None
         if prompt is not None and late:
-            is_whole = generation is None or cached + attended.shape[1] >= generation.columns
+            is_whole = generation is None or cached + tokens >= generation.columns
             changed = completion_tokens(prompt, attended) if is_whole else torch.zeros_like(attended)
-            adapted = dict.fromkeys(late, changed)
         if torch.is_grad_enabled():
             for router in self.routers.values():
                 router.recompute_in_context(self.backbone.get_submodule(router.block))
-        use, own = self._use(adapter_rows, generation)
+        use = self.owner.identities.begin(adapter_rows) if generation is None else generation.use
         prompts = RoutedPrompts(rows, prompt, use, adapter_rows=adapter_rows, forced=forced)
         if late and len(late) == len(adapter_rows):
-            prompts.bare = cached + int((~adapted[late[0]]).int().cumprod(dim=1).sum(dim=1).min())
+            prompts.bare = cached + int((~changed).int().cumprod(dim=1).sum(dim=1).min())
         if generation is not None:
-            generation.seen = cached + attended.shape[1]
-        return self._planned(prompts, "route", adapted, generation, own)
+            generation.seen = cached + tokens
+        own = use if generation is None else None
+        return self._planned(prompts, "route", dict.fromkeys(late, changed), generation, own)
 
     def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
         """See [`PromptHooks.follow`]."""
         adapted: dict[str, Tensor] = {}
         own = None
-        source = _source(arguments)
+        source = source_of(arguments)
         if generation is None:
             self.owner.identities.check(prompts.use)
             prompts = prompts.for_rows(source.shape[0])
-            _, own = self._use(prompts.adapter_rows, None)
+            own = self.owner.identities.begin(prompts.adapter_rows)
         elif prompts.prompt is not None:
             adapted = self._late_tokens(prompts, source, generation)
         return self._planned(prompts, "follow", adapted, generation, own)
 
     def fill(self, made: Any, cache: Cache, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
         """See [`PromptHooks.fill`]."""
-        length, rows = int(cache.get_seq_length()), _source(arguments).shape[0]
+        length, rows = int(cache.get_seq_length()), source_of(arguments).shape[0]
         adapter_rows = self._adapter_rows(rows, generation)
-        is_late = all(self.configs[adapter].adapted_tokens == "completion" for adapter in adapter_rows)
+        is_late = len(self.late(adapter_rows)) == len(adapter_rows)
         is_bare = made == BARE
         if isinstance(made, RoutedPrompts):
             self.owner.identities.check(made.use)
             self._check_adapters(made, adapter_rows, rows)
-            is_bare = is_late and length <= made.bare
+            is_bare = length <= made.bare
         if is_late and is_bare:
             return self.begin(arguments, attended_tokens(arguments), generation, length)
-        forced = said(self.owner, "route") is not None
         if is_late and generation is not None:
             raise MiLoraError(
                 "The cache holds tokens that an adapter has changed. With adapted_tokens='completion' the whole "
                 "prompt of a turn goes through the bare backbone: crop the cache to the part that the bare backbone "
                 "made, or start with an empty cache."
             )
-        if isinstance(made, RoutedPrompts) and not forced:
+        if said(self.owner, "route") is None:
+            if not isinstance(made, RoutedPrompts):
+                raise MiLoraError(UNKNOWN_CACHE)
             return self.follow(made, arguments, None)
-        if not forced:
-            raise MiLoraError(UNKNOWN_CACHE)
         context = self.begin(arguments, attended_tokens(arguments), generation)
         return self._planned(context.prompts, "route", {}, generation, context.use)
 
@@ -212,12 +188,10 @@ class RoutingHooks(PromptHooks):
         begun = None if generation is None or generation.prompts is not None else generation
         return ForwardContext(self.owner, prompts, mode, plan, adapted, begun, use)
 
-    # ------------------------------------------------------------ what is decided
-
     def _adapter_rows(self, rows: int, generation: Generation | None) -> dict[str, list[int] | None]:
         names = said(self.owner, "adapter_names")
         if names is None:
-            return dict.fromkeys(self.active())
+            return dict.fromkeys(self.tuner.active_adapters)
         check_names(names, rows, None if generation is None else generation.inputs)
         return dict(rows_by_adapter(names, rows))
 
@@ -237,21 +211,14 @@ class RoutingHooks(PromptHooks):
             )
         return route.expand(rows // len(route))
 
-    def _use(self, adapters: Iterable[str], generation: Generation | None) -> tuple[Use, Use | None]:
-        """The use of the adapters: the generation's, or this pass's own."""
-        if generation is not None:
-            return generation.use, None
-        use = self.owner.identities.begin(adapters)
-        return use, use
-
     def _prompt(
         self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None, cached: int
     ) -> Tensor:
         """(rows, tokens), bool: the prompts' tokens, without an assistant's candidates after them."""
-        unlabelled = labels_of(arguments)[0] is None and said(self.owner, "prompt") is None
-        training = self.backbone.training and torch.is_grad_enabled()
         prompt = self.prompt_of(attended, arguments)
-        if unlabelled and training and predicts_next_tokens(self.backbone):
+        is_marked = labels_of(arguments)[0] is not None or said(self.owner, "prompt") is not None
+        is_training = self.backbone.training and torch.is_grad_enabled()
+        if is_training and not is_marked and predicts_next_tokens(self.backbone):
             self.statistics.warn_without_labels()
         if generation is not None and cached + attended.shape[1] > generation.columns:
             prompt = prompt.clone()
@@ -260,14 +227,13 @@ class RoutingHooks(PromptHooks):
 
     def _late_tokens(self, prompts: RoutedPrompts, source: Tensor, generation: Generation) -> dict[str, Tensor]:
         """The adapted tokens of a later pass of a generation that still reads the prompt or reads it again."""
-        late = [a for a in prompts.adapter_rows if self.configs[a].adapted_tokens == "completion"]
+        late = self.late(prompts.adapter_rows)
         if not late:
             return {}
         rows, tokens = source.shape[:2]
         if generation.tokens is not None:  # No cache: the whole text again.
             assert prompts.prompt is not None
-            ahead = tokens - prompts.prompt.shape[1]
-            prompt = nn.functional.pad(prompts.prompt, (0, ahead))
+            prompt = nn.functional.pad(prompts.prompt, (0, tokens - prompts.prompt.shape[1]))
             return dict.fromkeys(late, completion_tokens(prompt, torch.ones_like(prompt)))
         start, generation.seen = generation.seen, generation.seen + tokens
         if start >= generation.columns:
@@ -275,10 +241,10 @@ class RoutingHooks(PromptHooks):
         columns = torch.arange(start, start + tokens, device=source.device)
         return dict.fromkeys(late, (columns >= generation.columns - 1).expand(rows, tokens))
 
-    def _check_readable(self, adapter_rows: Iterable[str]) -> None:
+    def _check_readable(self, adapters: Iterable[str]) -> None:
         """Refuses routers that need hidden states of cached prompt tokens."""
-        for adapter in adapter_rows:
-            config = self.configs[adapter]
+        for adapter in adapters:
+            config = self.tuner.peft_config[adapter]
             if config.pooler != "last" or config.router_window is not None:
                 raise MiLoraError(
                     f"The cache holds the beginning of the prompt, but the routers of {adapter!r} must read it "
@@ -288,17 +254,15 @@ class RoutingHooks(PromptHooks):
 
     @staticmethod
     def _check_adapters(made: RoutedPrompts, adapter_rows: Mapping[str, list[int] | None], rows: int) -> None:
-        if rows != made.rows and made.adapter is None:
+        if made.adapter is None:
             made.for_rows(rows)
         found = {adapter: own for adapter, own in made.adapter_rows.items() if own is None or own}
-        if found != dict(adapter_rows):
+        if found != adapter_rows:
             raise MiLoraError(
                 f"The cache was filled by the adapters {sorted(found)}, but this pass uses {sorted(adapter_rows)}: "
                 "another adapter cannot continue their tokens. Activate the same adapter, pass the same "
                 "adapter_names, or start with the prompt and an empty cache."
             )
-
-    # ------------------------------------------------------------------ training
 
     def after(self, context: ForwardContext, arguments: dict[str, Any], output: Any) -> Any:
         """Adds the load-balancing loss to a labelled pass of training (Zhang et al. 2024, equations 4 and 5)."""
@@ -311,15 +275,10 @@ class RoutingHooks(PromptHooks):
             losses = [load_balancing_loss(routing.decision.probabilities) for routing in routings.values()]
             balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
             self.statistics.record(balance, routings)
-            coefficient = self.configs[adapter].load_balancing_coef
+            coefficient = self.tuner.peft_config[adapter].load_balancing_coef
             if coefficient > 0:
                 output = add_to_loss(output, coefficient * balance, tokens, arguments.get("num_items_in_batch"))
         return output
-
-
-def _source(arguments: Mapping[str, Any]) -> Tensor:
-    source: Tensor | None = arguments.get("input_ids")
-    return arguments["inputs_embeds"] if source is None else source
 
 
 def completion_tokens(prompt: Tensor, attended: Tensor) -> Tensor:

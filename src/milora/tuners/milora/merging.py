@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,17 +26,12 @@ MERGED = "a route is merged into the backbone's weights, so no other route can b
 """The error for calls that a merged route excludes."""
 
 
+@dataclass(frozen=True, eq=False)
 class Merged:
-    """The route that the backbone's weights contain.
+    """The route, of one row, that the backbone's weights contain, and the generation that merged it, if one did."""
 
-    Args:
-        route: A route of one row.
-        generation: The generation that merged it; `None` for `merged_route`.
-    """
-
-    def __init__(self, route: Route, generation: Generation | None) -> None:
-        self.route = route
-        self.generation = generation
+    route: Route
+    generation: Generation | None
 
     def check(self, hooks: RoutingHooks) -> None:
         """Refuses calls outside the merged route's context, and calls with disabled adapters.
@@ -67,14 +63,7 @@ class Merged:
 @contextmanager
 def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Generation | None) -> Iterator[None]:
     """Inside this context the backbone's weights contain a route; see
-    [`milora.tuners.milora.routes.Routes.merged_route`].
-
-    Args:
-        hooks: The model's.
-        adapter: The route's adapter.
-        route: A route with equal rows.
-        generation: The generation that merges it.
-    """
+    [`milora.tuners.milora.routes.Routes.merged_route`]. `generation` is the one that merges it, if one does."""
     owner, model = hooks.owner, hooks.backbone
     if model.training:
         raise MiLoraError("Merging a route is for inference; call model.eval() first.")
@@ -82,11 +71,10 @@ def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Ge
         raise MiLoraError("The adapters are disabled, so there is nothing to merge.")
     if said(owner, "adapter_names") is not None:
         raise MiLoraError("Rows with different adapters have no common route to merge; leave out adapter_names.")
-    if generation is None and hooks.configs[adapter].adapted_tokens == "completion":
+    if generation is None and hooks.late([adapter]):
         raise MiLoraError(
             "merged_route would also change the prompts, which go through the bare backbone with "
-            "adapted_tokens='completion'. "
-            "Use model.generate(..., merge_route=True)."
+            "adapted_tokens='completion'. Use model.generate(..., merge_route=True)."
         )
     route = common_route(route)
     gates = chosen_modules(model, route, adapter)
@@ -134,8 +122,8 @@ def changed_weights(backbone: nn.Module, gates: Mapping[str, float], adapter: st
     weights in memory.
 
     Args:
-        backbone: The model with PEFT's layers in it.
-        gates: Path of a LoRA layer -> its weight.
+        backbone: The model with PEFT's layers.
+        gates: Path of a LoRA layer -> its gate `g`.
         adapter: The adapter's name.
 
     Raises:

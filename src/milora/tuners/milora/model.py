@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from milora.tuners.context import Scope, entered
 from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.grouped import GroupedOwner
 from milora.tuners.grouped.wrappers import PlannedWrapper
@@ -47,17 +47,12 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
     active_adapter: str | list[str]
     owner: GroupedOwner
 
-    # ---------------------------------------------------------------- building
-
     def _pre_injection_hook(self, model: nn.Module, config: MiLoraConfig, adapter_name: str) -> None:
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise MiLoraError(f"{type(model).__name__} is an encoder-decoder; MiLoRA routes decoder-only models.")
         self.owner = GroupedOwner(model)
-        self.hooks = RoutingHooks(model, self.owner, self.peft_config, self._active_names)
+        self.hooks = RoutingHooks(model, self.owner, self)
         self.routes = Routes(self.hooks)
-
-    def _active_names(self) -> list[str]:
-        return list(self.active_adapters)
 
     def complete_adapter(self, adapter_name: str, config: MiLoraConfig, *args: Any, **kwargs: Any) -> None:
         """Gives every block with experts its router."""
@@ -97,8 +92,6 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         place = Place(*lora_config.expert_places[current_key])
         add_expert_place(getattr(parent, target_name), adapter_name, place, self.owner)
 
-    # ------------------------------------------------------- adapters and files
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Like PEFT's, for one adapter at a time.
 
@@ -106,12 +99,12 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
             MiLoraError: For several adapters, because one adapter routes a prompt (`adapter_names` gives each row its
                 own); for another adapter than the active one while a route is merged.
         """
-        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
             raise MiLoraError(
-                f"Only one MiLoRA adapter can be active; found {list(adapter_name)}. To serve several in one batch, "
+                f"Only one MiLoRA adapter can be active; found {names}. To serve several in one batch, "
                 "give each row its own: model.generate(..., adapter_names=[...])."
             )
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if self.hooks.merged is not None and names != self.active_adapters:
             raise MiLoraError(f"{names} cannot be made active: {MERGED}.")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
@@ -159,14 +152,12 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         """
         raise MiLoraError("MiLoRA adapters cannot be combined: routers of different adapters have no weighted sum.")
 
-    # -------------------------------------------------------------------- routes
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         # Replaces PEFT's method, which does not remove its hooks after an exception.
         names = kwargs.get("adapter_names")
-        with nullcontext() if names is None else self.routes.naming_rows(list(names)):
-            yield
+        if names is None:
+            return nullcontext()
+        return entered(Scope(self.owner, adapter_names=self.routes.check_names(list(names))))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See [`Routes.generate`]."""

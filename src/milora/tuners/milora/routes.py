@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from milora.tuners.generate_options import (
 )
 from milora.tuners.grouped import check_names
 from milora.tuners.identity import BASE_ROW
-from milora.tuners.milora.forward import RoutingHooks
+from milora.tuners.milora.forward import UNKNOWN_CACHE, RoutingHooks
 from milora.tuners.milora.merging import merged_route
 from milora.tuners.milora.routed import RoutedPrompts
 from milora_core.errors import MiLoraError
@@ -28,20 +28,11 @@ from milora_core.routing import Route
 
 
 class Routes:
-    """The routes of one model.
-
-    Args:
-        hooks: The model's.
-    """
+    """The routes of one model, whose calls `hooks` handle."""
 
     def __init__(self, hooks: RoutingHooks) -> None:
         self.hooks = hooks
         self.owner = hooks.owner
-
-    @property
-    def model(self) -> Any:
-        """The backbone."""
-        return self.hooks.backbone
 
     def generate(
         self,
@@ -73,27 +64,45 @@ class Routes:
                 another request is running; with `compiled=True` if steps cannot be compiled.
         """
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        model: Any = self.hooks.backbone
         is_merged = merge_route or self.hooks.merged is not None
-        kwargs |= self._compile_options(named, compiled, is_merged)
+        if compiled and is_merged:
+            raise MiLoraError(
+                "Compiled steps do not support a merged route: leave out compiled=True, or merge_route=True and `with"
+                " model.merged_route(...)`."
+            )
+        if compiled:
+            kwargs |= compiled_settings(named)
+        elif compiled is False or is_merged:
+            kwargs["disable_compile"] = True
         check_thread(self.owner)
         if self.hooks.is_off():
-            return self.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
         names, size = said(self.owner, "adapter_names"), size_given(named)
         if names is not None:
             check_names(names, size[0], size[0])
             if merge_route:
                 raise MiLoraError("Rows with different adapters have no common route to merge; leave out merge_route.")
-        self._check_cache(named, route)
-        if route is None and said(self.owner, "route") is None and needs_own_pass(self.model, named):
-            route = self.route(**prompts_given(named))
+        adapters = self._adapters(names)
+        if route is None and said(self.owner, "route") is None:
+            self._check_cache(named.get("past_key_values"), adapters)
+            if needs_own_pass(model, named):
+                route = self.route(**prompts_given(named))
         with ExitStack() as stack:
             generation = stack.enter_context(self._generation(named.get("attention_mask"), size, names, route))
             if merge_route and self.hooks.merged is None:
-                generation.merge_into = self._merging_into(stack, generation)
-            if not stack.enter_context(self._steps(compiled, named, kwargs)):
-                kwargs["disable_compile"] = True
-            output = self.model.generate(*args, **kwargs)
-            self._record(generation)
+                generation.merge_into = lambda route: stack.enter_context(
+                    merged_route(self.hooks, adapters[0], route, generation)
+                )
+            if compiled or is_compiled_by_transformers(model, {**named, **kwargs}):
+                steps = self.owner.compiled(adapters, named_rows=names is not None, required=bool(compiled))
+                if not stack.enter_context(steps):
+                    kwargs["disable_compile"] = True
+            output = model.generate(*args, **kwargs)
+            recorded = said(self.owner, "routes")
+            if recorded is not None:
+                assert isinstance(generation.prompts, RoutedPrompts)
+                recorded.append(generation.prompts.route())
         return output
 
     @torch.no_grad()
@@ -124,16 +133,17 @@ class Routes:
         check_thread(self.owner)
         if self.hooks.is_off():
             raise MiLoraError("The adapters are disabled, so there are no routers.")
+        model: Any = self.hooks.backbone
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         names = said(self.owner, "adapter_names") if adapter_names is None else self.check_names(adapter_names)
-        with self._generation(attention_mask, size_given(inputs), names, None) as generation, evaluating(self.model):
+        with self._generation(attention_mask, size_given(inputs), names, None) as generation, evaluating(model):
             if labels is not None:
-                self.model(**inputs, labels=labels)
+                model(**inputs, labels=labels)
             else:
                 # The prefill of generate itself: some models derive positions from the mask there, but not in a plain
                 # forward.
-                self.model.generate(**inputs, generation_config=one_token(self.model))
+                model.generate(**inputs, generation_config=one_token(model))
             assert isinstance(generation.prompts, RoutedPrompts)
             return generation.prompts.route()
 
@@ -176,21 +186,16 @@ class Routes:
                 adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another request is
                 running, or a route is already merged.
         """
-        return merged_route(self.hooks, (self.hooks.active() or [""])[0], route, None)
+        return merged_route(self.hooks, (self._adapters(None) or [""])[0], route, None)
 
-    @contextmanager
-    def naming_rows(self, adapter_names: list[str]) -> Iterator[None]:
-        """Inside this context each row has its own adapter.
+    def check_names(self, names: list[str]) -> tuple[str, ...]:
+        """The adapter of each row, checked.
 
         Raises:
             MiLoraError: If there is no such adapter, the model is in training mode, or a route is merged.
         """
-        with entered(Scope(self.owner, adapter_names=self.check_names(adapter_names))):
-            yield
-
-    def check_names(self, names: list[str]) -> tuple[str, ...]:
-        """See [`Routes.naming_rows`]."""
-        if self.model.training:
+        known = self.hooks.tuner.peft_config
+        if self.hooks.backbone.training:
             raise MiLoraError("adapter_names is for inference; call model.eval() first.")
         if self.hooks.merged is not None:
             raise MiLoraError(
@@ -199,17 +204,20 @@ class Routes:
             )
         if not names:
             raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
-        unknown = set(names) - {BASE_ROW, *self.hooks.configs}
+        unknown = set(names) - {BASE_ROW, *known}
         if unknown:
-            raise MiLoraError(f"No adapter named {sorted(unknown)}; there are {sorted(self.hooks.configs)}.")
+            raise MiLoraError(f"No adapter named {sorted(unknown)}; there are {sorted(known)}.")
         return tuple(names)
+
+    def _adapters(self, names: tuple[str, ...] | None) -> list[str]:
+        """The adapters of rows with these names, or the active one."""
+        return list(self.hooks.tuner.active_adapters if names is None else set(names) - {BASE_ROW})
 
     @contextmanager
     def _generation(
         self, attended: Tensor | None, size: tuple[int, int], names: tuple[str, ...] | None, route: Route | None
     ) -> Iterator[Generation]:
-        adapters = self.hooks.active() if names is None else set(names) - {BASE_ROW}
-        use = self.owner.identities.begin(adapters)
+        use = self.owner.identities.begin(self._adapters(names))
         generation = Generation(attended, size, use)
         try:
             with entered(Scope(self.owner, route=route, adapter_names=names, generation=generation)):
@@ -217,60 +225,10 @@ class Routes:
         finally:
             self.owner.identities.end(use)
 
-    def _merging_into(self, stack: ExitStack, generation: Generation) -> Callable[[Route], None]:
-        def merge(route: Route) -> None:
-            stack.enter_context(merged_route(self.hooks, self.hooks.active()[0], route, generation))
-
-        return merge
-
-    def _check_cache(self, named: dict[str, Any], route: Route | None) -> None:
-        cache = named.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0 or route is not None or said(self.owner, "route") is not None:
-            return
-        names = said(self.owner, "adapter_names")
-        adapters = self.hooks.active() if names is None else set(names) - {BASE_ROW}
-        if all(self.hooks.configs[adapter].adapted_tokens == "completion" for adapter in adapters):
-            return  # The bare backbone may have made it; the prefill checks.
-        raise MiLoraError(
-            "The cache already holds tokens, and generate cannot know whether to keep their route. Pass route=, for "
-            "example the route that model.route(**inputs) returned for the prompt that filled the cache."
-        )
-
-    @staticmethod
-    def _compile_options(named: dict[str, Any], compiled: bool | None, is_merged: bool) -> dict[str, Any]:
-        if compiled and is_merged:
-            raise MiLoraError(
-                "Compiled steps do not support a merged route: leave out compiled=True, or merge_route=True and `with"
-                " model.merged_route(...)`."
-            )
-        if compiled:
-            return compiled_settings(named)
-        return {"disable_compile": True} if compiled is False or is_merged else {}
-
-    def _steps(
-        self, compiled: bool | None, named: dict[str, Any], kwargs: dict[str, Any]
-    ) -> AbstractContextManager[bool | None]:
-        """Inside this context steps may be compiled, if the caller requested it or transformers does and it is
-        possible."""
-        names = said(self.owner, "adapter_names")
-        adapters = self.hooks.active() if names is None else list(set(names) - {BASE_ROW})
-        if compiled:
-            return _as_true(self.owner.compiled(adapters, named_rows=names is not None))
-        if is_compiled_by_transformers(self.model, {**named, **kwargs}):
-            return self.owner.compiled_if_possible(adapters, named_rows=names is not None)
-        return nullcontext(True)
-
-    def _record(self, generation: Generation) -> None:
-        routes = said(self.owner, "routes")
-        if routes is not None:
-            assert isinstance(generation.prompts, RoutedPrompts)
-            routes.append(generation.prompts.route())
-
-
-@contextmanager
-def _as_true(context: AbstractContextManager[None]) -> Iterator[bool]:
-    with context:
-        yield True
+    def _check_cache(self, cache: Any, adapters: list[str]) -> None:
+        """Refuses a filled cache of an unknown route, unless the backbone may have made it; the prefill checks that."""
+        if cache is not None and cache.get_seq_length() > 0 and len(self.hooks.late(adapters)) < len(adapters):
+            raise MiLoraError(UNKNOWN_CACHE)
 
 
 @contextmanager
