@@ -15,7 +15,6 @@ from milora.evaluation.accuracy import evaluate_task
 from milora.evaluation.predictions import read_predictions
 from milora.inference.generation import Decoding
 from milora.tasks.task import Example, Split, Task
-from milora.tuners.milora.router import routers_of
 from milora_core.errors import MiLoraError
 
 TOKENIZER = character_tokenizer()
@@ -173,8 +172,6 @@ def test_rows_of_another_run_are_refused_and_kept(case: Adapted, tmp_path: Path)
     refused(case.model, decoding=Decoding(4, 1))
     refused(case.model, FirstCharacter([Example("other", "x", "x")] * 2), "another prompt")
     top_1 = adapted("llama").model
-    for router in routers_of(top_1).values():
-        router.top_k["default"] = 1
     top_1.peft_config["default"].top_k = 1
     refused(top_1)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from milora.tuners.identity import BASE_ROW, Use
 from milora.tuners.milora.model import MiLoraModel
 from milora.tuners.plan import PlannedLayer, plan_module
 from milora.tuners.prompt import arguments_of
+from milora.tuners.prompt_hooks import source_of
 from milora_core.errors import MiLoraError, did_you_mean
 
 NAMED_ROWS = "_enable_peft_forward_hooks"
@@ -179,8 +180,7 @@ class LoraServing(GroupedOwner):
         if batch is None:
             return
         arguments = arguments_of(module, args, kwargs)
-        source = arguments.get("input_ids")
-        rows = (arguments["inputs_embeds"] if source is None else source).shape[0]
+        rows = source_of(arguments).shape[0]
         if batch.prompts is None:
             check_names(batch.names, rows, None)
         elif rows % len(batch.names) != 0:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from support.architectures import ARCHITECTURES, pad, random_prompts
+from support.architectures import ARCHITECTURES, random_prompts
 from support.methods import METHODS, randomize
 from torch import Tensor, nn
 from torch.nn import functional
@@ -260,63 +260,6 @@ def test_dropout_is_for_the_experts_in_training_only() -> None:
     assert not torch.allclose(model(TOKENS).logits, calm, atol=1e-2)
 
 
-def balanced_batch() -> dict[str, Tensor]:
-    tokens, mask = pad(random_prompts(3, (4, 8), seed=3), "right")
-    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
-
-
-def by_hand(model: PeftModel, batch: dict[str, Tensor]) -> float:
-    """The load-balancing loss from the routers' inputs, over attended tokens only."""
-    seen: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda m, a, output, n=name: seen.update({n: output.detach()}))
-        for name, module in model.named_modules()
-        if name.endswith(".router.default")
-    ]
-    model(**batch)
-    for handle in handles:
-        handle.remove()
-    losses = []
-    for logits in seen.values():
-        rows = logits.reshape(-1, EXPERTS)[batch["attention_mask"].reshape(-1).bool()].softmax(dim=-1)
-        share = torch.bincount(rows.argmax(dim=-1), minlength=EXPERTS) / len(rows)
-        losses.append(EXPERTS * float(share @ rows.mean(dim=0)))
-    assert len(losses) == sum(".lora_A." in name for name, _ in model.named_parameters())
-    return sum(losses) / len(losses)
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_load_balancing_loss(family: str) -> None:
-    batch = balanced_batch()
-    plain, balanced = (model_with(family, MoeLoraConfig(load_balancing_coef=c)) for c in (0.0, 0.5))
-    assert torch.equal(plain(**batch).loss, balanced(**batch).loss)
-    plain.train()
-    balanced.train()
-    expected = 0.5 * by_hand(balanced, batch)
-    assert (balanced(**batch).loss - plain(**batch).loss).item() == pytest.approx(expected, abs=1e-5)
-    # Under gradient accumulation a batch counts by its share of the supervised tokens.
-    items = torch.tensor(50)
-    share = (batch["labels"][:, 1:] != -100).sum().item() / 50
-    scaled = balanced(**batch, num_items_in_batch=items).loss - plain(**batch, num_items_in_batch=items).loss
-    assert scaled.item() == pytest.approx(share * expected, abs=1e-5)
-
-
-def test_load_balancing_loss_under_gradient_checkpointing() -> None:
-    def gradients(**checkpointing: Any) -> dict[str, Tensor]:
-        model = model_with("llama", MoeLoraConfig(load_balancing_coef=0.5)).train()
-        model.enable_input_require_grads()
-        if checkpointing:
-            model.gradient_checkpointing_enable(checkpointing)
-        model(**balanced_batch()).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    expected = gradients()
-    for name, gradient in gradients(use_reentrant=False).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
-    with pytest.raises(MiLoraError, match="use_reentrant"):
-        gradients(use_reentrant=True)
-
-
 def task_model() -> PeftModel:
     return model_with("llama", METHODS["moelora-task"].config())
 
@@ -407,9 +350,8 @@ def test_layers_agree_on_what_follows_a_deleted_adapter() -> None:
         ({"top_k": 9}, "between 1 and num_experts"),
         ({"top_k": 0}, "between 1 and num_experts"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"load_balancing_coef": -1.0}, "negative"),
         ({"gate": "task"}, "num_tasks"),
-        ({"gate": "task", "num_tasks": 2, "load_balancing_coef": 0.1}, "gate='token'"),
+        ({"gate": "task", "num_tasks": 2, "task_embedding_dim": 0}, "task_embedding_dim"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

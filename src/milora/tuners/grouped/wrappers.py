@@ -28,8 +28,9 @@ class PlannedWrapper(PlannedModule):
         wrapper: Any = self
         rows = None
         if context is not None and args and not wrapper.disable_adapters:
-            if context.plan.is_packed:
-                return _forward_packed(wrapper, context.plan, *args, **kwargs)
+            if context.plan.is_packed:  # (1, tokens, ...), the tokens of many requests
+                x, rows = args[0], context.plan.rows_of(args[0].shape[1])
+                return forward_by_row(wrapper, rows, x.flatten(0, 1), *args[1:], **kwargs).unsqueeze(0)
             rows = context.plan.rows_of(args[0].shape[0])
         active = wrapper.active_adapters
         if rows is None or (active == list(rows) and len(rows[active[0]]) == len(args[0])):
@@ -40,15 +41,8 @@ class PlannedWrapper(PlannedModule):
 def forward_by_row(
     wrapper: AuxiliaryTrainingWrapper, adapter_rows: Mapping[str, list[int]], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Computes a wrapped module's output. A row uses its adapter's module, or the backbone's if the adapter has none.
-
-    Args:
-        wrapper: PEFT's wrapper; its adapters must be enabled.
-        adapter_rows: Adapter -> its rows. Rows without an adapter use the backbone's module.
-        x: (rows, ...).
-        *args: Passed to the module.
-        **kwargs: Passed to the module.
-    """
+    """A wrapped module's output for `x`, (rows, ...). A row uses its adapter's copy; rows of adapters without one, or
+    without an adapter, use the backbone's module."""
     own = {adapter: rows for adapter, rows in adapter_rows.items() if rows and adapter in wrapper._adapters}
     taken = {row for rows in own.values() for row in rows}
     others = [row for row in range(x.shape[0]) if row not in taken]
@@ -64,12 +58,6 @@ def forward_by_row(
     places = sorted(range(len(order)), key=order.__getitem__)
     output = torch.cat(outputs)
     return output.index_select(0, torch.tensor(places, device=output.device))
-
-
-def _forward_packed(wrapper: Any, plan: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Like [`forward_by_row`] for `x` of shape (1, tokens, ...) with the tokens of many requests."""
-    rows = plan.rows_of(x.shape[1])
-    return forward_by_row(wrapper, rows, x.flatten(0, 1), *args, **kwargs).unsqueeze(0)
 
 
 def _of_rows(x: Tensor, rows: list[int]) -> Tensor:

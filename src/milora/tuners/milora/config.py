@@ -9,7 +9,7 @@ from peft import LoraConfig
 from milora.tuners.adapter_file import CheckedFileConfig
 from milora.tuners.registry import add_peft_type
 from milora_core.errors import MiLoraError
-from milora_core.routing import ACTIVATIONS, GATES, POOLERS, ROUTER_NORMS, check_router_norm
+from milora_core.routing import ACTIVATIONS, GATES, POOLERS, ROUTER_NORMS
 
 WEIGHT_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """They move a part of the backbone's weight into the adapter, so modules that are not chosen would lack that part."""
@@ -155,14 +155,10 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     def _check_choices(self) -> None:
         if not isinstance(self.top_k, int) or self.top_k < 1:
             raise MiLoraError(f"top_k must be an integer of at least 1; found {self.top_k!r}.")
-        if self.pooler not in POOLERS:
-            raise MiLoraError(f"Unknown pooler {self.pooler!r}; choose one of {list(POOLERS)}.")
-        if self.gate not in GATES:
-            raise MiLoraError(f"Unknown gate {self.gate!r}; choose one of {list(GATES)}.")
-        assert self.router_norm is not None
-        check_router_norm(self.router_norm)
-        if self.adapted_tokens not in ADAPTED_TOKENS:
-            raise MiLoraError(f"Unknown adapted_tokens {self.adapted_tokens!r}; choose one of {list(ADAPTED_TOKENS)}.")
+        choices = {"pooler": POOLERS, "gate": GATES, "router_norm": ROUTER_NORMS, "adapted_tokens": ADAPTED_TOKENS}
+        for setting, values in choices.items():
+            if getattr(self, setting) not in values:
+                raise MiLoraError(f"Unknown {setting} {getattr(self, setting)!r}; choose one of {list(values)}.")
         window = self.router_window
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
             raise MiLoraError(f"router_window must be a whole number of at least 1, or None; found {window!r}.")

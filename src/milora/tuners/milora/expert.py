@@ -39,13 +39,10 @@ class ExpertLayer(PlannedLayer):
         Raises:
             RuntimeError: If an expert is active, because there is no route.
         """
-        if not self.disable_adapters:
-            for adapter in self.active_adapters:
-                if adapter in self.expert_places:
-                    raise RuntimeError(
-                        f"A layer of {self.expert_places[adapter].block} was called outside the model: there is no "
-                        "route. Call the model."
-                    )
+        active = [adapter for adapter in self.active_adapters if adapter in self.expert_places]
+        if active and not self.disable_adapters:
+            block = self.expert_places[active[0]].block
+            raise RuntimeError(f"A layer of {block} was called outside the model: there is no route. Call the model.")
         return super().without_context(x, *args, **kwargs)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -55,7 +55,9 @@ def export_route(
             f"One route becomes one LoRA adapter; found a route for {len(route)} prompts: select a row, such as "
             "route[0]."
         )
-    gates = _gates(model, route, adapter)
+    gates = chosen_modules(model, route, adapter)
+    if not gates:
+        raise MiLoraError("The route chooses no expert in any block, so there is nothing to export.")
     if config.use_dora and any(gate != 1 for gate in gates.values()):
         raise MiLoraError(
             f"MiDoRA with soft gates ({config.gate!r}) has no LoRA that equals it: DoRA divides by the norm of the "
@@ -63,16 +65,13 @@ def export_route(
         )
     tensors = _tensors(get_peft_model_state_dict(model, adapter_name=adapter), gates)
     exported = _config(config, list(gates), model)
-    _write(Path(folder), exported, tensors, tokenizer)
+    require_vacant(Path(folder))
+    with whole_folder(Path(folder)) as partial:
+        save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        exported.save_pretrained(str(partial))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
     return exported
-
-
-def _gates(model: Any, route: Route, adapter: str) -> dict[str, float]:
-    """Module path -> gate, of the modules that the route chose."""
-    gates = chosen_modules(model, route, adapter)
-    if not gates:
-        raise MiLoraError("The route chooses no expert in any block, so there is nothing to export.")
-    return gates
 
 
 def _tensors(saved: dict[str, Tensor], gates: dict[str, float]) -> dict[str, Tensor]:
@@ -114,12 +113,3 @@ def _config(config: MiLoraConfig, modules: list[str], model: Any) -> LoraConfig:
     if matched != set(modules):
         raise MiLoraError(f"PEFT would also put LoRA on {sorted(matched - set(modules))[:2]}, which the route lacks.")
     return exported
-
-
-def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor], tokenizer: Any) -> None:
-    require_vacant(folder)
-    with whole_folder(folder) as partial:
-        save_file(tensors, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(partial))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))

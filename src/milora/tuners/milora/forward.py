@@ -27,7 +27,8 @@ from milora_core.routing import Route, load_balancing_loss
 
 UNKNOWN_CACHE = (
     "The cache already holds tokens with an unknown route. Pass the route that made it: "
-    "model.generate(..., route=route), or `with model.use_route(route):`."
+    "model.generate(..., route=route), or `with model.use_route(route):`. For the prompt that filled the cache, it is "
+    "model.route(**inputs)."
 )
 
 

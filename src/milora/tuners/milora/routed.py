@@ -16,11 +16,10 @@ from milora_core.routing import Decision, Route
 
 
 class Place(NamedTuple):
-    """The position of an expert."""
+    """An expert's block, and its index among the block's experts."""
 
     block: str
     expert: int
-    """Its index among the block's experts."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Selection:
     @property
     def common_weight(self) -> float | None:
         """The common gate of all rows of the batch, `None` if rows differ."""
-        different = set(self.weights.values())
-        return different.pop() if self.rows is None and len(different) == 1 else None
+        weights = set(self.weights.values())
+        return weights.pop() if self.rows is None and len(weights) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,8 @@ class BlockRouting:
 def select(gates: Tensor, chosen: Tensor, rows: list[int] | None, batch: int) -> list[Selection | None]:
     """One [`Selection`] per expert, `None` for experts that no row chose. Reads the decision on the host, once.
 
-    Args:
-        gates: (adapter's rows, experts), float32.
-        chosen: (adapter's rows, experts), bool.
-        rows: The adapter's rows in the batch, `None` for all.
-        batch: Rows of the batch.
+    `gates`, float32, and `chosen`, bool, are (adapter's rows, experts); `rows` are the adapter's among the rows of the
+    batch, `None` for all.
     """
     picks, values = torch.stack([chosen.to(gates.dtype), gates.detach()]).tolist()
     count, experts = chosen.shape
@@ -118,10 +114,7 @@ class RoutedPrompts(Prompts):
     @property
     def adapter(self) -> str | None:
         """The adapter of all rows, `None` if rows have different adapters."""
-        if len(self.adapter_rows) != 1:
-            return None
-        ((adapter, rows),) = self.adapter_rows.items()
-        return adapter if rows is None else None
+        return next((adapter for adapter, rows in self.adapter_rows.items() if rows is None), None)
 
     def selection(self, layer: Any, adapter: str) -> Selection | None:
         """The rows of an adapter that chose a layer, `None` for none.
@@ -167,9 +160,10 @@ class RoutedPrompts(Prompts):
 
     def pick(self, rows: list[int]) -> RoutedPrompts:
         """See [`Prompts.pick`]."""
-        adapter_rows: dict[str, list[int] | None] = {}
-        for adapter, own in self.adapter_rows.items():
-            adapter_rows[adapter] = None if own is None else [place for place, row in enumerate(rows) if row in own]
+        adapter_rows = {
+            adapter: None if own is None else [place for place, row in enumerate(rows) if row in own]
+            for adapter, own in self.adapter_rows.items()
+        }
         route = self.route()[rows]
         return RoutedPrompts(len(rows), None, self.use, adapter_rows=adapter_rows, forced=route, bare=self.bare)
 

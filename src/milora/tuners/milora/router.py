@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +33,14 @@ class RouterLayer(BareTunerLayer):
 
     The parts are in `ModuleDict`s by adapter, so PEFT finds, saves and switches them.
 
-    Args:
+    Attributes:
         block: The block's path in the backbone.
-        hidden_size: Size of the block's hidden states.
-        owner: The model's.
+        experts: Adapter -> the block's experts, in the order of the router's rows.
+        settings: Adapter -> its configuration.
     """
 
     adapter_layer_names = ("projection", "pooler", "activation")
-    other_param_names = ("experts", "top_k", "gate", "norm", "window")
+    other_param_names = ("experts", "settings")
     _hook: Any
 
     def __init__(self, block: str, hidden_size: int, owner: ContextOwner) -> None:
@@ -51,10 +52,7 @@ class RouterLayer(BareTunerLayer):
         self.pooler = nn.ModuleDict()
         self.activation = nn.ModuleDict()
         self.experts: dict[str, tuple[str, ...]] = {}
-        self.top_k: dict[str, int] = {}
-        self.gate: dict[str, str] = {}
-        self.norm: dict[str, str] = {}
-        self.window: dict[str, int | None] = {}
+        self.settings: dict[str, MiLoraConfig] = {}
 
     def update_layer(
         self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
@@ -64,21 +62,16 @@ class RouterLayer(BareTunerLayer):
         self.projection[adapter] = RouterProjection(self.hidden_size, len(experts))
         self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size, centered=config.router_norm == "centered")
         self.activation[adapter] = build_activation(activation, orders)
-        self.experts[adapter] = experts
-        self.top_k[adapter] = min(config.top_k, len(experts))
-        self.gate[adapter] = config.gate
-        assert config.router_norm is not None
-        self.norm[adapter] = config.router_norm
-        self.window[adapter] = config.router_window
+        self.experts[adapter], self.settings[adapter] = experts, config
         if not any(parameter.is_meta for parameter in self.projection[adapter].parameters()):
             self._move_adapter_to_device_of_base_layer(adapter, device)
 
     def decide(self, adapter: str, hidden: Tensor, prompt: Tensor) -> Decision:
         """Routes (batch, tokens, hidden) under a (batch, tokens) mask of the prompts' tokens."""
-        window = self.window[adapter]
-        if window is not None:
-            prompt = prompt & (prompt.cumsum(dim=1) <= window)
-        projection = self.projection[adapter]
+        config = self.settings[adapter]
+        assert config.router_norm is not None
+        if config.router_window is not None:
+            prompt = prompt & (prompt.cumsum(dim=1) <= config.router_window)
         # An offloaded router is loaded by its own hooks to the block's device.
         device = hidden.device if self.weight.is_meta else self.weight.device
         probabilities = expert_probabilities(
@@ -86,15 +79,15 @@ class RouterLayer(BareTunerLayer):
             prompt.to(device),
             self.pooler[adapter],  # type: ignore[arg-type]
             self.activation[adapter],
-            projection,
-            norm=self.norm[adapter],
+            self.projection[adapter],
+            norm=config.router_norm,
         )
-        return choose(probabilities, self.top_k[adapter], self.gate[adapter])
+        return choose(probabilities, min(config.top_k, len(self.experts[adapter])), config.gate)
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's pre-forward hook: routes the running pass, unless it is already routed."""
-        if torch.compiler.is_dynamo_compiling() or self._is_idle():
-            return None
+        if torch.compiler.is_dynamo_compiling() or (self.disable_adapters and running(self.owner) is None):
+            return None  # Disabled, and no request that began earlier is running.
         if args:
             return (self.route_block(block, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.route_block(block, kwargs["hidden_states"])}
@@ -105,11 +98,7 @@ class RouterLayer(BareTunerLayer):
         Done before the first block runs: older versions of transformers recompute a block together with its hooks.
         """
         if is_checkpointed(block):
-            checkpoint_in_context(block, self.owner, _Rerouted(self, block))
-
-    def _is_idle(self) -> bool:
-        """Whether the adapters are disabled and no request that began earlier is running."""
-        return self.disable_adapters and running(self.owner) is None
+            checkpoint_in_context(block, self.owner, partial(self.route_block, block))
 
     def route_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Routes the running pass from the block's input, (batch, tokens, hidden), and returns that input.
@@ -136,15 +125,13 @@ class RouterLayer(BareTunerLayer):
         return hidden
 
     def _route(self, block: nn.Module, adapter: str, prompts: RoutedPrompts, hidden: Tensor) -> Tensor:
-        experts, rows = self.experts[adapter], prompts.adapter_rows[adapter]
+        experts, rows, prompt = self.experts[adapter], prompts.adapter_rows[adapter], prompts.prompt
         if prompts.forced is not None:
             decision = follow(prompts.forced, self.block, experts, rows, hidden.device)
         else:
-            assert prompts.prompt is not None
-            prompt = prompts.prompt
-            decision = self.decide(
-                adapter, hidden if rows is None else hidden[rows], prompt if rows is None else prompt[rows]
-            )
+            assert prompt is not None
+            own = (hidden, prompt) if rows is None else (hidden[rows], prompt[rows])
+            decision = self.decide(adapter, *own)
         gates = decision.gates
         leaf: list[Tensor] = []
         if torch.is_grad_enabled() and is_checkpointed(block) and gates.requires_grad:
@@ -162,21 +149,17 @@ class RouterLayer(BareTunerLayer):
     def _idle_parameters(
         self, block: nn.Module, adapter: str, selections: list[Selection | None], *, router: bool
     ) -> list[nn.Parameter]:
-        layers = [
-            block.get_submodule(expert)
-            for expert, selection in zip(self.experts[adapter], selections, strict=True)
-            if selection is None
-        ]
-        if router:
-            layers.append(self)
-        return [
-            parameter
-            for layer in layers
-            for name in layer.adapter_layer_names  # type: ignore[union-attr]
+        """The trained parameters of experts that no row chose, and of a router whose gates have no gradient."""
+        selected = zip(self.experts[adapter], selections, strict=True)
+        layers: list[Any] = [block.get_submodule(expert) for expert, selection in selected if selection is None]
+        parts = [
+            getattr(layer, name)[adapter]
+            for layer in ([*layers, self] if router else layers)
+            for name in layer.adapter_layer_names
             if adapter in getattr(layer, name)
-            for parameter in _parameters(getattr(layer, name)[adapter])
-            if parameter.requires_grad
         ]
+        found = [each for part in parts for each in (part.parameters() if isinstance(part, nn.Module) else [part])]
+        return [parameter for parameter in found if parameter.requires_grad]
 
 
 def follow(
@@ -199,29 +182,8 @@ def follow(
     return Decision(gates, picked.probabilities[at][:, columns].to(device), gates != 0)
 
 
-class _Rerouted:
-    """Routes a given block: a callable with attributes, so models with it can be copied and pickled."""
-
-    def __init__(self, router: RouterLayer, block: nn.Module) -> None:
-        self.router, self.block = router, block
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.router.route_block(self.block, hidden)
-
-
-def _parameters(value: nn.Module | nn.Parameter) -> list[nn.Parameter]:
-    return [value] if isinstance(value, nn.Parameter) else list(value.parameters())
-
-
 def add_routers(backbone: nn.Module, adapter: str, config: MiLoraConfig, owner: ContextOwner) -> None:
-    """Adds a router for an adapter to every block with experts; missing router layers are created.
-
-    Args:
-        backbone: The model with the blocks.
-        adapter: The adapter's name.
-        config: Its configuration, with `experts` filled in.
-        owner: The model's.
-    """
+    """Adds an adapter's router to every block with experts, which `config` lists; creates missing router layers."""
     blocks = {block.path: block for block in find_blocks(backbone, config.blocks)}
     experts = config.experts if isinstance(config.experts, dict) else dict.fromkeys(blocks, config.experts or [])
     for index, (path, of_block) in enumerate(experts.items()):
@@ -247,12 +209,7 @@ def routers_of(model: nn.Module) -> dict[str, RouterLayer]:
 
 
 def remove_routers(model: nn.Module, *, empty_only: bool = False) -> None:
-    """Removes routers and their hooks from their blocks.
-
-    Args:
-        model: The model with the blocks.
-        empty_only: Keep those that have an adapter.
-    """
+    """Removes routers and their hooks from their blocks; with `empty_only`, only those without an adapter."""
     for module in list(model.modules()):
         router = getattr(module, OWN_ROUTER, None)
         if isinstance(router, RouterLayer) and not (empty_only and router.experts):
@@ -264,20 +221,13 @@ def remove_routers(model: nn.Module, *, empty_only: bool = False) -> None:
 def chosen_modules(model: nn.Module, route: Route, adapter: str) -> dict[str, float]:
     """Path of each module that a route of one row chose -> its gate.
 
-    Args:
-        model: The model with the routers.
-        route: A route of one row.
-        adapter: The route's adapter.
-
     Raises:
         MiLoraError: If the route is not of this adapter and backbone.
     """
     gates: dict[str, float] = {}
     for block, router in routers_of(model).items():
-        if adapter not in router.experts:
-            continue
-        experts = router.experts[adapter]
-        decision = follow(route, block, experts, None, torch.device("cpu"))
-        of_block = zip(experts, decision.gates[0].tolist(), strict=True)
-        gates |= {f"{block}.{expert}": gate for expert, gate in of_block if gate != 0}
+        experts = router.experts.get(adapter, ())
+        if experts:
+            of_block = follow(route, block, experts, None, torch.device("cpu")).gates[0].tolist()
+            gates |= {f"{block}.{name}": gate for name, gate in zip(experts, of_block, strict=True) if gate != 0}
     return gates

@@ -31,7 +31,7 @@ class RoutingStatistics:
         for routing in routings.values():
             counts = routing.decision.chosen.sum(dim=0).to(balance.device, torch.float32)
             for expert, count in zip(routing.experts, counts.unbind(), strict=True):
-                self._choices[expert] = self._choices[expert] + count if expert in self._choices else count
+                self._choices[expert] = self._choices.get(expert, 0) + count
 
     def summary(self, reset: bool) -> dict[str, float]:
         """`load_balancing_loss` and `expert_share/{expert}`; empty before the first pass."""

@@ -44,10 +44,8 @@ def fill_in_experts(config: MiLoraConfig, backbone: nn.Module) -> None:
         for index, expert in enumerate(experts[block.path])
     }
     modules = dict(backbone.named_modules())
-    if all(type(_unwrapped(modules[path])).__name__ == "Conv1D" for path in config.expert_places):
+    if all(
+        type(getattr(modules[path], "base_layer", modules[path])).__name__ == "Conv1D" for path in config.expert_places
+    ):
         # Set here, so PEFT does not correct it with a warning for every layer.
         config.fan_in_fan_out = True
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return getattr(module, "base_layer", module)

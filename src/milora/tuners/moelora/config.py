@@ -24,8 +24,6 @@ class MoeLoraConfig(AttachmentConfig):
         lora_dropout: Dropout probability of the experts' input. The router's input has no dropout.
         gate: `token`: a router in every module selects experts for each token. `task`: the task of a row determines the
             weights of all experts, with one task embedding and one gate for the whole model.
-        load_balancing_coef: Coefficient of a load-balancing loss over the tokens, added to the training loss
-            (`gate="token"`). Neither paper has one.
         num_tasks: Number of tasks (`gate="task"`).
         task_embedding_dim: Size of a task's embedding (`gate="task"`).
 
@@ -41,7 +39,6 @@ class MoeLoraConfig(AttachmentConfig):
     top_k: int = field(default=4, metadata={"help": "How many experts of a module serve a token."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
     gate: str = field(default="token", metadata={"help": f"One of {', '.join(GATES)}."})
-    load_balancing_coef: float = field(default=0.0, metadata={"help": "Coefficient of the load-balancing loss."})
     num_tasks: int | None = field(default=None, metadata={"help": "How many tasks there are, for gate='task'."})
     task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task's embedding, for gate='task'."})
 
@@ -58,18 +55,10 @@ class MoeLoraConfig(AttachmentConfig):
             )
         if not 0 <= self.lora_dropout < 1:
             raise MiLoraError(f"lora_dropout must lie in [0, 1); found {self.lora_dropout}.")
-        if self.load_balancing_coef < 0:
-            raise MiLoraError(f"load_balancing_coef must not be negative; found {self.load_balancing_coef}.")
         if self.gate == "token":
             if not 1 <= self.top_k <= self.num_experts:
                 raise MiLoraError(f"top_k must lie between 1 and num_experts, {self.num_experts}; found {self.top_k}.")
-        else:
-            self._check_tasks()
-
-    def _check_tasks(self) -> None:
-        if self.num_tasks is None or self.num_tasks < 1:
+        elif self.num_tasks is None or self.num_tasks < 1:
             raise MiLoraError(f"gate='task' needs num_tasks, the number of tasks; found {self.num_tasks}.")
-        if self.task_embedding_dim < 1:
+        elif self.task_embedding_dim < 1:
             raise MiLoraError(f"task_embedding_dim must be at least 1; found {self.task_embedding_dim}.")
-        if self.load_balancing_coef > 0:
-            raise MiLoraError("load_balancing_coef is for gate='token'; gate='task' uses every expert, leave it at 0.")

@@ -30,7 +30,7 @@ def top_gates(logits: Tensor, top_k: int) -> Tensor:
 
 
 def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
-    """Reshapes gates computed from another module's input to the layout of this module's input.
+    """Reshapes gates that were computed from another module's input to this module's input.
 
     Args:
         gates: (..., experts), one row per token in the other module's layout.
@@ -49,16 +49,11 @@ def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
             f"{path} was given {tuple(leading)} tokens, the module that its router reads {tuple(tokens)}, so gates "
             "cannot be matched to tokens. Exclude this module from target_modules."
         )
-    return gates if tokens == leading else gates.reshape(*leading, gates.shape[-1])
+    return gates.reshape(*leading, gates.shape[-1])
 
 
 def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
-    """Expands the gates of a batch's rows to the layout of a module's input.
-
-    Args:
-        gates: (batch, experts).
-        leading: Shape of the module's input without the features: (batch, tokens, ...) or (batch * tokens).
-        path: The module's path, for the message.
+    """Expands the gates of a batch's rows, (batch, experts), to a module's input; see [`for_input`].
 
     Returns:
         (..., experts), broadcastable to `leading`.

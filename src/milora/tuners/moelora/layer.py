@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -26,19 +26,14 @@ from milora.tuners.low_rank import LowRank
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.gates import TaskGate, for_input, for_rows, top_gates
 from milora.tuners.moelora.running import MoeLoraOwner, PassState
-from milora.tuners.outputs import add_to_loss
-from milora.tuners.prompt import arguments_of, labels_of, supervised_tokens
+from milora.tuners.prompt import arguments_of
+from milora.tuners.prompt_hooks import source_of
 from milora_core.errors import MiLoraError
-from milora_core.routing import RouterProjection, load_balancing_loss
+from milora_core.routing import RouterProjection
 
 
 class MoeLoraPart(Attachment):
-    """Base of [`MoeLoraLayer`] and [`MoeLoraShared`].
-
-    Args:
-        path: Path of the module in the backbone.
-        owner: The model's owner of contexts.
-    """
+    """Base of [`MoeLoraLayer`] and [`MoeLoraShared`]."""
 
     child_name = "moelora_"
     other_param_names = ("settings",)
@@ -66,7 +61,7 @@ class MoeLoraLayer(MoeLoraPart):
     Args:
         path: Path of the module in the backbone.
         owner: The model's owner of contexts.
-        block: The module's block.
+        block: Path of the module's block.
         input_size: Size of the module's input.
         hidden_size: Size of the block's hidden states.
     """
@@ -96,41 +91,31 @@ class MoeLoraLayer(MoeLoraPart):
         Raises:
             MiLoraError: If the shape of `hidden` does not determine the token or row of a gate.
         """
-        config = self.settings[adapter]
+        config, state = self.settings[adapter], self.owner.state(self.path)
         lora = cast("LowRank", self.lora[adapter])
-        gates = self._task_gates(adapter, hidden) if config.gate == "task" else self._token_gates(adapter, hidden)
+        if config.gate == "task":
+            gates = for_rows(state.gates(adapter).to(hidden.device), hidden.shape[:-1], self.path)
+        else:
+            gates = self._token_gates(adapter, hidden, state)
         x = hidden.to(lora.lora_A.weight.dtype)
         if self.training and config.lora_dropout > 0:
             x = functional.dropout(x, config.lora_dropout)
         ranks = lora.lora_A(x).unflatten(-1, (config.num_experts, -1)) * gates.unsqueeze(-1)  # (..., experts, r / E)
         return torch.add(output, lora.lora_B(ranks.flatten(-2).to(x.dtype)), alpha=lora.scaling)
 
-    def _task_gates(self, adapter: str, hidden: Tensor) -> Tensor:
-        state = self.owner.state(self.path)
-        return for_rows(state.gates(adapter).to(hidden.device), hidden.shape[:-1], self.path)
-
-    def _token_gates(self, adapter: str, hidden: Tensor) -> Tensor:
+    def _token_gates(self, adapter: str, hidden: Tensor, state: PassState) -> Tensor:
         """(..., experts), float32."""
-        config, state = self.settings[adapter], self.owner.state(self.path)
         if self.is_read_by_others:
-            state.remember(self.block, hidden)
+            state.hidden = self.block, hidden
         read = hidden if self.reads_own_input else state.recall(self.block, self.path)
-        with _without_autocast(read.device.type):
-            logits = self.router[adapter](read)
-        if self.training and config.load_balancing_coef > 0:
-            # Also in a recomputation: under gradient checkpointing it must save the same tensors as the forward pass.
-            state.record(adapter, logits.softmax(dim=-1))
-        gates = top_gates(logits, config.top_k)
+        device = read.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            gates = top_gates(self.router[adapter](read), self.settings[adapter].top_k)
         return gates if self.reads_own_input else for_input(gates, hidden.shape[:-1], self.path)
 
 
 class MoeLoraShared(MoeLoraPart):
-    """The child of the backbone. It begins and ends passes, and holds the parts that an adapter's modules share.
-
-    Args:
-        owner: The model's owner of contexts.
-        blocks: Paths of the blocks.
-    """
+    """The child of the backbone. It begins and ends passes, and holds the parts that an adapter's modules share."""
 
     adapter_layer_names = ("task_gate",)
 
@@ -183,30 +168,18 @@ class MoeLoraShared(MoeLoraPart):
         if any(name in self.task_gate for name in self.active_adapters):
             tasks = self._tasks_of_rows(arguments_of(module, args, kwargs))
         if self.training and torch.is_grad_enabled():
-            self._resume_in_checkpoints(module)
-        enter(ForwardContext(self.owner, PassState(self.task_gate, tasks, torch.is_grad_enabled())))
+            # A recomputed block uses the state of its own forward pass, even if another pass ran since.
+            for block in map(module.get_submodule, self.blocks):
+                if is_checkpointed(block):
+                    checkpoint_in_context(block, self.owner, _unchanged)
+        enter(ForwardContext(self.owner, PassState(self.task_gate, tasks)))
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The backbone's forward hook. It also runs after an exception, without an output."""
         context = None if torch.compiler.is_dynamo_compiling() else running(self.owner)
-        if context is None:
-            return None
-        leave(context)
-        state: PassState = context.prompts
-        state.end()
-        if output is None or not state.probabilities:
-            return None
-        arguments = arguments_of(module, args, kwargs)
-        labels, shifted = labels_of(arguments)
-        if labels is None:
-            return None
-        tokens = supervised_tokens(labels, shifted=shifted)
-        for adapter, of_modules in state.probabilities.items():
-            losses = [load_balancing_loss(_attended(p, arguments.get("attention_mask"))) for p in of_modules]
-            balance = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-            coefficient = self.settings[adapter].load_balancing_coef
-            output = add_to_loss(output, coefficient * balance, tokens, arguments.get("num_items_in_batch"))
-        return output
+        if context is not None:
+            leave(context)
+            context.prompts.hidden = None
 
     def _tasks_of_rows(self, arguments: dict[str, Any]) -> Tensor:
         tasks: Tensor | None = said(self.owner, "tasks")
@@ -215,33 +188,13 @@ class MoeLoraShared(MoeLoraPart):
                 "The active adapter's experts are weighted by task: pass task_ids, a tensor (batch) of task numbers, "
                 "to the model and to generate."
             )
-        source = arguments.get("input_ids")
-        rows = (arguments["inputs_embeds"] if source is None else source).shape[0]
+        rows = source_of(arguments).shape[0]
         generation = generation_of(self.owner)
         if len(tasks) != (rows if generation is None else generation.inputs) or rows % len(tasks) != 0:
             raise MiLoraError(f"task_ids names the tasks of {len(tasks)} rows; the batch has {rows}.")
         # Generation repeats each prompt in consecutive rows, for beams and for several return sequences.
         return tasks.repeat_interleave(rows // len(tasks))
 
-    def _resume_in_checkpoints(self, module: nn.Module) -> None:
-        """Makes a recomputed block use the state of its own forward pass, even if another pass ran since."""
-        for path in self.blocks:
-            block = module.get_submodule(path)
-            if is_checkpointed(block):
-                checkpoint_in_context(block, self.owner, _unchanged)
-
 
 def _unchanged(hidden: Tensor) -> Tensor:
     return hidden
-
-
-def _attended(probabilities: Tensor, mask: Any) -> Tensor:
-    """(tokens, experts), without padding tokens if the mask is (batch, tokens)."""
-    rows = probabilities.reshape(-1, probabilities.shape[-1])
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == rows.shape[0]:
-        return rows[mask.reshape(-1).to(rows.device, torch.bool)]
-    return rows
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -9,12 +9,9 @@ from peft import PeftModelForCausalLM
 
 
 def hand_on_task_ids(tuner_class: type[Any]) -> None:
-    """Makes the forward of `PeftModelForCausalLM` pass `task_ids` to the tuner. Calling it again changes nothing.
+    """Makes the forward of `PeftModelForCausalLM` pass `task_ids` to tuners of this class, which have `use_tasks`.
 
-    PEFT's forward drops this argument except for two of PEFT's own methods. Models with other tuners are not affected.
-
-    Args:
-        tuner_class: The tuner class with `use_tasks`.
+    PEFT's forward drops this argument except for two of PEFT's own methods. Calling this again changes nothing.
     """
     original = PeftModelForCausalLM.forward
     if getattr(original, "hands_on_task_ids", False):

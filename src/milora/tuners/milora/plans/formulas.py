@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 ROWS_AT_ONCE = 1024
-"""Number of weight rows adapted at a time: all of them would be a second copy of the weight in the adapter's
-precision."""
+"""Weight rows adapted at a time: all of them would be a second copy of the weight in the adapter's precision."""
 
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
@@ -27,9 +26,8 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
     return all(
         type(module) is nn.Linear
         and getattr(module, "bias", None) is None
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
         and "forward" not in module.__dict__
         for module in modules
     )
@@ -57,7 +55,9 @@ def add_expert(
         scale: Gives DoRA's `f`, (d_out), in inference.
     """
     gate = None if gate is None else gate.to(x.device)
-    if not is_dora(layer, adapter) and _is_linear_in(layer, adapter, x):
+    is_lora, dropout = not is_dora(layer, adapter), layer.lora_dropout[adapter]
+    has_dropout = layer.training and not isinstance(dropout, nn.Identity)
+    if is_lora and not has_dropout and not torch.is_autocast_enabled(x.device.type) and is_plain(layer, adapter):
         a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
         return expert_sum(x, result, a, b, gate, index, scaling)
     if index is None:
@@ -67,34 +67,23 @@ def add_expert(
     return result.index_copy(0, index, part.to(result.dtype))
 
 
-def _is_linear_in(layer: Any, adapter: str, x: Tensor) -> bool:
-    """Whether an expert is only the product of two matrices: no dropout, no autocast."""
-    dropout = layer.lora_dropout[adapter]
-    return (
-        (isinstance(dropout, nn.Identity) or not layer.training)
-        and not torch.is_autocast_enabled(x.device.type)
-        and is_plain(layer, adapter)
-    )
-
-
 def _general(layer: Any, adapter: str, x: Tensor, result: Tensor, gate: Tensor | None, scale: Any) -> Tensor:
     """For rows that all chose the expert, for any kind of expert."""
-    if gate is not None:
-        gate = gate.reshape(-1, *[1] * (x.dim() - 1))
     lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
     x = layer._cast_input_dtype(x, lora_a.weight.dtype)
-    if not is_dora(layer, adapter):
-        inner = lora_a(layer.lora_dropout[adapter](x))
-        if gate is not None and lora_b.bias is None:
-            # Where it is narrow: autograd saves the factor of a gate with a gradient.
-            inner, gate = inner * gate.to(inner.dtype), None
-        delta: Tensor = lora_b(inner) * layer.scaling[adapter]
-        return result + delta if gate is None else result + gate.to(delta.dtype) * delta
-    if torch.is_grad_enabled() or not is_plain(layer, adapter):
-        adapted: Tensor = layer.lora_variant[adapter].forward(layer, active_adapter=adapter, x=x, result=result)
+    if is_dora(layer, adapter):
+        if torch.is_grad_enabled() or not is_plain(layer, adapter):
+            adapted: Tensor = layer.lora_variant[adapter].forward(layer, active_adapter=adapter, x=x, result=result)
+        else:
+            adapted = _dora(layer, adapter, x, result, scale(layer, adapter))
+        return adapted if gate is None else result + _gated(adapted - result, gate)
+    inner, scaling = lora_a(layer.lora_dropout[adapter](x)), layer.scaling[adapter]
+    if lora_b.bias is None:
+        # Gated where it is narrow: autograd saves the factor of a gate with a gradient.
+        delta: Tensor = lora_b(_gated(inner, gate)) * scaling
     else:
-        adapted = _dora(layer, adapter, x, result, scale(layer, adapter))
-    return adapted if gate is None else result + gate.to(adapted.dtype) * (adapted - result)
+        delta = _gated(lora_b(inner) * scaling, gate)
+    return result + delta
 
 
 def _dora(layer: Any, adapter: str, x: Tensor, result: Tensor, scale: Tensor) -> Tensor:
@@ -109,10 +98,6 @@ def _dora(layer: Any, adapter: str, x: Tensor, result: Tensor, scale: Tensor) ->
 @torch.no_grad()
 def dora_scale(layer: Any, adapter: str) -> Tensor:
     """`m / |W + s B A|`, the factor that DoRA gives to each output of a layer (Liu et al. 2024, equation 5).
-
-    Args:
-        layer: A LoRA layer of PEFT with DoRA.
-        adapter: The adapter's name.
 
     Returns:
         (d_out), of the type of `lora_A`; a constant for the gradient.
@@ -159,18 +144,7 @@ class ExpertSum(torch.autograd.Function):
         index: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        """The layer's output, rounded once to the type of `result`.
-
-        Args:
-            ctx: torch's.
-            x: (places, ..., d_in).
-            result: (places, ..., d_out), the base layer's output.
-            a: (r, d_in).
-            b: (d_out, r).
-            gate: (chosen places), float32, or `None` for ones without a gradient.
-            index: The indices that chose the expert, `None` for all.
-            scaling: `s`.
-        """
+        """The layer's output, rounded once to the type of `result`. Shapes are those of [`add_expert`]."""
         inner = functional.linear(_at(x, index).to(a.dtype), a)
         ctx.save_for_backward(x, a, b, inner, gate, index)
         ctx.scaling = scaling

@@ -14,11 +14,9 @@ from milora_core.errors import MiLoraError
 
 
 class PassPlan:
-    """See [`milora.tuners.plan.Plan`].
+    """See [`milora.tuners.plan.Plan`]. The routers fill in `prompts` block by block.
 
-    Args:
-        prompts: Rows -> (adapter, route), which the routers fill in block by block.
-        adapted: Adapter -> (rows, tokens), bool: the tokens that it changes; all if missing.
+    `adapted`: adapter -> (rows, tokens), bool: the tokens that it changes; all if missing.
     """
 
     is_packed = False
