@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -36,12 +36,12 @@ class AttachmentConfig(CheckedFileConfig):
             differ. Filled in when the adapter is created.
     """
 
-    task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The type of task."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "The modules to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
-    blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
-    modules: list[str] | dict[str, list[str]] | None = field(default=None, metadata={"help": "What is adapted."})
+    task_type: str | None = "CAUSAL_LM"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    blocks: str | None = None
+    modules: list[str] | dict[str, list[str]] | None = None
 
 
 class Attachment(BareTunerLayer):

@@ -82,11 +82,9 @@ class BottleneckConfig(AttachmentConfig):
         MiLoraError: If `bottleneck` is below 1, or `sublayers` is empty or has an unknown name.
     """
 
-    bottleneck: int = field(default=160, metadata={"help": "Length of the vector inside the bottleneck."})
-    scale: float = field(default=4.0, metadata={"help": "What the bottleneck's output is multiplied by."})
-    sublayers: list[str] = field(
-        default_factory=lambda: list(SUBLAYER_NAMES), metadata={"help": "attention, feed_forward or both."}
-    )
+    bottleneck: int = 160
+    scale: float = 4.0
+    sublayers: list[str] = field(default_factory=lambda: list(SUBLAYER_NAMES))
 
     def __post_init__(self) -> None:
         super().__post_init__()

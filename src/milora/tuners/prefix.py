@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class PrefixConfig(AttachmentConfig):
         MiLoraError: If `num_virtual_tokens` is below 1.
     """
 
-    num_virtual_tokens: int = field(default=16, metadata={"help": "Extra keys and values of each layer."})
+    num_virtual_tokens: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()

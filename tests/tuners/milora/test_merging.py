@@ -272,13 +272,13 @@ class TestRefusals:
         first, second = (model.route(torch.tensor([prompt])) for prompt in PROMPTS[:2])
         prompt = torch.tensor(PROMPTS[:1])
         with model.merged_route(first):
-            with pytest.raises(MiLoraError, match="Another route is merged"), model.use_route(second):
+            with pytest.raises(MiLoraError, match="A route is merged"), model.use_route(second):
                 model(prompt)
-            with pytest.raises(MiLoraError, match="Another route is merged"):
+            with pytest.raises(MiLoraError, match="A route is merged"):
                 generate(model, route=second)
-            with pytest.raises(MiLoraError, match="already merged into the backbone"), model.merged_route(second):
+            with pytest.raises(MiLoraError, match="A route is merged"), model.merged_route(second):
                 pass
-            with pytest.raises(MiLoraError, match="backbone's weights contain it"), model.disable_adapter():
+            with pytest.raises(MiLoraError, match="A route is merged"), model.disable_adapter():
                 model(prompt)
             assert generate(model) == generate(model, route=None)
         assert_nothing_in_force(model)
@@ -337,11 +337,11 @@ class TestRefusals:
         expected = generate(model)
         with model.merged_route(model.route(prompt)):
             for name in ("other", "__base__", "default"):
-                with pytest.raises(MiLoraError, match="adapter_names gives rows their own"):
+                with pytest.raises(MiLoraError, match="A route is merged"):
                     generate(model, adapter_names=[name])
-                with pytest.raises(MiLoraError, match="adapter_names gives rows their own"):
+                with pytest.raises(MiLoraError, match="A route is merged"):
                     model(prompt, adapter_names=[name])
-            with pytest.raises(MiLoraError, match=r"other.* cannot be made active.*leave merged_route"):
+            with pytest.raises(MiLoraError, match=r"other.* cannot be made active.*merged_route"):
                 model.set_adapter("other")
             model.set_adapter("default")
             assert generate(model) == expected
@@ -378,7 +378,7 @@ class TestThreads:
         for other in (lambda: generate(model), lambda: model(prompt), lambda: model.route(prompt)):
             (error,) = self.meanwhile(model, other, merge_route=True)
             assert isinstance(error, MiLoraError)
-            assert "Another request has merged a route" in str(error)
+            assert "A route is merged into" in str(error)
         (error,) = self.meanwhile(
             model, lambda: model.base_model.model.generate(prompt, max_new_tokens=2), merge_route=True
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from milora.tuners.attachment import AttachmentConfig
 from milora.tuners.registry import add_peft_type
@@ -21,7 +21,7 @@ class BitFitConfig(AttachmentConfig):
         MiLoraError: If `projection_dim` is below 1.
     """
 
-    projection_dim: int | None = field(default=64, metadata={"help": "Length of the vector before its projection."})
+    projection_dim: int | None = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,11 +26,9 @@ class IAPTConfig(PrefixConfig):
         MiLoraError: If a number is below 1, or `rational_orders` does not have two numbers.
     """
 
-    num_virtual_tokens: int = field(default=4, metadata={"help": "Soft tokens of each layer."})
-    bottleneck: int = field(default=320, metadata={"help": "Length of the vectors inside a generator."})
-    rational_orders: list[int] = field(
-        default_factory=lambda: [6, 5], metadata={"help": "Degrees of the activation's numerator and denominator."}
-    )
+    num_virtual_tokens: int = 4
+    bottleneck: int = 320
+    rational_orders: list[int] = field(default_factory=lambda: [6, 5])
 
     def __post_init__(self) -> None:
         super().__post_init__()

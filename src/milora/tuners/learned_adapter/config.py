@@ -33,15 +33,9 @@ class LearnedAdapterConfig(BottleneckConfig):
         MiLoraError: If a list is empty, or a name is unknown.
     """
 
-    activations: list[str] = field(
-        default_factory=lambda: ["relu", "gelu", "silu", "tanh"], metadata={"help": "The activations to choose from."}
-    )
-    operations: list[str] = field(
-        default_factory=lambda: list(OPERATIONS), metadata={"help": "The operations to choose from."}
-    )
-    architecture: dict[str, dict[str, str]] | None = field(
-        default=None, metadata={"help": "Activation and operation by module; searched for if None."}
-    )
+    activations: list[str] = field(default_factory=lambda: ["relu", "gelu", "silu", "tanh"])
+    operations: list[str] = field(default_factory=lambda: list(OPERATIONS))
+    architecture: dict[str, dict[str, str]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

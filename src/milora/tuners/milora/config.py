@@ -90,44 +90,22 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         MiLoraError: If a value is unknown or out of range, or a LoRA feature does not work with routing.
     """
 
-    r: int = field(default=32, metadata={"help": "Rank of each expert."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "An expert's output is scaled by lora_alpha / r; None means 2 * r."}
-    )
-    target_modules: list[str] | str | None = field(
-        default="all-linear",
-        metadata={"help": "The experts: 'all-linear' of the blocks, name endings, or a regular expression."},
-    )
-    task_type: str | None = field(default="CAUSAL_LM", metadata={"help": "The type of task."})
-    top_k: int = field(default=3, metadata={"help": "How many experts of a block serve a prompt."})
-    pooler: str = field(default="attention", metadata={"help": f"One of {', '.join(POOLERS)}."})
-    router_activation: str | list[str] = field(
-        default="rational",
-        metadata={
-            "help": f"rational, or one of {', '.join(ACTIVATIONS)}, a|b for halves, or a list with one per block."
-        },
-    )
-    rational_orders: list[int] | tuple[int, int] = field(
-        default_factory=lambda: [6, 5], metadata={"help": "Degrees of the rational's numerator and denominator."}
-    )
-    gate: str = field(default="hard", metadata={"help": f"One of {', '.join(GATES)}."})
-    load_balancing_coef: float = field(default=1e-2, metadata={"help": "Coefficient of the load-balancing loss."})
-    router_norm: str | None = field(
-        default=None,
-        metadata={
-            "help": f"What the router divides by its root mean square: one of {', '.join(ROUTER_NORMS)}; None means "
-            "tokens."
-        },
-    )
+    r: int = 32
+    lora_alpha: int | None = None
+    target_modules: list[str] | str | None = "all-linear"
+    task_type: str | None = "CAUSAL_LM"
+    top_k: int = 3
+    pooler: str = "attention"
+    router_activation: str | list[str] = "rational"
+    rational_orders: list[int] | tuple[int, int] = field(default_factory=lambda: [6, 5])
+    gate: str = "hard"
+    load_balancing_coef: float = 1e-2
+    router_norm: str | None = None
     normalize_router_input: InitVar[bool | None] = None
-    adapted_tokens: str = field(default="all", metadata={"help": f"One of {', '.join(ADAPTED_TOKENS)}."})
-    router_window: int | None = field(
-        default=None, metadata={"help": "Route on at most this many tokens from the beginning of the prompt."}
-    )
-    blocks: str | None = field(default=None, metadata={"help": "Path of the list of Transformer blocks."})
-    experts: list[str] | dict[str, list[str]] | None = field(
-        default=None, metadata={"help": "Modules relative to the block, in the order of the router's rows."}
-    )
+    adapted_tokens: str = "all"
+    router_window: int | None = None
+    blocks: str | None = None
+    experts: list[str] | dict[str, list[str]] | None = None
 
     def __post_init__(self, normalize_router_input: bool | None) -> None:
         if self.lora_alpha is None:

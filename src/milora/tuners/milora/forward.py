@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,19 @@ UNKNOWN_CACHE = (
     "model.generate(..., route=route), or `with model.use_route(route):`. For the prompt that filled the cache, it is "
     "model.route(**inputs)."
 )
+
+
+MERGED = (
+    "A route is merged into the backbone's weights, so the model cannot run other prompts, routes or adapters, or the "
+    "bare backbone. Wait until the generation or merged_route that merged it ends, or generate without merge_route."
+)
+
+
+class Merged(NamedTuple):
+    """The route, of one row, that the backbone's weights contain, and the generation that merged it, if one did."""
+
+    route: Route
+    generation: Generation | None
 
 
 class RoutedRows(GroupedPlan):
@@ -70,7 +84,7 @@ class RoutingHooks(PromptHooks):
     Attributes:
         tuner: The [`milora.tuners.milora.model.MiLoraModel`].
         routers: Block -> its router.
-        merged: The [`milora.tuners.milora.merging.Merged`] route that the backbone's weights contain.
+        merged: The merged route; see [`milora.tuners.milora.merging.merged_route`].
     """
 
     owner: GroupedOwner
@@ -80,7 +94,7 @@ class RoutingHooks(PromptHooks):
         self.tuner = tuner
         self.routers: dict[str, RouterLayer] = {}
         self.statistics = RoutingStatistics()
-        self.merged: Any = None
+        self.merged: Merged | None = None
 
     def is_off(self) -> bool:
         """See [`PromptHooks.is_off`]; PEFT disables all layers at once."""
@@ -91,8 +105,8 @@ class RoutingHooks(PromptHooks):
         return [name for name in adapters if self.tuner.peft_config[name].adapted_tokens == "completion"]
 
     def _context(self, arguments: dict[str, Any]) -> ForwardContext | None:
-        if self.merged is not None:
-            self.merged.check(self)
+        if self.merged is not None and (said(self.owner, "merged") is not self.merged or self.is_off()):
+            raise MiLoraError(MERGED)
         return super()._context(arguments)
 
     def begin(
@@ -100,7 +114,9 @@ class RoutingHooks(PromptHooks):
     ) -> ForwardContext:
         """See [`PromptHooks.begin`]. `cached` tokens of the prompts are already in the cache, made by the backbone."""
         if self.merged is not None:
-            self.merged.check_prompts(generation)
+            is_other = self.merged.generation not in (None, generation)
+            if is_other or said(self.owner, "route") is not self.merged.route:
+                raise MiLoraError(MERGED)
         rows, tokens = attended.shape
         adapter_rows, forced = self._adapter_rows(rows, generation), self._forced(rows, generation)
         late, changed = self.late(adapter_rows), attended
@@ -198,10 +214,6 @@ class RoutingHooks(PromptHooks):
 
     def _forced(self, rows: int, generation: Generation | None) -> Route | None:
         route: Route | None = said(self.owner, "route")
-        if self.merged is not None and route is not self.merged.route:
-            raise MiLoraError(
-                "Another route is merged into the backbone's weights; leave its context before using this route."
-            )
         if route is None or len(route) == rows:
             return route
         is_expanded = generation is not None and len(route) == generation.inputs and rows % len(route) == 0
@@ -220,7 +232,11 @@ class RoutingHooks(PromptHooks):
         is_marked = labels_of(arguments)[0] is not None or said(self.owner, "prompt") is not None
         is_training = self.backbone.training and torch.is_grad_enabled()
         if is_training and not is_marked and predicts_next_tokens(self.backbone):
-            self.statistics.warn_without_labels()
+            warnings.warn(
+                "A training pass had no labels, so each whole row counts as the prompt. If rows contain completions, "
+                "mark the prompt: `with model.use_prompt(mask):`.",
+                stacklevel=2,
+            )
         if generation is not None and cached + attended.shape[1] > generation.columns:
             prompt = prompt.clone()
             prompt[:, generation.columns - cached :] = False

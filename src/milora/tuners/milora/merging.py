@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,54 +15,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora.tuners.context import Generation, Scope, caller_scope, entered, said, scopes
-from milora.tuners.milora.forward import RoutingHooks
+from milora.tuners.milora.forward import MERGED, Merged, RoutingHooks
 from milora.tuners.milora.plans.formulas import dora_scale, is_dora
 from milora.tuners.milora.router import chosen_modules
 from milora_core.errors import MiLoraError
 from milora_core.routing import Route
 
-MERGED = "a route is merged into the backbone's weights, so no other route can be used; leave merged_route first"
-"""The error for calls that a merged route excludes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """The route, of one row, that the backbone's weights contain, and the generation that merged it, if one did."""
-
-    route: Route
-    generation: Generation | None
-
-    def check(self, hooks: RoutingHooks) -> None:
-        """Refuses calls outside the merged route's context, and calls with disabled adapters.
-
-        Raises:
-            MiLoraError: With the reason.
-        """
-        if said(hooks.owner, "merged") is not self:
-            raise MiLoraError(
-                "Another request has merged a route into the backbone's weights, so this request must wait until it "
-                "ends. Generate one after the other, or without merge_route."
-            )
-        if hooks.is_off():
-            raise MiLoraError("The adapters are disabled while a route is merged: the backbone's weights contain it.")
-
-    def check_prompts(self, generation: Generation | None) -> None:
-        """Refuses other prompts inside a generation that merged its route.
-
-        Raises:
-            MiLoraError: If the prompts are not that generation's.
-        """
-        if self.generation is not None and generation is not self.generation:
-            raise MiLoraError(
-                "The running generation has merged its route into the backbone's weights, so other prompts cannot run"
-                " inside it. Generate without merge_route."
-            )
-
 
 @contextmanager
 def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Generation | None) -> Iterator[None]:
     """Inside this context the backbone's weights contain a route; see
-    [`milora.tuners.milora.routes.Routes.merged_route`]. `generation` is the one that merges it, if one does."""
+    [`milora.tuners.milora.model.MiLoraModel.merged_route`]. `generation` is the one that merges it, if one does."""
     owner, model = hooks.owner, hooks.backbone
     if model.training:
         raise MiLoraError("Merging a route is for inference; call model.eval() first.")
@@ -81,9 +43,7 @@ def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Ge
     own = [scope.generation.use for scope in scopes(owner) if scope.generation is not None]
     with owner.identities.lock:
         if hooks.merged is not None:
-            raise MiLoraError(
-                "A route is already merged into the backbone; leave its context before merging another one."
-            )
+            raise MiLoraError(MERGED)
         if owner.identities.others_running(own):
             raise MiLoraError(
                 "Another request is using this backbone, and merging a route would change its weights. Merge after it"

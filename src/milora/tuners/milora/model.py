@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -11,17 +12,18 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from milora.tuners.context import Scope, entered
+from milora.tuners.context import Scope, caller_scope, entered
 from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.grouped import GroupedOwner
 from milora.tuners.grouped.wrappers import PlannedWrapper
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.expert import NO_MERGE, add_expert_place
-from milora.tuners.milora.forward import RoutingHooks
-from milora.tuners.milora.merging import MERGED
+from milora.tuners.milora.forward import MERGED, RoutingHooks
+from milora.tuners.milora.merging import merged_route
 from milora.tuners.milora.routed import Place
 from milora.tuners.milora.router import RouterLayer, add_routers, remove_routers, routers_of
-from milora.tuners.milora.routes import Routes
+from milora.tuners.milora.routes import check_row_names, compute_route, generate
+from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.milora.targets import fill_in_experts
 from milora.tuners.plan import plan_module
 from milora.tuners.rollback import RevertibleTuner
@@ -39,7 +41,6 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
     Attributes:
         owner: Owns the contexts of forward passes and the stacks of many tenants.
         hooks: Handles calls of the backbone.
-        routes: The functions for routes.
     """
 
     tuner_layer_cls = (LoraLayer, RouterLayer)
@@ -52,7 +53,6 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
             raise MiLoraError(f"{type(model).__name__} is an encoder-decoder; MiLoRA routes decoder-only models.")
         self.owner = GroupedOwner(model)
         self.hooks = RoutingHooks(model, self.owner, self)
-        self.routes = Routes(self.hooks)
 
     def complete_adapter(self, adapter_name: str, config: MiLoraConfig, *args: Any, **kwargs: Any) -> None:
         """Gives every block with experts its router."""
@@ -106,7 +106,7 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
                 "give each row its own: model.generate(..., adapter_names=[...])."
             )
         if self.hooks.merged is not None and names != self.active_adapters:
-            raise MiLoraError(f"{names} cannot be made active: {MERGED}.")
+            raise MiLoraError(f"{names} cannot be made active. {MERGED}")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -157,37 +157,112 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         names = kwargs.get("adapter_names")
         if names is None:
             return nullcontext()
-        return entered(Scope(self.owner, adapter_names=self.routes.check_names(list(names))))
+        return entered(Scope(self.owner, adapter_names=check_row_names(self.hooks, list(names))))
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`Routes.generate`]."""
-        return self.routes.generate(*args, **kwargs)
+    def generate(
+        self,
+        *args: Any,
+        route: Route | None = None,
+        compiled: bool | None = None,
+        merge_route: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`generate` of the backbone, routed once: at the prefill, or by `route`.
 
-    def route(self, *args: Any, **kwargs: Any) -> Route:
-        """See [`Routes.route`]."""
-        return self.routes.route(*args, **kwargs)
+        Assisted generation and chunked prefill, whose first pass is not the prompt, route in a pass of their own first.
+
+        Args:
+            *args: See the backbone's `generate`.
+            route: A route to follow, with one row per prompt or one row for all; required to continue a cache that
+                already holds tokens.
+            compiled: Compile the decode step (static cache, `torch.compile`). Routes and adapters are inputs of the
+                step, so other prompts and tenants do not compile again. `None` leaves it to transformers, which
+                compiles on a GPU with `cache_implementation="static"`; `False` disables it.
+            merge_route: If all rows have one route, merge it into the backbone's weights for this generation, after the
+                prefill has computed it: decoding then costs the same as for the backbone. Until the end there is a
+                second copy of the affected weights, and other requests are refused; see [`MiLoraModel.merged_route`].
+            **kwargs: See the backbone's `generate`.
+
+        Raises:
+            MiLoraError: If the cache already holds tokens and no route is given, a row is fully masked, a prompt is
+                empty, or an adapter is being deleted; with `merge_route` if rows differ, a chosen layer is quantised or
+                another request is running; with `compiled=True` if steps cannot be compiled.
+        """
+        return generate(self.hooks, args, kwargs, route=route, compiled=compiled, merge_route=merge_route)
+
+    def route(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Route:
+        """Computes the routes of prompts without generating.
+
+        Args:
+            input_ids: (batch, tokens).
+            attention_mask: (batch, tokens).
+            labels: (batch, tokens): if given, the prompt ends before the first label, as in training.
+            adapter_names: An adapter for each row.
+            **kwargs: Further arguments of the backbone, such as `inputs_embeds`.
+
+        Returns:
+            The [`Route`], a row for each prompt, on the backbone's device.
+
+        Raises:
+            MiLoraError: If the adapters are disabled, a prompt is empty or fully masked.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        return compute_route(self.hooks, inputs, labels, adapter_names)
 
     def use_route(self, route: Route | None) -> AbstractContextManager[None]:
-        """See [`Routes.use_route`]."""
-        return self.routes.use_route(route)
+        """`with model.use_route(route):` makes passes and generations follow a route instead of the routers.
+
+        The route has one row per prompt, or one row for all. `generate` repeats each row for its beams and return
+        sequences. The context follows asyncio tasks and `asyncio.to_thread`. A plain thread started inside is refused,
+        because it does not inherit the context: pass `route=` to its `generate`. `None` leaves the decision to the
+        routers.
+        """
+        return caller_scope(Scope(self.owner, route=route))
 
     def use_prompt(self, prompt: Tensor) -> AbstractContextManager[None]:
-        """See [`Routes.use_prompt`]."""
-        return self.routes.use_prompt(prompt)
+        """`with model.use_prompt(mask):` marks the prompt's tokens, (batch, tokens), if there are no labels."""
+        return caller_scope(Scope(self.owner, prompt=prompt))
 
-    def record_routes(self) -> AbstractContextManager[list[Route]]:
-        """See [`Routes.record_routes`]."""
-        return self.routes.record_routes()
+    @contextmanager
+    def record_routes(self) -> Iterator[list[Route]]:
+        """`with model.record_routes() as routes:` collects the route of every finished `generate` inside.
+
+        It is the route that the generation itself computed or followed, on the backbone's device, without extra
+        computation. With beams or several return sequences a prompt has as many equal rows in succession as in the
+        prefill.
+        """
+        routes: list[Route] = []
+        with caller_scope(Scope(self.owner, routes=routes)):
+            yield routes
 
     def merged_route(self, route: Route) -> AbstractContextManager[None]:
-        """See [`Routes.merged_route`]."""
-        return self.routes.merged_route(route)
+        """`with model.merged_route(route):` follows a route as `use_route` does, merged into the weights.
+
+        Its experts then cost nothing per token. The affected weights are in memory twice until the end, when the
+        backbone's own are restored bit for bit, also after an exception. Merged weights are rounded to the backbone's
+        dtype, so in bfloat16 the outputs are close but not equal to those of `use_route`. Inside this context no other
+        route or thread may use the model: such calls are refused.
+
+        Raises:
+            MiLoraError: If the route's rows differ or it is not of this adapter, the model is in training mode or its
+                adapters are disabled, a chosen layer is quantised, offloaded or shares its weight, another request is
+                running, or a route is already merged.
+        """
+        return merged_route(self.hooks, (self.active_adapters or [""])[0], route, None)
 
     def routing_statistics(self, reset: bool = False) -> dict[str, float]:
         """The load-balancing loss and each expert's share of the choices, averaged over training passes since the last
-        reset.
-
-        Args:
-            reset: Reset afterwards.
-        """
-        return self.hooks.statistics.summary(reset)
+        `reset`."""
+        summary = self.hooks.statistics.summary()
+        if reset:
+            self.hooks.statistics = RoutingStatistics()
+        return summary

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,42 +15,25 @@ class RoutingStatistics:
     """Means over training passes, without device synchronisation until [`RoutingStatistics.summary`]."""
 
     def __init__(self) -> None:
-        self._warned = False
-        self._clear()
-
-    def _clear(self) -> None:
         self._passes = 0
-        self._balance: Tensor | None = None
-        self._choices: dict[str, Tensor] = {}
+        self._balance: Any = 0.0
+        self._choices: dict[str, Any] = {}
 
     def record(self, balance: Tensor, routings: Mapping[str, BlockRouting]) -> None:
         """Adds a pass: its load-balancing loss and the decisions of its blocks."""
         self._passes += 1
-        balance = balance.detach()
-        self._balance = balance if self._balance is None else self._balance + balance
+        self._balance = self._balance + balance.detach()
         for routing in routings.values():
             counts = routing.decision.chosen.sum(dim=0).to(balance.device, torch.float32)
             for expert, count in zip(routing.experts, counts.unbind(), strict=True):
                 self._choices[expert] = self._choices.get(expert, 0) + count
 
-    def summary(self, reset: bool) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """`load_balancing_loss` and `expert_share/{expert}`; empty before the first pass."""
-        if self._balance is None:
+        if not self._passes:
             return {}
         names = list(self._choices)
         values = torch.stack([self._balance / self._passes, *self._choices.values()]).tolist()
         total = sum(values[1:])
         shares = {f"expert_share/{name}": count / total for name, count in zip(names, values[1:], strict=True)}
-        if reset:
-            self._clear()
         return {"load_balancing_loss": values[0], **shares}
-
-    def warn_without_labels(self) -> None:
-        """Warns once that a training pass had no labels that mark the prompt."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "A training pass had no labels, so each whole row counts as the prompt. If rows contain completions, "
-                "mark the prompt: `with model.use_prompt(mask):`.",
-                stacklevel=2,
-            )

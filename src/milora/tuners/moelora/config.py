@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from milora.tuners.attachment import AttachmentConfig
 from milora.tuners.registry import add_peft_type
@@ -31,16 +31,14 @@ class MoeLoraConfig(AttachmentConfig):
         MiLoraError: If a value is unknown or out of range, or `r` cannot be divided evenly.
     """
 
-    r: int = field(default=32, metadata={"help": "Rank of a module's LoRA, divided among its experts."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "The experts' sum is scaled by lora_alpha / r; None means 2 * r."}
-    )
-    num_experts: int = field(default=8, metadata={"help": "Experts of a module."})
-    top_k: int = field(default=4, metadata={"help": "How many experts of a module serve a token."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input."})
-    gate: str = field(default="token", metadata={"help": f"One of {', '.join(GATES)}."})
-    num_tasks: int | None = field(default=None, metadata={"help": "How many tasks there are, for gate='task'."})
-    task_embedding_dim: int = field(default=64, metadata={"help": "Size of a task's embedding, for gate='task'."})
+    r: int = 32
+    lora_alpha: int | None = None
+    num_experts: int = 8
+    top_k: int = 4
+    lora_dropout: float = 0.0
+    gate: str = "token"
+    num_tasks: int | None = None
+    task_embedding_dim: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()

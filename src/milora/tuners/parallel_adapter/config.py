@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from milora.tuners.bottleneck import BottleneckConfig, check_names
 from milora.tuners.registry import add_peft_type
@@ -22,7 +22,7 @@ class ParallelAdapterConfig(BottleneckConfig):
         MiLoraError: If the activation is unknown.
     """
 
-    activation: str = field(default="relu", metadata={"help": "The activation inside the bottleneck."})
+    activation: str = "relu"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from milora.tuners.prefix import PrefixConfig
 from milora.tuners.registry import add_peft_type
@@ -24,7 +24,7 @@ class PTuningV2Config(PrefixConfig):
         MiLoraError: If `num_virtual_tokens` or `projection_dim` is below 1.
     """
 
-    projection_dim: int | None = field(default=640, metadata={"help": "Length of the vectors before the projection."})
+    projection_dim: int | None = 640
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from milora.tuners.attachment import AttachmentConfig
 from milora.tuners.registry import add_peft_type
@@ -39,20 +39,12 @@ class SSPConfig(AttachmentConfig):
         MiLoraError: If a value is out of range, or `structure` names an unknown kind.
     """
 
-    r: int = field(default=32, metadata={"help": "Rank of the LoRA candidates."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "LoRA's output is scaled by lora_alpha / r; None means 2 * r."}
-    )
-    projection_dim: int | None = field(
-        default=64, metadata={"help": "Length of the BitFit candidates' vectors before their projection."}
-    )
-    budget: int | float = field(
-        default=0.4827, metadata={"help": "Parameters to keep: a number, or a share of all candidates'."}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Of the binary-concrete distribution."})
-    structure: list[list[str]] | None = field(
-        default=None, metadata={"help": "What was found: [module path, 'lora' or 'bitfit'] of each candidate kept."}
-    )
+    r: int = 32
+    lora_alpha: int | None = None
+    projection_dim: int | None = 64
+    budget: int | float = 0.4827
+    temperature: float = 1.0
+    structure: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

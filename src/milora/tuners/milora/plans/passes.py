@@ -23,8 +23,7 @@ class PassPlan:
 
     def __init__(self, prompts: RoutedPrompts, adapted: Mapping[str, Tensor]) -> None:
         self.prompts = prompts
-        self.adapted = adapted
-        self._token_lists: dict[str, list[list[int]]] = {}
+        self.adapted = {adapter: tokens.cpu() for adapter, tokens in adapted.items()}
         self._tokens: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -75,21 +74,11 @@ class PassPlan:
 
     def _chosen_tokens(self, adapter: str, selection: Selection, x: Tensor) -> tuple[Tensor, Tensor]:
         """The adapted tokens of the rows that chose an expert, of rows * tokens, and each one's place in the gates."""
-        rows = tuple(selection.weights)
-        key = (adapter, rows, x.device)
+        rows = list(selection.weights)
+        key = (adapter, tuple(rows), x.device)
         if key not in self._tokens:
-            if adapter not in self._token_lists:
-                mask = self.adapted[adapter]
-                flat = mask.shape[1]
-                self._token_lists[adapter] = [
-                    [row * flat + token for token, is_adapted in enumerate(of_row) if is_adapted]
-                    for row, of_row in enumerate(mask.tolist())
-                ]
-            lists = [self._token_lists[adapter][row] for row in rows]
-            index = [token for of_row in lists for token in of_row]
-            place = [number for number, of_row in enumerate(lists) for _ in of_row]
-            self._tokens[key] = (
-                torch.tensor(index, dtype=torch.long, device=x.device),
-                torch.tensor(place, dtype=torch.long, device=x.device),
-            )
+            adapted = self.adapted[adapter]
+            place, token = adapted[rows].nonzero(as_tuple=True)
+            index = torch.tensor(rows)[place] * adapted.shape[1] + token
+            self._tokens[key] = index.to(x.device), place.to(x.device)
         return self._tokens[key]
