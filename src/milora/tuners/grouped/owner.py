@@ -63,12 +63,8 @@ class GroupedOwner(ContextOwner):
         return self.compiled_for is request
 
     def why_not_compiled(self, adapters: Collection[str] | None = None, *, named_rows: bool = False) -> str | None:
-        """Why a generation cannot be compiled, or `None`.
-
-        Args:
-            adapters: The generation's adapters; `None` for all.
-            named_rows: Whether rows have different adapters.
-        """
+        """Why a generation with these adapters (`None` for all) cannot be compiled, or `None`; with `named_rows`, rows
+        have different adapters."""
         self.refresh()
         path = next(iter([*self.stacks.left_out, *(self.stacks.wrappers if named_rows else [])]), None)
         for each, module in self.stacks.modules.items():
@@ -85,16 +81,13 @@ class GroupedOwner(ContextOwner):
     def compiled(
         self, adapters: Collection[str] = (), *, named_rows: bool = False, required: bool = True
     ) -> Iterator[bool]:
-        """Inside this context a compiled decode step may run, unless it yields `False`. Only one generation at a time
-        can have compiled steps, because they read their rows from one address.
+        """Inside this context a compiled decode step may run; see [`GroupedOwner.why_not_compiled`] for the arguments.
 
-        Args:
-            adapters: The generation's adapters.
-            named_rows: See [`GroupedOwner.why_not_compiled`].
-            required: Raise instead of yielding `False`.
+        Only one generation at a time can have compiled steps, because they read their rows from one address. If
+        another thread's is running or a layer cannot be compiled, it yields `False`.
 
         Raises:
-            MiLoraError: If another thread's compiled generation is running, or a layer cannot be compiled.
+            MiLoraError: Instead of yielding `False`, if compiled steps are `required`.
         """
         with ExitStack() as stack:
             is_possible = True

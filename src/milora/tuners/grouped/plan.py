@@ -29,10 +29,8 @@ class GroupedPlan(ABC):
     """See [`milora.tuners.plan.Plan`]. A subclass defines the adapters of the rows, and the fallback for layers without
     a stack.
 
-    Args:
-        owner: The model's owner of contexts.
-        kept: Data by module, kept for the batch.
-        is_compiled: Whether to write the rows to the addresses that a compiled step reads.
+    `kept` is data by module, kept for the batch. With `is_compiled`, the rows are written to the addresses that a
+    compiled step reads.
     """
 
     is_packed = False
@@ -106,12 +104,7 @@ class GroupedPlan(ABC):
 
 
 def rows_by_adapter(names: tuple[str, ...], rows: int) -> dict[str, list[int]]:
-    """Adapter -> its rows in a batch of `rows` rows. The beams of a prompt are consecutive rows.
-
-    Args:
-        names: The adapter of each prompt, [`BASE_ROW`] for none.
-        rows: Number of rows of the batch, a multiple of the number of names.
-    """
+    """Adapter -> its rows in a batch of `rows` rows, a multiple of the names: a prompt's beams are consecutive rows."""
     by_adapter: dict[str, list[int]] = {}
     for row, name in enumerate(names_of_rows(names, rows)):
         if name != BASE_ROW:
@@ -125,16 +118,8 @@ def names_of_rows(names: tuple[str, ...], rows: int) -> list[str]:
 
 
 def check_names(names: tuple[str, ...], rows: int, prompts: int | None) -> None:
-    """Checks that each row of a batch has a name: one per row, except for beams and return sequences.
-
-    Args:
-        names: The adapter of each prompt.
-        rows: Rows of the pass.
-        prompts: Number of prompts of `generate`; `None` outside a generation.
-
-    Raises:
-        MiLoraError: If the counts differ.
-    """
+    """Raises a [`MiLoraError`] unless there is a name for each prompt of `generate`, or outside a generation (`prompts`
+    is `None`) for each of the pass's `rows`."""
     if len(names) != (rows if prompts is None else prompts) or rows % len(names) != 0:
         found = f"the batch has {rows}" if prompts is None else f"generate was given {prompts} prompts"
         raise MiLoraError(f"adapter_names names {len(names)} rows; {found}. Give one name for each.")

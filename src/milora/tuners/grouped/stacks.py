@@ -22,10 +22,8 @@ class ModuleRows:
     """The arguments of `grouped_lora` of one module for the rows of a batch, computed once per batch.
 
     Attributes:
-        slots: (rows), int32: each row's index in the stacks, -1 for none.
+        slots: (rows), int32: each row's index in the module's stacks of A and B, -1 for none.
         gates: (rows), float32: each row's gate times LoRA's scaling.
-        lora_a: The module's stack of A.
-        lora_b: The module's stack of B.
         prepared: The prepared decode step on a CPU; created at the first step.
     """
 
@@ -62,8 +60,6 @@ class ModuleStack:
     stacks. If an adapter's rank is below the largest, its B is a view with gaps.
 
     Attributes:
-        path: The module's path in the backbone.
-        layer: PEFT's layer of the module.
         slots: Adapter -> its index in the stacks.
         lora_a: (capacity, r, d_in), zero beyond an adapter's rank and in free slots.
         lora_b: (capacity, d_out, r).
@@ -103,12 +99,10 @@ class ModuleStack:
         return bool(self._fitted_to == _state_of(self.layer))
 
     def fit(self, adapters: list[str], capacity: int, running: Sequence[Use]) -> None:
-        """Makes the stacks contain exactly these adapters. Nothing moves if they fit into the existing stacks.
+        """Makes the stacks contain exactly these adapters, of one dtype and device.
 
-        Args:
-            adapters: Adapters to stack; all have parameters of one dtype on one device.
-            capacity: Minimum number of slots of new stacks.
-            running: Running uses of adapters. A slot is overwritten only when all uses that read it have ended.
+        Nothing moves if they fit into the existing stacks; new ones have at least `capacity` slots. A slot is
+        overwritten only when all `running` uses that read it have ended.
         """
         for adapter in [name for name in self.slots if name not in adapters or not self._is_view(name)]:
             self._left[self.slots.pop(adapter)] = [use for use in running if adapter in use.adapters]

@@ -34,11 +34,7 @@ class ExpertLayer(PlannedLayer):
     disable_adapters: bool
 
     def without_context(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward, if no expert is active.
-
-        Raises:
-            RuntimeError: If an expert is active, because there is no route.
-        """
+        """PEFT's forward; raises a `RuntimeError` if an expert is active, because there is no route."""
         active = [adapter for adapter in self.active_adapters if adapter in self.expert_places]
         if active and not self.disable_adapters:
             block = self.expert_places[active[0]].block
@@ -50,11 +46,7 @@ class ExpertLayer(PlannedLayer):
         return False
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            MiLoraError: Always.
-        """
+        """Refused: always raises a [`MiLoraError`]."""
         raise MiLoraError(NO_MERGE)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -12,17 +12,24 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from milora.tuners.context import Scope, caller_scope, entered
+from milora.tuners.context import Scope, caller_scope, check_thread, entered, said
 from milora.tuners.continuous_batching import NoContinuousBatching
-from milora.tuners.grouped import GroupedOwner
+from milora.tuners.generate_options import (
+    compiled_settings,
+    is_compiled_by_transformers,
+    needs_own_pass,
+    prompts_given,
+    size_given,
+)
+from milora.tuners.grouped import GroupedOwner, check_names
 from milora.tuners.grouped.wrappers import PlannedWrapper
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.expert import NO_MERGE, add_expert_place
-from milora.tuners.milora.forward import MERGED, RoutingHooks
+from milora.tuners.milora.forward import MERGED, UNKNOWN_CACHE, RoutingHooks
 from milora.tuners.milora.merging import merged_route
-from milora.tuners.milora.routed import Place
+from milora.tuners.milora.routed import Place, RoutedPrompts
 from milora.tuners.milora.router import RouterLayer, add_routers, remove_routers, routers_of
-from milora.tuners.milora.routes import check_row_names, compute_route, generate
+from milora.tuners.milora.routes import adapters_of, check_row_names, compute_route, running_generation
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.milora.targets import fill_in_experts
 from milora.tuners.plan import plan_module
@@ -145,11 +152,7 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         raise MiLoraError(NO_MERGE)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            MiLoraError: Always: routers of different adapters have no weighted sum.
-        """
+        """Refused: always raises a [`MiLoraError`]."""
         raise MiLoraError("MiLoRA adapters cannot be combined: routers of different adapters have no weighted sum.")
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
@@ -188,7 +191,50 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
                 empty, or an adapter is being deleted; with `merge_route` if rows differ, a chosen layer is quantised or
                 another request is running; with `compiled=True` if steps cannot be compiled.
         """
-        return generate(self.hooks, args, kwargs, route=route, compiled=compiled, merge_route=merge_route)
+        named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+        hooks, model = self.hooks, self.model
+        is_merged = merge_route or hooks.merged is not None
+        if compiled and is_merged:
+            raise MiLoraError(
+                "Compiled steps do not support a merged route: leave out compiled=True, or merge_route=True and `with"
+                " model.merged_route(...)`."
+            )
+        if compiled:
+            kwargs |= compiled_settings(named)
+        elif compiled is False or is_merged:
+            kwargs["disable_compile"] = True
+        check_thread(self.owner)
+        if hooks.is_off():
+            return model.generate(*args, **kwargs)
+        names, size = said(self.owner, "adapter_names"), size_given(named)
+        if names is not None:
+            check_names(names, size[0], size[0])
+            if merge_route:
+                raise MiLoraError("Rows with different adapters have no common route to merge; leave out merge_route.")
+        adapters = adapters_of(hooks, names)
+        if route is None and said(self.owner, "route") is None:
+            cache = named.get("past_key_values")
+            # The bare backbone may have filled it if all adapters leave the prompt to it; the prefill checks that.
+            if cache is not None and cache.get_seq_length() > 0 and len(hooks.late(adapters)) < len(adapters):
+                raise MiLoraError(UNKNOWN_CACHE)
+            if needs_own_pass(model, named):
+                route = compute_route(hooks, prompts_given(named))
+        with ExitStack() as stack:
+            generation = stack.enter_context(running_generation(hooks, named.get("attention_mask"), size, names, route))
+            if merge_route and hooks.merged is None:
+                generation.merge_into = lambda route: stack.enter_context(
+                    merged_route(hooks, adapters[0], route, generation)
+                )
+            if compiled or is_compiled_by_transformers(model, {**named, **kwargs}):
+                steps = self.owner.compiled(adapters, named_rows=names is not None, required=bool(compiled))
+                if not stack.enter_context(steps):
+                    kwargs["disable_compile"] = True
+            output = model.generate(*args, **kwargs)
+            recorded = said(self.owner, "routes")
+            if recorded is not None:
+                assert isinstance(generation.prompts, RoutedPrompts)
+                recorded.append(generation.prompts.route())
+        return output
 
     def route(
         self,

@@ -13,7 +13,6 @@ from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
 from milora.tuners.context import ContextOwner, running
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.gradient import RouteGradient
 from milora.tuners.milora.packed import PackedTokens
 from milora.tuners.milora.routed import BlockRouting, RoutedPrompts, Selection, select
 from milora_core.errors import MiLoraError
@@ -119,31 +118,26 @@ class RouterLayer(BareTunerLayer):
         if self.block in prompts.routed_blocks:
             return hidden
         prompts.routed_blocks.add(self.block)
-        for adapter in prompts.adapter_rows:
-            if adapter in self.projection:
-                hidden = self._route(block, adapter, prompts, hidden)
-        return hidden
-
-    def _route(self, block: nn.Module, adapter: str, prompts: RoutedPrompts, hidden: Tensor) -> Tensor:
-        experts, rows, prompt = self.experts[adapter], prompts.adapter_rows[adapter], prompts.prompt
-        if prompts.forced is not None:
-            decision = follow(prompts.forced, self.block, experts, rows, hidden.device)
-        else:
-            assert prompt is not None
-            own = (hidden, prompt) if rows is None else (hidden[rows], prompt[rows])
-            decision = self.decide(adapter, *own)
-        gates = decision.gates
-        leaf: list[Tensor] = []
-        if torch.is_grad_enabled() and is_checkpointed(block) and gates.requires_grad:
-            gates = gates.detach().requires_grad_()
-            leaf = [gates]
-        selections = select(gates, decision.chosen, rows, prompts.rows)
-        prompts.routings.setdefault(adapter, {})[self.block] = BlockRouting(experts, decision, selections)
-        if torch.is_grad_enabled():
-            idle = self._idle_parameters(block, adapter, selections, router=not decision.gates.requires_grad)
-            if leaf or idle:
-                source = decision.gates if leaf else None
-                hidden = RouteGradient.apply(hidden, source, leaf, *idle)  # type: ignore[no-untyped-call]
+        for adapter, rows in prompts.adapter_rows.items():
+            experts, prompt = self.experts.get(adapter), prompts.prompt
+            if experts is None:
+                continue
+            if prompts.forced is not None:
+                decision = follow(prompts.forced, self.block, experts, rows, hidden.device)
+            else:
+                assert prompt is not None
+                decision = self.decide(adapter, *((hidden, prompt) if rows is None else (hidden[rows], prompt[rows])))
+            gates, leaf = decision.gates, []
+            if torch.is_grad_enabled() and is_checkpointed(block) and gates.requires_grad:
+                gates = gates.detach().requires_grad_()
+                leaf = [gates]
+            selections = select(gates, decision.chosen, rows, prompts.rows)
+            prompts.routings.setdefault(adapter, {})[self.block] = BlockRouting(experts, decision, selections)
+            if torch.is_grad_enabled():
+                idle = self._idle_parameters(block, adapter, selections, router=not decision.gates.requires_grad)
+                if leaf or idle:
+                    source = decision.gates if leaf else None
+                    hidden = _RouteGradient.apply(hidden, source, leaf, *idle)  # type: ignore[no-untyped-call]
         return hidden
 
     def _idle_parameters(
@@ -160,6 +154,36 @@ class RouterLayer(BareTunerLayer):
         ]
         found = [each for part in parts for each in (part.parameters() if isinstance(part, nn.Module) else [part])]
         return [parameter for parameter in found if parameter.requires_grad]
+
+
+class _RouteGradient(torch.autograd.Function):
+    """The identity on a block's input, which passes gradients to tensors that the block's graph does not reach.
+
+    Gates: under (reentrant) checkpointing a block cannot send a gradient to a tensor outside it other than its input.
+    Its layers therefore read a detached leaf of the gates. When the gradient of the block's input is complete, the
+    leaf's is too, and it is passed on here. The leaf is inside a list: as a direct argument, the graph of the first
+    pass would wait for a gradient that never arrives.
+
+    Idle parameters: those of experts that no row chose get a zero gradient. `None` would stall
+    `DistributedDataParallel`, and leave optimisers without state for them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gates: Tensor | None, leaf: list[Tensor], *idle: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        ctx.idle = [(tensor.shape, tensor.dtype, tensor.device) for tensor in idle]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        of_gates = None
+        for leaf in ctx.leaf:
+            # Removed, so a second backward pass through a retained graph does not count the first again.
+            of_gates, leaf.grad = leaf.grad, None
+            if of_gates is None:
+                of_gates = torch.zeros_like(leaf)
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.idle]
+        return gradients[0], of_gates, None, *zeros
 
 
 def follow(

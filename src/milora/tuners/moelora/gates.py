@@ -9,18 +9,10 @@ from milora_core.errors import MiLoraError
 
 
 def top_gates(logits: Tensor, top_k: int) -> Tensor:
-    """Returns the weights of the k experts with the highest logits, which sum to one. Other weights are zero.
+    """The softmax over the k highest of the logits, (..., experts); other experts have weight zero.
 
-    `g` is the softmax over the kept logits. It equals `p_i / sum of the kept p`, with `p` the softmax over all logits.
-    This is the usual gate of mixtures of experts (Shazeer et al. 2017, Mixtral); the MiLoRA paper does not specify it.
-    A tie goes to the lowest index.
-
-    Args:
-        logits: (..., experts).
-        top_k: 1 to experts.
-
-    Returns:
-        (..., experts).
+    It equals `p_i / sum of the kept p`, with `p` the softmax over all logits. This is the usual gate of mixtures of
+    experts (Shazeer et al. 2017, Mixtral); the MiLoRA paper does not specify it. A tie goes to the lowest index.
     """
     if top_k == logits.shape[-1]:
         return logits.softmax(dim=-1)
@@ -30,15 +22,9 @@ def top_gates(logits: Tensor, top_k: int) -> Tensor:
 
 
 def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
-    """Reshapes gates that were computed from another module's input to this module's input.
+    """Reshapes gates of another module's tokens, (..., experts), to this module's, (*leading, experts).
 
-    Args:
-        gates: (..., experts), one row per token in the other module's layout.
-        leading: Shape of this module's input without the features: (batch, tokens) or (batch * tokens).
-        path: This module's path, for the message.
-
-    Returns:
-        (*leading, experts).
+    `leading` is the shape of this module's input without the features: (batch, tokens) or (batch * tokens).
 
     Raises:
         MiLoraError: If the other module had a different number of tokens.
@@ -53,10 +39,7 @@ def for_input(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
 
 
 def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
-    """Expands the gates of a batch's rows, (batch, experts), to a module's input; see [`for_input`].
-
-    Returns:
-        (..., experts), broadcastable to `leading`.
+    """Expands the gates of a batch's rows, (batch, experts), so that they can be broadcast to (*leading, experts).
 
     Raises:
         MiLoraError: If the input's first dimension is not the batch.
@@ -75,14 +58,7 @@ def for_rows(gates: Tensor, leading: torch.Size, path: str) -> Tensor:
 class TaskGate(nn.Module):
     """`g = softmax(W_T e_j)` with the embedding `e_j` of task j; every expert has a weight (Liu et al. 2023).
 
-    Args:
-        tasks: Number of tasks.
-        size: Size of an embedding.
-        experts: Number of experts of a module.
-
-    Attributes:
-        embedding: `weight` (tasks, size).
-        projection: `W_T`, `weight` (experts, size).
+    `embedding.weight` is (tasks, size), `projection.weight` is `W_T`, (experts, size).
     """
 
     def __init__(self, tasks: int, size: int, experts: int) -> None:

@@ -1,8 +1,9 @@
-"""The two layers of MOELoRA: the experts of a module, and the parts that all modules share."""
+"""The two layers of MOELoRA, a module's experts and the parts that all modules share, and the state of a pass."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from milora.backbone.blocks import in_features, out_features
 from milora.tuners.attachment import Attachment
 from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
 from milora.tuners.context import (
+    ContextOwner,
     ForwardContext,
     check_thread,
     drop_interrupted,
@@ -25,11 +27,68 @@ from milora.tuners.context import (
 from milora.tuners.low_rank import LowRank
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.gates import TaskGate, for_input, for_rows, top_gates
-from milora.tuners.moelora.running import MoeLoraOwner, PassState
 from milora.tuners.prompt import arguments_of
 from milora.tuners.prompt_hooks import source_of
 from milora_core.errors import MiLoraError
 from milora_core.routing import RouterProjection
+
+
+@dataclass
+class PassState:
+    """The state of one forward pass.
+
+    Attributes:
+        task_gates: The adapters' task gates.
+        tasks: (rows), the task of each row, or `None`.
+        hidden: The last input of the hidden states' size, (..., hidden), that a module got, and the module's block.
+    """
+
+    task_gates: nn.ModuleDict | None = None
+    tasks: Tensor | None = None
+    hidden: tuple[str, Tensor] | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def gates(self, adapter: str) -> Tensor:
+        """An adapter's gates of each row, (rows, experts)."""
+        assert self.tasks is not None
+        assert self.task_gates is not None
+        if torch.is_grad_enabled():
+            # Computed in each module: reentrant checkpointing allows no tensor with a graph from outside the block.
+            return self.task_gates[adapter](self.tasks)  # type: ignore[no-any-return]
+        if adapter not in self._kept:
+            self._kept[adapter] = self.task_gates[adapter](self.tasks)
+        return self._kept[adapter]
+
+    def recall(self, block: str, path: str) -> Tensor:
+        """The last input of the hidden states' size of a module of the block, for the module at `path`."""
+        if self.hidden is None or self.hidden[0] != block:
+            raise MiLoraError(
+                f"The router of {path} reads what an adapted module before it in {block} was given, and none was "
+                "called yet that reads the hidden states. Adapt one that is, or leave this one out of target_modules."
+            )
+        return self.hidden[1]
+
+
+class MoeLoraOwner(ContextOwner):
+    """Owns the contexts of a model with MOELoRA adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # torch.compile cannot read a context variable, so the modules of a traced step share this object.
+        self.traced = PassState()
+
+    def state(self, path: str) -> PassState:
+        """The state of the running pass, for the module at `path`; raises a `RuntimeError` if none is running."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.traced
+        context = running(self)
+        if context is None:
+            raise RuntimeError(
+                f"{path} was called directly, but its experts' weights are known only when the whole model is called. "
+                "Call the model that get_peft_model returned."
+            )
+        state: PassState = context.prompts
+        return state
 
 
 class MoeLoraPart(Attachment):
@@ -86,11 +145,7 @@ class MoeLoraLayer(MoeLoraPart):
             self.router[adapter] = RouterProjection(self.router_size, config.num_experts)
 
     def adapt(self, adapter: str, hidden: Tensor, output: Tensor) -> Tensor:
-        """See [`Attachment.adapt`].
-
-        Raises:
-            MiLoraError: If the shape of `hidden` does not determine the token or row of a gate.
-        """
+        """See [`Attachment.adapt`]; raises a [`MiLoraError`] if tokens of `hidden` cannot be matched to gates."""
         config, state = self.settings[adapter], self.owner.state(self.path)
         lora = cast("LowRank", self.lora[adapter])
         if config.gate == "task":

@@ -14,8 +14,7 @@ from milora.tuners.attachment import Attachment, AttachmentTuner
 from milora.tuners.context import Generation, Scope, caller_scope, entered
 from milora.tuners.generate_options import is_compiled_by_transformers, size_given
 from milora.tuners.moelora.config import MoeLoraConfig
-from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraPart, MoeLoraShared
-from milora.tuners.moelora.running import MoeLoraOwner
+from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraOwner, MoeLoraPart, MoeLoraShared
 from milora_core.errors import MiLoraError
 
 
