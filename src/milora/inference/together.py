@@ -90,40 +90,31 @@ class NamedRows:
     kept: dict[Any, Any] = field(default_factory=dict)
 
 
-class LoraRows(GroupedPlan):
-    """The rows of a batch with their own adapters, in PEFT's own LoRA model.
+class PeftLoop:
+    """See [`milora.tuners.plan.Plan`]: PEFT's own loop over the adapters of the rows.
 
     Args:
-        owner: The model's owner of the stacks.
-        batch: The adapters of the rows.
-        is_compiled: See [`GroupedPlan`].
+        names: The adapter of each prompt.
     """
 
-    def __init__(self, owner: GroupedOwner, batch: NamedRows, *, is_compiled: bool) -> None:
-        super().__init__(owner, batch.kept, is_compiled=is_compiled)
-        self.names = batch.names
+    is_packed = False
 
-    def batch_rows(self, x: Tensor) -> int:
-        """See [`GroupedPlan.batch_rows`]; where batch and tokens are flattened, each token is a row."""
-        return x.shape[0]
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
 
-    def has_fixed_rows(self, x: Tensor) -> bool:
-        """See [`GroupedPlan.has_fixed_rows`]."""
-        return x.dim() > 2
+    def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See [`milora.tuners.plan.Plan.forward`]."""
+        kwargs["adapter_names"] = names_of_rows(self.names, x.shape[0])
+        return layer.pefts_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def rows_of(self, rows: int) -> dict[str, list[int]]:
         """See [`milora.tuners.plan.Plan.rows_of`]."""
         return rows_by_adapter(self.names, rows)
 
-    def shares(self, layer: Any, x: Tensor) -> Iterator[Share]:
-        """See [`GroupedPlan.shares`]."""
-        for adapter, rows in self.rows_of(x.shape[0]).items():
-            yield Share(adapter, rows, None)
-
-    def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See [`GroupedPlan.otherwise`]: PEFT's loop over adapters."""
-        kwargs["adapter_names"] = names_of_rows(self.names, x.shape[0])
-        return layer.pefts_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+    def shares(self, layer: Any, rows: int) -> Iterator[Share]:
+        """Each adapter's share of a module's rows; where batch and tokens are flattened, each token is a row."""
+        for adapter, own in self.rows_of(rows).items():
+            yield Share(adapter, own, None)
 
 
 class LoraServing(GroupedOwner):
@@ -185,7 +176,8 @@ class LoraServing(GroupedOwner):
             check_names(batch.names, rows, None)
         elif rows % len(batch.names) != 0:
             raise MiLoraError(f"adapter_names names {len(batch.names)} rows; the batch has {rows}.")
-        plan = LoraRows(self, batch, is_compiled=self.is_compiled_for(batch))
+        loop = PeftLoop(batch.names)
+        plan = GroupedPlan(self, loop.shares, loop, batch.kept, rows=None, is_compiled=self.is_compiled_for(batch))
         enter(ForwardContext(self, batch, plan=plan))
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

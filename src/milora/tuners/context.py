@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -141,8 +141,6 @@ class ForwardContext:
         mode: `route`: the routers decide; `follow`: the pass uses an earlier decision; `merged`: that decision is
             merged into the weights.
         plan: How adapted layers compute their rows.
-        adapted: Adapter -> (rows, tokens), bool: the tokens that it changes. An adapter without an entry changes all
-            tokens.
         generation: The generation, if the pass is its prefill.
         use: The adapters of the pass, if it is outside a generation.
     """
@@ -151,7 +149,6 @@ class ForwardContext:
     prompts: Any
     mode: Literal["route", "follow", "merged"] = "route"
     plan: Any = None
-    adapted: Mapping[str, Tensor] = field(default_factory=dict)
     generation: Generation | None = None
     use: Use | None = None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from milora.tuners.grouped.owner import GroupedOwner
 from milora.tuners.grouped.stacks import ModuleRows
 from milora.tuners.identity import BASE_ROW
+from milora.tuners.plan import Plan
 from milora_core.errors import MiLoraError
 
 
@@ -25,42 +26,38 @@ class Share(NamedTuple):
     """(number of its rows), float32: the module's gate for each row; `None` if all are 1."""
 
 
-class GroupedPlan(ABC):
-    """See [`milora.tuners.plan.Plan`]. A subclass defines the adapters of the rows, and the fallback for layers without
-    a stack.
+@dataclass(eq=False)
+class GroupedPlan:
+    """See [`milora.tuners.plan.Plan`].
 
-    `kept` is data by module, kept for the batch. With `is_compiled`, the rows are written to the addresses that a
-    compiled step reads.
+    Attributes:
+        owner: The model's owner of contexts.
+        shares: Gives each adapter's share of the batch, from a layer and the number of rows.
+        otherwise: The plan of layers that the operator does not support.
+        kept: Data by module, kept for the batch.
+        rows: The number of rows of the batch. With `None` it is the first dimension of a module's input, which does
+            not stay the same where batch and tokens are flattened.
+        is_compiled: Whether to write the rows to the addresses that a compiled step reads.
     """
 
     is_packed = False
 
-    def __init__(self, owner: GroupedOwner, kept: dict[Any, Any], *, is_compiled: bool) -> None:
-        self.owner = owner
-        self.kept = kept
-        self.is_compiled = is_compiled
+    owner: GroupedOwner
+    shares: Callable[[Any, int], Iterable[Share]]
+    otherwise: Plan
+    kept: dict[Any, Any]
+    rows: int | None
+    is_compiled: bool
 
-    @abstractmethod
-    def batch_rows(self, x: Tensor) -> int:
-        """The number of rows of the batch; `x` is a module's input."""
-
-    @abstractmethod
-    def shares(self, layer: Any, x: Tensor) -> Iterable[Share]:
-        """Each adapter's share of the batch in a layer."""
-
-    @abstractmethod
-    def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The output of a layer that the operator does not support."""
-
-    def has_fixed_rows(self, x: Tensor) -> bool:
-        """Whether the next step's input will have the same rows as a module's input `x`."""
-        return True
+    def rows_of(self, rows: int) -> dict[str, list[int]] | None:
+        """See [`milora.tuners.plan.Plan.rows_of`]."""
+        return self.otherwise.rows_of(rows)
 
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See [`milora.tuners.plan.Plan.forward`]."""
         rows = self._rows(layer, x)
         if rows is None:
-            return self.otherwise(layer, x, *args, **kwargs)
+            return self.otherwise.forward(layer, x, *args, **kwargs)
         kwargs.pop("adapter_names", None)
         return rows.add_to(layer.base_layer(x, *args, **kwargs), x)
 
@@ -68,39 +65,34 @@ class GroupedPlan(ABC):
         stack = layer.stack
         if stack is None or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
             return None
-        key = (layer, self.batch_rows(x))
+        count = x.shape[0] if self.rows is None else self.rows
+        key = (layer, count)
         known: ModuleRows | None = self.kept.get(key)
         if known is None or known.lora_a is not stack.lora_a:
             if key in self.kept and known is None:
                 return None  # Checked before: the operator does not support it.
             with self.owner.identities.lock:  # Slots and stacks must be consistent.
-                known = self.kept[key] = self._build(layer, x)
+                known = self.kept[key] = self._build(layer, count, is_fixed=self.rows is not None or x.dim() > 2)
         return known
 
-    def _build(self, layer: Any, x: Tensor) -> ModuleRows | None:
-        stack = layer.stack
-        shares = [share for share in self.shares(layer, x) if share.adapter in layer.lora_A]
+    def _build(self, layer: Any, rows: int, *, is_fixed: bool) -> ModuleRows | None:
+        stack, device = layer.stack, layer.stack.lora_a.device
+        shares = [share for share in self.shares(layer, rows) if share.adapter in layer.lora_A]
         is_left_out = any(share.adapter not in stack.slots for share in shares)
-        if self.is_compiled and (is_left_out or not self.has_fixed_rows(x)):
+        if self.is_compiled and (is_left_out or not is_fixed):
             raise self.owner.cannot_compile(stack.path)
         if is_left_out:
             return None
-        rows, device = self.batch_rows(x), stack.lora_a.device
-        slots = [-1] * rows
+        slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
         gates = torch.zeros(rows, device=device)
         for share in shares:
+            own = slice(None) if share.rows is None else torch.tensor(share.rows, dtype=torch.long, device=device)
             scaling = layer.scaling[share.adapter]
-            for row in range(rows) if share.rows is None else share.rows:
-                slots[row] = stack.slots[share.adapter]
-            gate = scaling if share.gates is None else share.gates.detach().to(device) * scaling
-            if share.rows is None:
-                gates[:] = gate
-            else:
-                gates[torch.tensor(share.rows, device=device)] = torch.as_tensor(gate, device=device)
-        slots_of_rows = torch.tensor(slots, dtype=torch.int32, device=device)
+            slots[own] = stack.slots[share.adapter]
+            gates[own] = scaling if share.gates is None else share.gates.detach().to(device) * scaling
         if self.is_compiled:
-            slots_of_rows, gates = stack.fix(slots_of_rows, gates)
-        return ModuleRows(slots_of_rows, gates, stack.lora_a, stack.lora_b)
+            slots, gates = stack.fix(slots, gates)
+        return ModuleRows(slots, gates, stack.lora_a, stack.lora_b)
 
 
 def rows_by_adapter(names: tuple[str, ...], rows: int) -> dict[str, list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from transformers import Cache
 
 from milora.tuners.caches import BARE
 from milora.tuners.context import ForwardContext, Generation, said
-from milora.tuners.grouped import GroupedOwner, GroupedPlan, Share, check_names, rows_by_adapter
+from milora.tuners.grouped import GroupedOwner, GroupedPlan, check_names, rows_by_adapter
 from milora.tuners.identity import Use
 from milora.tuners.milora.plans.decode import DecodePlan
 from milora.tuners.milora.plans.passes import PassPlan
@@ -46,38 +46,6 @@ class Merged(NamedTuple):
     generation: Generation | None
 
 
-class RoutedRows(GroupedPlan):
-    """The rows of a batch with different adapters and routes, or at the addresses that a compiled step reads.
-
-    `layers` computes layers without a stack, and single tokens of a prompt.
-    """
-
-    def __init__(self, owner: GroupedOwner, prompts: RoutedPrompts, layers: PassPlan, *, is_compiled: bool) -> None:
-        super().__init__(owner, prompts.values, is_compiled=is_compiled)
-        self.prompts = prompts
-        self.layers = layers
-
-    def batch_rows(self, x: Tensor) -> int:
-        """See [`GroupedPlan.batch_rows`]."""
-        return self.prompts.rows
-
-    def rows_of(self, rows: int) -> dict[str, list[int]] | None:
-        """See [`milora.tuners.plan.Plan.rows_of`]."""
-        return self.layers.rows_of(rows)
-
-    def shares(self, layer: Any, x: Tensor) -> Iterator[Share]:
-        """See [`GroupedPlan.shares`]."""
-        for adapter, rows in self.prompts.adapter_rows.items():
-            place = layer.expert_places.get(adapter)
-            if place is not None:
-                decision = self.prompts.routings[adapter][place.block].decision
-                yield Share(adapter, rows, decision.gates[:, place.expert])
-
-    def otherwise(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See [`GroupedPlan.otherwise`]."""
-        return self.layers.forward(layer, x, *args, **kwargs)
-
-
 class RoutingHooks(PromptHooks):
     """See [`PromptHooks`].
 
@@ -97,22 +65,25 @@ class RoutingHooks(PromptHooks):
         self.merged: Merged | None = None
 
     def is_off(self) -> bool:
-        """See [`PromptHooks.is_off`]; PEFT disables all layers at once."""
-        return not self.tuner.active_adapters or any(router.disable_adapters for router in self.routers.values())
+        """See [`PromptHooks.is_off`]. It is `False` while a route is merged: then no pass is the bare backbone's."""
+        return self.merged is None and (not self.tuner.active_adapters or self._is_disabled())
+
+    def _is_disabled(self) -> bool:
+        return any(router.disable_adapters for router in self.routers.values())  # PEFT disables all at once.
 
     def late(self, adapters: Iterable[str]) -> list[str]:
         """Those of the adapters that leave the prompt to the bare backbone (late adaptation)."""
         return [name for name in adapters if self.tuner.peft_config[name].adapted_tokens == "completion"]
 
-    def _context(self, arguments: dict[str, Any]) -> ForwardContext | None:
-        if self.merged is not None and (said(self.owner, "merged") is not self.merged or self.is_off()):
+    def _check_merged(self) -> None:
+        if self.merged is not None and (said(self.owner, "merged") is not self.merged or self._is_disabled()):
             raise MiLoraError(MERGED)
-        return super()._context(arguments)
 
     def begin(
         self, arguments: dict[str, Any], attended: Tensor, generation: Generation | None, cached: int = 0
     ) -> ForwardContext:
         """See [`PromptHooks.begin`]. `cached` tokens of the prompts are already in the cache, made by the backbone."""
+        self._check_merged()
         if self.merged is not None:
             is_other = self.merged.generation not in (None, generation)
             if is_other or said(self.owner, "route") is not self.merged.route:
@@ -140,6 +111,7 @@ class RoutingHooks(PromptHooks):
 
     def follow(self, prompts: Any, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
         """See [`PromptHooks.follow`]."""
+        self._check_merged()
         adapted: dict[str, Tensor] = {}
         own = None
         source = source_of(arguments)
@@ -188,22 +160,24 @@ class RoutingHooks(PromptHooks):
         is_known = prompts.forced is not None or mode == "follow"
         if generation is not None and generation.merge_into is not None and self.merged is None and is_known:
             generation.merge_into(prompts.forced if prompts.forced is not None else prompts.route())
-        layers = PassPlan(prompts, adapted)
-        plan: Plan = layers
         is_compiled = self.owner.is_compiled_for(generation if generation is not None else prompts)
         is_grouped = prompts.adapter is None or is_compiled
         if is_grouped and (mode == "route" or generation is None):
             # Also if the prompt needs no stacks, because the steps after it do.
             self.owner.refresh()
+        plan: Plan
         if self.merged is not None:
             plan, mode = BasePlan(), "merged"
-        elif is_grouped and not adapted:
-            plan = RoutedRows(self.owner, prompts, layers, is_compiled=is_compiled)
-        elif generation is not None and mode == "follow" and not adapted and not _has_gradients_or_autocast():
+        elif generation is not None and mode == "follow" and not (is_grouped or adapted or _needs_parameters()):
             assert prompts.adapter is not None
             generation.steps = plan = generation.steps or DecodePlan(prompts.adapter, prompts)
+        else:
+            plan = PassPlan(prompts, adapted)
+            if is_grouped and not adapted:
+                rows, kept = prompts.rows, prompts.values
+                plan = GroupedPlan(self.owner, prompts.shares, plan, kept, rows=rows, is_compiled=is_compiled)
         begun = None if generation is None or generation.prompts is not None else generation
-        return ForwardContext(self.owner, prompts, mode, plan, adapted, begun, use)
+        return ForwardContext(self.owner, prompts, mode, plan, begun, use)
 
     def _adapter_rows(self, rows: int, generation: Generation | None) -> dict[str, list[int] | None]:
         names = said(self.owner, "adapter_names")
@@ -305,6 +279,6 @@ def completion_tokens(prompt: Tensor, attended: Tensor) -> Tensor:
     return (columns >= last) & attended
 
 
-def _has_gradients_or_autocast() -> bool:
+def _needs_parameters() -> bool:
     """Autocast casts weights for every product, and gradients need the parameters themselves."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

@@ -38,7 +38,13 @@ def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Ge
             "merged_route would also change the prompts, which go through the bare backbone with "
             "adapted_tokens='completion'. Use model.generate(..., merge_route=True)."
         )
-    route = common_route(route)
+    # Probabilities may differ, because they have no effect.
+    if not len(route) or not bool((route.gates == route.gates[:, :1]).all()):
+        raise MiLoraError(
+            f"Only one route can be merged, but the {len(route)} rows of this batch have different ones. Generate "
+            "without merge_route, generate one prompt at a time, or pass one route for all rows with route=."
+        )
+    route = route[0]
     gates = chosen_modules(model, route, adapter)
     own = [scope.generation.use for scope in scopes(owner) if scope.generation is not None]
     with owner.identities.lock:
@@ -56,20 +62,6 @@ def merged_route(hooks: RoutingHooks, adapter: str, route: Route, generation: Ge
             yield
     finally:
         hooks.merged = None
-
-
-def common_route(route: Route) -> Route:
-    """The common row of a route with equal gates; probabilities may differ, because they have no effect.
-
-    Raises:
-        MiLoraError: If rows have different gates. Synchronises with the device once.
-    """
-    if not len(route) or not bool((route.gates == route.gates[:, :1]).all()):
-        raise MiLoraError(
-            f"Only one route can be merged, but the {len(route)} rows of this batch have different ones. Generate "
-            "without merge_route, generate one prompt at a time, or pass one route for all rows with route=."
-        )
-    return route[0]
 
 
 @contextmanager

@@ -86,18 +86,11 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         return check_target_module_exists(peft_config, key) and False
 
     def _create_and_replace(
-        self,
-        lora_config: MiLoraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
+        self, config: Any, adapter_name: str, target: Any, name: str, parent: Any, current_key: str, **kwargs: Any
     ) -> None:
-        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
-        place = Place(*lora_config.expert_places[current_key])
-        add_expert_place(getattr(parent, target_name), adapter_name, place, self.owner)
+        super()._create_and_replace(config, adapter_name, target, name, parent, current_key, **kwargs)
+        place = Place(*config.expert_places[current_key])
+        add_expert_place(getattr(parent, name), adapter_name, place, self.owner)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Like PEFT's, for one adapter at a time.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from milora.tuners.context import Prompts
+from milora.tuners.grouped import Share
 from milora.tuners.milora.plans.formulas import dora_scale
 from milora_core.errors import MiLoraError
 from milora_core.routing import Decision, Route
@@ -132,6 +133,13 @@ class RoutedPrompts(Prompts):
                 "yet. Call the whole model."
             )
         return routing.selections[place.expert]
+
+    def shares(self, layer: Any, rows: int) -> Iterator[Share]:
+        """Each adapter's share of the rows in a layer."""
+        for adapter, own in self.adapter_rows.items():
+            place = layer.expert_places.get(adapter)
+            if place is not None:
+                yield Share(adapter, own, self.routings[adapter][place.block].decision.gates[:, place.expert])
 
     def dora_scale(self, layer: Any, adapter: str) -> Tensor:
         """DoRA's factor, (d_out), computed once for these prompts: weights may change in place before the next ones."""

@@ -126,7 +126,8 @@ class RouterLayer(BareTunerLayer):
                 decision = follow(prompts.forced, self.block, experts, rows, hidden.device)
             else:
                 assert prompt is not None
-                decision = self.decide(adapter, *((hidden, prompt) if rows is None else (hidden[rows], prompt[rows])))
+                own = slice(None) if rows is None else rows
+                decision = self.decide(adapter, hidden[own], prompt[own])
             gates, leaf = decision.gates, []
             if torch.is_grad_enabled() and is_checkpointed(block) and gates.requires_grad:
                 gates = gates.detach().requires_grad_()

@@ -34,15 +34,11 @@ class MoeLoraModel(AttachmentTuner):
         blocks = find_blocks(self.model, config.blocks)
         self._hidden_sizes = {block.path: hidden_size(self.model, block) for block in blocks}
         for block in blocks:
-            inputs = {
-                name: in_features(module)
-                for name, module in block.linears.items()
-                if f"{block.path}.{name}" in config.module_paths
-            }
-            hidden = self._hidden_sizes[block.path]
-            wide = [name for name, size in inputs.items() if size > hidden]
-            if config.gate == "token" and wide and hidden not in inputs.values():
-                readers = [name for name, module in block.linears.items() if in_features(module) == hidden]
+            sizes, hidden = {n: in_features(m) for n, m in block.linears.items()}, self._hidden_sizes[block.path]
+            adapted = [name for name in sizes if f"{block.path}.{name}" in config.module_paths]
+            wide = [name for name in adapted if sizes[name] > hidden]
+            if config.gate == "token" and wide and all(sizes[name] != hidden for name in adapted):
+                readers = [name for name, size in sizes.items() if size == hidden]
                 raise MiLoraError(
                     f"The routers of {wide} in {block.path} read what an adapted module before them is given, of the "
                     f"hidden states' size {hidden}, and there is none. Adapt one of {readers} as well."
