@@ -167,7 +167,7 @@ class TestStepsThatTransformersCompiles:
         model.add_adapter("dora", dora)
         serve_together(model.eval())
         assert generate(model, adapter_names=NAMES, compile_config=self.config(), **self.OPTIONS) == expected
-        assert model.base_model.owner.stacks.modules
+        assert model.base_model.owner.stacks
         with pytest.raises(ValueError, match="DoRA"):
             generate(model, adapter_names=["dora"] * 5, compile_config=self.config(), **self.OPTIONS)
 
@@ -249,7 +249,7 @@ def test_a_milora_model_is_given_its_capacity() -> None:
     model = adapted().model
     serve_together(model, capacity=3)
     assert generate(model, adapter_names=["default"] * 5) == generate(model)
-    stack = next(iter(model.base_model.owner.stacks.modules.values()))
+    stack = next(iter(model.base_model.owner.stacks.values()))
     assert stack.lora_a.shape[0] == 3
 
 

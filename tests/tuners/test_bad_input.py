@@ -313,7 +313,7 @@ INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an unknown adapter": (
         {"input_ids": INPUT_IDS, "adapter_names": ["default", "missing", "__base__"]},
-        r"No adapter named \['missing'\]; there are \['default'\]",
+        r"No adapter named 'missing'; there are \['default'\]",
     ),
     "too few adapter names": (
         {"input_ids": INPUT_IDS, "adapter_names": ["default"] * 2},

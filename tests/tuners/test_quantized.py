@@ -142,7 +142,7 @@ def test_rows_with_adapters_of_their_own(quantised: Callable[[], PreTrainedModel
     input_ids, attention_mask = pad(PROMPTS, "left")
     settings = {"max_new_tokens": 4, "do_sample": False}
     together = model.generate(input_ids=input_ids, attention_mask=attention_mask, adapter_names=names, **settings)
-    assert not model.base_model.owner.stacks.modules
+    assert not model.base_model.owner.stacks
     rows = {}
     for prompt, name in zip(PROMPTS, names, strict=True):
         with model.disable_adapter() if name == "__base__" else nullcontext():

@@ -15,14 +15,22 @@ from torch import Tensor, nn
 
 from milora.tuners.context import ForwardContext, Scope, drop_interrupted, enter, entered, leave, running, said, scopes
 from milora.tuners.generate_options import compiled_settings, is_compiled_by_transformers, prompts_given, size_given
-from milora.tuners.grouped import GroupedOwner, GroupedPlan, Share, check_names, names_of_rows, rows_by_adapter
+from milora.tuners.grouped import (
+    GroupedOwner,
+    GroupedPlan,
+    Share,
+    check_names,
+    checked_names,
+    names_of_rows,
+    rows_by_adapter,
+)
 from milora.tuners.grouped.wrappers import PlannedWrapper
 from milora.tuners.identity import BASE_ROW, Use
 from milora.tuners.milora.model import MiLoraModel
 from milora.tuners.plan import PlannedLayer, plan_module
 from milora.tuners.prompt import arguments_of
 from milora.tuners.prompt_hooks import source_of
-from milora_core.errors import MiLoraError, did_you_mean
+from milora_core.errors import MiLoraError
 
 NAMED_ROWS = "_enable_peft_forward_hooks"
 """PEFT's method that applies `adapter_names` to a forward pass or a generation."""
@@ -142,7 +150,9 @@ class LoraServing(GroupedOwner):
             with own(*args, **kwargs):
                 yield
             return
-        names = self._check(tuple(names))
+        if BASE_ROW in self.tuner.peft_config:
+            raise MiLoraError(f"An adapter has the name {BASE_ROW!r}, which means no adapter; give it another name.")
+        names = checked_names(names, self.tuner.peft_config, training=self.tuner.training)
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         prompts = size_given(named)[0] if prompts_given(named) else None
         if prompts is not None:
@@ -208,23 +218,10 @@ class LoraServing(GroupedOwner):
     def _plan_modules(self) -> None:
         """Makes all layers request their rows' plan: adapters may have been added to modules that had none."""
         self.refresh()
-        for module in [*self.stacks.modules.values()]:
+        for module in [*self.stacks.values()]:
             plan_module(module.layer, PlannedLayer, self)
             module.layer.stack = module
-        for layer in self.stacks.left_out.values():
+        for layer in self.left_out.values():
             plan_module(layer, PlannedLayer, self)
-        for wrapper in self.stacks.wrappers.values():
+        for wrapper in self.wrappers.values():
             plan_module(wrapper, PlannedWrapper, self)
-
-    def _check(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        if self.tuner.training:
-            raise MiLoraError("adapter_names is for inference; call model.eval() first.")
-        if not names:
-            raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
-        known = sorted(self.tuner.peft_config)
-        if BASE_ROW in known:
-            raise MiLoraError(f"An adapter has the name {BASE_ROW!r}, which means no adapter; give it another name.")
-        for name in names:
-            if name != BASE_ROW and name not in known:
-                raise MiLoraError(f"No adapter named {name!r}; there are {known}{did_you_mean(name, known) or '.'}")
-        return names

@@ -18,8 +18,8 @@ CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 class CheckpointInContext:
     """A block's checkpoint function that recomputes the block in the context of its own forward pass.
 
-    At the backward pass, another forward pass may have run, or none is running. `prepare` is called with the block's
-    input outside the checkpoint and returns it. Some versions of transformers run a module's hooks inside the
+    At the backward pass, another forward pass may have run, or none is running. `prepare`, if given, is called with the
+    block's input outside the checkpoint and returns it. Some versions of transformers run a module's hooks inside the
     checkpoint; `prepare` then does the work that must happen once and outside.
 
     Args:
@@ -28,14 +28,16 @@ class CheckpointInContext:
         prepare: Called with the block's input; must do nothing if a hook has already done the work.
     """
 
-    def __init__(self, function: Callable[..., Any], owner: ContextOwner, prepare: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], owner: ContextOwner, prepare: Callable[[Tensor], Tensor] | None
+    ) -> None:
         self.function = function
         self.owner = owner
         self.prepare = prepare
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoints `run(*args)`, whose first argument is the block's input."""
-        if args and isinstance(args[0], Tensor):
+        if self.prepare is not None and args and isinstance(args[0], Tensor):
             args = (self.prepare(args[0]), *args[1:])
         context = running(self.owner)
         return self.function(run if context is None else partial(_run_in, context, run), *args, **kwargs)
@@ -51,7 +53,9 @@ def is_checkpointed(block: nn.Module) -> bool:
     return bool(getattr(block, "gradient_checkpointing", False)) and block.training
 
 
-def checkpoint_in_context(block: nn.Module, owner: ContextOwner, prepare: Callable[[Tensor], Tensor]) -> None:
+def checkpoint_in_context(
+    block: nn.Module, owner: ContextOwner, prepare: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """Wraps a block's checkpoint function unless it is already wrapped. `gradient_checkpointing_enable` may set a new
     one at any time."""
     function = getattr(block, CHECKPOINT_FUNCTION, None)

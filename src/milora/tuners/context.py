@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -209,6 +209,30 @@ def caller_scope(entry: Scope) -> Iterator[None]:
         of_owner[thread] -= 1
         if not of_owner[thread]:
             del of_owner[thread]
+
+
+@contextmanager
+def generating(
+    owner: ContextOwner,
+    adapters: Iterable[str],
+    attended: Tensor | None,
+    size: tuple[int, int],
+    *,
+    route: Route | None = None,
+    adapter_names: tuple[str, ...] | None = None,
+) -> Iterator[Generation]:
+    """Inside this context a `generate` with these adapters runs, whose prompts have `size` (rows, tokens).
+
+    Raises:
+        MiLoraError: If an adapter does not exist, or is being loaded, replaced or deleted.
+    """
+    use = owner.identities.begin(adapters)
+    generation = Generation(attended, size, use)
+    try:
+        with entered(Scope(owner, route=route, adapter_names=adapter_names, generation=generation)):
+            yield generation
+    finally:
+        owner.identities.end(use)
 
 
 def scopes(owner: ContextOwner) -> Iterator[Scope]:

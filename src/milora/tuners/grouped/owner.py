@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from milora.tuners.context import ContextOwner
-from milora.tuners.grouped.stacks import AdapterStacks
+from milora.tuners.grouped.stacks import ModuleStack, adapted_modules, stackable
 from milora_core.errors import MiLoraError
 
 
@@ -21,7 +23,11 @@ class GroupedOwner(ContextOwner):
         model: The backbone with PEFT's layers.
         capacity: Number of adapters to reserve memory for, so another one is loaded without moving the others.
             Existing stacks keep their size.
-        stacks: The stacks of the model's adapters.
+        stacks: Path -> the stack of a LoRA layer, created on first use and again when adapters have changed.
+        left_out: Path -> a LoRA layer without a stack, which uses its own forward: its base layer is quantised, or its
+            adapters are more than `x A B` there (DoRA, a bias).
+        wrappers: Path -> a module of which PEFT keeps a full or partial copy per adapter (`modules_to_save`,
+            `trainable_token_indices`).
         compiled_for: The generation (or batch) with compiled decode steps. Others may run eagerly at the same time.
         eagerly: The argument of `generate` that disables compiled steps, for messages.
     """
@@ -35,14 +41,16 @@ class GroupedOwner(ContextOwner):
         self._begin()
 
     def _begin(self) -> None:
-        self.stacks = AdapterStacks(self.model)
+        self.stacks: dict[str, ModuleStack] = {}
+        self.left_out: dict[str, LoraLayer] = {}
+        self.wrappers: dict[str, AuxiliaryTrainingWrapper] = {}
         self.compiled_for: Any = None
         self._compiled_lock = threading.Lock()
         self._compiling_thread: int | None = None
 
     # A copied or pickled model starts without stacks: its adapters have their own storage.
     def __getstate__(self) -> dict[str, Any]:
-        own = {"stacks", "compiled_for", "_compiled_lock", "_compiling_thread"}
+        own = {"stacks", "left_out", "wrappers", "compiled_for", "_compiled_lock", "_compiling_thread"}
         return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -50,9 +58,29 @@ class GroupedOwner(ContextOwner):
         self._begin()
 
     def refresh(self) -> None:
-        """Updates the stacks to the model's current adapters."""
+        """Updates the stacks to the model's current adapters.
+
+        This runs before every pass, so unchanged layers are only compared with their last state.
+        """
         with self.identities.lock:
-            self.stacks.refresh(self.capacity, self.identities.running())
+            running = self.identities.running()
+            stacks: dict[str, ModuleStack] = {}
+            left_out, wrappers = {}, {}
+            for path, module in adapted_modules(self.model):
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    wrappers[path] = module
+                    continue
+                stack = self.stacks.get(path)
+                if stack is None or stack.layer is not module or not stack.is_current():
+                    adapters = stackable(module)
+                    if not adapters:
+                        left_out[path], module.stack = module, None
+                        continue
+                    if stack is None or stack.layer is not module:
+                        stack = ModuleStack(path, module)
+                    stack.fit(adapters, self.capacity, running)
+                stacks[path] = module.stack = stack
+            self.stacks, self.left_out, self.wrappers = stacks, left_out, wrappers
 
     def is_compiled_for(self, request: Any) -> bool:
         """Whether this request has the compiled decode steps. The thread's first request claims them."""
@@ -66,8 +94,8 @@ class GroupedOwner(ContextOwner):
         """Why a generation with these adapters (`None` for all) cannot be compiled, or `None`; with `named_rows`, rows
         have different adapters."""
         self.refresh()
-        path = next(iter([*self.stacks.left_out, *(self.stacks.wrappers if named_rows else [])]), None)
-        for each, module in self.stacks.modules.items():
+        path = next(iter([*self.left_out, *(self.wrappers if named_rows else [])]), None)
+        for each, module in self.stacks.items():
             stacked, of_layer = set(module.slots), set(module.layer.lora_A)
             if path is None and (of_layer if adapters is None else of_layer & set(adapters)) - stacked:
                 path = each

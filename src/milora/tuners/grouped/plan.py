@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from milora.tuners.grouped.owner import GroupedOwner
 from milora.tuners.grouped.stacks import ModuleRows
 from milora.tuners.identity import BASE_ROW
 from milora.tuners.plan import Plan
-from milora_core.errors import MiLoraError
+from milora_core.errors import MiLoraError, did_you_mean
 
 
 class Share(NamedTuple):
@@ -83,13 +83,15 @@ class GroupedPlan:
             raise self.owner.cannot_compile(stack.path)
         if is_left_out:
             return None
-        slots = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        of_rows = [-1] * rows
         gates = torch.zeros(rows, device=device)
         for share in shares:
+            for row in range(rows) if share.rows is None else share.rows:
+                of_rows[row] = stack.slots[share.adapter]
             own = slice(None) if share.rows is None else torch.tensor(share.rows, dtype=torch.long, device=device)
             scaling = layer.scaling[share.adapter]
-            slots[own] = stack.slots[share.adapter]
             gates[own] = scaling if share.gates is None else share.gates.detach().to(device) * scaling
+        slots = torch.tensor(of_rows, dtype=torch.int32, device=device)
         if self.is_compiled:
             slots, gates = stack.fix(slots, gates)
         return ModuleRows(slots, gates, stack.lora_a, stack.lora_b)
@@ -115,3 +117,20 @@ def check_names(names: tuple[str, ...], rows: int, prompts: int | None) -> None:
     if len(names) != (rows if prompts is None else prompts) or rows % len(names) != 0:
         found = f"the batch has {rows}" if prompts is None else f"generate was given {prompts} prompts"
         raise MiLoraError(f"adapter_names names {len(names)} rows; {found}. Give one name for each.")
+
+
+def checked_names(names: Sequence[str], known: Iterable[str], *, training: bool) -> tuple[str, ...]:
+    """The adapters that a caller names for the rows.
+
+    Raises:
+        MiLoraError: If there is none or one that is not `known`, or the model is in training mode.
+    """
+    if training:
+        raise MiLoraError("adapter_names is for inference; call model.eval() first.")
+    if not names:
+        raise MiLoraError("adapter_names is empty; it names an adapter for each row.")
+    known = sorted(known)
+    for name in names:
+        if name != BASE_ROW and name not in known:
+            raise MiLoraError(f"No adapter named {name!r}; there are {known}{did_you_mean(name, known) or '.'}")
+    return tuple(names)

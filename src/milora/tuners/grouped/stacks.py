@@ -158,62 +158,19 @@ class ModuleStack:
         self.slots[adapter], self._ranks[adapter] = slot, rank
 
 
-class AdapterStacks:
-    """The stacks of all modules of a model, created on first use and again when adapters have changed.
-
-    Layers whose base layer is not a plain linear layer (quantised backbones) are excluded, and so are adapters that are
-    more than `x A B` in a layer (DoRA, a bias). These use their layers' own forward.
-
-    Attributes:
-        modules: Path -> the stack of a LoRA layer.
-        left_out: Path -> a LoRA layer without a stack.
-        wrappers: Path -> a module of which PEFT keeps a full or partial copy per adapter (`modules_to_save`,
-            `trainable_token_indices`).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules: dict[str, Any] = {}
-        self.left_out: dict[str, LoraLayer] = {}
-        self.wrappers: dict[str, AuxiliaryTrainingWrapper] = {}
-
-    def refresh(self, capacity: int, running: Sequence[Use]) -> None:
-        """Updates the stacks to the model's current adapters; see [`ModuleStack.fit`].
-
-        This runs before every pass, so unchanged layers are only compared with their last state.
-        """
-        modules: dict[str, ModuleStack] = {}
-        left_out, wrappers = {}, {}
-        for path, module in _adapted(self.model):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                wrappers[path] = module
-                continue
-            stack = self.modules.get(path)
-            if stack is None or stack.layer is not module or not stack.is_current():
-                stackable = self._stackable(module)
-                if not stackable:
-                    left_out[path], module.stack = module, None
-                    continue
-                if stack is None or stack.layer is not module:
-                    stack = ModuleStack(path, module)
-                stack.fit(stackable, capacity, running)
-            module.stack = stack
-            modules[path] = stack
-        self.modules, self.left_out, self.wrappers = modules, left_out, wrappers
-
-    def _stackable(self, layer: LoraLayer) -> list[str]:
-        """The adapters that are `x A B` in a layer, of the dtype and device of the first."""
-        # Our subclasses of PEFT's layers store the original class as `kind`. PEFT's own are for quantised layers.
-        is_linear = getattr(layer, "kind", type(layer)) is LoraLinear
-        if not is_linear or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
-            return []
-        plain = [name for name in layer.lora_A if name not in layer.lora_variant and not layer.lora_bias.get(name)]
-        weights = {name: layer.lora_A[name].weight for name in plain}
-        kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
-        return [name for name in plain if kinds[name] == kinds[plain[0]] and not weights[name].is_meta]
+def stackable(layer: LoraLayer) -> list[str]:
+    """The adapters that are `x A B` in a layer, of the first one's dtype and device; none if the layer is quantised."""
+    # Our subclasses of PEFT's layers store the original class as `kind`. PEFT's own are for quantised layers.
+    is_linear = getattr(layer, "kind", type(layer)) is LoraLinear
+    if not is_linear or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+        return []
+    plain = [name for name in layer.lora_A if name not in layer.lora_variant and not layer.lora_bias.get(name)]
+    weights = {name: layer.lora_A[name].weight for name in plain}
+    kinds = {name: (weight.dtype, weight.device) for name, weight in weights.items()}
+    return [name for name in plain if kinds[name] == kinds[plain[0]] and not weights[name].is_meta]
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """LoRA layers and wrapped modules by path. The adapters inside are not searched, because there may be many."""
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]

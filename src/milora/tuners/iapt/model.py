@@ -21,7 +21,7 @@ from milora.tuners.context import (
     Scope,
     caller_scope,
     check_thread,
-    entered,
+    generating,
 )
 from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.generate_options import (
@@ -66,7 +66,7 @@ class IAPTHooks(PromptHooks):
         if torch.is_grad_enabled():
             for module in self.backbone.modules():
                 if is_checkpointed(module):
-                    checkpoint_in_context(module, self.owner, _unchanged)
+                    checkpoint_in_context(module, self.owner)
         prompt = self.prompt_of(attended, arguments)
         own = None if generation is not None else self.owner.identities.begin(self.tuner.active_adapters)
         use = generation.use if generation is not None else own
@@ -178,21 +178,13 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
                 "The cache already holds tokens, so the first pass of generate would not be the prompt. Pass the "
                 "whole conversation with an empty cache, or continue the cache in your own loop."
             )
-        use = self.owner.identities.begin(self.active_adapters)
-        generation = Generation(named.get("attention_mask"), size_given(named), use)
-        try:
-            with entered(Scope(self.owner, generation=generation)):
-                if needs_own_pass(model, named):
-                    model.generate(**prompts_given(named), generation_config=one_token(model))
-                    generation.follows_all = True
-                return model.generate(*args, **kwargs)
-        finally:
-            self.owner.identities.end(use)
+        attended, size = named.get("attention_mask"), size_given(named)
+        with generating(self.owner, self.active_adapters, attended, size) as generation:
+            if needs_own_pass(model, named):
+                model.generate(**prompts_given(named), generation_config=one_token(model))
+                generation.follows_all = True
+            return model.generate(*args, **kwargs)
 
     def why_not_compiled(self) -> str:
         """Why transformers cannot compile the decode steps."""
         return "a decode step of IAPT reads what the pass over the prompt left behind, which torch.compile does not see"
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden

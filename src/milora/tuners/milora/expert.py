@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
-from milora.tuners.context import ContextOwner
 from milora.tuners.milora.routed import Place
-from milora.tuners.plan import PlannedLayer, plan_module
+from milora.tuners.plan import PlannedLayer
 from milora_core.errors import MiLoraError
 
 NO_MERGE = (
@@ -48,10 +46,3 @@ class ExpertLayer(PlannedLayer):
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Refused: always raises a [`MiLoraError`]."""
         raise MiLoraError(NO_MERGE)
-
-
-def add_expert_place(layer: LoraLayer, adapter: str, place: Place, owner: ContextOwner) -> None:
-    """Makes a layer's adapter an expert."""
-    plan_module(layer, ExpertLayer, owner)
-    places: dict[str, Place] = layer.__dict__.setdefault("expert_places", {})
-    places[adapter] = place

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from milora.tuners.context import Scope, caller_scope, check_thread, entered, said
+from milora.tuners.context import Scope, caller_scope, check_thread, entered, generating, said
 from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.generate_options import (
     compiled_settings,
@@ -21,15 +21,15 @@ from milora.tuners.generate_options import (
     prompts_given,
     size_given,
 )
-from milora.tuners.grouped import GroupedOwner, check_names
+from milora.tuners.grouped import GroupedOwner
 from milora.tuners.grouped.wrappers import PlannedWrapper
 from milora.tuners.milora.config import MiLoraConfig
-from milora.tuners.milora.expert import NO_MERGE, add_expert_place
+from milora.tuners.milora.expert import NO_MERGE, ExpertLayer
 from milora.tuners.milora.forward import MERGED, UNKNOWN_CACHE, RoutingHooks
 from milora.tuners.milora.merging import merged_route
 from milora.tuners.milora.routed import Place, RoutedPrompts
 from milora.tuners.milora.router import RouterLayer, add_routers, remove_routers, routers_of
-from milora.tuners.milora.routes import adapters_of, check_row_names, compute_route, running_generation
+from milora.tuners.milora.routes import adapters_of, check_row_names, compute_route
 from milora.tuners.milora.statistics import RoutingStatistics
 from milora.tuners.milora.targets import fill_in_experts
 from milora.tuners.plan import plan_module
@@ -89,8 +89,9 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         self, config: Any, adapter_name: str, target: Any, name: str, parent: Any, current_key: str, **kwargs: Any
     ) -> None:
         super()._create_and_replace(config, adapter_name, target, name, parent, current_key, **kwargs)
-        place = Place(*config.expert_places[current_key])
-        add_expert_place(getattr(parent, name), adapter_name, place, self.owner)
+        layer = getattr(parent, name)
+        plan_module(layer, ExpertLayer, self.owner)
+        layer.__dict__.setdefault("expert_places", {})[adapter_name] = Place(*config.expert_places[current_key])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Like PEFT's, for one adapter at a time.
@@ -200,10 +201,8 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         if hooks.is_off():
             return model.generate(*args, **kwargs)
         names, size = said(self.owner, "adapter_names"), size_given(named)
-        if names is not None:
-            check_names(names, size[0], size[0])
-            if merge_route:
-                raise MiLoraError("Rows with different adapters have no common route to merge; leave out merge_route.")
+        if names is not None and merge_route:
+            raise MiLoraError("Rows with different adapters have no common route to merge; leave out merge_route.")
         adapters = adapters_of(hooks, names)
         if route is None and said(self.owner, "route") is None:
             cache = named.get("past_key_values")
@@ -213,7 +212,10 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
             if needs_own_pass(model, named):
                 route = compute_route(hooks, prompts_given(named))
         with ExitStack() as stack:
-            generation = stack.enter_context(running_generation(hooks, named.get("attention_mask"), size, names, route))
+            attended = named.get("attention_mask")
+            generation = stack.enter_context(
+                generating(self.owner, adapters, attended, size, route=route, adapter_names=names)
+            )
             if merge_route and hooks.merged is None:
                 generation.merge_into = lambda route: stack.enter_context(
                     merged_route(hooks, adapters[0], route, generation)

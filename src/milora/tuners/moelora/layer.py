@@ -226,7 +226,7 @@ class MoeLoraShared(MoeLoraPart):
             # A recomputed block uses the state of its own forward pass, even if another pass ran since.
             for block in map(module.get_submodule, self.blocks):
                 if is_checkpointed(block):
-                    checkpoint_in_context(block, self.owner, _unchanged)
+                    checkpoint_in_context(block, self.owner)
         enter(ForwardContext(self.owner, PassState(self.task_gate, tasks)))
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -249,7 +249,3 @@ class MoeLoraShared(MoeLoraPart):
             raise MiLoraError(f"task_ids names the tasks of {len(tasks)} rows; the batch has {rows}.")
         # Generation repeats each prompt in consecutive rows, for beams and for several return sequences.
         return tasks.repeat_interleave(rows // len(tasks))
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from milora.backbone.blocks import find_blocks, hidden_size, in_features
 from milora.tuners.attachment import Attachment, AttachmentTuner
-from milora.tuners.context import Generation, Scope, caller_scope, entered
+from milora.tuners.context import Scope, caller_scope, entered, generating
 from milora.tuners.generate_options import is_compiled_by_transformers, size_given
 from milora.tuners.moelora.config import MoeLoraConfig
 from milora.tuners.moelora.layer import MoeLoraLayer, MoeLoraOwner, MoeLoraPart, MoeLoraShared
@@ -94,13 +94,9 @@ class MoeLoraModel(AttachmentTuner):
         named = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
         if self.why_not_compiled() is not None and is_compiled_by_transformers(model, named):
             kwargs["disable_compile"] = True
-        use = self.owner.identities.begin(self.active_adapters)
-        generation = Generation(named.get("attention_mask"), size_given(named), use)
-        try:
-            with self._with_tasks(task_ids, entered), entered(Scope(self.owner, generation=generation)):
-                return model.generate(*args, **kwargs)
-        finally:
-            self.owner.identities.end(use)
+        running = generating(self.owner, self.active_adapters, named.get("attention_mask"), size_given(named))
+        with self._with_tasks(task_ids, entered), running:
+            return model.generate(*args, **kwargs)
 
     def why_not_compiled(self) -> str | None:
         """Why transformers cannot compile the decode steps, or `None`."""
