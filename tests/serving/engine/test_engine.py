@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import ARCHITECTURES
 from support.tenants import Alone, engine_on, greedy, prompt_of, read, saved_adapters
+
+from milora.serving.engine.runner import Runner
+from milora_core.errors import MiLoraError
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +44,21 @@ def test_staggered_requests_of_all_kinds_equal_generate(
         statistics = engine.statistics()
     assert statistics.finished == len(running)
     assert statistics.cache_pages_used == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "is_accepted"),
+    [(torch.float32, 1.04, False), (torch.bfloat16, 1.04, True), (torch.bfloat16, 1.2, False)],
+)
+def test_a_backbone_with_different_logits_in_packed_passes_is_rejected(
+    dtype: torch.dtype, factor: float, is_accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, rounding alone makes a difference of a few percent."""
+    original = Runner._forward
+    monkeypatch.setattr(Runner, "_forward", lambda self, *args: factor * original(self, *args))
+    backbone = ARCHITECTURES["llama"]().to(dtype)
+    if is_accepted:
+        Runner(backbone, 2**22, 4).close()
+    else:
+        with pytest.raises(MiLoraError, match="logits in packed passes"):
+            Runner(backbone, 2**22, 4)
