@@ -1,6 +1,7 @@
 """Imports between modules: no cycles, and only within the layers of CONTRIBUTING.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -53,6 +54,23 @@ def imported(file: Path) -> set[str]:
             # `from package import module` also imports a module.
             names |= inner & set(FILES) or {node.module}
     return names & set(FILES)
+
+
+def first_column(header: str) -> list[list[str]]:
+    """The names in the first column of a table of CONTRIBUTING.md, by row."""
+    text = (REPRODUCTION.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition(f"| {header} | contents |\n|---|---|\n")[2].partition("\n\n")[0]
+    return [re.findall(r"`([^`]+)`", row.split(" | ")[0]) for row in table.splitlines()]
+
+
+def test_the_documented_layers_are_these() -> None:
+    assert first_column("layer") == FLOORS
+
+
+def test_the_documented_folders_are_the_tree() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=REPRODUCTION.parent, capture_output=True, text=True, check=True)
+    folders = {line.partition("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    assert {name for row in first_column("folder") for name in row} == folders
 
 
 def floor_of(name: str) -> int | None:
