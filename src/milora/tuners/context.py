@@ -170,6 +170,21 @@ def running(owner: ContextOwner) -> ForwardContext | None:
     return None
 
 
+def running_pass(owner: ContextOwner, part: str) -> ForwardContext:
+    """The model's running forward pass, for a part of the model that needs it.
+
+    Raises:
+        RuntimeError: If no pass is running.
+    """
+    context = running(owner)
+    if context is None:
+        raise RuntimeError(
+            f"{part} was called directly, but the prompt is known only when the whole model is called. Call the model "
+            "that get_peft_model returned."
+        )
+    return context
+
+
 def enter(entry: Scope | ForwardContext) -> None:
     """Adds an entry as the innermost."""
     _entries.set((*entries(), entry))

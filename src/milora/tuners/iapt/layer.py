@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from milora.backbone.key_value import project_keys_and_values
-from milora.tuners.context import ContextOwner, Prompts, running
+from milora.tuners.context import ContextOwner, Prompts, running_pass
 from milora.tuners.iapt.config import IAPTConfig
 from milora.tuners.iapt.generator import SoftTokenGenerator
 from milora.tuners.prefix import PrefixLayer
@@ -84,16 +84,6 @@ class IAPTLayer(PrefixLayer):
         return self.training and torch.is_grad_enabled()
 
     def _running(self) -> Prompts:
-        """Returns the prompts of the running pass.
-
-        Raises:
-            RuntimeError: If no pass is running.
-        """
-        context = running(self.owner)
-        if context is None:
-            raise RuntimeError(
-                f"{self.path} was called directly, but the prompt is known only when the whole model is called. Call "
-                "the model that get_peft_model returned."
-            )
-        prompts: Prompts = context.prompts
+        """Returns the prompts of the running pass; raises a `RuntimeError` if none is running."""
+        prompts: Prompts = running_pass(self.owner, self.path).prompts
         return prompts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
-from milora.tuners.context import ContextOwner, running
+from milora.tuners.context import ContextOwner, running, running_pass
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.packed import PackedTokens
 from milora.tuners.milora.routed import BlockRouting, RoutedPrompts, Selection, select
@@ -105,12 +105,7 @@ class RouterLayer(BareTunerLayer):
         Raises:
             RuntimeError: If no pass is running.
         """
-        context = running(self.owner)
-        if context is None:
-            raise RuntimeError(
-                f"{self.block} was called directly, but the prompt is known only when the whole model is called. Call "
-                "the model that get_peft_model returned."
-            )
+        context = running_pass(self.owner, self.block)
         if isinstance(context.prompts, PackedTokens):
             context.prompts.decide(self, hidden)
             return hidden

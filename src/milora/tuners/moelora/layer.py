@@ -22,6 +22,7 @@ from milora.tuners.context import (
     generation_of,
     leave,
     running,
+    running_pass,
     said,
 )
 from milora.tuners.low_rank import LowRank
@@ -81,13 +82,7 @@ class MoeLoraOwner(ContextOwner):
         """The state of the running pass, for the module at `path`; raises a `RuntimeError` if none is running."""
         if torch.compiler.is_dynamo_compiling():
             return self.traced
-        context = running(self)
-        if context is None:
-            raise RuntimeError(
-                f"{path} was called directly, but its experts' weights are known only when the whole model is called. "
-                "Call the model that get_peft_model returned."
-            )
-        state: PassState = context.prompts
+        state: PassState = running_pass(self, path).prompts
         return state
 
 
