@@ -63,12 +63,7 @@ class MoeLoraModel(AttachmentTuner):
         return MoeLoraLayer(path, self.owner, block, in_features(module), self._hidden_sizes[block])
 
     def forward(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
-        """The backbone's forward.
-
-        Args:
-            *args: As for the backbone.
-            task_ids: (batch), the task of each row, for adapters with `gate="task"`.
-            **kwargs: As for the backbone.
+        """The backbone's forward; `task_ids`, (batch), are the rows' tasks for adapters with `gate="task"`.
 
         Raises:
             MiLoraError: If the active adapter needs `task_ids` and they are missing; see [`MoeLoraModel.use_tasks`].
@@ -77,15 +72,10 @@ class MoeLoraModel(AttachmentTuner):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, task_ids: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
-        """The backbone's `generate`.
+        """The backbone's `generate`; `task_ids`, (batch), are the prompts' tasks for adapters with `gate="task"`.
 
-        With `gate="task"` decode steps are not compiled with any cache; see [`MoeLoraModel.why_not_compiled`].
-
-        Args:
-            *args: As for the backbone.
-            task_ids: (batch), the task of each prompt, for adapters with `gate="task"`. Beams and return sequences use
-                the task of their prompt.
-            **kwargs: As for the backbone.
+        Beams and return sequences use the task of their prompt. With `gate="task"` decode steps are not compiled with
+        any cache; see [`MoeLoraModel.why_not_compiled`].
 
         Raises:
             MiLoraError: If the active adapter needs `task_ids` and they are missing; see [`MoeLoraModel.use_tasks`].
