@@ -1,11 +1,14 @@
-"""Tables in Markdown."""
+"""Tables in Markdown. Needs tabulate: `pip install "milora[cli]"`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tabulate import tabulate
+from milora_core.errors import importing
+
+with importing("cli", "A table in Markdown"):
+    from tabulate import tabulate
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:

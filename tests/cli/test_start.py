@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +84,16 @@ def test_without_typer_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == 'milora: the command line needs typer: pip install "milora[cli]"\n'
+
+
+def test_without_tabulate_the_extra_is_named(tmp_path: Path) -> None:
+    # transformers installs typer too, so the command starts without the extra.
+    (tmp_path / "d.json").write_text(json.dumps({"command": "decode", "rows": []}))
+    code = f"import sys; sys.modules['tabulate'] = None\n{LOADED}"
+    arguments = [sys.executable, "-c", code, "bench", "markdown", str(tmp_path / "d.json")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == 'milora: A table in Markdown needs tabulate: pip install "milora[cli]"\n'
 
 
 @pytest.mark.parametrize("option", ["--new-tokens", "--new_tokens"])
