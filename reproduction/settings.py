@@ -38,9 +38,7 @@ def _section(name: Any) -> str:
 
 
 T = TypeVar("T")
-Several = Annotated[
-    tuple[T, ...], BeforeValidator(lambda given: given if isinstance(given, list | tuple) else (given,))
-]
+Several = Annotated[tuple[T, ...], BeforeValidator(lambda one: one if isinstance(one, list | tuple) else (one,))]
 """A list, or one of its items."""
 
 SectionName = Annotated[str, BeforeValidator(_section)]

@@ -109,6 +109,9 @@ def _full_settings(method: str, settings: str) -> Record:
     config = METHODS[method].config_class
     size = {SIZES[method].field: SIZES[method].paper} if method in SIZES else {}
     needed = {"total_step": 1000} if method == "adalora" else {}
-    made = vars(config(**{**needed, **size, **json.loads(settings)}))
+    given = json.loads(settings)
+    if method == "moelora" and given.get("load_balancing_coef") == 0:
+        del given["load_balancing_coef"]  # older records state the default of this field, which no longer exists
+    made = vars(config(**{**needed, **size, **given}))
     plain = (bool, int, float, str, list, tuple, type(None))
     return {one.name: made[one.name] for one in fields(config) if one.init and isinstance(made[one.name], plain)}
