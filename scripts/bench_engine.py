@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
 from milora import MiLoraConfig
 from milora.backbone.bundled import TINY_BACKBONE
@@ -150,9 +151,12 @@ def throughput(bench: Bench, rounds: int) -> dict[str, Any]:
     waits = [bench.random.expovariate(1 / 0.02) for _ in prompts]
     lora = get_peft_model(bench.load(), LoraConfig(r=RANK, target_modules="all-linear")).eval()
 
+    # By default it takes most of the memory that is free.
+    cache = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=2048)
+
     def continuous(model: Any) -> float:
         settings = GenerationConfig(max_new_tokens=bench.new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        manager = model.init_continuous_batching(generation_config=settings)
+        manager = model.init_continuous_batching(generation_config=settings, continuous_batching_config=cache)
         manager.start()
         try:
             begin = time.perf_counter()
