@@ -120,6 +120,23 @@ static inline lanes halved_2(lanes a, lanes b)
         return halved_2(eights[0], eights[1]);                                                                         \
     }                                                                                                                  \
                                                                                                                        \
+    /* The same for rank 8 or 4 where the rows of B are adjacent, so a vector holds two or four of them. */            \
+    static inline lanes few_dots_##NAME(const W *b, lanes low, int64_t rank)                                           \
+    {                                                                                                                  \
+        lanes eights[2];                                                                                               \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            lanes fours[2];                                                                                            \
+            for (int j = 0; j < 2; j++) {                                                                              \
+                const W *of_pairs = b + (8 * i + 4 * j) * rank;                                                        \
+                fours[j] = LANES_OF_W(of_pairs) * low;                                                                 \
+                if (rank == 8)                                                                                         \
+                    fours[j] = halved_8(fours[j], LANES_OF_W(of_pairs + LANES) * low);                                 \
+            }                                                                                                          \
+            eights[i] = halved_4(fours[0], fours[1]);                                                                  \
+        }                                                                                                              \
+        return halved_2(eights[0], eights[1]);                                                                         \
+    }                                                                                                                  \
+                                                                                                                       \
     static void up_##NAME(const struct plan *plan, int64_t piece, int64_t first, X *y)                                 \
     {                                                                                                                  \
         const int64_t rank = plan->rank, d_out = plan->d_out;                                                          \
@@ -132,6 +149,15 @@ static inline lanes halved_2(lanes a, lanes b)
             X *of_row = y + plan->rows[entry] * plan->y_stride;                                                        \
             float sums[FEATURES];                                                                                      \
             int64_t o = first;                                                                                         \
+            if ((rank == 8 || rank == 4) && plan->b_stride == rank) {                                                  \
+                float repeated[LANES];                                                                                 \
+                for (int64_t r = 0; r < LANES; r++)                                                                    \
+                    repeated[r] = low[r % rank];                                                                       \
+                for (; o + LANES <= end; o += LANES) {                                                                 \
+                    lanes dots = few_dots_##NAME(b + o * rank, lanes_of_float32(repeated), rank);                      \
+                    memcpy(sums + o - first, &dots, sizeof dots);                                                      \
+                }                                                                                                      \
+            }                                                                                                          \
             if (rank % LANES == 0)                                                                                     \
                 for (; o + LANES <= end; o += LANES) {                                                                 \
                     lanes dots = dots_##NAME(b + o * plan->b_stride, plan->b_stride, low, rank);                       \

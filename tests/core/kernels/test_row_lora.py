@@ -39,7 +39,7 @@ def by_rows(result: Tensor, x: Tensor, pieces: list[Piece], bias: Tensor | None)
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, list[Piece], Tensor | None]:
-    rank = draw(st.sampled_from([1, 3, 4, 7, 16, 32, 48]))
+    rank = draw(st.sampled_from([1, 3, 4, 7, 8, 16, 32, 48]))
     d_in = draw(st.sampled_from([1, 5, 16, 33, 130]))
     d_out = draw(st.sampled_from([1, 15, 16, 64, 65, 100]))
     gap = draw(st.sampled_from([0, 3]))
@@ -75,6 +75,19 @@ def test_it_is_the_loop_over_rows(case: tuple[Tensor, Tensor, list[Piece], Tenso
     served = {row for piece in pieces for row in piece.rows}
     idle = [row for row in range(len(x)) if row not in served]
     assert torch.equal(result[idle], before[idle])
+
+
+@pytest.mark.parametrize("kind", list(TOLERANCE))
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("gap", [0, 8])
+def test_small_ranks_with_adjacent_rows_of_b_or_gaps(kind: torch.dtype, rank: int, gap: int) -> None:
+    b = normal(75, rank + gap, dtype=kind)[:, :rank]
+    x, result = normal(3, 40, dtype=kind), normal(3, 75, dtype=kind)
+    pieces = [Piece([2, 0], [1.0, 0.5], 2.0, normal(rank, 40, dtype=kind), b)]
+    expected = by_rows(result, x, pieces, None)
+    assert RowLora(pieces).add_to(result, x)
+    tolerance = TOLERANCE[kind]
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", list(TOLERANCE))

@@ -188,10 +188,26 @@ class PackedPlan:
             return result
         if result.data_ptr() == x.data_ptr():
             result = result.clone()  # A base layer may return its input.
-        flat, inputs = result.view(-1, result.shape[-1]), x.reshape(-1, x.shape[-1])
-        is_added = self._rows is not None and self._rows.add_to(layer, flat, inputs)
+        is_added = self._rows is not None and self._rows.add_to(layer, result, x)
+        left = [*self._of_torch, *self._left_by_kernel(layer, is_added=is_added)]
+        if left:
+            self._add_with_torch(layer, result.view(-1, result.shape[-1]), x.reshape(-1, x.shape[-1]), left)
+        return result
+
+    def _left_by_kernel(self, layer: Any, *, is_added: bool) -> list[tuple[int, int, PackedRoute]]:
+        """The kernel's tokens whose adapters it does not support in a layer."""
+        modules = self._modules
+        if modules is None or not is_added:
+            return self._of_kernel
+        if layer not in modules.unsupported:
+            return []
+        return [part for part in self._of_kernel if not modules.is_served(layer, part[2].adapter)]
+
+    @staticmethod
+    def _add_with_torch(layer: Any, result: Tensor, x: Tensor, parts: Sequence[tuple[int, int, PackedRoute]]) -> None:
+        """Adds one adapter after the other to (tokens, d_out)."""
         singles: dict[str, tuple[list[int], list[float]]] = {}
-        for first, count, route in [*self._of_torch, *self._left_by_kernel(layer, is_added=is_added)]:
+        for first, count, route in parts:
             gate = route.gate(layer)
             if gate == 0:
                 continue
@@ -200,20 +216,10 @@ class PackedPlan:
                 rows.append(first)
                 gates.append(gate)
             else:
-                part = flat.narrow(0, first, count)
-                _add(layer, route.adapter, inputs.narrow(0, first, count), part, None, [gate] * count)
+                part = result.narrow(0, first, count)
+                _add(layer, route.adapter, x.narrow(0, first, count), part, None, [gate] * count)
         for adapter, (rows, gates) in singles.items():
-            _add(layer, adapter, inputs, flat, torch.tensor(rows, device=flat.device), gates)
-        return result
-
-    def _left_by_kernel(self, layer: Any, *, is_added: bool) -> list[tuple[int, int, PackedRoute]]:
-        """The kernel's tokens whose adapters it does not support in a layer."""
-        modules = self._modules
-        if modules is None or not is_added:
-            return self._of_kernel
-        if not modules.has_others(layer):
-            return []
-        return [part for part in self._of_kernel if not modules.is_served(layer, part[2].adapter)]
+            _add(layer, adapter, x, result, torch.tensor(rows, device=result.device), gates)
 
     def rows_of(self, rows: int) -> dict[str, list[int]]:
         """See [`milora.tuners.plan.Plan.rows_of`]. Each token is a row.

@@ -41,6 +41,10 @@ class PackedModules:
         capacity: The maximum number of adapters.
         device: The device of the backbone.
         operator: The device's kernel.
+
+    Attributes:
+        numbers: Adapter -> its number.
+        unsupported: Layers with an adapter that the kernel does not support.
     """
 
     def __init__(self, model: nn.Module, capacity: int, device: torch.device, operator: PackedOperator) -> None:
@@ -53,6 +57,7 @@ class PackedModules:
         self._columns: dict[LoraLayer, int] = {}
         self._experts: dict[str, dict[str, _Experts]] = {}
         self._others: dict[str, set[LoraLayer]] = {}
+        self.unsupported: set[LoraLayer] = set()
         self._known: WeakKeyDictionary[Any, tuple[str, _Gates]] = WeakKeyDictionary()
 
     def add(self, adapter: str) -> None:
@@ -71,6 +76,7 @@ class PackedModules:
             indices.append(place.expert)
             if not self._set(layer, adapter, number, column):
                 others.add(layer)
+                self.unsupported.add(layer)
         self._experts[adapter] = {
             block: _Experts(
                 *lists, (torch.tensor(lists[0], device=self._device), torch.tensor(lists[1], device=self._device))
@@ -85,6 +91,7 @@ class PackedModules:
             for module in self._modules.values():
                 module.clear(number)
             del self._experts[adapter], self._others[adapter]
+            self.unsupported = set[LoraLayer]().union(*self._others.values())
 
     def module(self, layer: LoraLayer) -> tuple[int, Any] | None:
         """A layer's column and its adapters as the kernel reads them; `None` if there are none."""
@@ -94,10 +101,6 @@ class PackedModules:
     def is_served(self, layer: LoraLayer, adapter: str) -> bool:
         """Whether the kernel supports an adapter in a layer."""
         return adapter in self.numbers and layer not in self._others[adapter]
-
-    def has_others(self, layer: LoraLayer) -> bool:
-        """Whether the kernel does not support one of a layer's adapters."""
-        return any(layer in layers for layers in self._others.values())
 
     def experts(self, adapter: str, block: str) -> tuple[Tensor, Tensor]:
         """The columns of a block's modules and the indices of their experts, int64, on the device."""
@@ -182,8 +185,8 @@ class PackedRows:
 
         Args:
             layer: The layer.
-            result: (tokens, d_out), the base layer's output; changed in place.
-            x: (tokens, d_in).
+            result: (..., d_out), the base layer's output; changed in place.
+            x: (..., d_in), likewise.
 
         Returns:
             Whether it was done.
