@@ -200,6 +200,7 @@ def draw(points: dict[str, tuple[float, float]], best: dict[str, list[Record]], 
         errors = [[accuracy - min(seeds)], [max(seeds) - accuracy]]
         axes.errorbar(speed, accuracy, yerr=errors, fmt="o", color="C3" if name.startswith("mi") else "C0")
         axes.annotate(name, (speed, accuracy), textcoords="offset points", xytext=(6, 4))
+    axes.margins(0.15)
     axes.set_xlabel("decode speed, share of the backbone's")
     axes.set_ylabel("mean test accuracy")
     figure.savefig(path, dpi=150)
