@@ -8,7 +8,7 @@ single token, or up to [`SPAN_TOKENS`] adjacent tokens of one request, so it has
     y = y + g ((f - 1) (y - bias) + f s B d)                       DoRA, with factors f = m / n of each output feature
 
 Weights are read in place, by the addresses in a table of each module, so nothing is stacked or copied when the batch
-changes. A block whose gate is 0, or whose adapter has no part in the module, exits before it reads weights. The
+changes. A block whose gate is 0, or whose adapter does not adapt the module, exits before it reads weights. The
 shrinking sum over d_in is split into pieces, so a few tokens fill the GPU. The expanding kernel adds the pieces in a
 fixed order, so results are the same in every run. Sums are in float32. The host never waits for the GPU.
 

@@ -64,7 +64,7 @@ class PackedRoute:
         return block in self._experts
 
     def gate(self, layer: Any) -> float:
-        """The gate of a layer; 0 if it was not chosen or the adapter has no part in it."""
+        """The gate of a layer; 0 if it was not chosen or the adapter does not adapt it."""
         place = layer.expert_places.get(self.adapter)
         return 0.0 if place is None else self.gates[place.block][place.expert]
 
