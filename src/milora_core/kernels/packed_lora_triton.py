@@ -239,16 +239,7 @@ class PackedLora:
         self._low = torch.empty(MAX_PIECES * most * self._rank, dtype=torch.float32, device=gates.device)
 
     def add_to(self, module: PackedModule, result: Tensor, x: Tensor) -> bool:
-        """Adds the adapters of a module to its output, in place.
-
-        Args:
-            module: The module.
-            result: (..., d_out), the pass's tokens; changed in place.
-            x: (..., d_in), likewise.
-
-        Returns:
-            Whether it was done. Tensors with gaps, of other dtypes or on another device are not supported.
-        """
+        """See [`milora_core.kernels.packed_lora.PackedLora.add_to`]."""
         d_in, d_out = module.sizes
         if (
             x.dtype not in KERNEL_DTYPES

@@ -1,9 +1,6 @@
 """The operator against a loop over rows, with every implementation that runs here."""
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.interpreted import run_interpreted
 from torch import Tensor
 
 from milora_core.errors import MiLoraError
@@ -347,15 +345,7 @@ def test_triton_on_a_gpu_that_is_not_the_current_one() -> None:
 @needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="this is the process that interprets Triton")
 def test_triton_in_its_interpreter() -> None:
-    """Runs the tests above in another process, because the interpreter is chosen when a kernel is defined."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert "7 passed" in run.stdout, run.stdout
+    run_interpreted(__file__, passed=6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not has_triton(), reason="needs a GPU and Triton")

@@ -1,13 +1,11 @@
 """The LoRA of packed passes in Triton against the formula, token by token: in the interpreter, and on a GPU."""
 
-import os
-import subprocess
-import sys
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from support.interpreted import run_interpreted
 from torch import Tensor
 
 from milora_core.kernels.triton_support import has_triton, is_interpreted
@@ -290,12 +288,4 @@ def test_the_kernels_compile_for_a_gpu(
 @needs_triton
 @pytest.mark.skipif(is_interpreted(), reason="this is the process that interprets Triton")
 def test_in_tritons_interpreter() -> None:
-    """Runs the tests above in another process, because the interpreter is chosen when a kernel is defined."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "interpreted"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert "11 passed" in run.stdout, run.stdout
+    run_interpreted(__file__, passed=11)

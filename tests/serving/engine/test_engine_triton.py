@@ -1,9 +1,6 @@
 """The engine with the Triton kernel: its texts equal those of the CPU path and of `generate` alone."""
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreted import run_interpreted
 from support.tenants import KINDS, Alone, engine_on, greedy, prompt_of, read, saved_adapters
 
 from milora.serving.engine import slots
@@ -94,15 +92,7 @@ def test_interpreted_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_triton() or is_interpreted(), reason="needs Triton; this is the process that interprets it")
 def test_in_tritons_interpreter() -> None:
-    """Runs the test above in another process, because the interpreter is chosen when a kernel is defined."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "interpreted"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert "1 passed" in run.stdout, run.stdout
+    run_interpreted(__file__, passed=1)
 
 
 @contextmanager
