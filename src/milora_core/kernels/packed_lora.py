@@ -1,8 +1,8 @@
-"""The LoRA and DoRA of a packed pass: the choice of a device's kernel, and the native kernel for a CPU's single tokens.
+"""The LoRA and DoRA of a packed pass: selects the device's kernel, and wraps the native kernel for a CPU.
 
 A serving engine's batch changes at almost every step. [`milora_core.kernels.row_lora.RowLora`] prepares a call for each
 module and batch. Here each adapter has a number in every module, and a batch consists of the number and the gates of
-each token, for all modules at once.
+each request's tokens, for all modules at once.
 """
 
 from __future__ import annotations
@@ -25,22 +25,19 @@ class PackedOperator(NamedTuple):
 
     Attributes:
         module: Creates a `PackedModule` from (capacity, column, sizes, dtype, bias).
-        lora: Creates a `PackedLora` from (places of the tokens, adapters, gates, most_rank).
+        lora: Creates a `PackedLora` from (spans of the tokens, adapters, gates, most_rank).
         dtypes: Supported dtypes of the weights.
-        takes_chunks: Whether places are (first token, number of tokens). Otherwise the kernel supports single tokens
-            only, and a place is a token.
     """
 
     module: Callable[..., Any]
     lora: Callable[..., Any]
     dtypes: Collection[torch.dtype]
-    takes_chunks: bool
 
 
 def packed_operator(device: torch.device) -> PackedOperator | None:
     """The kernel for packed passes on a device: native on a CPU, Triton on a GPU; `None` if there is none."""
     if device.type == "cpu" and library() is not None:
-        return PackedOperator(PackedModule, PackedLora, KERNEL_DTYPES, takes_chunks=False)
+        return PackedOperator(PackedModule, PackedLora, KERNEL_DTYPES)
     if device.type == "cuda" and has_triton():
         return triton_operator(device)
     return None
@@ -51,7 +48,7 @@ def triton_operator(device: torch.device) -> PackedOperator:
     from milora_core.kernels import packed_lora_triton as triton
 
     module = partial(triton.PackedModule, device=device)
-    return PackedOperator(module, triton.PackedLora, triton.KERNEL_DTYPES, takes_chunks=True)
+    return PackedOperator(module, triton.PackedLora, triton.KERNEL_DTYPES)
 
 
 class PackedModule:
@@ -113,35 +110,40 @@ class PackedModule:
 
 
 class PackedLora:
-    """The adapted single tokens of one pass.
+    """The adapted tokens of one pass.
 
     Args:
-        tokens: The places of the tokens in the pass.
-        adapters: The adapter's number of each token. Tokens with the same adapter must be adjacent.
-        gates: (tokens, columns), float32, contiguous: each token's gate in each module, 0 where the module was not
-            chosen. It may change between calls.
+        spans: First token and number of tokens of each row: a single token, or adjacent tokens of one request. No two
+            spans overlap.
+        adapters: The adapter's number of each row. Rows with the same adapter must be adjacent.
+        gates: (rows, columns), float32, contiguous: each row's gate in each module, 0 where the module was not chosen.
+            It may change between calls.
         most_rank: The largest rank of the adapters.
 
     Raises:
         RuntimeError: If there is no native kernel.
     """
 
-    def __init__(self, tokens: Sequence[int], adapters: Sequence[int], gates: Tensor, most_rank: int) -> None:
+    def __init__(
+        self, spans: Sequence[tuple[int, int]], adapters: Sequence[int], gates: Tensor, most_rank: int
+    ) -> None:
         kernels = library()
         if kernels is None:
             raise RuntimeError("There is no native kernel on this machine.")
-        rows = len(tokens)
+        firsts, counts = zip(*spans, strict=True)
+        rows = sum(counts)
         self._functions: dict[Any, Any] = {}
         for x, of_x in KERNEL_DTYPES.items():
             for weights, of_weights in KERNEL_DTYPES.items():
                 function = getattr(kernels, f"add_packed_{of_x}_{of_weights}")
                 function.argtypes, function.restype = [ctypes.c_void_p] * 4, None
                 self._functions[x, weights] = function
-        self._least_tokens = max(tokens) + 1
+        self._least_tokens = max(first + count for first, count in spans)
         self._gates = gates
         self._arrays: list[Any] = [
-            (ctypes.c_int64 * rows)(*tokens),
-            (ctypes.c_int64 * rows)(*adapters),
+            (ctypes.c_int64 * len(spans))(*firsts),
+            (ctypes.c_int64 * len(spans))(*counts),
+            (ctypes.c_int64 * len(spans))(*adapters),
             (ctypes.c_int64 * rows)(),
             (ctypes.c_int64 * (rows + 1))(),
             (ctypes.c_float * rows)(),
@@ -149,9 +151,10 @@ class PackedLora:
             (ctypes.c_void_p * (3 * rows))(),
             (ctypes.c_float * (rows * max(most_rank, 1)))(),
         ]
-        of_tokens, of_adapters, *room = map(ctypes.addressof, self._arrays)
+        addresses = [ctypes.addressof(array) for array in self._arrays]
         self._struct = _Packed(
-            *(rows, torch.get_num_threads(), of_tokens, of_adapters, gates.data_ptr(), gates.stride(0)), *room
+            *(len(spans), torch.get_num_threads(), *addresses[:3]),
+            *(gates.data_ptr(), gates.stride(0), rows, *addresses[3:]),
         )
         self._address = ctypes.addressof(self._struct)
 
@@ -203,8 +206,8 @@ class _Packed(ctypes.Structure):
     """`struct packed` of the C file."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "threads")),
-        *((name, ctypes.c_void_p) for name in ("tokens", "adapters", "gates")),
-        ("gates_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("spans", "threads")),
+        *((name, ctypes.c_void_p) for name in ("firsts", "counts", "adapters", "gates")),
+        *((name, ctypes.c_int64) for name in ("gates_stride", "rows")),
         *((name, ctypes.c_void_p) for name in ("entries", "starts", "weights", "scalings", "pointers", "low")),
     ]

@@ -29,12 +29,21 @@ struct plan {
 
 #define FEATURES 64 /* output features per thread at a time */
 #define RANKS 4     /* rows of A multiplied together */
+#define GROUP 4     /* rows of x multiplied together; GROUP * RANKS is LANES */
+#define SPAN 128    /* the maximum number of a chunk's rows in a piece, so threads can divide a long chunk */
 
 /* Clang has only the first built-in, GCC before 12 only the second. */
 #ifdef __clang__
 #define SHUFFLED(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
 #else
 #define SHUFFLED(A, B, ...) __builtin_shuffle(A, B, (bit_lanes){__VA_ARGS__})
+#endif
+
+/* GCC otherwise loads a vector again for each product, and a core makes fewer loads than products. */
+#ifdef __AVX512F__
+#define KEPT(VECTOR) __asm__("" : "+v"(VECTOR))
+#else
+#define KEPT(VECTOR)
 #endif
 
 /* Each level adds pairs of lanes of two vectors. After log2(LANES) levels, lane i is the sum of the i-th vector. */
@@ -62,12 +71,53 @@ static inline lanes halved_2(lanes a, lanes b)
            SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-#define DEFINE(NAME, X, READ_X, WRITE_X, W, READ_W, LANES_OF_W)                                                                    \
+#define DEFINE(NAME, X, READ_X, WRITE_X, W, READ_W, LANES_OF_X, LANES_OF_W)                                            \
+    /* The dot products of GROUP rows of x with RANKS rows of A; `sums` has those of one row of x side by side. */     \
+    static inline void down_many_##NAME(const W *a, const X *const *x, int64_t d_in, float *sums)                      \
+    {                                                                                                                  \
+        lanes parts[GROUP * RANKS] = {0};                                                                              \
+        int64_t i = 0;                                                                                                 \
+        for (; i + LANES <= d_in; i += LANES) {                                                                        \
+            lanes of_a[RANKS];                                                                                         \
+            for (int r = 0; r < RANKS; r++) {                                                                          \
+                of_a[r] = LANES_OF_W(a + r * d_in + i);                                                                \
+                KEPT(of_a[r]);                                                                                         \
+            }                                                                                                          \
+            for (int t = 0; t < GROUP; t++) {                                                                          \
+                lanes of_x = LANES_OF_X(x[t] + i);                                                                     \
+                KEPT(of_x);                                                                                            \
+                for (int r = 0; r < RANKS; r++)                                                                        \
+                    parts[t * RANKS + r] += of_a[r] * of_x;                                                            \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int k = 0; k < LANES / 2; k++)                                                                            \
+            parts[k] = halved_16(parts[2 * k], parts[2 * k + 1]);                                                      \
+        for (int k = 0; k < LANES / 4; k++)                                                                            \
+            parts[k] = halved_8(parts[2 * k], parts[2 * k + 1]);                                                       \
+        for (int k = 0; k < LANES / 8; k++)                                                                            \
+            parts[k] = halved_4(parts[2 * k], parts[2 * k + 1]);                                                       \
+        parts[0] = halved_2(parts[0], parts[1]);                                                                       \
+        memcpy(sums, parts, sizeof parts[0]);                                                                          \
+        for (; i < d_in; i++)                                                                                          \
+            for (int k = 0; k < LANES; k++)                                                                            \
+                sums[k] += READ_W(a[k % RANKS * d_in + i]) * READ_X(x[k / RANKS][i]);                                  \
+    }                                                                                                                  \
+                                                                                                                       \
     static void down_##NAME(const struct plan *plan, int64_t piece, int64_t first, const X *x)                         \
     {                                                                                                                  \
-        const int64_t d_in = plan->d_in, rank = plan->rank;                                                            \
+        const int64_t d_in = plan->d_in, rank = plan->rank, end = plan->starts[piece + 1];                             \
         const W *a = (const W *)plan->a[piece] + first * d_in;                                                         \
-        for (int64_t entry = plan->starts[piece]; entry < plan->starts[piece + 1]; entry++) {                          \
+        int64_t entry = plan->starts[piece];                                                                           \
+        for (; first + RANKS <= rank && entry + GROUP <= end; entry += GROUP) {                                        \
+            const X *rows[GROUP];                                                                                      \
+            float sums[LANES];                                                                                         \
+            for (int t = 0; t < GROUP; t++)                                                                            \
+                rows[t] = x + plan->rows[entry + t] * d_in;                                                            \
+            down_many_##NAME(a, rows, d_in, sums);                                                                     \
+            for (int t = 0; t < GROUP; t++)                                                                            \
+                memcpy(plan->low + (entry + t) * rank + first, sums + t * RANKS, RANKS * sizeof(float));               \
+        }                                                                                                              \
+        for (; entry < end; entry++) {                                                                                 \
             const X *of_row = x + plan->rows[entry] * d_in;                                                            \
             float *low = plan->low + entry * rank + first;                                                             \
             if (first + RANKS <= rank) {                                                                               \
@@ -137,16 +187,64 @@ static inline lanes halved_2(lanes a, lanes b)
         return halved_2(eights[0], eights[1]);                                                                         \
     }                                                                                                                  \
                                                                                                                        \
+    /* Adds the products of one row and one block of features to the result. */                                        \
+    static inline void write_##NAME(const struct plan *plan, int64_t piece, int64_t entry, int64_t first,              \
+                                    int64_t end, const float *sums, X *y)                                              \
+    {                                                                                                                  \
+        const float *factors = plan->factors[piece];                                                                   \
+        const float gate = plan->gates[entry], scaling = plan->scalings[piece];                                        \
+        X *of_row = y + plan->rows[entry] * plan->y_stride;                                                            \
+        for (int64_t o = first; o < end; o++) {                                                                        \
+            float value = READ_X(of_row[o]), change = sums[o - first] * scaling;                                       \
+            if (factors) {                                                                                             \
+                float bare = plan->bias ? value - plan->bias[o] : value;                                               \
+                change = (factors[o] - 1) * bare + factors[o] * change;                                                \
+            }                                                                                                          \
+            of_row[o] = WRITE_X(value + gate * change);                                                                \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* For many rows, a block of B is transposed once, so its features fill vectors whatever the rank is. */           \
+    static void up_many_##NAME(const struct plan *plan, int64_t piece, int64_t first, int64_t end, X *y)               \
+    {                                                                                                                  \
+        const int64_t rank = plan->rank, last = plan->starts[piece + 1];                                               \
+        const W *b = (const W *)plan->b[piece] + first * plan->b_stride;                                               \
+        lanes transposed[rank][FEATURES / LANES];                                                                      \
+        for (int64_t o = 0; o < FEATURES; o++)                                                                         \
+            for (int64_t r = 0; r < rank; r++)                                                                         \
+                transposed[r][o / LANES][o % LANES] = first + o < end ? READ_W(b[o * plan->b_stride + r]) : 0;         \
+        for (int64_t entry = plan->starts[piece]; entry < last; entry += GROUP) {                                      \
+            const int64_t count = entry + GROUP <= last ? GROUP : last - entry;                                        \
+            const float *low[GROUP];                                                                                   \
+            for (int t = 0; t < GROUP; t++)                                                                            \
+                low[t] = plan->low + (t < count ? entry + t : entry) * rank;                                           \
+            lanes sums[GROUP][FEATURES / LANES] = {0};                                                                 \
+            for (int64_t r = 0; r < rank; r++) {                                                                       \
+                lanes of_b[FEATURES / LANES];                                                                          \
+                for (int k = 0; k < FEATURES / LANES; k++) {                                                           \
+                    of_b[k] = transposed[r][k];                                                                        \
+                    KEPT(of_b[k]);                                                                                     \
+                }                                                                                                      \
+                for (int t = 0; t < GROUP; t++)                                                                        \
+                    for (int k = 0; k < FEATURES / LANES; k++)                                                         \
+                        sums[t][k] += low[t][r] * of_b[k];                                                             \
+            }                                                                                                          \
+            for (int t = 0; t < count; t++)                                                                            \
+                write_##NAME(plan, piece, entry + t, first, end, (const float *)sums[t], y);                           \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
     static void up_##NAME(const struct plan *plan, int64_t piece, int64_t first, X *y)                                 \
     {                                                                                                                  \
         const int64_t rank = plan->rank, d_out = plan->d_out;                                                          \
         const int64_t end = first + FEATURES < d_out ? first + FEATURES : d_out;                                       \
-        const float *factors = plan->factors[piece];                                                                   \
         const W *b = (const W *)plan->b[piece];                                                                        \
+        if (plan->starts[piece + 1] - plan->starts[piece] >= GROUP) {                                                   \
+            up_many_##NAME(plan, piece, first, end, y);                                                                \
+            return;                                                                                                    \
+        }                                                                                                              \
         for (int64_t entry = plan->starts[piece]; entry < plan->starts[piece + 1]; entry++) {                          \
             const float *low = plan->low + entry * rank;                                                               \
-            const float gate = plan->gates[entry], scaling = plan->scalings[piece];                                    \
-            X *of_row = y + plan->rows[entry] * plan->y_stride;                                                        \
             float sums[FEATURES];                                                                                      \
             int64_t o = first;                                                                                         \
             if ((rank == 8 || rank == 4) && plan->b_stride == rank) {                                                  \
@@ -170,14 +268,7 @@ static inline lanes halved_2(lanes a, lanes b)
                     READ_W(of_feature[r]) * low[r];                                                                    \
                 sums[o - first] = sum;                                                                                 \
             }                                                                                                          \
-            for (o = first; o < end; o++) {                                                                            \
-                float value = READ_X(of_row[o]), change = sums[o - first] * scaling;                                   \
-                if (factors) {                                                                                         \
-                    float bare = plan->bias ? value - plan->bias[o] : value;                                           \
-                    change = (factors[o] - 1) * bare + factors[o] * change;                                            \
-                }                                                                                                      \
-                of_row[o] = WRITE_X(value + gate * change);                                                            \
-            }                                                                                                          \
+            write_##NAME(plan, piece, entry, first, end, sums, y);                                                     \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
@@ -193,10 +284,10 @@ static inline lanes halved_2(lanes a, lanes b)
         }                                                                                                              \
     }
 
-DEFINE(bfloat16_bfloat16, bfloat16, read_bfloat16, write_bfloat16, bfloat16, read_bfloat16, lanes_of_bfloat16)
-DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_float32, lanes_of_float32)
-DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16, lanes_of_bfloat16)
-DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32, lanes_of_float32)
+DEFINE(bfloat16_bfloat16, bfloat16, read_bfloat16, write_bfloat16, bfloat16, read_bfloat16, lanes_of_bfloat16, lanes_of_bfloat16)
+DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_float32, lanes_of_bfloat16, lanes_of_float32)
+DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16, lanes_of_float32, lanes_of_bfloat16)
+DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32, lanes_of_float32, lanes_of_float32)
 
 /* One adapter in one module, not copied. */
 struct part {
@@ -214,11 +305,13 @@ struct module {
 };
 
 struct packed {
-    int64_t rows, threads;
-    const int64_t *tokens;   /* (rows): row index in x and in the result */
-    const int64_t *adapters; /* (rows); the rows of one adapter are adjacent */
-    const float *gates;      /* (rows, gates_stride) */
+    int64_t spans, threads;
+    const int64_t *firsts;   /* (spans): index of the first row in x and in the result */
+    const int64_t *counts;   /* (spans): number of adjacent rows */
+    const int64_t *adapters; /* (spans); the spans of one adapter are adjacent */
+    const float *gates;      /* (spans, gates_stride) */
     int64_t gates_stride;
+    int64_t rows;            /* in all spans */
     int64_t *entries;        /* scratch memory, (rows) */
     int64_t *starts;         /* scratch memory, (rows + 1) */
     float *weights;          /* scratch memory, (rows) */
@@ -230,42 +323,41 @@ struct packed {
 #define PACKED(NAME)                                                                                                   \
     void add_packed_##NAME(const struct packed *of, const struct module *module, void *result, const void *x)          \
     {                                                                                                                  \
-        const int64_t most = of->rows;                                                                                 \
-        int64_t first = 0;                                                                                             \
+        int64_t span = 0;                                                                                              \
         /* Adjacent adapters with the same shape are computed together. A change of shape starts another call. */      \
-        while (first < most) {                                                                                         \
+        while (span < of->spans) {                                                                                     \
             struct plan plan = {0};                                                                                    \
-            int64_t entries = 0, row = first;                                                                          \
-            for (; row < most; row++) {                                                                                \
-                const struct part *part = module->parts + of->adapters[row];                                           \
-                const float gate = of->gates[row * of->gates_stride + module->column];                                 \
+            int64_t entries = 0, adapter = -1;                                                                         \
+            for (; span < of->spans; span++) {                                                                         \
+                const struct part *part = module->parts + of->adapters[span];                                          \
+                const float gate = of->gates[span * of->gates_stride + module->column];                                \
                 if (!part->a || gate == 0)                                                                             \
                     continue;                                                                                          \
                 if (plan.pieces && (part->rank != plan.rank || part->b_stride != plan.b_stride))                       \
                     break;                                                                                             \
-                if (!entries || of->adapters[row] != of->adapters[of->entries[entries - 1]]) {                         \
-                    plan.rank = part->rank, plan.b_stride = part->b_stride;                                            \
-                    of->starts[plan.pieces] = entries;                                                                 \
-                    of->scalings[plan.pieces] = part->scaling;                                                         \
-                    of->pointers[plan.pieces] = part->a;                                                               \
-                    of->pointers[most + plan.pieces] = part->b;                                                        \
-                    of->pointers[2 * most + plan.pieces] = part->factors;                                              \
-                    plan.pieces++;                                                                                     \
+                for (int64_t i = 0; i < of->counts[span]; i++) {                                                       \
+                    if (of->adapters[span] != adapter || entries - of->starts[plan.pieces - 1] == SPAN) {              \
+                        adapter = of->adapters[span];                                                                  \
+                        plan.rank = part->rank, plan.b_stride = part->b_stride;                                        \
+                        of->starts[plan.pieces] = entries;                                                             \
+                        of->scalings[plan.pieces] = part->scaling;                                                     \
+                        of->pointers[plan.pieces] = part->a;                                                           \
+                        of->pointers[of->rows + plan.pieces] = part->b;                                                \
+                        of->pointers[2 * of->rows + plan.pieces] = part->factors;                                      \
+                        plan.pieces++;                                                                                 \
+                    }                                                                                                  \
+                    of->entries[entries] = of->firsts[span] + i;                                                       \
+                    of->weights[entries++] = gate;                                                                     \
                 }                                                                                                      \
-                of->entries[entries] = row;                                                                            \
-                of->weights[entries++] = gate;                                                                         \
             }                                                                                                          \
-            first = row;                                                                                               \
             if (!entries)                                                                                              \
                 return;                                                                                                \
             of->starts[plan.pieces] = entries;                                                                         \
-            for (int64_t entry = 0; entry < entries; entry++)                                                          \
-                of->entries[entry] = of->tokens[of->entries[entry]];                                                   \
             plan.d_in = module->d_in, plan.d_out = plan.y_stride = module->d_out;                                      \
             plan.starts = of->starts, plan.rows = of->entries, plan.gates = of->weights, plan.threads = of->threads;   \
             plan.scalings = of->scalings, plan.bias = module->bias, plan.low = of->low;                                \
-            plan.a = of->pointers, plan.b = of->pointers + most;                                                       \
-            plan.factors = (const float *const *)(of->pointers + 2 * most);                                            \
+            plan.a = of->pointers, plan.b = of->pointers + of->rows;                                                   \
+            plan.factors = (const float *const *)(of->pointers + 2 * of->rows);                                        \
             add_##NAME(&plan, result, x);                                                                              \
         }                                                                                                              \
     }

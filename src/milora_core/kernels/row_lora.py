@@ -11,7 +11,7 @@ from torch import Tensor
 
 from milora_core.kernels.native import library
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 """Maximum number of rows per adapter. With more rows, torch's products are faster because they use matrix units."""
 
 KERNEL_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}

@@ -1,5 +1,7 @@
 """The LoRA of packed passes against the formula, one token at a time."""
 
+import random as python_random
+
 import pytest
 import torch
 
@@ -32,14 +34,24 @@ def test_each_token_gets_its_adapter_and_gate(dtype: torch.dtype, has_bias: bool
             weights[column, number] = a, wide[:, :rank], factors
             assert module.set(number, a, wide[:, :rank], 0.5 + number, factors)
     numbers = [0, 0, 0, 1, 2, 2, 3, 4, 6]  # Number 6 has no adapter at all.
-    tokens = torch.randperm(14, generator=generator)[: len(numbers)].tolist()
+    # The 300 tokens need several pieces. The other chunks are shorter than a group of rows, as long, or longer.
+    counts = [1, 3, 300, 4, 1, 70, 5, 1, 9]
+    order = python_random.Random(seed).sample(range(len(counts)), len(counts))
+    firsts = {row: 1 + sum(counts[other] + 1 for other in order[:place]) for place, row in enumerate(order)}
+    spans = [(firsts[row], count) for row, count in enumerate(counts)]
+    places = 1 + sum(count + 1 for count in counts)
     gates = torch.rand(len(numbers), columns, generator=generator)
     gates[torch.rand(len(numbers), columns, generator=generator) < 0.4] = 0
-    packed = PackedLora(tokens, numbers, gates, max(RANKS))
+    packed = PackedLora(spans, numbers, gates, max(RANKS))
     for column, module in enumerate(modules):
-        x, result = random(14, d_in), random(14, d_out)
+        x, result = random(places, d_in), random(places, d_out)
         expected = result.double()
-        for row, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
+        tokens = [
+            (token, row, number)
+            for row, ((first, count), number) in enumerate(zip(spans, numbers, strict=True))
+            for token in range(first, first + count)
+        ]
+        for token, row, number in tokens:
             if (column, number) in weights:
                 a, b, factors = weights[column, number]
                 change = (0.5 + number) * (b.double() @ (a.double() @ x[token].double()))
@@ -59,7 +71,7 @@ def test_weights_and_tensors_that_do_not_fit_are_left_to_others() -> None:
     assert not module.set(0, torch.randn(8, 2).T, torch.randn(4, 2), 1.0)
     assert not module.set(0, torch.randn(2, 6), torch.randn(4, 2), 1.0)
     assert module.set(0, torch.randn(2, 8), torch.randn(4, 2), 1.0)
-    packed = PackedLora([2], [0], torch.ones(1, 1), 2)
+    packed = PackedLora([(0, 3)], [0], torch.ones(1, 1), 2)
     assert packed.add_to(module, torch.zeros(3, 4), torch.randn(3, 8))
     assert not packed.add_to(module, torch.zeros(2, 4), torch.randn(2, 8))  # Too few tokens.
     assert not packed.add_to(module, torch.zeros(3, 4).double(), torch.randn(3, 8))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from milora_core.kernels import Piece, RowLora, grouped_lora, native, one_token
 from milora_core.kernels.grouped_lora_cpu import PackedRows
+from milora_core.kernels.row_lora import MOST_ROWS
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
 
@@ -167,7 +168,7 @@ def test_what_it_does_not_take_is_left_as_it_is() -> None:
     assert not RowLora.serves([])
     assert not RowLora.serves([small_piece([0], torch.float16)])
     assert not RowLora.serves([small_piece([0], torch.float64)])
-    assert not RowLora.serves([small_piece(list(range(17)))])
+    assert not RowLora.serves([small_piece(list(range(MOST_ROWS + 1)))])
     assert not RowLora.serves([small_piece([0]), small_piece([1], d_in=80)])
     with pytest.raises(RuntimeError, match="serves"):
         RowLora([])

@@ -37,8 +37,8 @@ class Lora:
 
     latest: "Lora"
 
-    def __init__(self, places: list[Any], adapters: list[int], gates: Tensor, most_rank: int) -> None:
-        self.places, self.adapters, self.gates = places, adapters, gates
+    def __init__(self, spans: list[tuple[int, int]], adapters: list[int], gates: Tensor, most_rank: int) -> None:
+        self.spans, self.adapters, self.gates = spans, adapters, gates
         self.columns: list[int] = []
         Lora.latest = self
 
@@ -54,8 +54,8 @@ def model() -> Any:
     return model
 
 
-def modules_of(model: Any, *, takes_chunks: bool = True) -> PackedModules:
-    operator = PackedOperator(Module, Lora, (torch.float32,), takes_chunks)
+def modules_of(model: Any) -> PackedModules:
+    operator = PackedOperator(Module, Lora, (torch.float32,))
     modules = PackedModules(model, 4, torch.device("cpu"), operator)
     for adapter in ("default", "second"):
         modules.add(adapter)
@@ -94,10 +94,8 @@ def test_chunks_and_single_tokens_are_one_row_each(model: Any) -> None:
         Segment(7, 3, route("second", "self_attn.q_proj"), bare=3),
     ]
     PackedTokens(segments, [0], modules_of(model))
-    assert Lora.latest.places == [(4, 3), (0, 1)]
+    assert Lora.latest.spans == [(4, 3), (0, 1)]
     assert Lora.latest.adapters == [0, 1]
-    PackedTokens(segments, [0], modules_of(model, takes_chunks=False))
-    assert Lora.latest.places == [0]
 
 
 def test_modules_that_no_request_chose_are_not_launched(model: Any) -> None:

@@ -154,8 +154,8 @@ class PackedTokens:
 class PackedPlan:
     """Defines how adapted layers compute a packed pass; see [`milora.tuners.plan.Plan`].
 
-    The device's kernel takes what it supports: on a GPU all tokens, on a CPU single tokens. Torch's operators compute
-    the rest, one adapter after the other.
+    The device's kernel takes the adapters that it supports. Torch's operators compute the rest, one adapter after the
+    other.
 
     Args:
         tokens: The tokens of the pass.
@@ -167,14 +167,12 @@ class PackedPlan:
     def __init__(self, tokens: PackedTokens, modules: PackedModules | None) -> None:
         self.tokens = tokens
         self._modules = modules
-        adapted = [
+        self._adapted = [
             (segment.start + segment.bare, segment.count - segment.bare, segment.route)
             for segment in tokens.segments
             if segment.route is not None and segment.count > segment.bare
         ]
-        self._of_kernel = [part for part in adapted if _is_taken(modules, part[1])]
-        self._of_torch = [part for part in adapted if not _is_taken(modules, part[1])]
-        self._rows = PackedRows(modules, self._of_kernel) if modules is not None and self._of_kernel else None
+        self._rows = PackedRows(modules, self._adapted) if modules is not None and self._adapted else None
 
     def decided(self, route: PackedRoute, block: str, decision: Decision) -> None:
         """Passes a router's decision to the kernel."""
@@ -184,24 +182,24 @@ class PackedPlan:
     def forward(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See [`milora.tuners.plan.Plan.forward`]."""
         result: Tensor = layer.base_layer(x, *args, **kwargs)
-        if not self._of_kernel and not self._of_torch:
+        if not self._adapted:
             return result
         if result.data_ptr() == x.data_ptr():
             result = result.clone()  # A base layer may return its input.
         is_added = self._rows is not None and self._rows.add_to(layer, result, x)
-        left = [*self._of_torch, *self._left_by_kernel(layer, is_added=is_added)]
+        left = self._left_by_kernel(layer, is_added=is_added)
         if left:
             self._add_with_torch(layer, result.view(-1, result.shape[-1]), x.reshape(-1, x.shape[-1]), left)
         return result
 
     def _left_by_kernel(self, layer: Any, *, is_added: bool) -> list[tuple[int, int, PackedRoute]]:
-        """The kernel's tokens whose adapters it does not support in a layer."""
+        """The tokens whose adapters the kernel does not support in a layer."""
         modules = self._modules
         if modules is None or not is_added:
-            return self._of_kernel
+            return self._adapted
         if layer not in modules.unsupported:
             return []
-        return [part for part in self._of_kernel if not modules.is_served(layer, part[2].adapter)]
+        return [part for part in self._adapted if not modules.is_served(layer, part[2].adapter)]
 
     @staticmethod
     def _add_with_torch(layer: Any, result: Tensor, x: Tensor, parts: Sequence[tuple[int, int, PackedRoute]]) -> None:
@@ -235,11 +233,6 @@ class PackedPlan:
             if route is not None:
                 by_adapter.setdefault(route.adapter, []).append(row)
         return by_adapter
-
-
-def _is_taken(modules: PackedModules | None, count: int) -> bool:
-    """Whether the kernel takes this number of a request's tokens."""
-    return modules is not None and (count == 1 or modules.operator.takes_chunks)
 
 
 def _add(layer: Any, adapter: str, x: Tensor, result: Tensor, index: Tensor | None, gates: Sequence[float]) -> None:

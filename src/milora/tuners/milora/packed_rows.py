@@ -158,7 +158,6 @@ class PackedRows:
 
     def __init__(self, modules: PackedModules, parts: Sequence[tuple[int, int, Any]]) -> None:
         parts = sorted(parts, key=lambda part: modules.numbers[part[2].adapter])
-        takes_chunks = modules.operator.takes_chunks
         self._modules = modules
         self._routes = [route for _, _, route in parts]
         gates = [modules.gates(route) for route in self._routes]
@@ -166,7 +165,7 @@ class PackedRows:
         known = [of_row.chosen for of_row in gates if of_row.chosen is not None]
         self._chosen = frozenset[int]().union(*known) if len(known) == len(gates) else None
         self._lora = modules.operator.lora(
-            [(first, count) if takes_chunks else first for first, count, _ in parts],
+            [(first, count) for first, count, _ in parts],
             [modules.numbers[route.adapter] for route in self._routes],
             self._gates,
             modules.most_rank,
