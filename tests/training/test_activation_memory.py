@@ -1,4 +1,4 @@
-"""Whether gradient checkpointing is needed: how memory is estimated, and who decides."""
+"""What `milora train` chooses for a machine: gradient checkpointing by its memory, precision and attention."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 
 from milora import MiLoraConfig
 from milora.backbone.loading import load_backbone
-from milora.training import TrainingArguments
+from milora.training import DataArguments, TrainingArguments
 from milora.training import activation_memory as memory
 from milora.training import arguments as arguments_module
 from milora.training.activation_memory import activations_fit, saved_bytes
-from milora.training.training_run import _choose_checkpointing
+from milora.training.training_run import _choose_attention, _choose_checkpointing
 
 since_transformers_5_23 = pytest.mark.skipif(
     not hasattr(TrainingArguments, "activation_checkpointing"),
@@ -89,6 +89,34 @@ def test_checkpointing_is_left_out_where_memory_suffices_and_the_caller_wins(
 
     assert arguments.gradient_checkpointing is expected
     assert arguments.to_dict().get("activation_checkpointing", expected) is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "bf16", "longest", "expected"),
+    [
+        (None, True, 256, "eager"),
+        (None, True, 257, "sdpa"),
+        (None, False, 16, "sdpa"),
+        ("sdpa", True, 16, "sdpa"),
+    ],
+)
+def test_short_rows_in_bf16_have_eager_attention(
+    asked: str | None, bf16: bool, longest: int, expected: str, tmp_path: Path
+) -> None:
+    model, _ = load_backbone("tiny", dtype="float32", device="cpu")
+    ids = torch.arange(24).view(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, bf16=bf16, report_to="none")
+
+    _choose_attention(model, DataArguments("tiny", attn_implementation=asked), arguments, longest)
+
+    assert model.config._attn_implementation == expected
+    with torch.no_grad():
+        after = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(after[mask.bool()], before[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("native", [True, False])
