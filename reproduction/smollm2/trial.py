@@ -31,7 +31,7 @@ CHOICES = {
     "arc-challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "boolq": ("true", "false"),
 }
-"""The answers of each task. A completion ends in one of them."""
+"""The answers of a task. A completion ends in one of them. Other tasks, such as gsm8k, are measured by perplexity only."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Example:
     Attributes:
         ids: Prompt and completion with the end of sequence.
         prompt: Number of prompt tokens.
-        decisive: Position of the first token in which the task's answers differ.
+        decisive: Position of the first token in which the task's answers differ; 0 if the task has no list of answers.
         candidates: The token of each answer at this position.
-        answer: Index of the right answer.
+        answer: Index of the right answer; -1 if the task has no list of answers.
     """
 
     task: str
@@ -64,10 +64,11 @@ def examples_of(task: str, split: str, tokenizer: Any, data: str, rows: int | No
         if len(ids) + 1 > most_tokens or ids[: len(first)] != first:
             continue
         stem = completion.removesuffix(str(row.answer))
-        endings = [tokenizer(prompt + stem + choice)["input_ids"] for choice in CHOICES[task]]
-        decisive = next(i for i in range(len(ids)) if len({ending[i] for ending in endings}) > 1)
+        choices = CHOICES.get(task, ())
+        endings = [tokenizer(prompt + stem + choice)["input_ids"] for choice in choices]
+        decisive = next((i for i in range(len(ids)) if len({ending[i] for ending in endings}) > 1), 0)
         candidates = [ending[decisive] for ending in endings]
-        answer = CHOICES[task].index(str(row.answer))
+        answer = choices.index(str(row.answer)) if choices else -1
         found.append(Example(task, [*ids, tokenizer.eos_token_id], len(first), decisive, candidates, answer))
         if rows is not None and len(found) == rows:
             break
@@ -236,7 +237,8 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
     """Perplexity of the completions, which answers were right (a string of 0 and 1 in the rows' order), and routes.
 
     `answer_losses` has `-log p` of each row's right answer, where `p` is a softmax over the task's answers. It shows
-    differences that are too small to change which answer is the most likely.
+    differences that are too small to change which answer is the most likely. `completion_losses` has the mean `-log p`
+    of the tokens of each row's completion, for tasks without a list of answers.
     """
     model.eval()
     backbone = model.get_base_model()
@@ -248,7 +250,7 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
     with Recorder(model) as recorder:
         for task, examples in rows.items():
             right: list[bool] = [False] * len(examples)
-            answer_losses: list[float] = [0.0] * len(examples)
+            answer_losses, completion_losses = [0.0] * len(examples), [0.0] * len(examples)
             task_total, task_tokens = 0.0, 0
             # Groups rows of similar length to reduce padding.
             order = sorted(range(len(examples)), key=lambda place: len(examples[place].ids))
@@ -261,20 +263,27 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
                 task_total -= output.log_probs.sum().item()
                 task_tokens += int(output.label_mask.sum())
                 for row, (place, example) in enumerate(zip(places, part, strict=True)):
+                    count = int(output.label_mask[row].sum())
+                    completion_losses[place] = round(-output.log_probs[row].sum().item() / count, 4)
+                    if not example.candidates:
+                        continue
                     scores = hidden[0][row, example.decisive - 1].float() @ head[example.candidates].float().T
                     right[place] = int(scores.argmax()) == example.answer
                     answer_losses[place] = round(-scores.log_softmax(0)[example.answer].item(), 4)
             recorder.end_task()
-            result["tasks"][task] = {
-                "rows": len(examples),
-                "accuracy": sum(right) / len(right),
-                "right": "".join("01"[value] for value in right),
-                "answer_losses": answer_losses,
-                "loss": task_total / task_tokens,
-            }
+            result["tasks"][task] = {"rows": len(examples), "loss": task_total / task_tokens}
+            if task in CHOICES:
+                result["tasks"][task] |= {
+                    "accuracy": sum(right) / len(right),
+                    "right": "".join("01"[value] for value in right),
+                    "answer_losses": answer_losses,
+                }
+            else:
+                result["tasks"][task]["completion_losses"] = completion_losses
             total, tokens = total + task_total, tokens + task_tokens
     handle.remove()
     result["loss"] = total / tokens
-    result["accuracy"] = sum(of["accuracy"] for of in result["tasks"].values()) / len(rows)
+    accuracies = [of["accuracy"] for of in result["tasks"].values() if "accuracy" in of]
+    result["accuracy"] = sum(accuracies) / len(accuracies) if accuracies else None
     result["routes"] = route_statistics(recorder.probabilities, recorder.chosen) if recorder.probabilities else None
     return result
