@@ -31,7 +31,7 @@ CHOICES = {
     "arc-challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "boolq": ("true", "false"),
 }
-"""The answers of a task. A completion ends in one of them. Other tasks, such as gsm8k, are measured by perplexity only."""
+"""The answers of a task. A completion ends in one of them. Others (gsm8k) are measured by perplexity only."""
 
 
 @dataclass(frozen=True)
