@@ -2,8 +2,8 @@
 
     python -m reproduction.smollm2.report docs/results/smollm2
 
-Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl` and `decode.json` (`milora bench decode --json`) that
-exist. Writes `tables.md`, and `cost.png` if a method has both an accuracy and a decode cost.
+Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl`, `gsm8k.jsonl` and `decode.json` (`milora bench decode
+--json`) that exist. Writes `tables.md`, and `cost.png` if a method has both a result and a decode cost.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from reproduction.smollm2.comparing import bootstrap, mcnemar
 
 Record = dict[str, Any]
 
-DECODE_NAMES = {"dora": "dora-cached"}
-"""Names in `milora bench decode` of methods that use other code for serving than for training."""
+DECODE_NAMES = {"dora": "dora-cached", "milora, k = 1": "milora-k1", "milora, k = 2": "milora-k2"}
+"""Names in `milora bench decode` that differ."""
 
 
 def read(file: Path) -> list[Record]:
@@ -165,6 +165,36 @@ def _each(results: Iterable[Record], measure: str) -> list[list[float]]:
     return [[float(value) for value in result[measure]] for result in results]
 
 
+def perplexity_table(best: dict[str, list[Record]], ours: str) -> str:
+    """Perplexity of the test completions of a single task, and the difference of MiLoRA's loss on the same rows."""
+    (task,) = next(iter(best.values()))[0]["test"]["tasks"]
+    lines = []
+    for name, of in best.items():
+        seeds = {record["seed"] for record in of} & {record["seed"] for record in best[ours]}
+        a, b = (
+            [r["test"]["tasks"][task]["completion_losses"] for r in records if r["seed"] in seeds]
+            for records in (best[ours], of)
+        )
+        difference = "{:+.4f} ({:+.4f} to {:+.4f})".format(*bootstrap(a, b)) if name != ours and seeds else "-"
+        lines.append(
+            [
+                name,
+                f"{of[0]['tunable'] / 1e6:.2f}M",
+                f"{of[0]['learning_rate']:g}",
+                str(len(of)),
+                spread([perplexity_of(record) for record in of]),
+                difference,
+            ]
+        )
+    header = ["method", "tunable", "learning rate", "seeds", f"{task}: test perplexity", f"loss of {ours} - its loss"]
+    return markdown_table(header, lines)
+
+
+def perplexity_of(record: Record) -> float:
+    """The perplexity of all tokens of the test completions."""
+    return math.exp(record["test"]["loss"])
+
+
 def routes_table(best: dict[str, list[Record]]) -> str:
     """The routes of the test prompts, for the methods that have routers."""
     lines = []
@@ -178,31 +208,35 @@ def routes_table(best: dict[str, list[Record]]) -> str:
     return markdown_table(["method", "distinct routes", "AMI of route and task", "most used expert"], lines)
 
 
-def cost_points(best: dict[str, list[Record]], decode: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Method -> decode speed as a share of the backbone's at beam 1, and mean test accuracy."""
-    speeds = {row["method"]: row["ratio_to_base"] for row in decode["rows"] if row["beam"] == 1}
-    points = {}
-    for name, of in best.items():
-        speed = speeds.get(DECODE_NAMES.get(name, name))
-        if speed is not None:
-            points[name] = (float(speed), mean(record["test"]["accuracy"] for record in of))
-    return points
+def decode_speeds(names: Iterable[str], decode: dict[str, Any]) -> dict[str, float]:
+    """Method -> decode speed as a share of the backbone's at beam 1, for the measured ones."""
+    speeds = {row["method"]: float(row["ratio_to_base"]) for row in decode["rows"] if row["beam"] == 1}
+    found = {name: DECODE_NAMES.get(name, name) for name in names}
+    return {name: speeds[of] for name, of in found.items() if of in speeds}
 
 
-def draw(points: dict[str, tuple[float, float]], best: dict[str, list[Record]], path: Path) -> None:
-    """Draws accuracy against decode speed. Bars show the minimum and maximum over seeds."""
+def draw(speeds: dict[str, float], results: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draws results against decode speed, one panel for each measure. Bars show the minimum and maximum over seeds.
+
+    Args:
+        speeds: Method -> decode speed as a share of the backbone's.
+        results: Measure -> method -> one value for each seed.
+        path: The image file.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, (speed, accuracy) in points.items():
-        seeds = [record["test"]["accuracy"] for record in best[name]]
-        errors = [[accuracy - min(seeds)], [max(seeds) - accuracy]]
-        axes.errorbar(speed, accuracy, yerr=errors, fmt="o", color="C3" if name.startswith("mi") else "C0")
-        axes.annotate(name, (speed, accuracy), textcoords="offset points", xytext=(6, 4))
-    axes.margins(0.15)
-    axes.set_xlabel("decode speed, share of the backbone's")
-    axes.set_ylabel("mean test accuracy")
+    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (measure, of_methods) in zip(panels, results.items(), strict=True):
+        for name, values in of_methods.items():
+            middle = median(values)
+            errors = [[middle - min(values)], [max(values) - middle]]
+            color = "C3" if name.startswith("mi") else "C0"
+            axes.errorbar(speeds[name], middle, yerr=errors, fmt="o", color=color)
+            axes.annotate(name, (speeds[name], middle), textcoords="offset points", xytext=(6, 4))
+        axes.margins(0.15)
+        axes.set_xlabel("decode speed, share of the backbone's")
+        axes.set_ylabel(measure)
     figure.savefig(path, dpi=150)
 
 
@@ -220,21 +254,33 @@ def write(folder: Path) -> None:
         parts += ["## Routers before training", start_table(json.loads((folder / "start.json").read_text()))]
     if ablation := read(folder / "ablation.jsonl"):
         parts += ["## Router ablation", ablation_table(ablation)]
-    tested = [record for record in read(folder / "table1.jsonl") if "test" in record]
-    if tested:
-        best = best_rates(tested)
+    best = best_rates(record for record in read(folder / "table1.jsonl") if "test" in record)
+    solutions = best_rates(read(folder / "gsm8k.jsonl"))
+    if best:
         parts += ["## Table 1", table1(best), "## Routes of the test prompts", routes_table(best)]
         if "milora" in best and len(best) > 1:
             parts += ["## Paired tests", comparisons(best, "milora")]
-        if (folder / "decode.json").is_file():
-            points = cost_points(best, json.loads((folder / "decode.json").read_text()))
-            lines = [[name, f"{speed:.3f}", f"{accuracy:.3f}"] for name, (speed, accuracy) in points.items()]
-            if points:
-                draw(points, best, folder / "cost.png")
-                parts += [
-                    "## Accuracy against decode cost",
-                    markdown_table(["method", "speed / base", "accuracy"], lines),
-                ]
+    if "milora" in solutions:
+        parts += ["## GSM8K", perplexity_table(solutions, "milora")]
+    if (folder / "decode.json").is_file():
+        speeds = decode_speeds({**best, **solutions}, json.loads((folder / "decode.json").read_text()))
+        results = {
+            "GSM8K: test perplexity": {
+                name: [perplexity_of(record) for record in solutions[name]] for name in speeds if name in solutions
+            },
+            "ARC-Easy and BoolQ: test accuracy": {
+                name: [record["test"]["accuracy"] for record in best[name]] for name in speeds if name in best
+            },
+        }
+        results = {measure: of_methods for measure, of_methods in results.items() if of_methods}
+        if results:
+            draw(speeds, results, folder / "cost.png")
+            header = ["method", "speed / base", *results]
+            lines = [
+                [name, f"{speed:.3f}", *(spread(of[name]) if name in of else "-" for of in results.values())]
+                for name, speed in speeds.items()
+            ]
+            parts += ["## Results against decode cost", markdown_table(header, lines)]
     write_text(folder / "tables.md", "\n\n".join(parts) + "\n")
 
 

@@ -186,3 +186,29 @@ def test_the_report_takes_each_methods_best_rate_on_dev_and_draws_the_cost(tmp_p
     assert "-0.500 (" in text
     assert "7 of 9" in text
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_the_report_compares_perplexity_on_the_same_rows(tmp_path: Path) -> None:
+    def record(name: str, seed: int, losses: list[float]) -> dict[str, Any]:
+        loss = sum(losses) / len(losses)
+        test = {"tasks": {"gsm8k": {"rows": 4, "completion_losses": losses}}, "loss": loss}
+        common = {"name": name, "seed": seed, "learning_rate": 1e-3, "tunable": 2_000_000, "dev": {"loss": loss}}
+        return {**common, "test": test}
+
+    records = [
+        record("milora", 0, [1.0, 1.0, 1.2, 0.8]),
+        record("milora", 1, [1.2, 1.0, 1.2, 0.6]),
+        record("lora", 0, [0.9, 0.9, 1.1, 0.7]),  # 0.1 lower in each row, so the interval has no width.
+    ]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    speeds = {"milora": 0.95, "milora-k1": 0.97, "lora": 0.8}
+    rows = [{"method": name, "beam": 1, "ratio_to_base": speed} for name, speed in speeds.items()]
+    (tmp_path / "decode.json").write_text(json.dumps({"rows": rows}))
+
+    report.write(tmp_path)
+
+    text = (tmp_path / "tables.md").read_text()
+    assert "2.718 (2.718 to 2.718)" in text  # e^1 with both seeds.
+    assert "+0.1000 (+0.1000 to +0.1000)" in text
+    assert "0.800" in text
+    assert (tmp_path / "cost.png").stat().st_size > 1000
