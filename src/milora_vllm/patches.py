@@ -71,7 +71,7 @@ def _patch_scheduler() -> None:
 
     @cache
     def routed(base: type) -> type:
-        return type(f"MiLora{base.__name__}", (RoutedScheduling, base), {})
+        return type(f"MiLora{base.__name__}", (RoutedScheduling, base), {"__module__": __name__})
 
     _patch(SchedulerConfig, "get_scheduler_cls", lambda original: lambda self: routed(original(self)))
     # The second module imports the function by name.

@@ -86,6 +86,9 @@ class RoutedScheduling:
 
     def _mamba_block_aligned_split(self, request: Any, tokens: int, local: int = 0, external: int = 0) -> int:
         """Number of the request's next `tokens` tokens to compute; 0 makes it wait for a step with more room."""
+        if self._known is None:  # vLLM calls the hook for its own work: a hybrid model without MiLoRA adapters.
+            split: int = super()._mamba_block_aligned_split(request, tokens, local, external)  # type: ignore[misc]
+            return split
         start, routing = request.num_computed_tokens + local + external, routing_of(request)
         needed = 0
         if routing is not None and start <= routing.first < start + tokens and not self._is_known(routing):

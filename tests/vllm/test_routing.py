@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
 from milora_core.errors import MiLoraError
 from milora_vllm.adapter import Routing, request_routing
-from milora_vllm.scheduling import with_routes
+from milora_vllm.scheduling import RoutedScheduling, with_routes
 
 extra_keys = with_routes(getattr(generate_block_hash_extra_keys, "__wrapped__", generate_block_hash_extra_keys))
 
@@ -118,3 +118,17 @@ def test_a_prompt_length_that_cannot_be_is_refused(tmp_path: Path, length: Any) 
     of.sampling_params = SimpleNamespace(extra_args={"milora_prompt_tokens": length})
     with pytest.raises(MiLoraError, match="between 1 and the 3 tokens"):
         request_routing(of)
+
+
+class HybridScheduler:
+    """vLLM's scheduler of a model with Mamba layers: it calls the hook whether or not there are MiLoRA requests."""
+
+    need_mamba_block_aligned_split = True
+
+    def _mamba_block_aligned_split(self, request: Any, tokens: int, local: int = 0, external: int = 0) -> int:
+        return (tokens + local + external) // 16 * 16
+
+
+def test_hybrid_models_without_milora_requests_keep_vllms_chunks() -> None:
+    scheduler: Any = type("Scheduler", (RoutedScheduling, HybridScheduler), {})()
+    assert scheduler._mamba_block_aligned_split(SimpleNamespace(num_computed_tokens=0), 40, 3, 7) == 48
