@@ -1,5 +1,6 @@
 /*
- * LoRA or DoRA for the rows of a decode step. A piece is one adapter's part in a module. For each row i of a piece:
+ * LoRA or DoRA for the rows of a decode step, and for chunks of prompts, whose tokens are rows. A piece is one adapter's
+ * part in a module. For each row i of a piece:
  *
  *     d    = A x[i]                                   (rank)
  *     y[i] = y[i] + g_i s B d                         LoRA
@@ -30,6 +31,7 @@ struct plan {
 #define FEATURES 64 /* output features per thread at a time */
 #define RANKS 4     /* rows of A multiplied together */
 #define GROUP 4     /* rows of x multiplied together; GROUP * RANKS is LANES */
+#define MANY 8      /* rows of a piece from which transposing B pays */
 #define SPAN 128    /* the maximum number of a chunk's rows in a piece, so threads can divide a long chunk */
 
 /* Clang has only the first built-in, GCC before 12 only the second. */
@@ -239,7 +241,7 @@ static inline lanes halved_2(lanes a, lanes b)
         const int64_t rank = plan->rank, d_out = plan->d_out;                                                          \
         const int64_t end = first + FEATURES < d_out ? first + FEATURES : d_out;                                       \
         const W *b = (const W *)plan->b[piece];                                                                        \
-        if (plan->starts[piece + 1] - plan->starts[piece] >= GROUP) {                                                   \
+        if (plan->starts[piece + 1] - plan->starts[piece] >= MANY) {                                                   \
             up_many_##NAME(plan, piece, first, end, y);                                                                \
             return;                                                                                                    \
         }                                                                                                              \
@@ -284,10 +286,14 @@ static inline lanes halved_2(lanes a, lanes b)
         }                                                                                                              \
     }
 
-DEFINE(bfloat16_bfloat16, bfloat16, read_bfloat16, write_bfloat16, bfloat16, read_bfloat16, lanes_of_bfloat16, lanes_of_bfloat16)
-DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_float32, lanes_of_bfloat16, lanes_of_float32)
-DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16, lanes_of_float32, lanes_of_bfloat16)
-DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32, lanes_of_float32, lanes_of_float32)
+DEFINE(bfloat16_bfloat16, bfloat16, read_bfloat16, write_bfloat16, bfloat16, read_bfloat16,
+       lanes_of_bfloat16, lanes_of_bfloat16)
+DEFINE(bfloat16_float32, bfloat16, read_bfloat16, write_bfloat16, float32, read_float32,
+       lanes_of_bfloat16, lanes_of_float32)
+DEFINE(float32_bfloat16, float32, read_float32, write_float32, bfloat16, read_bfloat16,
+       lanes_of_float32, lanes_of_bfloat16)
+DEFINE(float32_float32, float32, read_float32, write_float32, float32, read_float32,
+       lanes_of_float32, lanes_of_float32)
 
 /* One adapter in one module, not copied. */
 struct part {
