@@ -228,12 +228,13 @@ def draw(speeds: dict[str, float], results: dict[str, dict[str, list[float]]], p
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (measure, of_methods) in zip(panels, results.items(), strict=True):
-        for name, values in of_methods.items():
+        for place, (name, values) in enumerate(sorted(of_methods.items(), key=lambda item: speeds[item[0]])):
             middle = median(values)
             errors = [[middle - min(values)], [max(values) - middle]]
             color = "C3" if name.startswith("mi") else "C0"
             axes.errorbar(speeds[name], middle, yerr=errors, fmt="o", color=color)
-            axes.annotate(name, (speeds[name], middle), textcoords="offset points", xytext=(6, 4))
+            # Names of neighbours do not overlap.
+            axes.annotate(name, (speeds[name], middle), textcoords="offset points", xytext=(6, (4, -12)[place % 2]))
         axes.margins(0.15)
         axes.set_xlabel("decode speed, share of the backbone's")
         axes.set_ylabel(measure)
