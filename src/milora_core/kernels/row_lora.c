@@ -32,7 +32,7 @@ struct plan {
 #define RANKS 4     /* rows of A multiplied together */
 #define GROUP 4     /* rows of x multiplied together; GROUP * RANKS is LANES */
 #define MANY 8      /* rows of a piece from which transposing B pays */
-#define SPAN 128    /* the maximum number of a chunk's rows in a piece, so threads can divide a long chunk */
+#define MOST 128    /* the maximum number of rows in a piece of a packed pass, so threads can divide a long chunk */
 
 /* Clang has only the first built-in, GCC before 12 only the second. */
 #ifdef __clang__
@@ -342,7 +342,7 @@ struct packed {
                 if (plan.pieces && (part->rank != plan.rank || part->b_stride != plan.b_stride))                       \
                     break;                                                                                             \
                 for (int64_t i = 0; i < of->counts[span]; i++) {                                                       \
-                    if (of->adapters[span] != adapter || entries - of->starts[plan.pieces - 1] == SPAN) {              \
+                    if (of->adapters[span] != adapter || entries - of->starts[plan.pieces - 1] == MOST) {              \
                         adapter = of->adapters[span];                                                                  \
                         plan.rank = part->rank, plan.b_stride = part->b_stride;                                        \
                         of->starts[plan.pieces] = entries;                                                             \
