@@ -60,8 +60,8 @@ def export_route(
         raise MiLoraError("The route chooses no expert in any block, so there is nothing to export.")
     if config.use_dora and any(gate != 1 for gate in gates.values()):
         raise MiLoraError(
-            f"MiDoRA with soft gates ({config.gate!r}) has no LoRA that equals it: DoRA divides by the norm of the "
-            "adapted weight, which a gate cannot be moved into. Train with gate='hard' to export."
+            f"Export supports MiDoRA only with gates of 1, but this adapter has gate={config.gate!r}. Train with "
+            "gate='hard' to export."
         )
     tensors = _tensors(get_peft_model_state_dict(model, adapter_name=adapter), gates)
     exported = _config(config, list(gates), model)
