@@ -30,6 +30,9 @@ from reproduction.smollm2.trial import Trial, run
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "scikit-learn")
 
+ADDED = {"router_bias": False, "dense_steps": 0}
+"""Fields of [`Trial`] that older records lack. At their default they do not change a run's identity."""
+
 
 def entries_of(settings: dict[str, Any]) -> Iterator[tuple[str, list[Trial]]]:
     """Name and trials of each entry in the file's order: every learning rate with every seed, by seed."""
@@ -54,7 +57,8 @@ def best_rate(trials: Iterable[Trial], backbone: str, records: dict[str, dict[st
 
 def identity(trial: Trial, backbone: str) -> str:
     """A run's name among the records."""
-    text = json.dumps([asdict(trial), backbone], sort_keys=True)
+    settings = {name: value for name, value in asdict(trial).items() if name not in ADDED or value != ADDED[name]}
+    text = json.dumps([settings, backbone], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

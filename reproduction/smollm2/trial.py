@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from trl.trainer.utils import add_fused_lm_head
 
 from milora.backbone.loading import load_backbone
@@ -32,6 +33,9 @@ CHOICES = {
     "boolq": ("true", "false"),
 }
 """The answers of a task. A completion ends in one of them. Others (gsm8k) are measured by perplexity only."""
+
+N_MODULES = 7
+"""Linear modules of a Llama block."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ class Trial:
         router_rate: Factor of the routers' learning rate.
         router_scale: Factor of the routers' initial weights `W_r`.
         centre: Whether routers read the pooled vector's difference from its running mean, scaled to unit size.
+        router_bias: Whether the routers' logits have a bias, initially zero. With it, a router of centered vectors can
+            prefer the same expert for all prompts.
+        dense_steps: Number of steps at the beginning in which every prompt chooses all experts.
         train_rows: Training rows of each task.
         dev_rows: Dev rows of each task.
         test_rows: Test rows of each task; `None` for all.
@@ -119,6 +126,8 @@ class Trial:
     router_rate: float = 1.0
     router_scale: float = 1.0
     centre: bool = False
+    router_bias: bool = False
+    dense_steps: int = 0
     train_rows: int = 2000
     dev_rows: int = 50
     test_rows: int | None = 0
@@ -165,7 +174,22 @@ def prepare_routers(model: Any, trial: Trial) -> list[RouterLayer] | None:
             router_weight(router).mul_(trial.router_scale)
         if trial.centre:
             router.activation["default"] = nn.Sequential(Centred(), router.activation["default"])
+        if trial.router_bias:
+            router.projection["default"] = Biased(router_weight(router))
     return routers
+
+
+class Biased(nn.Module):
+    """A router's projection with a bias."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = nn.Parameter(torch.zeros(len(weight)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, hidden) to (batch, experts), float32."""
+        return functional.linear(x.float(), self.weight, self.bias)
 
 
 def router_weight(router: RouterLayer) -> nn.Parameter:
@@ -196,8 +220,12 @@ def train(
     )
     seconds, losses, gradients = [], [], []
     model.train()
-    for batch in batches(rows, trial):
+    configuration = model.peft_config["default"]
+    top_k = getattr(configuration, "top_k", None)
+    for step, batch in enumerate(batches(rows, trial)):
         started = time.monotonic()
+        if trial.dense_steps:
+            configuration.top_k = N_MODULES if step < trial.dense_steps else top_k
         inputs = collate(batch, pad)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(**inputs, fused_lm_head=True)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from support.adapted import adapted
+from trl.trainer.utils import add_fused_lm_head
 
+from milora.tuners.milora.router import routers_of
 from reproduction.smollm2 import __main__ as runner
 from reproduction.smollm2 import report, trial
 from reproduction.smollm2.comparing import bootstrap, mcnemar
+from reproduction.smollm2.report import read
 from reproduction.smollm2.routing import Centred, route_statistics
 from reproduction.smollm2.trial import Trial, batches, collate
 
@@ -96,6 +101,30 @@ def test_settings_files_name_runs_that_differ(file: Path) -> None:
     runs = [value for _, values in runner.entries_of(yaml.safe_load(file.read_text())) for value in values]
 
     assert len({runner.identity(value, "backbone") for value in runs}) == len(runs)
+
+
+@pytest.mark.parametrize("file", ["ablation", "gsm8k", "table1"])
+def test_records_keep_their_identity(file: str) -> None:
+    records = read(Path(__file__).parents[2] / "docs/results/smollm2" / f"{file}.jsonl")
+    names = {field.name for field in fields(Trial)}
+
+    for record in records:
+        value = Trial(**{name: of for name, of in record.items() if name in names} | {"tasks": tuple(record["tasks"])})
+        assert runner.identity(value, record["backbone"]) == record["run"]
+
+
+def test_dense_steps_train_all_experts_first() -> None:
+    model = adapted("llama").model
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
+    chosen: list[int] = []
+    router = next(iter(routers_of(model).values()))
+    decide = router.decide
+    router.decide = lambda *args: chosen.append(decided := decide(*args)) or decided  # type: ignore
+    rows = {"gsm8k": [trial.Example("gsm8k", [5, 6, 7, 8], 2, 0, [], -1)] * 8}
+
+    trial.train(model, Trial(tasks=("gsm8k",), steps=5, batch=4, dense_steps=2), rows, pad=0)
+
+    assert [int(each.chosen.sum()) // 4 for each in chosen] == [7, 7, 2, 2, 2]
 
 
 def test_the_first_seed_chooses_the_learning_rate_of_the_others(
