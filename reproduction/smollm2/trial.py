@@ -26,13 +26,14 @@ from milora.training.supervised_positions import score_supervised_positions_only
 from milora.tuners.milora import MiLoraModel
 from milora.tuners.milora.router import RouterLayer, routers_of
 from reproduction.smollm2.routing import Centred, Recorder, route_statistics
+from reproduction.smollm2.t0 import t0_rows
 
 CHOICES = {
     "arc-easy": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "arc-challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "boolq": ("true", "false"),
 }
-"""The answers of a task. A completion ends in one of them. Others (gsm8k) are measured by perplexity only."""
+"""The answers of a task. A completion ends in one of them. Others (gsm8k, t0) are measured by perplexity only."""
 
 N_MODULES = 7
 """Linear modules of a Llama block."""
@@ -61,7 +62,7 @@ class Example:
 def examples_of(task: str, split: str, tokenizer: Any, data: str, rows: int | None, most_tokens: int) -> list[Example]:
     """The first rows of a task that have at most the given number of tokens."""
     found: list[Example] = []
-    for row in read_rows(task, split, data):
+    for row in t0_rows(split, data) if task == "t0" else read_rows(task, split, data):
         prompt, completion = str(row.prompt), str(row.completion)
         ids = tokenizer(prompt + completion)["input_ids"]
         first = tokenizer(prompt)["input_ids"]

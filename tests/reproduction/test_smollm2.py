@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from dataclasses import fields
@@ -20,6 +21,7 @@ from reproduction.smollm2 import report, trial
 from reproduction.smollm2.comparing import bootstrap, mcnemar
 from reproduction.smollm2.report import read
 from reproduction.smollm2.routing import Centred, route_statistics
+from reproduction.smollm2.t0 import t0_rows
 from reproduction.smollm2.trial import Trial, batches, collate
 
 SETTINGS = sorted(Path(runner.__file__).parent.glob("*.yaml"))
@@ -84,6 +86,27 @@ def test_batches_are_the_seeds_alone_and_have_as_many_rows_of_each_task() -> Non
     assert first == again != other
     assert all(sum(row.islower() for row in batch) == 2 for batch in first)
     assert len({row for batch in first[:4] for row in batch}) == 16
+
+
+def test_rows_of_t0_with_one_completion_are_in_one_split(tmp_path: Path) -> None:
+    (tmp_path / "t0").mkdir()
+    rows = [
+        {"prompt": f"Prompt {wording} of {number}", "completion": f"This is the long completion {number}"}
+        for number in range(300)
+        for wording in "ab"
+    ]
+    rows += [rows[0], {"prompt": "Yes or no?", "completion": "yes"}]
+    with gzip.open(tmp_path / "t0" / "pretrain.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    splits = {split: t0_rows(split, str(tmp_path)) for split in ("train", "dev", "test")}
+    completions = {split: {row.completion for row in of} for split, of in splits.items()}
+
+    assert [len(of) for of in splits.values()] == [2 * len(of) for of in completions.values()]
+    assert sum(len(of) for of in completions.values()) == len(set.union(*completions.values())) == 300
+    assert 0 < len(completions["dev"]) < len(completions["test"]) < len(completions["train"]) / 4
+    # The rows are not in the file's order, which groups tasks.
+    assert splits["train"] == t0_rows("train", str(tmp_path)) != sorted(splits["train"], key=lambda row: row.prompt)
 
 
 def test_labels_are_the_completion() -> None:
