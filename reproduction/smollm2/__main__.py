@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, required=True)
     parser.add_argument("--data", default=os.environ.get("MILORA_DATA_DIR"), help="folder of the benchmarks' files")
     parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--revision", help="of the code; by default what git says")
     parser.add_argument("--list", action="store_true", help="say what is finished and what is missing, and run nothing")
     options = parser.parse_args()
@@ -122,7 +123,8 @@ def main() -> None:
                         "experiment": options.settings.stem,
                         **asdict(trial),
                         "backbone": digest,
-                        **run(trial, str(options.backbone), options.data),
+                        **run(trial, str(options.backbone), options.data, options.device),
+                        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
                         "revision": revision,
                         "versions": {library: version(library) for library in LIBRARIES},
                         "python": platform.python_version(),

@@ -2,8 +2,9 @@
 
     python -m reproduction.smollm2.report docs/results/smollm2
 
-Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl`, `gsm8k.jsonl` and `decode.json` (`milora bench decode
---json`) that exist. Writes `tables.md`, and `cost.png` if a method has both a result and a decode cost.
+Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl`, `gpu.jsonl`, `gsm8k.jsonl`, `t0.jsonl` and `decode.json`
+(`milora bench decode --json`) that exist. Writes `tables.md`, and `cost.png` if a method has both a result and a decode
+cost.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from milora_core.files import write_text
 from reproduction.smollm2.comparing import bootstrap, mcnemar
 
 Record = dict[str, Any]
+
+OURS = "milora"
+"""The name of the runs that the others are compared with."""
 
 DECODE_NAMES = {"dora": "dora-cached", "milora, k = 1": "milora-k1", "milora, k = 2": "milora-k2"}
 """Names in `milora bench decode` that differ."""
@@ -140,15 +144,15 @@ def table1(best: dict[str, list[Record]]) -> str:
     )
 
 
-def comparisons(best: dict[str, list[Record]], ours: str) -> str:
+def comparisons(best: dict[str, list[Record]]) -> str:
     """MiLoRA against every other method on the same test rows."""
     lines = []
     for name, of in best.items():
-        if name == ours:
+        if name == OURS:
             continue
-        seeds = sorted({record["seed"] for record in of} & {record["seed"] for record in best[ours]})
-        for task in best[ours][0]["test"]["tasks"]:
-            a, b = ([r["test"]["tasks"][task] for r in records if r["seed"] in seeds] for records in (best[ours], of))
+        seeds = sorted({record["seed"] for record in of} & {record["seed"] for record in best[OURS]})
+        for task in best[OURS][0]["test"]["tasks"]:
+            a, b = ([r["test"]["tasks"][task] for r in records if r["seed"] in seeds] for records in (best[OURS], of))
             if not a:
                 continue
             accuracy = bootstrap(_each(a, "right"), _each(b, "right"))
@@ -156,7 +160,7 @@ def comparisons(best: dict[str, list[Record]], ours: str) -> str:
             p_values = ", ".join(f"{mcnemar(x['right'], y['right']):.2g}" for x, y in zip(a, b, strict=True))
             intervals = (f"{middle:+.3f} ({low:+.3f} to {high:+.3f})" for middle, low, high in (accuracy, loss))
             lines.append([task, name, str(len(seeds)), *intervals, p_values])
-    header = ["task", f"{ours} against", "seeds", "difference in accuracy", "difference in answer loss", "McNemar's p"]
+    header = ["task", f"{OURS} against", "seeds", "difference in accuracy", "difference in answer loss", "McNemar's p"]
     return markdown_table(header, lines)
 
 
@@ -165,17 +169,17 @@ def _each(results: Iterable[Record], measure: str) -> list[list[float]]:
     return [[float(value) for value in result[measure]] for result in results]
 
 
-def perplexity_table(best: dict[str, list[Record]], ours: str) -> str:
+def perplexity_table(best: dict[str, list[Record]]) -> str:
     """Perplexity of the test completions of a single task, and the difference of MiLoRA's loss on the same rows."""
     (task,) = next(iter(best.values()))[0]["test"]["tasks"]
     lines = []
     for name, of in best.items():
-        seeds = {record["seed"] for record in of} & {record["seed"] for record in best[ours]}
+        seeds = {record["seed"] for record in of} & {record["seed"] for record in best[OURS]}
         a, b = (
             [r["test"]["tasks"][task]["completion_losses"] for r in records if r["seed"] in seeds]
-            for records in (best[ours], of)
+            for records in (best[OURS], of)
         )
-        difference = "{:+.4f} ({:+.4f} to {:+.4f})".format(*bootstrap(a, b)) if name != ours and seeds else "-"
+        difference = "{:+.4f} ({:+.4f} to {:+.4f})".format(*bootstrap(a, b)) if name != OURS and seeds else "-"
         lines.append(
             [
                 name,
@@ -186,7 +190,7 @@ def perplexity_table(best: dict[str, list[Record]], ours: str) -> str:
                 difference,
             ]
         )
-    header = ["method", "tunable", "learning rate", "seeds", f"{task}: test perplexity", f"loss of {ours} - its loss"]
+    header = ["method", "tunable", "learning rate", "seeds", f"{task}: test perplexity", f"loss of {OURS} - its loss"]
     return markdown_table(header, lines)
 
 
@@ -255,23 +259,34 @@ def write(folder: Path) -> None:
         parts += ["## Routers before training", start_table(json.loads((folder / "start.json").read_text()))]
     if ablation := read(folder / "ablation.jsonl"):
         parts += ["## Router ablation", ablation_table(ablation)]
-    best = best_rates(record for record in read(folder / "table1.jsonl") if "test" in record)
-    solutions = best_rates(read(folder / "gsm8k.jsonl"))
-    if best:
-        parts += ["## Table 1", table1(best), "## Routes of the test prompts", routes_table(best)]
-        if "milora" in best and len(best) > 1:
-            parts += ["## Paired tests", comparisons(best, "milora")]
-    if "milora" in solutions:
-        parts += ["## GSM8K", perplexity_table(solutions, "milora")]
+    answers = {
+        title: best_rates(record for record in read(folder / file) if "test" in record)
+        for title, file in {"Table 1": "table1.jsonl", "Table 1 on a GPU": "gpu.jsonl"}.items()
+    }
+    for title, best in answers.items():
+        if best:
+            parts += [f"## {title}", table1(best), f"## {title}: routes of the test prompts", routes_table(best)]
+        if OURS in best and len(best) > 1:
+            parts += [f"## {title}: paired tests", comparisons(best)]
+    texts = {
+        title: best_rates(read(folder / file)) for title, file in {"GSM8K": "gsm8k.jsonl", "T0": "t0.jsonl"}.items()
+    }
+    for title, best in texts.items():
+        if OURS in best:
+            parts += [f"## {title}", perplexity_table(best)]
     if (folder / "decode.json").is_file():
-        speeds = decode_speeds({**best, **solutions}, json.loads((folder / "decode.json").read_text()))
+        methods = {name: None for best in (*answers.values(), *texts.values()) for name in best}
+        speeds = decode_speeds(methods, json.loads((folder / "decode.json").read_text()))
         results = {
-            "GSM8K: test perplexity": {
-                name: [perplexity_of(record) for record in solutions[name]] for name in speeds if name in solutions
-            },
-            "ARC-Easy and BoolQ: test accuracy": {
-                name: [record["test"]["accuracy"] for record in best[name]] for name in speeds if name in best
-            },
+            f"{title}: test perplexity": {
+                name: [perplexity_of(record) for record in best[name]] for name in speeds if name in best
+            }
+            for title, best in texts.items()
+        }
+        results["ARC-Easy and BoolQ: test accuracy"] = {
+            name: [record["test"]["accuracy"] for record in answers["Table 1"][name]]
+            for name in speeds
+            if name in answers["Table 1"]
         }
         results = {measure: of_methods for measure, of_methods in results.items() if of_methods}
         if results:

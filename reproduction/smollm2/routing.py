@@ -69,8 +69,10 @@ class Recorder:
         if not self.routers:
             return
         kept = self._decisions
-        self.probabilities.append(torch.stack([torch.cat([d.probabilities for d in block]) for block in kept], dim=1))
-        self.chosen.append(torch.stack([torch.cat([d.chosen for d in block]) for block in kept], dim=1))
+        self.probabilities.append(
+            torch.stack([torch.cat([d.probabilities for d in block]) for block in kept], dim=1).cpu()
+        )
+        self.chosen.append(torch.stack([torch.cat([d.chosen for d in block]) for block in kept], dim=1).cpu())
         for block in kept:
             block.clear()
 

@@ -80,8 +80,8 @@ def examples_of(task: str, split: str, tokenizer: Any, data: str, rows: int | No
     return found
 
 
-def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """(batch, tokens): padded on the right, with labels for the completions."""
+def collate(examples: Sequence[Example], pad: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """(batch, tokens) on the device: padded on the right, with labels for the completions."""
     longest = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), longest), pad)
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -90,7 +90,7 @@ def collate(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
         ids[place, : len(tokens)] = tokens
         mask[place, : len(tokens)] = 1
         labels[place, example.prompt : len(tokens)] = tokens[example.prompt :]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,18 @@ class Trial:
     most_tokens: int = 112
 
 
-def run(trial: Trial, backbone: str, data: str) -> dict[str, Any]:
-    """Trains and measures. Returns the record of a run, without its settings."""
+def run(trial: Trial, backbone: str, data: str, device: str = "cpu") -> dict[str, Any]:
+    """Trains and measures. Returns the record of a run, without its settings.
+
+    Args:
+        trial: The settings.
+        backbone: The folder or hub name of the model.
+        data: The folder of the benchmarks' files.
+        device: `cpu` or `cuda`.
+    """
     started = time.monotonic()
     torch.manual_seed(trial.seed)
-    model, tokenizer = load_backbone(backbone, dtype="float32", device="cpu")
+    model, tokenizer = load_backbone(backbone, dtype="float32", device=device)
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     score_supervised_positions_only()
     rows = {
@@ -186,7 +193,7 @@ class Biased(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
-        self.bias = nn.Parameter(torch.zeros(len(weight)))
+        self.bias = nn.Parameter(weight.new_zeros(len(weight)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, hidden) to (batch, experts), float32."""
@@ -227,8 +234,8 @@ def train(
         started = time.monotonic()
         if trial.dense_steps:
             configuration.top_k = N_MODULES if step < trial.dense_steps else top_k
-        inputs = collate(batch, pad)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        inputs = collate(batch, pad, model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             output = model(**inputs, fused_lm_head=True)
         count = output.label_mask.sum()
         loss = -output.log_probs.sum() / count
@@ -262,7 +269,7 @@ def batches(rows: dict[str, list[Example]], trial: Trial) -> Iterator[list[Examp
 
 
 @torch.no_grad()
-def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 10) -> dict[str, Any]:
+def measure(model: Any, rows: dict[str, list[Example]], pad: int) -> dict[str, Any]:
     """Perplexity of the completions, which answers were right (a string of 0 and 1 in the rows' order), and routes.
 
     `answer_losses` has `-log p` of each row's right answer, where `p` is a softmax over the task's answers. It shows
@@ -270,6 +277,7 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
     of the tokens of each row's completion, for tasks without a list of answers.
     """
     model.eval()
+    batch = 10 if model.device.type == "cpu" else 100
     backbone = model.get_base_model()
     hidden: list[Tensor] = []
     handle = backbone.base_model.register_forward_hook(lambda module, args, out: hidden.append(out.last_hidden_state))
@@ -287,8 +295,8 @@ def measure(model: Any, rows: dict[str, list[Example]], pad: int, batch: int = 1
                 places = order[start : start + batch]
                 part = [examples[place] for place in places]
                 hidden.clear()
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    output = model(**collate(part, pad), fused_lm_head=True)
+                with torch.autocast(model.device.type, dtype=torch.bfloat16):
+                    output = model(**collate(part, pad, model.device), fused_lm_head=True)
                 task_total -= output.log_probs.sum().item()
                 task_tokens += int(output.label_mask.sum())
                 for row, (place, example) in enumerate(zip(places, part, strict=True)):

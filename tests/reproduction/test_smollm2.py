@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -159,7 +161,7 @@ def test_the_first_seed_chooses_the_learning_rate_of_the_others(
     settings.write_text(yaml.safe_dump({"runs": [entry]}))
     made: list[tuple[int, float]] = []
 
-    def run(value: Trial, backbone: str, data: str) -> dict[str, Any]:
+    def run(value: Trial, backbone: str, data: str, device: str) -> dict[str, Any]:
         made.append((value.seed, value.learning_rate))
         return {"dev": {"loss": abs(value.learning_rate - 0.2)}}
 
@@ -182,7 +184,7 @@ def test_a_finished_run_is_not_repeated_and_an_interrupted_one_is(
     settings.write_text(yaml.safe_dump({"runs": [{"name": "one", "seeds": [0, 1]}]}))
     made: list[int] = []
 
-    def run(value: Trial, backbone: str, data: str) -> dict[str, Any]:
+    def run(value: Trial, backbone: str, data: str, device: str) -> dict[str, Any]:
         made.append(value.seed)
         if len(made) == 2:
             raise KeyboardInterrupt
@@ -264,3 +266,40 @@ def test_the_report_compares_perplexity_on_the_same_rows(tmp_path: Path) -> None
     assert "+0.1000 (+0.1000 to +0.1000)" in text
     assert "0.800" in text
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+STUB = """#!/usr/bin/env bash
+# Stands in for Python: a run of a settings file takes a second and makes one of its two runs.
+[ "$2" = reproduction.smollm2.report ] && { echo "report $3"; exit; }
+while [ $# -gt 0 ]; do [ "$1" = --records ] && records=$2; list=$1; shift; done
+count=$(cat "$records" 2>/dev/null | wc -l)
+if [ "$list" = --list ]; then
+  for number in 1 2; do [ "$number" -le "$count" ] && echo "finished $number" || echo "missing  $number"; done
+  exit
+fi
+sleep "${STUB_SECONDS:-0.2}"
+[ "$count" -ge 2 ] || echo run >>"$records"
+"""
+
+
+@pytest.mark.parametrize(("budget", "expected"), [("60", "2 finished"), ("1", "2 missing")])
+def test_the_gpu_script_continues_until_nothing_is_missing_or_time_is_up(
+    tmp_path: Path, budget: str, expected: str
+) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    settings = {"PYTHON": str(stub), "SETTINGS": "t0 gsm8k", "PROCESSES": "1", "BUDGET": budget, "REVISION": "a"}
+    seconds = {"STUB_SECONDS": "30"} if budget == "1" else {}
+    script = Path(__file__).parents[2] / "scripts" / "smollm2_gpu.sh"
+
+    done = subprocess.run(
+        ["bash", str(script), "model", "data", str(tmp_path / "results")],
+        env={**os.environ, **settings, **seconds},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+
+    assert done.stderr == ""
+    assert done.stdout == f"t0: {expected}\ngsm8k: {expected}\nreport {tmp_path / 'results'}\n"
