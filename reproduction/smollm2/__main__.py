@@ -30,7 +30,7 @@ from reproduction.smollm2.trial import Trial, run
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "scikit-learn")
 
-ADDED = {"router_bias": False, "dense_steps": 0}
+ADDED = {"router_bias": False, "gradient_to_all": False, "dense_steps": 0}
 """Fields of [`Trial`] that older records lack. At their default they do not change a run's identity."""
 
 

@@ -47,11 +47,11 @@ class Recorder:
         self.routers = list(routers_of(model).values())
         self.probabilities: list[Tensor] = []
         self.chosen: list[Tensor] = []
+        self._decide = [router.decide for router in self.routers]
         self._decisions: list[list[Any]] = [[] for _ in self.routers]
 
     def __enter__(self) -> Recorder:
-        for router, kept in zip(self.routers, self._decisions, strict=True):
-            decide = router.decide
+        for router, decide, kept in zip(self.routers, self._decide, self._decisions, strict=True):
 
             def recording(*args: Any, decide: Any = decide, kept: Any = kept) -> Any:
                 kept.append(decide(*args))
@@ -61,8 +61,8 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for router in self.routers:
-            del router.decide
+        for router, decide in zip(self.routers, self._decide, strict=True):
+            router.decide = decide  # type: ignore[method-assign]
 
     def end_task(self) -> None:
         """Assigns the decisions recorded since the last call to a task."""

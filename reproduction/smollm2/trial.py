@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from milora.tasks.sources import read_rows
 from milora.training.supervised_positions import score_supervised_positions_only
 from milora.tuners.milora import MiLoraModel
 from milora.tuners.milora.router import RouterLayer, routers_of
+from milora_core.routing import Decision
 from reproduction.smollm2.routing import Centred, Recorder, route_statistics
 from reproduction.smollm2.t0 import t0_rows
 
@@ -110,6 +112,8 @@ class Trial:
         centre: Whether routers read the pooled vector's difference from its running mean, scaled to unit size.
         router_bias: Whether the routers' logits have a bias, initially zero. With it, a router of centered vectors can
             prefer the same expert for all prompts.
+        gradient_to_all: Whether the probabilities of experts that were not chosen get a gradient too: the derivative of
+            the loss to their gate of 0. These experts are then computed in training, which makes a step slower.
         dense_steps: Number of steps at the beginning in which every prompt chooses all experts.
         train_rows: Training rows of each task.
         dev_rows: Dev rows of each task.
@@ -128,6 +132,7 @@ class Trial:
     router_scale: float = 1.0
     centre: bool = False
     router_bias: bool = False
+    gradient_to_all: bool = False
     dense_steps: int = 0
     train_rows: int = 2000
     dev_rows: int = 50
@@ -184,7 +189,19 @@ def prepare_routers(model: Any, trial: Trial) -> list[RouterLayer] | None:
             router.activation["default"] = nn.Sequential(Centred(), router.activation["default"])
         if trial.router_bias:
             router.projection["default"] = Biased(router_weight(router))
+        if trial.gradient_to_all:
+            router.decide = partial(_decide_with_all_gradients, router.decide)  # type: ignore[method-assign]
     return routers
+
+
+def _decide_with_all_gradients(decide: Callable[..., Decision], *args: Any) -> Decision:
+    """A decision in which all experts are computed, those that were not chosen with a gate of 0."""
+    decision = decide(*args)
+    if not torch.is_grad_enabled():
+        return decision
+    probabilities = decision.probabilities
+    gates = decision.chosen.float() + (probabilities - probabilities.detach())
+    return Decision(gates, probabilities, torch.ones_like(decision.chosen))
 
 
 class Biased(nn.Module):

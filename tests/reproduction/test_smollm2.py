@@ -128,6 +128,44 @@ def test_settings_files_name_runs_that_differ(file: Path) -> None:
     assert len({runner.identity(value, "backbone") for value in runs}) == len(runs)
 
 
+def test_with_gradients_to_all_the_output_is_the_same_and_unchosen_experts_are_judged() -> None:
+    model = adapted("llama").model
+    example = trial.Example("gsm8k", [5, 6, 7, 8], 2, 0, [], -1)
+    batch = collate([example, trial.Example("gsm8k", [9, 3, 4, 8], 2, 0, [], -1)], pad=0)
+    # The last block's: gradients of earlier ones pass through later routers, which change.
+    router = list(routers_of(model).values())[-1]
+    weight = model.get_base_model().model.layers[-1].self_attn.q_proj.lora_B["default"].weight
+    found = []
+    for value in (Trial(), Trial(gradient_to_all=True)):
+        trial.prepare_routers(model, value)
+        model.zero_grad()
+        decide, gates = router.decide, []
+
+        def recording(*args: Any, decide: Any = decide, gates: list[torch.Tensor] = gates) -> Any:
+            decision = decide(*args)
+            decision.gates.retain_grad()
+            gates.append(decision.gates)
+            return decision
+
+        router.decide = recording  # type: ignore[method-assign, assignment]
+        loss = model(**batch).loss
+        loss.backward()
+        router.decide = decide  # type: ignore[method-assign]
+        found.append((loss.item(), weight.grad.clone(), gates[0]))
+
+    (first_loss, first_gradient, first), (all_loss, all_gradient, of_all) = found
+    assert all_loss == pytest.approx(first_loss, abs=1e-6)
+    torch.testing.assert_close(all_gradient, first_gradient)
+    assert torch.equal(first, of_all)
+    # An expert with a gate of 0 gets the derivative of the loss to its gate.
+    assert first.grad is not None
+    assert of_all.grad is not None
+    unchosen = of_all.detach() == 0
+    assert (first.grad[unchosen] == 0).all()
+    assert (of_all.grad[unchosen] != 0).all()
+    torch.testing.assert_close(of_all.grad[~unchosen], first.grad[~unchosen])
+
+
 @pytest.mark.parametrize("file", ["ablation", "gsm8k", "table1"])
 def test_records_keep_their_identity(file: str) -> None:
     records = read(Path(__file__).parents[2] / "docs/results/smollm2" / f"{file}.jsonl")
