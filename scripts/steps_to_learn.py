@@ -56,6 +56,8 @@ class Case:
         batch: Rows per step.
         router_rate: The routers' learning rate as a share of `learning_rate`; 0 keeps their initial weights.
         theta: Whether the rationals are `frozen`, or train on dev batches (`bilevel`) or train batches (`joint`).
+        dense_steps: Number of steps at the beginning in which every prompt trains all experts; scores are always for
+            the chosen ones.
         fixed_modules: Use LoRA on this number of randomly drawn modules per block: MiLoRA without a router.
     """
 
@@ -67,6 +69,7 @@ class Case:
     batch: int = 8
     router_rate: float = 1.0
     theta: str = "frozen"
+    dense_steps: int = 0
     fixed_modules: int = 0
 
 
@@ -78,6 +81,8 @@ CASES = (
     Case("MiLoRA (k = 3)"),
     Case("MiLoRA, k = 2", ARITHMETIC, settings={"top_k": 2}),
     Case("MiLoRA, k = 1", ARITHMETIC, settings={"top_k": 1}),
+    Case("all experts for 40 steps", dense_steps=40),
+    Case("all experts for 60 steps", dense_steps=60),
     Case("3 modules a block, drawn once", fixed_modules=3),
     Case("routers left as they began", router_rate=0.0),
     Case("routers at a tenth of the rate", router_rate=0.1),
@@ -144,6 +149,8 @@ def learn(case: Case, task: str, seed: int) -> dict[str, Any]:
     curve: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
         model.train()
+        if case.dense_steps:
+            model.base_model.train_all_experts(step <= case.dense_steps)
         model(**_padded(next(batches))).loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()

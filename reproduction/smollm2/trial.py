@@ -37,9 +37,6 @@ CHOICES = {
 }
 """The answers of a task. A completion ends in one of them. Others (gsm8k, t0) are measured by perplexity only."""
 
-N_MODULES = 7
-"""Linear modules of a Llama block."""
-
 
 @dataclass(frozen=True)
 class Example:
@@ -245,12 +242,10 @@ def train(
     )
     seconds, losses, gradients = [], [], []
     model.train()
-    configuration = model.peft_config["default"]
-    top_k = getattr(configuration, "top_k", None)
     for step, batch in enumerate(batches(rows, trial)):
         started = time.monotonic()
         if trial.dense_steps:
-            configuration.top_k = N_MODULES if step < trial.dense_steps else top_k
+            model.base_model.train_all_experts(step < trial.dense_steps)
         inputs = collate(batch, pad, model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             output = model(**inputs, fused_lm_head=True)

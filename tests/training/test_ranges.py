@@ -38,6 +38,7 @@ from milora_core.errors import MiLoraError
         ("warmup_steps", -1),
         ("max_grad_norm", float("nan")),
         ("label_smoothing_factor", 1.0),
+        ("dense_share", 1.0),
         ("search_share", 0.0),
         ("search_share", 1.1),
         ("logging_steps", 0),

@@ -5,7 +5,7 @@ from milora_core.errors import importing
 with importing("train", "Training"):
     from milora.training.arguments import DataArguments, TrainingArguments
     from milora.training.bilevel_activations import BilevelActivations
-    from milora.training.callbacks import RoutingLogger
+    from milora.training.callbacks import DenseStart, RoutingLogger
     from milora.training.method import MethodArguments
     from milora.training.result import TrainingResult
     from milora.training.trainer import MiLoraTrainer
@@ -14,6 +14,7 @@ with importing("train", "Training"):
 __all__ = [
     "BilevelActivations",
     "DataArguments",
+    "DenseStart",
     "MethodArguments",
     "MiLoraTrainer",
     "RoutingLogger",

@@ -133,6 +133,13 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
         },
     )
     bilevel_every: int = field(default=1, metadata={"help": "Number of optimiser steps per step on a dev batch."})
+    dense_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the steps, from the beginning, in which every prompt trains all experts of MiLoRA; the "
+            "others train top_k."
+        },
+    )
     search_share: float = field(
         default=0.3, metadata={"help": "Share of the steps in which SSP and Learned-Adapter search for a structure."}
     )

@@ -9,10 +9,12 @@ from transformers import TrainerCallback
 
 from milora.training.adalora import AdaLoraAllocation
 from milora.training.arguments import TrainingArguments
+from milora.training.callbacks import DenseStart
 from milora.training.learned_adapter_search import LearnedAdapterSearch
 from milora.training.ssp_search import SSPSearch
 from milora.training.stopping import EarlyStopping
 from milora.tuners.learned_adapter import LearnedAdapterModel
+from milora.tuners.milora import MiLoraModel
 from milora.tuners.ssp import SSPModel
 from milora_core.errors import MiLoraError
 
@@ -22,11 +24,11 @@ def method_callbacks(model: Any, arguments: TrainingArguments, *, has_dev: bool)
 
     Args:
         model: A model that `get_peft_model` returned.
-        arguments: The training arguments; reads `search_share` and `early_stopping_patience`.
+        arguments: The training arguments; reads `dense_share`, `search_share` and `early_stopping_patience`.
         has_dev: Whether there are dev rows for searches and early stopping.
 
     Raises:
-        MiLoraError: If the method searches on dev rows and there are none.
+        MiLoraError: If the method searches on dev rows and there are none, or it has no experts for `dense_share`.
     """
     tuner = model.base_model
     open_structures: list[Any] = []
@@ -41,6 +43,12 @@ def method_callbacks(model: Any, arguments: TrainingArguments, *, has_dev: bool)
             )
         search = SSPSearch if isinstance(tuner, SSPModel) else LearnedAdapterSearch
         open_structures.append(search(search_share=arguments.search_share))
+    if arguments.dense_share > 0:
+        if not isinstance(tuner, MiLoraModel):
+            raise MiLoraError(
+                f"--dense_share {arguments.dense_share} needs a method with routers and experts, milora or midora."
+            )
+        open_structures.append(DenseStart(arguments.dense_share))
     patience = arguments.early_stopping_patience
     stops = patience > 0 and has_dev and arguments.eval_strategy != "no"
     return [*open_structures, EarlyStopping(patience, open_structures)] if stops else open_structures

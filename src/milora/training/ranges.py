@@ -67,6 +67,7 @@ TRAINING = {
     "adam_beta1": SHARE,
     "adam_beta2": SHARE,
     "label_smoothing_factor": SHARE,
+    "dense_share": SHARE,
     "search_share": Range(0.0, "above 0 and at most 1", below=math.nextafter(1.0, 2.0), is_open=True),
 }
 """Ranges of the fields of [`milora.training.TrainingArguments`]; `None` is always in range."""

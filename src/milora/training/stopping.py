@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 
-@runtime_checkable
 class OpenStructure(Protocol):
-    """A callback during which the model's structure is not final at first: a search, or a pruning schedule."""
+    """A callback during which the model's structure is not final at first: a search, a pruning schedule, or training of
+    all experts."""
 
     def is_open(self, model: Any, step: int) -> bool:
         """Whether the structure is open after optimiser step `step`, so an evaluation then is not of the final

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from milora.backbone.vocabulary import check_tokens
-from milora.training.adalora import orthogonality_penalty
+from milora.training.adalora import AdaLoraAllocation, orthogonality_penalty
+from milora.training.architecture_search import ArchitectureSearch
 from milora.training.arguments import TrainingArguments
 from milora.training.bilevel_activations import BilevelActivations, activation_parameters
 from milora.training.callbacks import routing_metrics
@@ -26,7 +27,6 @@ from milora.training.dev_step import DevBatches, require_gradients
 from milora.training.dev_step_callback import DevStepCallback
 from milora.training.likelihood import LikelihoodSum, check_loss, plain_likelihood, row_likelihoods
 from milora.training.route_picture import draw_routes
-from milora.training.stopping import OpenStructure
 from milora.training.supervised_positions import score_supervised_positions_only
 from milora.training.template import give_template
 from milora.training.tuner import reads_prompts, tuner_of
@@ -80,7 +80,7 @@ class MiLoraTrainer(SFTTrainer):  # type: ignore[misc]
         check_loss(self, self.accelerator.unwrap_model(self.model))
         shares_out_parameters = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if shares_out_parameters and any(
-            isinstance(callback, OpenStructure) and callback.is_open(self.model, 0)
+            isinstance(callback, AdaLoraAllocation | ArchitectureSearch) and callback.is_open(self.model, 0)
             for callback in self.callback_handler.callbacks
         ):
             raise MiLoraError(

@@ -300,6 +300,14 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         """
         return merged_route(self.hooks, (self.active_adapters or [""])[0], route, None)
 
+    def train_all_experts(self, enabled: bool) -> None:
+        """Makes every prompt choose all experts in training mode, or the configuration's `top_k` again.
+
+        Generation and evaluation always use `top_k` experts. See [`milora.training.DenseStart`].
+        """
+        for router in self.hooks.routers.values():
+            router.trains_all_experts = enabled
+
     def routing_statistics(self, reset: bool = False) -> dict[str, float]:
         """The load-balancing loss and each expert's share of the choices, averaged over training passes since the last
         `reset`."""

@@ -36,6 +36,7 @@ class RouterLayer(BareTunerLayer):
         block: The block's path in the backbone.
         experts: Adapter -> the block's experts, in the order of the router's rows.
         settings: Adapter -> its configuration.
+        trains_all_experts: Whether prompts choose all experts in training mode.
     """
 
     adapter_layer_names = ("projection", "pooler", "activation")
@@ -52,6 +53,7 @@ class RouterLayer(BareTunerLayer):
         self.activation = nn.ModuleDict()
         self.experts: dict[str, tuple[str, ...]] = {}
         self.settings: dict[str, MiLoraConfig] = {}
+        self.trains_all_experts = False
 
     def update_layer(
         self, adapter: str, config: MiLoraConfig, experts: tuple[str, ...], activation: str, device: torch.device
@@ -81,7 +83,9 @@ class RouterLayer(BareTunerLayer):
             self.projection[adapter],
             norm=config.router_norm,
         )
-        return choose(probabilities, min(config.top_k, len(self.experts[adapter])), config.gate)
+        experts = len(self.experts[adapter])
+        top_k = experts if self.trains_all_experts and self.training else min(config.top_k, experts)
+        return choose(probabilities, top_k, config.gate)
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's pre-forward hook: routes the running pass, unless it is already routed."""
