@@ -59,7 +59,6 @@ VARIANTS: Mapping[str, Variant] = {
     "lora-merged": Variant("lora", merged=True),
     "lora-together": Variant("lora", together=True),
     "lora-qvd": Variant("lora", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
-    "lora-qvd-together": Variant("lora", {"target_modules": ["q_proj", "v_proj", "down_proj"]}, together=True),
     "dora": Variant("dora"),
     "dora-cached": Variant("dora", dora_caching=True),
     "moelora": Variant("moelora"),
