@@ -2,9 +2,9 @@
 
     python -m reproduction.smollm2.report docs/results/smollm2
 
-Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl`, `gpu.jsonl`, `gsm8k.jsonl`, `t0.jsonl`, `few-rows.jsonl`
-and `decode.json` (`milora bench decode --json`) that exist. Writes `tables.md`, and `cost.png` if a method has both a
-result and a decode cost.
+Reads those of `start.json`, `ablation.jsonl`, `table1.jsonl`, `gpu.jsonl`, `gsm8k.jsonl`, `t0.jsonl` and `decode.json`
+(`milora bench decode --json`) that exist. Writes `tables.md`, and `cost.png` if a method has both a result and a decode
+cost.
 """
 
 from __future__ import annotations
@@ -275,8 +275,7 @@ def write(folder: Path) -> None:
         if OURS in best and len(best) > 1:
             parts += [f"## {title}: paired tests", comparisons(best)]
     texts = {
-        title: best_rates(read(folder / file))
-        for title, file in {"GSM8K": "gsm8k.jsonl", "T0": "t0.jsonl", "GSM8K from 64 rows": "few-rows.jsonl"}.items()
+        title: best_rates(read(folder / file)) for title, file in {"GSM8K": "gsm8k.jsonl", "T0": "t0.jsonl"}.items()
     }
     for title, best in texts.items():
         if OURS in best:
