@@ -32,6 +32,7 @@ DECODE_NAMES = {
     "milora, k = 1": "milora-k1",
     "milora, k = 2": "milora-k2",
     "milora, dense for 30 steps": "milora",
+    "milora, four experts": "milora",
     "lora, three modules, r = 16": "lora-qvd",
 }
 """Names in `milora bench decode` that differ."""
@@ -238,13 +239,16 @@ def draw(speeds: dict[str, float], results: dict[str, dict[str, list[float]]], p
     figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (measure, of_methods) in zip(panels, results.items(), strict=True):
+        middle_speed = (min(speeds[name] for name in of_methods) + max(speeds[name] for name in of_methods)) / 2
         for place, (name, values) in enumerate(sorted(of_methods.items(), key=lambda item: speeds[item[0]])):
             middle = median(values)
             errors = [[middle - min(values)], [max(values) - middle]]
             color = "C3" if name.startswith("mi") else "C0"
             axes.errorbar(speeds[name], middle, yerr=errors, fmt="o", color=color)
-            # Names of neighbours do not overlap.
-            axes.annotate(name, (speeds[name], middle), textcoords="offset points", xytext=(6, (4, -12)[place % 2]))
+            # Names stay inside the panel, and those of neighbours do not overlap.
+            side, across = ("right", -6) if speeds[name] > middle_speed else ("left", 6)
+            above = (4, -12)[place % 2]
+            axes.annotate(name, (speeds[name], middle), (across, above), textcoords="offset points", ha=side)
         axes.margins(0.15)
         axes.set_xlabel("decode speed, share of the backbone's")
         axes.set_ylabel(measure)
@@ -284,7 +288,7 @@ def write(folder: Path) -> None:
         methods = {name: None for best in (*answers.values(), *texts.values()) for name in best}
         speeds = decode_speeds(methods, json.loads((folder / "decode.json").read_text()))
         results = {
-            f"{title}: test perplexity": {
+            f"{title}: test perplexity, lower is better": {
                 name: [perplexity_of(record) for record in best[name]] for name in speeds if name in best
             }
             for title, best in texts.items()
