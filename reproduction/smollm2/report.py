@@ -236,22 +236,21 @@ def draw(speeds: dict[str, float], results: dict[str, dict[str, list[float]]], p
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(results), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(results), 4.6), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
+    colors = {name: f"C{place}" for place, name in enumerate(speeds)}
     for axes, (measure, of_methods) in zip(panels, results.items(), strict=True):
-        middle_speed = (min(speeds[name] for name in of_methods) + max(speeds[name] for name in of_methods)) / 2
-        for place, (name, values) in enumerate(sorted(of_methods.items(), key=lambda item: speeds[item[0]])):
+        for name, values in of_methods.items():
             middle = median(values)
             errors = [[middle - min(values)], [max(values) - middle]]
-            color = "C3" if name.startswith("mi") else "C0"
-            axes.errorbar(speeds[name], middle, yerr=errors, fmt="o", color=color)
-            # Names stay inside the panel, and those of neighbours do not overlap.
-            side, across = ("right", -6) if speeds[name] > middle_speed else ("left", 6)
-            above = (4, -12)[place % 2]
-            axes.annotate(name, (speeds[name], middle), (across, above), textcoords="offset points", ha=side)
+            # Methods with routers are diamonds.
+            form = "D" if name.startswith("mi") else "o"
+            axes.errorbar(speeds[name], middle, yerr=errors, fmt=form, color=colors[name], label=name)
         axes.margins(0.15)
         axes.set_xlabel("decode speed, share of the backbone's")
         axes.set_ylabel(measure)
+    handles = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
 
 

@@ -38,9 +38,9 @@ class RoutingLogger(TrainerCallback):  # type: ignore[misc]
 class DenseStart(TrainerCallback):  # type: ignore[misc]
     """Trains all experts of a MiLoRA adapter in the first steps (dense-to-sparse training).
 
-    `Trainer(..., callbacks=[DenseStart(0.5)])`. In these steps every prompt chooses all experts of a block, as in LoRA,
-    so each expert learns from every row. In the other steps, and in every evaluation, it chooses `top_k`. The adapter
-    and its cost per token are the same as without.
+    `Trainer(..., callbacks=[DenseStart(0.25)])`. In these steps every prompt chooses all experts of a block, as in
+    LoRA, so each expert learns from every row. In the other steps, and in every evaluation, it chooses `top_k`. The
+    adapter and its cost per token are the same as without.
 
     Mixtures of experts are trained in this way in EvoMoE (Nie et al. 2021, arXiv 2112.14397); MiLoRA's paper does not.
 
