@@ -30,7 +30,7 @@ from reproduction.smollm2.trial import Trial, run
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "scikit-learn")
 
-ADDED = {"router_bias": False, "gradient_to_all": False, "dense_steps": 0}
+ADDED = ("router_bias", "gradient_to_all", "dense_steps")
 """Fields of [`Trial`] that older records lack. At their default they do not change a run's identity."""
 
 
@@ -57,7 +57,9 @@ def best_rate(trials: Iterable[Trial], backbone: str, records: dict[str, dict[st
 
 def identity(trial: Trial, backbone: str) -> str:
     """A run's name among the records."""
-    settings = {name: value for name, value in asdict(trial).items() if name not in ADDED or value != ADDED[name]}
+    settings = {
+        name: value for name, value in asdict(trial).items() if name not in ADDED or value != getattr(Trial, name)
+    }
     text = json.dumps([settings, backbone], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
