@@ -35,10 +35,12 @@ test-lowest:  ## Fast tests with the lowest versions that pyproject.toml allows,
 docs: $(INSTALLED)  ## Build the documentation in out/site; a broken link or a warning is an error; nothing is downloaded
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-test-quantized: $(QUANTIZATION)/.installed  ## Tests with quantized backbones; bitsandbytes and torchao are installed in a separate folder
-	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -q tests/tuners/test_quantized.py tests/training/test_quantized.py
+test-quantized: $(QUANTIZATION)/.installed  ## Tests with quantized backbones; bitsandbytes, torchao and HQQ are installed in a separate folder
+	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -q tests/tuners/test_quantized.py tests/training/test_quantized.py \
+		tests/serving/engine/test_peft_layers.py::test_a_quantised_backbone
 
-# Installed outside the environment: transformers imports them if it finds them, and they then print to standard error.
+# Installed outside the environment: transformers imports them if it finds them, which takes seconds, and some of them then
+# print to standard error.
 $(QUANTIZATION)/.installed: $(INSTALLED) requirements-quantization.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target $(QUANTIZATION) --requirement requirements-quantization.txt
 	touch $@

@@ -16,8 +16,10 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # `support.data` has read it. Commands under test get a folder by flag, or none.
 os.environ.pop("MILORA_DATA_DIR", None)
 
-# The models are so small that a second thread costs more than it computes.
+# The models are so small that a second thread costs more than it computes. Processes that tests start read
+# the variable.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -91,7 +90,6 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_end(
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "reproduction", *flags(killed)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

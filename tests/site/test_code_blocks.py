@@ -61,7 +61,6 @@ def test_it_runs(page: Path, hub: Path, tmp_path: Path) -> None:
         **os.environ,
         "HF_HOME": str(hub),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}",
     }

@@ -312,7 +312,6 @@ def test_the_revision_of_the_backbone_is_the_adapters(chats: Path, tmp_path: Pat
         **os.environ,
         "HF_HOME": str(tmp_path / "home"),
         "PYTHONPATH": os.pathsep.join([support, *sys.path]),
-        "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", REVISIONS, str(tmp_path / "home"), str(chats), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -413,8 +413,10 @@ def test_two_processes_have_one_theta(tmp_path: Path) -> None:
         script = folder / "script.py"
         script.write_text(TWO_PROCESSES)
         here = Path(__file__).parent
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+        }
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         port = ["--master_port", str(28500 + os.getpid() % 1000 + processes)]
         command = [*launcher, *port, str(script), str(folder), str(here), str(4 // processes)]

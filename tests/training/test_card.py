@@ -162,7 +162,6 @@ def test_a_run_is_pushed_with_its_card(tmp_path: Path) -> None:
             "HF_TOKEN": "hf_of_nobody",
             "HF_HOME": str(tmp_path / "home"),
             "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
         }
         output = tmp_path / "out"
         flags = f"--backbone {backbone} --data {rows} --output_dir {output} --r 4 --max_steps 2 --eval_steps 1"

@@ -219,7 +219,7 @@ def test_two_processes_find_the_same(tmp_path: Path) -> None:
     """Under DDP as `Trainer` sets it up: it does not wait for parameters that the search removed."""
     script, here = tmp_path / "script.py", Path(__file__).parent
     script.write_text(TWO_PROCESSES)
-    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(here.parent)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     command = [*launcher, str(31000 + os.getpid() % 1000), str(script), str(tmp_path), str(here)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -56,8 +56,10 @@ def test_sharded_parameters_train_alike(tmp_path: Path) -> None:
     """Both processes get the same rows, so their mean equals one process's; Theta trains with the other parameters."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
     port = ["--master_port", str(26500 + os.getpid() % 1000)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *port]
     command = [*launcher, str(script), str(tmp_path)]

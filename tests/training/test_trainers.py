@@ -186,7 +186,7 @@ def test_two_processes_train_and_agree_with_one(tmp_path: Path) -> None:
         script = folder / "script.py"
         script.write_text(TWO_PROCESSES)
         here = Path(__file__).parent
-        environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(here.parent)}
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         port = ["--master_port", str(29500 + os.getpid() % 1000 + processes)]
         command = [*launcher, *port, str(script), str(folder), str(here), str(processes)]
