@@ -30,7 +30,7 @@ from reproduction.smollm2.trial import Trial, run
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "scikit-learn")
 
-ADDED = ("router_bias", "gradient_to_all", "dense_steps")
+ADDED = ("router_bias", "gradient_to_all", "detach_router_input", "dense_steps")
 """Fields of [`Trial`] that older records lack. At their default they do not change a run's identity."""
 
 

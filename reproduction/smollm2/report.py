@@ -32,7 +32,7 @@ DECODE_NAMES = {
     "milora, k = 1": "milora-k1",
     "milora, k = 2": "milora-k2",
     "milora, dense for 30 steps": "milora",
-    "milora, four experts": "milora",
+    "milora, four experts": "milora-qvod",
     "lora, three modules, r = 16": "lora-qvd",
 }
 """Names in `milora bench decode` that differ."""

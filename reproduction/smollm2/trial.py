@@ -111,6 +111,7 @@ class Trial:
             prefer the same expert for all prompts.
         gradient_to_all: Whether the probabilities of experts that were not chosen get a gradient too: the derivative of
             the loss to their gate of 0. These experts are then computed in training, which makes a step slower.
+        detach_router_input: Whether the routers' gradients stop at their input, so the experts below get none from them.
         dense_steps: Number of steps at the beginning in which every prompt chooses all experts.
         train_rows: Training rows of each task.
         dev_rows: Dev rows of each task.
@@ -130,6 +131,7 @@ class Trial:
     centre: bool = False
     router_bias: bool = False
     gradient_to_all: bool = False
+    detach_router_input: bool = False
     dense_steps: int = 0
     train_rows: int = 2000
     dev_rows: int = 50
@@ -188,7 +190,14 @@ def prepare_routers(model: Any, trial: Trial) -> list[RouterLayer] | None:
             router.projection["default"] = Biased(router_weight(router))
         if trial.gradient_to_all:
             router.decide = partial(_decide_with_all_gradients, router.decide)  # type: ignore[method-assign]
+        if trial.detach_router_input:
+            router.decide = partial(_decide_on_detached, router.decide)  # type: ignore[method-assign]
     return routers
+
+
+def _decide_on_detached(decide: Callable[..., Decision], adapter: str, hidden: Tensor, prompt: Tensor) -> Decision:
+    """A decision whose gradients do not reach the hidden states."""
+    return decide(adapter, hidden.detach(), prompt)
 
 
 def _decide_with_all_gradients(decide: Callable[..., Decision], *args: Any) -> Decision:

@@ -65,6 +65,7 @@ VARIANTS: Mapping[str, Variant] = {
     "milora-k1": Variant("milora", {"top_k": 1}),
     "milora-k2": Variant("milora", {"top_k": 2}),
     "milora": Variant("milora"),
+    "milora-qvod": Variant("milora", {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]}),
     "milora-merged": Variant("milora", merges_route=True, generate={"merge_route": True}),
     "milora-bilevel": Variant("milora", bilevel=True),
     "midora": Variant("midora"),
