@@ -111,7 +111,7 @@ class Trial:
             prefer the same expert for all prompts.
         gradient_to_all: Whether the probabilities of experts that were not chosen get a gradient too: the derivative of
             the loss to their gate of 0. These experts are then computed in training, which makes a step slower.
-        detach_router_input: Whether the routers' gradients stop at their input, so the experts below get none from them.
+        detach_router_input: Whether the routers' gradients stop at their input, so they do not reach the experts below.
         dense_steps: Number of steps at the beginning in which every prompt chooses all experts.
         train_rows: Training rows of each task.
         dev_rows: Dev rows of each task.
