@@ -129,7 +129,7 @@ def kernel(
     ] = "1,8,32,64",
     d_in: Annotated[int, typer.Option("--d-in", min=1, help="Size of the module's input.")] = 4096,
     d_out: Annotated[int, typer.Option("--d-out", min=1, help="Size of the module's output.")] = 4096,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the adapters.")] = 32,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapters.")] = 32,
     active: Annotated[int, typer.Option("--active", min=1, help="One row in N selects the module.")] = 2,
     dtype: Dtype = "bfloat16",
     measurement: Measurement,
@@ -175,7 +175,7 @@ app.command("serve")(bench_serve.command)
 
 @app.command("markdown")
 def markdown(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What --json printed, a file each.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files with the output of --json.")],
 ) -> None:
     """Print saved JSON results as Markdown tables."""
     from milora.benchmark.tables import markdown as as_markdown

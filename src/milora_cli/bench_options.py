@@ -11,7 +11,7 @@ from milora_cli import options
 from milora_core.errors import MiLoraError
 
 Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the backbone: float32, bfloat16 or float16.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Prompts a batch.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Prompts per batch.")]
 Beams = Annotated[str, typer.Option("--beams", metavar="1,3", help="Widths of the search; 1 is greedy.")]
 NewTokens = Annotated[int, typer.Option("--new-tokens", min=2, help="Tokens to generate, including the first.")]
 
@@ -114,7 +114,7 @@ class Measurement:
         int | None, typer.Option("--threads", min=1, help="Number of torch threads; by default torch's choice.")
     ] = None
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Of the weights and the prompts.")
+        int, typer.Option("--seed", min=0, max=options.LARGEST_SEED, help="Seed of weights and prompts.")
     ] = 0
     as_json: options.AsJson = False
 

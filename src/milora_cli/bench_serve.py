@@ -35,9 +35,9 @@ def command(
         Path | None,
         typer.Option("--keys", metavar="FILE", help="API keys by model, in YAML; others take OPENAI_API_KEY."),
     ] = None,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests a round.")] = 100,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Requests per round.")] = 100,
     rate: Annotated[
-        float, typer.Option("--rate", min=0, help="Requests a second, with Poisson arrivals; 0 sends all at once.")
+        float, typer.Option("--rate", min=0, help="Requests per second, Poisson arrivals; 0 sends all at once.")
     ] = 0.0,
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", min=1, help="The most requests at a time.")
@@ -58,15 +58,15 @@ def command(
         str | None, typer.Option("--body", metavar="JSON", help="More fields of the requests, as a JSON object.")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each server.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of arrivals, models and prompts.")] = 0,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds until a request has failed.")] = 600.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of arrivals, models, prompts.")] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Timeout of a request in seconds.")] = 600.0,
     output: Annotated[
         list[Path] | None,
-        typer.Option("--output", metavar="FILE", help="A picture (.png, .svg, .pdf) or all of it (.json)."),
+        typer.Option("--output", metavar="FILE", help="File: a picture (.png, .svg, .pdf) or all values (.json)."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Put a load on servers: time to first token, time between tokens, throughput, fairness between tenants.
+    """Load test of servers: time to first token, time between tokens, throughput, fairness between tenants.
 
     Any server with OpenAI's API can be measured. Exit status 1 if a request failed.
     """

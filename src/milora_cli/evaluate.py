@@ -41,7 +41,7 @@ def command(
             "--seed",
             min=0,
             max=options.LARGEST_SEED,
-            help="Seed of the order of rows (and so of what --limit takes) and of sampling.",
+            help="Seed of sampling and of the row order, which decides the rows that --limit selects.",
         ),
     ] = 0,
     shots: Annotated[

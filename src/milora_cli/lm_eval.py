@@ -33,7 +33,7 @@ def command(
     ] = None,
     limit: Annotated[float | None, typer.Option("--limit", help="Rows per task, or their share if below 1.")] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="A number, auto, or auto:N.")] = "1",
-    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", min=1, help="Of auto.")] = None,
+    max_batch_size: Annotated[int | None, typer.Option("--max-batch-size", min=1, help="Upper limit for auto.")] = None,
     device: options.Device = None,
     gen_kwargs: Annotated[
         str | None,
@@ -51,7 +51,7 @@ def command(
         ),
     ] = True,
     system_instruction: Annotated[
-        str | None, typer.Option("--system-instruction", help="Comes before every prompt.")
+        str | None, typer.Option("--system-instruction", help="Text before every prompt.")
     ] = None,
     seed: Annotated[
         int | None,
@@ -65,8 +65,8 @@ def command(
     output_path: Annotated[
         Path | None, typer.Option("--output-path", metavar="DIR", help="Save the results in lm-eval's format.")
     ] = None,
-    log_samples: Annotated[bool, typer.Option("--log-samples", help="Saves every request there too.")] = False,
-    write_out: Annotated[bool, typer.Option("--write-out", help="Shows the first prompts.")] = False,
+    log_samples: Annotated[bool, typer.Option("--log-samples", help="Save every request, too.")] = False,
+    write_out: Annotated[bool, typer.Option("--write-out", help="Print the first prompts.")] = False,
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks that run model-written code.")
     ] = False,

@@ -38,9 +38,9 @@ DataDirectory = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Take the first rows only."),
+    typer.Option("--limit", min=1, help="Use only the first rows."),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts a batch.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per batch.")]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="Such as cpu or cuda:1; by default a GPU if there is one."),

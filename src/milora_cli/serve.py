@@ -24,7 +24,7 @@ def command(
         ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free port.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 selects a free port.")] = 8000,
     keys: Annotated[
         Path | None,
         typer.Option("--keys", metavar="FILE", help="Tenants and their hashed API keys, in YAML; else MILORA_KEYS."),
@@ -42,10 +42,10 @@ def command(
         typer.Option("--served-model-name", metavar="NAME", help="The backbone's name for requests; by default NAME."),
     ] = None,
     max_num_seqs: Annotated[
-        int, typer.Option("--max-num-seqs", min=1, help="Texts that are generated at a time.")
+        int, typer.Option("--max-num-seqs", min=1, help="Maximum number of texts generated at the same time.")
     ] = 32,
     max_waiting: Annotated[
-        int, typer.Option("--max-waiting", min=1, help="Requests that may wait; more are refused with 429.")
+        int, typer.Option("--max-waiting", min=1, help="Maximum number of waiting requests; more get 429.")
     ] = 1024,
     queue_seconds: Annotated[
         float, typer.Option("--queue-seconds", min=0.1, help="A request that waits longer is refused with 503.")
@@ -53,17 +53,15 @@ def command(
     kv_cache_mib: Annotated[int, typer.Option("--kv-cache-mib", min=1, help="Memory for keys and values.")] = 1024,
     max_num_batched_tokens: Annotated[
         int,
-        typer.Option("--max-num-batched-tokens", min=1, help="Tokens of a step; longer prompts are read in pieces."),
+        typer.Option("--max-num-batched-tokens", min=1, help="Tokens per step; longer prompts are split in chunks."),
     ] = 512,
-    max_loras: Annotated[
-        int, typer.Option("--max-loras", min=1, help="Adapters in memory; others wait on the disk.")
-    ] = 32,
+    max_loras: Annotated[int, typer.Option("--max-loras", min=1, help="Maximum number of adapters in memory.")] = 32,
     max_lora_rank: Annotated[int, typer.Option("--max-lora-rank", min=1, help="Largest rank of an adapter.")] = 256,
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse keys and values of common prompts.")
     ] = True,
     drain_seconds: Annotated[
-        float, typer.Option("--drain-seconds", min=0, help="After SIGTERM, how long running requests may take.")
+        float, typer.Option("--drain-seconds", min=0, help="Time for running requests to finish after SIGTERM.")
     ] = 30.0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

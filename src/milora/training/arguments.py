@@ -167,8 +167,8 @@ class TrainingArguments(SFTConfig):  # type: ignore[misc]
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Load the best checkpoint at the end, if there are checkpoints."}
     )
-    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What is best."})
-    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more of it is better."})
+    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "Metric that selects it."})
+    greater_is_better: bool | None = field(default=False, metadata={"help": "Whether more is better."})
     early_stopping_patience: int = field(
         default=10,
         metadata={"help": "Number of evaluations without improvement after which training ends; 0 disables it."},

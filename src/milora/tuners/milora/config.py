@@ -54,7 +54,8 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
     """Configuration of MiLoRA (Zhang et al., EMNLP 2024 Findings): the LoRA of each linear module of a block is an
     expert, and a router per block chooses `top_k` of them once per prompt.
 
-    All fields of `LoraConfig` apply; `use_dora=True` is the paper's MiDoRA. Fields that differ or are new:
+    Extends `LoraConfig`; fields that cannot be combined with routing are refused. `use_dora=True` is the paper's
+    MiDoRA. Fields that differ or are new:
 
     Args:
         r: Rank of each expert; the paper's 32.
