@@ -46,7 +46,7 @@ $(QUANTIZATION)/.installed: $(INSTALLED) requirements-quantization.txt
 	touch $@
 
 test-vllm: $(VLLM_INSTALLED)  ## Tests of the vLLM plugin, in a separate environment with vLLM's CPU build (Python 3.11 or later)
-	$(VLLM)/bin/python -m pytest -q -c tests/vllm/pytest.ini --rootdir tests/vllm tests/vllm
+	$(VLLM)/bin/python -m pytest -q -c tests/vllm_plugin/pytest.ini --rootdir tests/vllm_plugin tests/vllm_plugin
 
 setup-vllm: $(VLLM_INSTALLED)
 

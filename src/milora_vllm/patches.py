@@ -1,4 +1,4 @@
-"""Patches all private parts of vLLM that the plugin needs. `tests/vllm/test_parts.py` reports parts that moved.
+"""Patches all private parts of vLLM that the plugin needs. `tests/vllm_plugin/test_parts.py` reports parts that moved.
 
 Each patch calls the original. Without a MiLoRA adapter, it does nothing else.
 """

@@ -212,3 +212,19 @@ def test_a_classifier_trains_with_the_balance_loss_once(tmp_path: Path, task: st
         balance = model.base_model.routing_statistics()["load_balancing_loss"]
     # transformers does not average a classifier's own loss over accumulated batches: it stays a sum.
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * balance, abs=2e-4)
+
+
+class GeneratesInItsStep(Trainer):
+    """A trainer that generates in its own `compute_loss`."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            model.generate(
+                input_ids=inputs["input_ids"][:, :6], attention_mask=inputs["attention_mask"][:, :6], max_new_tokens=2
+            )
+            model.base_model.route(input_ids=inputs["input_ids"][:, :6])
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_trainers_step_may_generate(tmp_path: Path) -> None:
+    stock(adapted().model, tmp_path, GeneratesInItsStep).train()

@@ -13,11 +13,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.adapted import ALL_ARCHITECTURES, Snapshot, adapted, add_adapter, saved
 from support.architectures import ARCHITECTURES, BLOCKS, EXPERTS, HIDDEN, UNEVEN_EXPERTS, pad, random_prompts
 from support.reference import weight_of
 from torch import Tensor, nn
-from transformers import LogitsProcessor
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification, LogitsProcessor
 
 from milora import MiLoraConfig, MiLoraError, MiLoraModel
 from milora.tuners.milora.router import RouterLayer, routers_of
@@ -680,3 +681,48 @@ class TestLoraOptions:
         ]
         model.save_pretrained(tmp_path)
         assert torch.equal(logits_of(PeftModel.from_pretrained(ARCHITECTURES["llama"](), tmp_path)), logits_of(model))
+
+
+def perturbed(model: PeftModel) -> PeftModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def test_trained_tokens_of_a_tied_embedding_are_loaded(tmp_path: Path) -> None:
+    """PEFT wraps the tied head too, but saves the tokens once."""
+    backbone = ARCHITECTURES["llama"]()
+    backbone.config.tie_word_embeddings = True
+    backbone.tie_weights()
+    fresh = copy.deepcopy(backbone)
+    fresh.tie_weights()
+    model = perturbed(get_peft_model(backbone, MiLoraConfig(r=4, top_k=2, trainable_token_indices=[3, 4])))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 6, 3, 8]])
+    found = PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [("SEQ_CLS", LlamaForSequenceClassification), ("TOKEN_CLS", LlamaForTokenClassification)]
+)
+def test_a_classifiers_adapter_is_loaded(task: str, kind: type[Any], tmp_path: Path) -> None:
+    """PEFT lists two names for the head in the adapter's configuration, of which a model has one."""
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    backbone = kind(config)
+    fresh = copy.deepcopy(backbone)
+    model = perturbed(get_peft_model(backbone, MiLoraConfig(task_type=task, r=4, top_k=2)))
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 6, 3, 8]])
+    found = PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, model(input_ids=ids).logits)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {name: value for name, value in load_file(path).items() if "score" not in name}
+    save_file(tensors, path)
+    with pytest.raises(MiLoraError, match="no tensors of 'classifier' or 'score'"):
+        PeftModel.from_pretrained(fresh, tmp_path)

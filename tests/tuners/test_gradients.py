@@ -231,3 +231,25 @@ def test_bf16_autocast_keeps_the_routes_of_clear_cases_and_trains() -> None:
     assert clear.any()
     assert torch.equal(rough.gates[clear], exact.gates[clear])
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_bare_backbone_runs_between_checkpointed_passes(use_reentrant: bool) -> None:
+    """The reference of a KL penalty or of distillation: a pass of the training mode with the adapters disabled."""
+    model = adapted("llama").train()
+    batch, _, _ = supervised_batch()
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    loss = model(**batch).loss
+    with torch.no_grad(), model.disable_adapter():
+        bare = model(**batch).logits
+    loss.backward()
+    torch.testing.assert_close(bare, ARCHITECTURES["llama"]()(**batch).logits)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)

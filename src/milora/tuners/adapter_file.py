@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from milora_core.errors import MiLoraError
 
+CLASSIFIER_HEADS = ("classifier", "score")
+"""PEFT adds both names to the `modules_to_save` of every classifier, which has one of these modules."""
+
 
 class CheckedFileConfig(PeftConfig):  # type: ignore[misc]
     """A configuration whose adapter file is checked before its layers are built."""
@@ -62,9 +65,12 @@ def check_adapter_file(folder: Path, modules_to_save: Iterable[str] | None = Non
             names = [f".{name}" for name in file.keys()]  # noqa: SIM118 (it is no mapping)
     except SafetensorError as error:
         raise MiLoraError(f"{path} is truncated or not a safetensors file: {error}.") from error
-    for module in modules_to_save or ():
-        if not any(f".{module}." in name for name in names):
-            raise MiLoraError(f"{path} has no tensors of {module!r}, which its adapter_config.json says it saves.")
+    wanted = [(module,) for module in modules_to_save or () if module not in CLASSIFIER_HEADS]
+    heads = tuple(module for module in modules_to_save or () if module in CLASSIFIER_HEADS)
+    for alternatives in [*wanted, heads] if heads else wanted:
+        if not any(f".{module}." in name for module in alternatives for name in names):
+            missing = " or ".join(map(repr, alternatives))
+            raise MiLoraError(f"{path} has no tensors of {missing}, which its adapter_config.json says it saves.")
 
 
 def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> None:
@@ -96,7 +102,8 @@ def check_adapter_tensors(model: nn.Module, adapter: str, tensors: dict[str, Ten
 def _adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
     # Follows PEFT's layout, not the names: an adapter may be named "model" or "lora_A".
     for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        # A tied head's trainable tokens are the embedding's, and PEFT saves them once.
+        if not isinstance(layer, BaseTunerLayer) or getattr(layer, "tied_adapter", None) is not None:
             continue
         for attribute in layer.adapter_layer_names:
             part = getattr(layer, attribute)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
@@ -10,12 +10,51 @@ import torch
 from transformers import Cache
 
 from milora.tuners.context import Prompts
+from milora_core.errors import MiLoraError
 
 MADE_BY = "_milora_prompts"
 """The attribute in which a cache keeps its [`Prompts`] or [`BARE`]. Copies of the cache keep it too."""
 
 BARE = "backbone"
 """Marks a cache that the backbone filled while the adapters were disabled."""
+
+
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+"""Names under which models take and return their cache; the second one is that of Mamba."""
+
+OTHER_STATES = ("cache_params", "state")
+"""Names under which some models take a state that is no `Cache` (xLSTM, RWKV)."""
+
+
+def cache_of(values: Mapping[str, Any]) -> Cache | None:
+    """The cache among a model's arguments or outputs."""
+    found = (values.get(name) for name in CACHE_ARGUMENTS)
+    return next((value for value in found if isinstance(value, Cache)), None)
+
+
+def is_filled(cache: Cache | None) -> bool:
+    """Whether a cache holds tokens, or the state that tokens left behind."""
+    if cache is None:
+        return False
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # A cache without attention layers (Mamba) has no length.
+        return bool(cache.has_previous_state())
+
+
+def check_state(arguments: Mapping[str, Any]) -> None:
+    """Refuses a call that continues a state which does not tell its prompts.
+
+    Raises:
+        MiLoraError: If the arguments contain such a state.
+    """
+    for name in OTHER_STATES:
+        state = arguments.get(name)
+        if state is not None and not isinstance(state, Cache):
+            raise MiLoraError(
+                f"{name}, a {type(state).__name__}, does not tell which prompts filled it, so their route is unknown. "
+                "Generate with use_cache=False."
+            )
 
 
 def made_by(cache: Cache | None) -> Any:

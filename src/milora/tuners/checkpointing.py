@@ -37,10 +37,12 @@ class CheckpointInContext:
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoints `run(*args)`, whose first argument is the block's input."""
+        context = running(self.owner)
+        if context is None:  # The adapters are disabled, or the block was called directly, which its own hook refuses.
+            return self.function(run, *args, **kwargs)
         if self.prepare is not None and args and isinstance(args[0], Tensor):
             args = (self.prepare(args[0]), *args[1:])
-        context = running(self.owner)
-        return self.function(run if context is None else partial(_run_in, context, run), *args, **kwargs)
+        return self.function(partial(_run_in, context, run), *args, **kwargs)
 
 
 def _run_in(context: ForwardContext, run: Callable[..., Any], *args: Any) -> Any:

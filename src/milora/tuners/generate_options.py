@@ -5,6 +5,7 @@ steps are compiled. No other file reads them.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,18 @@ def prompts_given(named: dict[str, Any]) -> dict[str, Any]:
     if named.get("inputs") is not None:
         given["input_ids"] = named["inputs"]
     return {name: value for name, value in given.items() if value is not None}
+
+
+def inputs_given(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `generate` with which another `generate` reads the same prompts.
+
+    These are [`prompts_given`] and the model's other inputs, such as `pixel_values` or `token_type_ids`: whatever is
+    neither an option nor a parameter of `generate`.
+    """
+    generate: Any = model.generate
+    options = {*vars(GenerationConfig()), *inspect.signature(generate).parameters, "past_key_values"}
+    others = {name: value for name, value in named.items() if name not in options and value is not None}
+    return {**others, **prompts_given(named)}
 
 
 def size_given(named: dict[str, Any]) -> tuple[int, int]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor
 
 from milora.tuners.trainers import check_token_weights
+
+NO_LOSS = (
+    "The trainer computes its own loss from log-probabilities, so the load-balancing loss is left out. Set "
+    "load_balancing_coef=0 to silence this warning."
+)
 
 
 def add_to_loss(output: Any, auxiliary: Tensor, tokens: Tensor, items: Tensor | int | None) -> Any:
@@ -15,7 +21,8 @@ def add_to_loss(output: Any, auxiliary: Tensor, tokens: Tensor, items: Tensor | 
     `Trainer` passes the model the number of supervised tokens of all micro-batches, so that their losses add up to the
     mean over tokens. The auxiliary loss is scaled by this batch's share of these tokens. `SFTTrainer` (TRL 1.16 and
     later) requests the log-probability of each supervised token instead and averages them itself. Each log-probability
-    is then lowered by the auxiliary loss, which gives the same result.
+    is then lowered by the auxiliary loss, which gives the same result. Trainers of preferences or rewards (DPO, GRPO)
+    compute another loss from log-probabilities: the auxiliary loss is left out, with a warning.
 
     Args:
         output: A `ModelOutput`, or a tuple whose first element is the loss.
@@ -31,9 +38,13 @@ def add_to_loss(output: Any, auxiliary: Tensor, tokens: Tensor, items: Tensor | 
         return (_plus(output[0], auxiliary * weight), *output[1:]) if output else output
     if getattr(output, "loss", None) is not None:
         output["loss"] = _plus(output["loss"], auxiliary * weight)
-    # Only supervised fine-tuning requests `is_top1`. The log-probabilities that reinforcement learning requests are no
-    # loss.
-    if getattr(output, "log_probs", None) is not None and getattr(output, "is_top1", None) is not None:
+    if getattr(output, "log_probs", None) is None:
+        return output
+    # Only supervised fine-tuning requests `is_top1` without `mean_logits`. The log-probabilities that preference tuning
+    # and reinforcement learning request are no loss.
+    if getattr(output, "is_top1", None) is None or getattr(output, "mean_logits", None) is not None:
+        warnings.warn(NO_LOSS, stacklevel=2)
+    else:
         check_token_weights()
         mask = output.label_mask.to(output.log_probs.dtype)
         output["log_probs"] = output.log_probs - auxiliary.to(output.log_probs) * mask

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from milora.tuners.caches import BARE, made_by, remember
+from milora.tuners.caches import BARE, cache_of, check_state, is_filled, made_by, remember
 from milora.tuners.context import (
     ContextOwner,
     ForwardContext,
@@ -112,6 +112,8 @@ class PromptHooks(ABC):
         prompt: Tensor | None = said(self.owner, "prompt")
         if prompt is None:
             labels, shifted = labels_of(arguments)
+            if labels is None and generation_of(self.owner) is not None:
+                return attended  # Also in a trainer's step, for example the rollouts of GRPO.
             return prompt_of_call(self.backbone, attended, labels, shifted=shifted)
         if prompt.shape != attended.shape:
             raise MiLoraError(
@@ -134,8 +136,8 @@ class PromptHooks(ABC):
         packed = said(self.owner, "packed")
         if packed is not None:
             return ForwardContext(self.owner, packed, plan=packed.plan)
-        cache = arguments.get("past_key_values")
-        made = made_by(cache) if isinstance(cache, Cache) else None
+        cache = cache_of(arguments)
+        made = made_by(cache)
         generation = generation_of(self.owner)
         if generation is not None and generation.prompts is not None:
             is_next = made is generation.prompts or (cache is None and _begins_with(arguments, generation.tokens))
@@ -145,10 +147,11 @@ class PromptHooks(ABC):
             generation = None  # An unrelated call from inside the generation.
         check_thread(self.owner)
         if self.is_off():
-            if isinstance(cache, Cache) and cache.get_seq_length() == 0:
+            if cache is not None and not is_filled(cache):
                 remember(cache, BARE)  # Also if the cache was reset: its earlier tokens are gone.
             return None
-        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+        check_state(arguments)
+        if cache is not None and is_filled(cache):
             return self.fill(made, cache, arguments, generation)
         return self.begin(arguments, attended_tokens(_with_mask(arguments, generation)), generation)
 
@@ -156,22 +159,24 @@ class PromptHooks(ABC):
         if torch.compiler.is_dynamo_compiling():
             return None
         context = running(self.owner)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output) if isinstance(output, Mapping) else None
+        if cache is None:  # Not returned by every model, nor with `return_dict=False`.
+            cache = cache_of(arguments_of(module, args, kwargs))
         if context is None:
-            if isinstance(cache, Cache) and made_by(cache) is None:
+            if cache is not None and made_by(cache) is None:
                 remember(cache, BARE)
             return None
         leave(context)
         if context.use is not None:
             self.owner.identities.end(context.use)
-        if isinstance(cache, Cache):
+        if cache is not None:
             remember(cache, context.prompts)
         generation = context.generation
         if output is None:
             return None
         if generation is not None:
             generation.prompts = context.prompts
-            if not isinstance(cache, Cache):
+            if cache is None:
                 generation.tokens = source_of(arguments_of(module, args, kwargs))
         elif context.mode != "follow" and module.training:
             return self.after(context, arguments_of(module, args, kwargs), output)

@@ -85,6 +85,9 @@ def refuse_other_settings(tuner_class: type[Any]) -> None:
 
 def _settings(config: Any) -> dict[str, Any]:
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_SETTINGS}
+    if values.get("modules_to_save") is not None:
+        # PEFT adds a classifier's heads again when the adapter is loaded.
+        values["modules_to_save"] = set(values["modules_to_save"])
     return {
         name: sorted(value) if isinstance(value, set | list) and all(isinstance(v, str) for v in value) else value
         for name, value in values.items()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from support.adapted import ALL_ARCHITECTURES, Adapted, adapted, add_adapter, assert_nothing_in_force
 from support.architectures import pad, random_prompts
 from torch import Tensor
@@ -279,3 +279,23 @@ class TestConfig:
         assert (config.adapted_tokens, config.router_window) == ("completion", 5)
         assert generate(loaded.eval()) == generate(model)
         assert isinstance(loaded.base_model.route(torch.tensor(PROMPTS[:1])), Route)
+
+
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
+@pytest.mark.parametrize(
+    "own", [{"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [3, 4]}, {"bias": "all"}], ids=str
+)
+def test_a_prompt_with_own_embeddings_is_not_the_backbones(own: dict[str, Any]) -> None:
+    """The bare backbone's keys and values of the prompt are others, so its cache is refused."""
+    config = MiLoraConfig(r=4, top_k=2, pooler="last", **LATE, **own)
+    assert not config.leaves_prompt_bare
+    name = "gpt2" if "bias" in own else "llama"
+    model = get_peft_model(ALL_ARCHITECTURES[name](), config).eval()
+    tokens = torch.tensor([[3, 4, 5, 6, 3, 8]])
+    cache = fill_bare(model, tokens[:, :4])
+    with pytest.raises(MiLoraError, match="own embeddings, norms or biases"), torch.no_grad():
+        model(input_ids=tokens[:, 4:], past_key_values=cache)
+    with pytest.raises(MiLoraError, match="own embeddings, norms or biases"):
+        model.generate(input_ids=tokens, past_key_values=fill_bare(model, tokens[:, :4]), max_new_tokens=2)
+    assert MiLoraConfig(pooler="last", **LATE).leaves_prompt_bare
+    assert not MiLoraConfig().leaves_prompt_bare

@@ -55,7 +55,7 @@ class Adapter:
         self.files = self._state_of_files()
         is_routed = self.kind == "MILORA"
         self.is_late = is_routed and config.adapted_tokens == "completion"
-        self.is_shared = self.is_late and not config.modules_to_save
+        self.is_shared = is_routed and config.leaves_prompt_bare
         self._window: int | None = config.router_window if is_routed else None
         self._reads_last = is_routed and config.pooler == "last" and self._window is None
 

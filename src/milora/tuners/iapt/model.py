@@ -25,10 +25,10 @@ from milora.tuners.context import (
 )
 from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.generate_options import (
+    inputs_given,
     is_compiled_by_transformers,
     needs_own_pass,
     one_token,
-    prompts_given,
     size_given,
 )
 from milora.tuners.iapt.config import IAPTConfig
@@ -181,7 +181,7 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
         attended, size = named.get("attention_mask"), size_given(named)
         with generating(self.owner, self.active_adapters, attended, size) as generation:
             if needs_own_pass(model, named):
-                model.generate(**prompts_given(named), generation_config=one_token(model))
+                model.generate(**inputs_given(model, named), generation_config=one_token(model))
                 generation.follows_all = True
             return model.generate(*args, **kwargs)
 

@@ -131,6 +131,15 @@ class MiLoraConfig(CheckedFileConfig, LoraConfig):  # type: ignore[misc]
         self._check_choices()
         self._check_lora_features()
 
+    @property
+    def leaves_prompt_bare(self) -> bool:
+        """Whether the prompt's keys and values are those of the bare backbone, so other adapters can share them.
+
+        With late adaptation they are, unless the adapter also has its own embeddings, norms or biases.
+        """
+        others = (self.modules_to_save, self.trainable_token_indices, self.bias != "none")
+        return self.adapted_tokens == "completion" and not any(others)
+
     def _check_choices(self) -> None:
         if not isinstance(self.top_k, int) or self.top_k < 1:
             raise MiLoraError(f"top_k must be an integer of at least 1; found {self.top_k!r}.")

@@ -125,15 +125,18 @@ class RoutingHooks(PromptHooks):
 
     def fill(self, made: Any, cache: Cache, arguments: dict[str, Any], generation: Generation | None) -> ForwardContext:
         """See [`PromptHooks.fill`]."""
-        length, rows = int(cache.get_seq_length()), source_of(arguments).shape[0]
+        rows = source_of(arguments).shape[0]
         adapter_rows = self._adapter_rows(rows, generation)
         is_late = len(self.late(adapter_rows)) == len(adapter_rows)
+        length = int(cache.get_seq_length()) if is_late else 0
         is_bare = made == BARE
         if isinstance(made, RoutedPrompts):
             self.owner.identities.check(made.use)
             self._check_adapters(made, adapter_rows, rows)
             is_bare = length <= made.bare
         if is_late and is_bare:
+            if made == BARE:
+                self._check_shareable(adapter_rows)
             return self.begin(arguments, attended_tokens(arguments), generation, length)
         if is_late and generation is not None:
             raise MiLoraError(
@@ -241,6 +244,16 @@ class RoutingHooks(PromptHooks):
                     f"The cache holds the beginning of the prompt, but the routers of {adapter!r} must read it "
                     f"(pooler={config.pooler!r}, router_window={config.router_window}). Pass a route, pass the whole "
                     "prompt with an empty cache, or train with pooler='last'."
+                )
+
+    def _check_shareable(self, adapters: Iterable[str]) -> None:
+        """Refuses adapters that change the tokens that the bare backbone has cached."""
+        for adapter in adapters:
+            if not self.tuner.peft_config[adapter].leaves_prompt_bare:
+                raise MiLoraError(
+                    f"The bare backbone filled the cache, but {adapter!r} has its own embeddings, norms or biases "
+                    "(modules_to_save, trainable_token_indices, bias), which change the prompt's tokens. Start with "
+                    "an empty cache."
                 )
 
     @staticmethod

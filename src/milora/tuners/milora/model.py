@@ -12,13 +12,14 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from milora.tuners.caches import is_filled
 from milora.tuners.context import Scope, caller_scope, check_thread, entered, generating, said
 from milora.tuners.continuous_batching import NoContinuousBatching
 from milora.tuners.generate_options import (
     compiled_settings,
+    inputs_given,
     is_compiled_by_transformers,
     needs_own_pass,
-    prompts_given,
     size_given,
 )
 from milora.tuners.grouped import GroupedOwner
@@ -207,10 +208,10 @@ class MiLoraModel(NoContinuousBatching, RevertibleTuner, LoraModel):  # type: ig
         if route is None and said(self.owner, "route") is None:
             cache = named.get("past_key_values")
             # The bare backbone may have filled it if all adapters leave the prompt to it; the prefill checks that.
-            if cache is not None and cache.get_seq_length() > 0 and len(hooks.late(adapters)) < len(adapters):
+            if is_filled(cache) and len(hooks.late(adapters)) < len(adapters):
                 raise MiLoraError(UNKNOWN_CACHE)
             if needs_own_pass(model, named):
-                route = compute_route(hooks, prompts_given(named))
+                route = compute_route(hooks, inputs_given(model, named))
         with ExitStack() as stack:
             attended = named.get("attention_mask")
             generation = stack.enter_context(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from milora.backbone.blocks import OWN_ROUTER, find_blocks, hidden_size
 from milora.tuners.bare_layer import BareTunerLayer
 from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
-from milora.tuners.context import ContextOwner, running, running_pass
+from milora.tuners.context import ContextOwner, generation_of, running, running_pass
 from milora.tuners.milora.config import MiLoraConfig
 from milora.tuners.milora.packed import PackedTokens
 from milora.tuners.milora.routed import BlockRouting, RoutedPrompts, Selection, select
@@ -36,7 +36,7 @@ class RouterLayer(BareTunerLayer):
         block: The block's path in the backbone.
         experts: Adapter -> the block's experts, in the order of the router's rows.
         settings: Adapter -> its configuration.
-        trains_all_experts: Whether prompts choose all experts in training mode.
+        trains_all_experts: Whether prompts choose all experts in training mode, except in `generate`.
     """
 
     adapter_layer_names = ("projection", "pooler", "activation")
@@ -62,6 +62,11 @@ class RouterLayer(BareTunerLayer):
         orders = (config.rational_orders[0], config.rational_orders[1])
         self.projection[adapter] = RouterProjection(self.hidden_size, len(experts))
         self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size, centered=config.router_norm == "centered")
+        # TRL makes a reference adapter by adding an adapter with the same configuration and copying its parameters. The
+        # center is a buffer, which it does not copy.
+        source = next((other for other, settings in self.settings.items() if settings is config), None)
+        if source is not None:
+            self.pooler[adapter].load_state_dict(self.pooler[source].state_dict())
         self.activation[adapter] = build_activation(activation, orders)
         self.experts[adapter], self.settings[adapter] = experts, config
         if not any(parameter.is_meta for parameter in self.projection[adapter].parameters()):
@@ -84,7 +89,8 @@ class RouterLayer(BareTunerLayer):
             norm=config.router_norm,
         )
         experts = len(self.experts[adapter])
-        top_k = experts if self.trains_all_experts and self.training else min(config.top_k, experts)
+        is_dense = self.trains_all_experts and self.training and generation_of(self.owner) is None
+        top_k = experts if is_dense else min(config.top_k, experts)
         return choose(probabilities, top_k, config.gate)
 
     def before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,10 +3,8 @@
 import importlib.util
 import os
 
-# Without vLLM, `find_spec` finds this folder when `tests` is on the path: a package without an origin.
-found = importlib.util.find_spec("vllm")
-# Without vLLM nothing in this folder is collected.
-collect_ignore_glob = [] if found is not None and found.origin is not None else ["*.py"]
+# Without vLLM nothing in this folder is collected. The folder must not be named `vllm`: TRL would find it on the path.
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") is not None else ["*.py"]
 
 # Set before vLLM is imported. Waiting threads must not spin, because the tests share their cores.
 os.environ |= {
