@@ -11,7 +11,7 @@ from transformers import Cache
 
 from milora.backbone.blocks import find_blocks, hidden_size
 from milora.backbone.key_value import check_projection, find_input_norm
-from milora.tuners.caches import BARE
+from milora.tuners.caches import BARE, is_filled
 from milora.tuners.checkpointing import checkpoint_in_context, is_checkpointed, restore_checkpoint_function
 from milora.tuners.context import (
     ContextOwner,
@@ -173,7 +173,7 @@ class IAPTModel(NoContinuousBatching, PrefixTuner):
         if is_compiled_by_transformers(model, named):
             kwargs["disable_compile"] = True
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if is_filled(cache):
             raise MiLoraError(
                 "The cache already holds tokens, so the first pass of generate would not be the prompt. Pass the "
                 "whole conversation with an empty cache, or continue the cache in your own loop."
