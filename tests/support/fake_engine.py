@@ -48,6 +48,7 @@ class FakeEngine:
         generations: The generations returned.
         known: The loaded adapters.
         refusal: Raised by `submit`.
+        pages: The pages of the cache, of 16 tokens each.
     """
 
     def __init__(self, script: Script | None = None, adapters: Sequence[str] = ()) -> None:
@@ -56,6 +57,7 @@ class FakeEngine:
         self.generations: list[Generation] = []
         self.known: dict[str, Path] = {name: Path(f"/adapters/{name}") for name in adapters}
         self.refusal: Exception | None = None
+        self.pages = 8
         self.unhealthy: str | None = None
         self.in_use: set[str] = set()
         self.cancelled = threading.Event()
@@ -103,7 +105,7 @@ class FakeEngine:
             running=2,
             cache_pages_used=5,
             cache_pages_cached=1,
-            cache_pages_total=8,
+            cache_pages_total=self.pages,
             page_tokens=16,
             prefix_hit_tokens=32,
             prompt_tokens={},

@@ -242,7 +242,7 @@ def _wants_usage(body: CompletionBody | ChatBody) -> bool:
 
 
 def _models(service: Service, tenant: Tenant) -> list[dict[str, Any]]:
-    backbone = service.settings.model
+    backbone, length = service.settings.model, service.max_model_len
 
     def card(name: str, parent: str | None) -> dict[str, Any]:
         return {
@@ -251,7 +251,7 @@ def _models(service: Service, tenant: Tenant) -> list[dict[str, Any]]:
             "created": 0,
             "owned_by": "milora",
             "parent": parent,
-            "max_model_len": service.settings.positions,
+            "max_model_len": length,
         }
 
     own = [card(backbone, None)] if tenant.backbone else []

@@ -81,6 +81,12 @@ class Service:
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="milora-tokenizer")
         self._changing_adapters = asyncio.Lock()
 
+    @property
+    def max_model_len(self) -> int:
+        """Maximum number of tokens of a prompt and one text: what the positions allow and the cache can hold."""
+        held = self._cached_tokens(1)
+        return held if self.settings.positions is None else min(held, self.settings.positions)
+
     async def load_adapter(self, name: str, path: str, *, replace: bool) -> None:
         """Checks and loads an adapter while the server runs.
 
@@ -161,7 +167,7 @@ class Service:
         prompts = await self._in_tokenizer_thread(lambda: [self._prompts.encode(adapter, each) for each in given])
         longest = max(map(len, prompts))
         asked = sum(map(len, prompts))
-        max_tokens = body.wanted_tokens or self._default_tokens(longest, asked, len(prompts) * body.n, tenant)
+        max_tokens = body.wanted_tokens or self._default_tokens(longest, asked, len(prompts), body.n, tenant)
         if self.settings.positions is not None and longest + max_tokens > self.settings.positions:
             raise ApiError(
                 400,
@@ -207,12 +213,19 @@ class Service:
         self.engine.close()
         self._tokenizing.shutdown()
 
-    def _default_tokens(self, longest: int, asked: int, texts: int, tenant: Tenant) -> int:
-        """The default `max_tokens` of a request: as many as the positions and the tenant's rate limit allow."""
+    def _default_tokens(self, longest: int, asked: int, prompts: int, n: int, tenant: Tenant) -> int:
+        """The default `max_tokens` of a request: as many as positions, cache and the tenant's rate limit allow."""
         tokens = 16 if self.settings.positions is None else self.settings.positions - longest
+        tokens = min(tokens, self._cached_tokens(n) - longest)
         if tenant.tokens_per_minute is not None:
-            tokens = min(tokens, (tenant.tokens_per_minute - asked) // texts)
+            tokens = min(tokens, (tenant.tokens_per_minute - asked) // (prompts * n))
         return max(tokens, 1)
+
+    def _cached_tokens(self, n: int) -> int:
+        """Maximum number of tokens of a prompt and its text in the cache, if a request has `n` texts or beams."""
+        # The engine's check counts whole pages, and the prompt's pages once per text.
+        statistics = self.engine.statistics()
+        return statistics.cache_pages_total // n * statistics.page_tokens
 
     async def _in_tokenizer_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *arguments)

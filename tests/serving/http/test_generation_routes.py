@@ -100,6 +100,19 @@ def test_a_chat_goes_through_the_template(client: TestClient, engine: FakeEngine
     assert engine.requests[1].sampling.max_tokens == 4
 
 
+@pytest.mark.parametrize(("n", "held"), [(1, 80), (2, 32)])
+def test_a_chat_without_a_limit_fits_a_small_cache(client: TestClient, engine: FakeEngine, n: int, held: int) -> None:
+    """5 pages of 16 tokens hold fewer tokens than the 128 positions."""
+    engine.pages = 5
+    body = {"model": "ada", "messages": [{"role": "user", "content": ""}], "n": n}
+    client.post("/v1/chat/completions", json=body)
+    request = engine.requests[0]
+    assert len(request.prompt) + request.sampling.max_tokens == held
+    assert n * -(-held // 16) <= 5 < n * -(-(held + 1) // 16)
+    cards = client.get("/v1/models").json()["data"]
+    assert [card["max_model_len"] for card in cards] == [80] * 3
+
+
 def test_several_prompts_and_several_texts_have_their_places(client: TestClient, engine: FakeEngine) -> None:
     engine.script = lambda request: [
         *spelled("a" * len(request.prompt), index=1, finish="length"),
