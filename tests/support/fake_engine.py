@@ -84,8 +84,10 @@ class FakeEngine:
         generation.end()
         return generation
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        if name in self.known:
+    def load_adapter(self, name: str, folder: Path, *, replace: bool = False) -> None:
+        if name in self.in_use:
+            raise AdapterInUseError(f"Requests use the adapter {name!r}.")
+        if name in self.known and not replace:
             raise AdapterInUseError(f"There is an adapter {name!r} already.")
         self.known[name] = folder
 

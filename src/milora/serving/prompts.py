@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from milora.backbone.adapter_tokenizer import adapter_tokenizer
 from milora.backbone.vocabulary import embedded_tokens
@@ -17,6 +17,13 @@ MOST_TOKENIZERS = 32
 """Maximum number of different tokenizers in memory. A vocabulary takes tens of megabytes."""
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+class TokenizerFiles(NamedTuple):
+    """The tokenizer's files in an adapter's folder."""
+
+    digest: str
+    folder: Path
 
 
 class Prompts:
@@ -32,22 +39,31 @@ class Prompts:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._vocabulary = embedded_tokens(model)
         self._own = tokenizer
-        self._of_adapter: dict[str, tuple[str, Path] | None] = {}
+        self._of_adapter: dict[str, TokenizerFiles | None] = {}
         self._loaded: OrderedDict[str, Any] = OrderedDict()
 
     def add(self, name: str, folder: Path) -> None:
-        """Adds an adapter's tokenizer.
+        """Loads an adapter's tokenizer and uses it for the adapter's prompts.
+
+        Raises:
+            MiLoraError: If its files cannot be read.
+        """
+        self.set(name, self.load(folder))
+
+    def load(self, folder: Path) -> TokenizerFiles | None:
+        """Loads the tokenizer of an adapter's folder; returns `None` for a folder without one.
 
         Raises:
             MiLoraError: If its files cannot be read.
         """
         digest = _digest(folder)
-        self._of_adapter[name] = None if digest is None else (digest, folder)
-        try:
-            self.tokenizer(name)
-        except MiLoraError:
-            del self._of_adapter[name]
-            raise
+        files = None if digest is None else TokenizerFiles(digest, folder)
+        self._loaded_from(files)
+        return files
+
+    def set(self, name: str, files: TokenizerFiles | None) -> None:
+        """Uses a loaded tokenizer for an adapter's prompts; `None` for the backbone's."""
+        self._of_adapter[name] = files
 
     def remove(self, name: str) -> None:
         """Removes an adapter's tokenizer."""
@@ -55,10 +71,12 @@ class Prompts:
 
     def tokenizer(self, adapter: str | None) -> Any:
         """The tokenizer of an adapter; the backbone's for `None` and for adapters without a tokenizer."""
-        known = None if adapter is None else self._of_adapter.get(adapter)
-        if known is None:
+        return self._loaded_from(None if adapter is None else self._of_adapter.get(adapter))
+
+    def _loaded_from(self, files: TokenizerFiles | None) -> Any:
+        if files is None:
             return self._own
-        digest, folder = known
+        digest, folder = files
         if digest not in self._loaded:
             self._loaded[digest] = adapter_tokenizer(folder) or self._own
             if len(self._loaded) > MOST_TOKENIZERS:

@@ -88,7 +88,7 @@ class Service:
         return held if self.settings.positions is None else min(held, self.settings.positions)
 
     async def load_adapter(self, name: str, path: str, *, replace: bool) -> None:
-        """Checks and loads an adapter while the server runs.
+        """Checks and loads an adapter. If this fails, the adapter that it was to replace stays in service.
 
         Raises:
             MiLoraError: If it may not be loaded, its name is taken, or the adapter that it replaces is in use.
@@ -102,14 +102,10 @@ class Service:
                 raise AdapterInUseError(
                     f"There is an adapter {name!r} already: unload it first, or set load_inplace to true."
                 )
-            if before is not None:
-                await asyncio.to_thread(self.engine.unload_adapter, name)
-            try:
-                await self._in_tokenizer_thread(self._prompts.add, name, folder)
-                await asyncio.to_thread(self.engine.load_adapter, name, folder)
-            except MiLoraError:
-                self._prompts.remove(name)
-                raise
+            # The old adapter and its tokenizer are replaced only after the new ones have been loaded.
+            tokenizer = await self._in_tokenizer_thread(self._prompts.load, folder)
+            await asyncio.to_thread(self.engine.load_adapter, name, folder, replace=replace)
+            self._prompts.set(name, tokenizer)
 
     async def unload_adapter(self, name: str) -> None:
         """Unloads an adapter.

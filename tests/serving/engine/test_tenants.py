@@ -267,6 +267,38 @@ def test_adapters_are_loaded_and_unloaded_while_others_run(folders: dict[str, Pa
         ]
 
 
+@pytest.mark.parametrize("in_memory", [1, 2, 3])
+def test_a_replacement_that_fails_leaves_the_old_adapter(
+    folders: dict[str, Path], alone: Alone, tmp_path: Path, in_memory: int
+) -> None:
+    """The old adapter stays, also if the new files have overwritten its own and memory is full."""
+    own = tmp_path / "own"
+    shutil.copytree(folders["one"], own)
+    with engine_on("llama", {"own": own, "two": folders["two"]}, adapters_in_memory=in_memory) as engine:
+        for name, kind in (("two", "two"), ("own", "one")):
+            assert read(engine.submit(greedy(DOCUMENT, name, 8))).tokens == [alone(kind, DOCUMENT, 8)]
+        tensors = load_file(own / "adapter_model.safetensors")
+        router = next(name for name in tensors if "router" in name)
+        save_file({n: each for n, each in tensors.items() if n != router}, own / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match="cannot be loaded"):
+            engine.load_adapter("own", own, replace=True)
+        assert read(engine.submit(greedy(DOCUMENT, "own", 8))).tokens == [alone("one", DOCUMENT, 8)]
+
+        running = engine.submit(greedy(DOCUMENT, "own", 60))
+        next(running)
+        with pytest.raises(AdapterInUseError, match="1 requests use"):
+            engine.load_adapter("own", folders["late"], replace=True)
+        assert read(running).tokens == [alone("one", DOCUMENT, 60)[1:]]
+
+        engine.load_adapter("own", folders["late"], replace=True)
+        for name, kind in (("own", "late"), ("two", "two"), ("own", "late")):
+            assert read(engine.submit(greedy(DOCUMENT, name, 8))).tokens == [alone(kind, DOCUMENT, 8)]
+        assert engine.statistics().adapters == 2
+        assert engine.statistics().adapters_in_memory == min(in_memory, 2)
+        engine.load_adapter("new", folders["one"], replace=True)
+        assert engine.statistics().adapters_in_memory == min(in_memory, 3)
+
+
 def test_folders_that_cannot_be_served_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with engine_on("llama") as engine:
         with pytest.raises(AdapterError, match="no such adapter"):
@@ -326,7 +358,7 @@ def test_an_adapter_takes_the_place_of_one_of_the_same_shapes(tmp_path: Path) ->
 def test_a_load_that_fails_unexpectedly_is_the_callers_alone(
     folders: dict[str, Path], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(name: str, folder: Path) -> None:
+    def fails(name: str, folder: Path, *, replaces: bool) -> None:
         raise RuntimeError("the disk is gone")
 
     with engine_on("llama", {"one": folders["one"]}) as engine:

@@ -259,6 +259,25 @@ def test_over_http(make_service: Callable[..., Service], engine: FakeEngine, fol
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "new"}, headers=bearer(ADMIN)).status_code == 404
 
 
+def test_a_broken_tokenizer_leaves_the_old_adapter(
+    make_service: Callable[..., Service], engine: FakeEngine, folder: Path
+) -> None:
+    client = TestClient(build_app(make_service()))
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = "a"
+    tokenizer.save_pretrained(folder)
+    load = {"lora_name": "new", "lora_path": "ada", "load_inplace": True}
+    assert client.post("/v1/load_lora_adapter", json=load, headers=bearer(ADMIN)).status_code == 200
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    refused = client.post("/v1/load_lora_adapter", json=load, headers=bearer(ADMIN))
+    assert refused.status_code == 400, refused.text
+    assert "tokenizer" in refused.json()["error"]["message"]
+    body = {"model": "new", "messages": [{"role": "user", "content": "x"}]}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert len(engine.requests[0].prompt) == 1
+
+
 def test_adapters_have_their_own_tokenizers(backbone: Any, tmp_path: Path) -> None:
     own = character_tokenizer(chat=True)
     prompts = Prompts(backbone, own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class AdapterPool:
         self._numbers = itertools.count()
         self._known: dict[str, Adapter] = {}
         self._loaded: OrderedDict[Adapter, None] = OrderedDict()
-        self.slots = AdapterSlots(backbone, most)
+        self.slots = AdapterSlots(backbone, most + 1)  # One more while an adapter is replaced.
         self._routes: OrderedDict[Hashable, PackedRoute] = OrderedDict()
 
     def __len__(self) -> int:
@@ -69,14 +69,30 @@ class AdapterPool:
             raise UnknownAdapterError(f"There is no adapter {name!r}{hint or '.'}")
         return adapter
 
-    def open(self, name: str, folder: str | Path) -> Adapter:
+    def replaceable(self, name: str) -> Adapter | None:
+        """The adapter with a name, which no request uses; `None` if there is no such adapter.
+
+        Raises:
+            AdapterInUseError: If a waiting or running request uses it.
+        """
+        adapter = self._known.get(name)
+        if adapter is not None:
+            self._check_unused(adapter)
+        return adapter
+
+    def open(self, name: str, folder: str | Path, *, replaces: bool = False) -> Adapter:
         """Creates an adapter without making it known. Reads only its configuration.
+
+        Args:
+            name: The adapter's name.
+            folder: The adapter's folder.
+            replaces: Whether the name may be taken.
 
         Raises:
             AdapterInUseError: If the name is taken.
             AdapterError: If the folder has no adapter of a method that the engine serves.
         """
-        if name in self._known:
+        if name in self._known and not replaces:
             raise AdapterInUseError(f"There is an adapter {name!r} already; unload it first.")
         return Adapter(name, Path(folder), next(self._numbers))
 
@@ -91,10 +107,15 @@ class AdapterPool:
             UnknownAdapterError: If there is no adapter with this name.
             AdapterInUseError: If a waiting or running request uses it.
         """
-        adapter = self.find(name)
-        if adapter.uses:
-            raise AdapterInUseError(f"{adapter.uses} requests use the adapter {name!r}; try again when they end.")
+        self._check_unused(self.find(name))
         return self._known.pop(name)
+
+    @staticmethod
+    def _check_unused(adapter: Adapter) -> None:
+        if adapter.uses:
+            raise AdapterInUseError(
+                f"{adapter.uses} requests use the adapter {adapter.name!r}; try again when they end."
+            )
 
     def unload(self, adapter: Adapter) -> None:
         """Removes an adapter's weights from memory."""
@@ -119,10 +140,26 @@ class AdapterPool:
         if adapter in self._loaded:
             self._loaded.move_to_end(adapter)
             return
+        self._load(adapter, self._put)
+
+    def load_beside(self, adapter: Adapter) -> None:
+        """Loads an adapter without evicting another, even if memory is full. Call [`AdapterPool.evict_surplus`] later.
+
+        Raises:
+            AdapterError: If its files cannot be read or do not fit the backbone.
+        """
+        self._load(adapter, self.slots.make)
+
+    def evict_surplus(self) -> None:
+        """Evicts the least recently used idle adapters until no more than the maximum are in memory."""
+        while len(self._loaded) > self._most:
+            self.unload(next(each for each in self._loaded if not each.running))
+
+    def _load(self, adapter: Adapter, put: Callable[[Adapter], None]) -> None:
         adapter.check_files()
         try:
             adapter.tokenizer = adapter.tokenizer or adapter_tokenizer(adapter.folder) or self._tokenizer
-            self._put(adapter)
+            put(adapter)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise AdapterError(f"The adapter {adapter.name!r} cannot be loaded: {reason}") from error

@@ -22,6 +22,7 @@ from milora.serving.engine.writer import Writer, failed
 from milora.serving.events import Generation
 from milora.serving.requests import (
     AdapterInfo,
+    AdapterInUseError,
     DeadlineError,
     EngineStatistics,
     EngineStoppedError,
@@ -121,20 +122,39 @@ class Engine:
             self._changed.notify_all()
         return generation
 
-    def load_adapter(self, name: str, folder: str | Path) -> None:
+    def load_adapter(self, name: str, folder: str | Path, *, replace: bool = False) -> None:
         """Loads an adapter between two steps and returns when it is loaded.
+
+        Args:
+            name: The adapter's name.
+            folder: The adapter's folder.
+            replace: Whether to replace an adapter with this name. If the new one cannot be loaded, the old one stays.
 
         Raises:
             AdapterError: If the folder has no adapter that can be served on this backbone.
-            AdapterInUseError: If the name is taken.
+            AdapterInUseError: If the name is taken, or a waiting or running request uses the adapter to replace.
             EngineStoppedError: If the engine is closed or has failed.
         """
 
         def load() -> None:
-            adapter = self._pool.open(name, folder)
-            self._pool.load(adapter)
             with self._changed:
-                self._pool.publish(adapter)
+                replaced = self._pool.replaceable(name) if replace else None
+            adapter = self._pool.open(name, folder, replaces=replaced is not None)
+            if replaced is None:
+                self._pool.load(adapter)
+                with self._changed:
+                    self._pool.publish(adapter)
+                return
+            self._pool.load_beside(adapter)
+            try:
+                with self._changed:
+                    self._pool.withdraw(name)  # Fails if a request for the old adapter has arrived meanwhile.
+                    self._pool.publish(adapter)
+            except AdapterInUseError:
+                self._pool.unload(adapter)
+                raise
+            self._pool.unload(replaced)
+            self._pool.evict_surplus()
 
         self._between_steps(load)
 
