@@ -1,8 +1,8 @@
-"""The bodies of requests: OpenAI's fields, vLLM's additions, and `milora`. Unknown fields are rejected."""
+"""The bodies of requests: OpenAI's fields, vLLM's additions, and `milora`. Unknown fields are rejected unless null."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -23,9 +23,19 @@ _Row = list[list[list[_Finite]]]
 
 
 class Body(BaseModel):
-    """An immutable request body that rejects unknown fields."""
+    """An immutable request body that rejects unknown fields. A field that is null counts as absent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    nulls: ClassVar[frozenset[str]] = frozenset()
+    """The fields in which null does not mean the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        # OpenAI's client sends null for None, and its messages have a null for each field that they do not use.
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name in cls.nulls}
 
 
 class GivenRoute(Body):
@@ -149,6 +159,9 @@ class _Generation(Body):
 
 class CompletionBody(_Generation):
     """`POST /v1/completions`."""
+
+    # Without the field, OpenAI's default of 16 counts.
+    nulls = frozenset({"max_tokens"})
 
     prompt: str | list[_TokenId] | list[str] | list[list[_TokenId]]
     max_tokens: int | None = Field(16, ge=1)

@@ -113,6 +113,33 @@ def test_a_chat_without_a_limit_fits_a_small_cache(client: TestClient, engine: F
     assert [card["max_model_len"] for card in cards] == [80] * 3
 
 
+def test_null_is_an_absent_field(client: TestClient, engine: FakeEngine) -> None:
+    absent = complete(client, use_beam_search=True, n=2)
+    nulls = ["stream", "temperature", "top_p", "logprobs", "stream_options", "milora", "echo", "tools", "suffix"]
+    null = complete(client, use_beam_search=True, n=2, **dict.fromkeys(nulls))
+    assert engine.requests[0].sampling == engine.requests[1].sampling
+    assert null["choices"] == absent["choices"]
+    complete(client, n=None, milora={"route": None}, stream_options=None)
+    assert engine.requests[2].sampling.n == 1
+    # An explicit null of this field stands for all remaining positions.
+    complete(client, max_tokens=None)
+    assert [request.sampling.max_tokens for request in engine.requests] == [16, 16, 16, 125]
+
+
+def test_an_answers_message_is_a_message_again(client: TestClient, engine: FakeEngine) -> None:
+    """The fields of `message.model_dump()` of OpenAI's client."""
+    unused = dict.fromkeys(["refusal", "annotations", "audio", "function_call", "tool_calls", "name"])
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for each in (messages, [{**message, **unused} for message in messages]):
+        body = {"model": "ada", "messages": each, "n": None, "logprobs": None, "max_tokens": None, "tools": None}
+        assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert engine.requests[0].prompt == engine.requests[1].prompt
+    assert engine.requests[0].sampling == engine.requests[1].sampling
+    for wrong in ({"content": None}, {"tool_calls": [{"id": "x"}]}, {"refusal": "no"}):
+        body = {"model": "ada", "messages": [{**messages[1], **wrong}]}
+        assert client.post("/v1/chat/completions", json=body).status_code == 400
+
+
 def test_several_prompts_and_several_texts_have_their_places(client: TestClient, engine: FakeEngine) -> None:
     engine.script = lambda request: [
         *spelled("a" * len(request.prompt), index=1, finish="length"),
