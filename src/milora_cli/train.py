@@ -14,7 +14,7 @@ import typer
 from milora_core.errors import MiLoraError, did_you_mean
 
 if TYPE_CHECKING:
-    from milora.training import DataArguments, MethodArguments, TrainingArguments
+    from milora.training import DataArguments, MethodArguments, TrainingArguments, TrainingResult
 
 
 SETTINGS: dict[str, Any] = {
@@ -44,8 +44,17 @@ def command(context: typer.Context) -> None:
     if arguments.process_index > 0:
         return
     if as_json:
-        typer.echo(json.dumps(result.to_dict()))
-        return
+        typer.echo(json.dumps(result.to_dict(), allow_nan=False))
+    else:
+        _print_result(result)
+    if result.nonfinite_tensors:
+        raise MiLoraError(
+            f"Training diverged: the adapter in {result.output} has NaN or infinity in {result.nonfinite_tensors} "
+            "tensors. Lower --learning-rate."
+        )
+
+
+def _print_result(result: TrainingResult) -> None:
     for name, counts in result.rows.items():
         no_room = f" ({counts['no_room']} of them for the prompt alone)" if counts["no_room"] else ""
         typer.echo(

@@ -76,6 +76,29 @@ def test_files_to_adapter(backbone: Path, tmp_path: Path, capsys: pytest.Capture
     )
 
 
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_a_training_that_diverges(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """The results are valid JSON, and the adapter with NaN is reported once everything is saved."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    command = flags(backbone, rows_file(tmp_path), tmp_path / "out", learning_rate=1e20, method=method)
+    assert main([*command, "--json"]) == 2
+    shown = capsys.readouterr()
+    result = json.loads(shown.out, parse_constant=refuse)
+    assert result["dev_perplexity_best"] is None
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    broken = sum(bool((tensor != tensor).any() or (tensor.abs() == float("inf")).any()) for tensor in tensors.values())
+    assert result["nonfinite_tensors"] == broken > 0
+    assert f"NaN or infinity in {broken} tensors. Lower --learning-rate." in shown.err.splitlines()[-1]
+    saved = json.loads((tmp_path / "out" / "training_result.json").read_text(), parse_constant=refuse)
+    assert saved["results"] == result
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
 def test_a_yaml_file_and_flags_that_override_it(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

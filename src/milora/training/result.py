@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,6 +32,8 @@ class TrainingResult:
         dev_perplexity_before: Dev perplexity before the first step; `None` if not measured.
         dev_perplexity_best: Dev perplexity of the kept adapter, or the lowest measured.
         resumed_from: The checkpoint from which the run resumed.
+        nonfinite_tensors: Tensors of the written adapter that have NaN or infinity, because the training diverged. Such
+            an adapter cannot be loaded.
     """
 
     output: str
@@ -48,10 +51,23 @@ class TrainingResult:
     dev_perplexity_before: float | None = None
     dev_perplexity_best: float | None = None
     resumed_from: str | None = None
+    nonfinite_tensors: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON. NaN and infinity are `None`."""
+        result: dict[str, Any] = finite_only(asdict(self))
+        return result
+
+
+def finite_only(value: Any) -> Any:
+    """Replaces NaN and infinity, which JSON does not have, by `None` in nested dicts and lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_only(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_only(each) for each in value]
+    return value
 
 
 def versions() -> dict[str, str]:

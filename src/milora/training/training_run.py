@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import set_seed
 
 from milora.backbone.adapter_tokenizer import adapter_tokenizer, difference
@@ -30,7 +32,7 @@ from milora.training.launching import check_launch
 from milora.training.method import MethodArguments
 from milora.training.method_callbacks import method_callbacks
 from milora.training.quantized import keep_trainable, loading_arguments
-from milora.training.result import RESULT_FILE, TrainingResult, versions
+from milora.training.result import RESULT_FILE, TrainingResult, finite_only, versions
 from milora.training.template import give_end, give_template
 from milora.training.trainer import MiLoraTrainer
 from milora.training.training_rows import Mixture, mix, read_sources
@@ -53,6 +55,8 @@ RESOLVED_FIELDS = ("target_modules", "exclude_modules", "router_activation", "bu
 
 def train(data: DataArguments, method: MethodArguments, arguments: TrainingArguments) -> TrainingResult:
     """Fine-tunes an adapter of any method and writes it to `arguments.output_dir`, with `training_result.json`.
+
+    If the training diverges, the adapter may have NaN or infinity: see `nonfinite_tensors` of the result.
 
     Raises:
         MiLoraError: If there are no training rows, no row fits `max_length`, the method needs dev rows and there are
@@ -105,7 +109,9 @@ def _train(
         with writing(output, KEPT):
             trainer.state.save_to_json(str(output / "trainer_state.json"))
         record = _record(data, method, arguments, trainer, result)
-        write_text(output / RESULT_FILE, json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n")
+        write_text(
+            output / RESULT_FILE, json.dumps(record, indent=2, default=str, ensure_ascii=False, allow_nan=False) + "\n"
+        )
         trainer.draw_routes({name: counts.dev for name, counts in mixture.counts.items()}, output / ROUTES_FILE)
     trainer.card["result"] = result
     trainer.create_model_card()
@@ -272,7 +278,18 @@ def _result(
         dev_perplexity_before=next((perplexity for step, perplexity in evaluated if step == 0), None),
         dev_perplexity_best=_best_perplexity(trainer, [perplexity for step, perplexity in evaluated if step > 0]),
         resumed_from=None if checkpoint is None else str(checkpoint),
+        nonfinite_tensors=_nonfinite_tensors(output) if trainer.is_world_process_zero() else 0,
     )
+
+
+def _nonfinite_tensors(folder: Path) -> int:
+    """The number of tensors with NaN or infinity in the adapter of a folder."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        # One tensor at a time: an adapter may have whole embeddings.
+        return sum(not bool(file.get_tensor(name).isfinite().all()) for name in file.keys())  # noqa: SIM118
 
 
 def _best_perplexity(trainer: MiLoraTrainer, seen: list[float]) -> float | None:
@@ -292,7 +309,7 @@ def _record(
 ) -> dict[str, Any]:
     """Everything needed to repeat the run, and its results."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {
+    record = {
         "method": {"name": method.method, "set": method.overrides(), "config": model.active_peft_config.to_dict()},
         "data": dict(vars(data)),
         "training": arguments.to_dict(),
@@ -301,6 +318,8 @@ def _record(
         "device": {"type": arguments.device.type, "processes": arguments.world_size},
         "versions": versions(),
     }
+    found: dict[str, Any] = finite_only(record)
+    return found
 
 
 def _checkpoint(resume: str | bool | None, output: Path) -> Path | None:
