@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -37,7 +38,13 @@ def command(
     ] = None,
     requests: Annotated[int, typer.Option("--requests", min=1, help="Requests per round.")] = 100,
     rate: Annotated[
-        float, typer.Option("--rate", min=0, help="Requests per second, Poisson arrivals; 0 sends all at once.")
+        float,
+        typer.Option(
+            "--rate",
+            min=0,
+            callback=options.not_nan,
+            help="Requests per second, Poisson arrivals; 0 or inf sends all at once.",
+        ),
     ] = 0.0,
     concurrency: Annotated[
         int | None, typer.Option("--concurrency", min=1, help="The most requests at a time.")
@@ -53,13 +60,17 @@ def command(
         bool, typer.Option("--ignore-eos", help="Generate all new tokens; milora and vLLM know this option.")
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Use /v1/chat/completions.")] = False,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, callback=options.finite, help="0 is greedy.")
+    ] = 0.0,
     body: Annotated[
         str | None, typer.Option("--body", metavar="JSON", help="More fields of the requests, as a JSON object.")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each server.")] = 1,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of arrivals, models, prompts.")] = 0,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Timeout of a request in seconds.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=1, callback=options.finite, help="Timeout of a request in seconds.")
+    ] = 600.0,
     output: Annotated[
         list[Path] | None,
         typer.Option("--output", metavar="FILE", help="File: a picture (.png, .svg, .pdf) or all values (.json)."),
@@ -85,7 +96,8 @@ def command(
             keys=_keys(keys),
             key=os.environ.get("OPENAI_API_KEY") or None,
             requests=requests,
-            rate=rate,
+            # As in vLLM's load generator. JSON has no infinity.
+            rate=0.0 if math.isinf(rate) else rate,
             concurrency=concurrency,
             prompt_words=_range(prompt_words),
             shared_words=shared_words,

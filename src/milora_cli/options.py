@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,20 @@ import typer
 def _expanded(path: Path | None) -> Path | None:
     # The shell does not expand `~` in an environment variable.
     return None if path is None else path.expanduser()
+
+
+def not_nan(value: float) -> float:
+    """Refuses NaN, which an option's `min` lets pass in older versions of click."""
+    if math.isnan(value):
+        raise typer.BadParameter(f"found {value}; give a number.")
+    return value
+
+
+def finite(value: float) -> float:
+    """Refuses NaN and infinity."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"found {value}; give a finite number.")
+    return value
 
 
 Adapter = Annotated[str, typer.Option("--adapter", metavar="DIR", help="Folder or hub id of the adapter.")]

@@ -48,7 +48,13 @@ def command(
         int, typer.Option("--max-waiting", min=1, help="Maximum number of waiting requests; more get 429.")
     ] = 1024,
     queue_seconds: Annotated[
-        float, typer.Option("--queue-seconds", min=0.1, help="A request that waits longer is refused with 503.")
+        float,
+        typer.Option(
+            "--queue-seconds",
+            min=0.1,
+            callback=options.not_nan,
+            help="A request that waits longer is refused with 503; inf: no limit.",
+        ),
     ] = 60.0,
     kv_cache_mib: Annotated[int, typer.Option("--kv-cache-mib", min=1, help="Memory for keys and values.")] = 1024,
     max_num_batched_tokens: Annotated[
@@ -61,7 +67,13 @@ def command(
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse keys and values of common prompts.")
     ] = True,
     drain_seconds: Annotated[
-        float, typer.Option("--drain-seconds", min=0, help="Time for running requests to finish after SIGTERM.")
+        float,
+        typer.Option(
+            "--drain-seconds",
+            min=0,
+            callback=options.finite,
+            help="Time for running requests to finish after SIGTERM.",
+        ),
     ] = 30.0,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

@@ -154,6 +154,9 @@ def test_the_command(server: Server, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert set(printed["rows"][0]["tenants"]) == {"ada", "bo"}
     assert "time to first token" in picture.read_text()
     assert len(json.loads(kept.read_text())["answers"]) == 8
+    load[load.index("500")] = "inf"
+    assert main([*load, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["settings"]["rate"] == 0  # All at once.
     server.reply = lambda body, number: (500, {}, "broken")
     assert main(load) == 1
     assert "8 requests failed: 500 broken" in capfd.readouterr().err
@@ -167,6 +170,10 @@ def test_the_command(server: Server, tmp_path: Path, capfd: pytest.CaptureFixtur
         (["--endpoint", "http://127.0.0.1:9", "--prompt-words", "9-2"], "--prompt-words"),
         (["--endpoint", "http://127.0.0.1:9", "--body", "[]"], "--body"),
         (["--endpoint", "http://127.0.0.1:9", "--output", "x.txt"], "--output x.txt"),
+        (["--endpoint", "http://127.0.0.1:9", "--rate", "nan"], "'--rate'"),
+        (["--endpoint", "http://127.0.0.1:9", "--rate", "-inf"], "'--rate'"),
+        (["--endpoint", "http://127.0.0.1:9", "--timeout", "inf"], "'--timeout': found inf"),
+        (["--endpoint", "http://127.0.0.1:9", "--temperature", "inf"], "'--temperature': found inf"),
         (["--endpoint", "http://127.0.0.1:9", "--endpoint", "http://127.0.0.1:9"], "one name"),
     ],
 )

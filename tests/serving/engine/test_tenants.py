@@ -390,11 +390,12 @@ def test_files_that_changed_since_loading_are_not_taken_for_the_old_ones(
 # ------------------------------------------------------------------------- ends
 
 
-def test_draining_ends_what_runs_and_takes_nothing_new(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("timeout", [30, 1e12, float("inf")])
+def test_draining_ends_what_runs_and_takes_nothing_new(folders: dict[str, Path], timeout: float) -> None:
     engine = engine_on("llama", folders)
     running = engine.submit(greedy(DOCUMENT, "one", 40))
     done: list[bool] = []
-    thread = threading.Thread(target=lambda: done.append(engine.drain(30)))
+    thread = threading.Thread(target=lambda: done.append(engine.drain(timeout)))
     thread.start()
     wait_for(lambda: engine._is_draining)
     with pytest.raises(EngineStoppedError, match="takes no more"):

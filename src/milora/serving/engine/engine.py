@@ -218,7 +218,9 @@ class Engine:
         """
         with self._changed:
             self._is_draining = True
-            return self._changed.wait_for(lambda: not self._unfinished, timeout)
+            # A condition does not accept longer times, such as infinity.
+            longest = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            return self._changed.wait_for(lambda: not self._unfinished, longest)
 
     def close(self) -> None:
         """Stops the engine. Unfinished requests end with [`EngineStoppedError`]. The backbone is then free again."""
