@@ -276,7 +276,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, handler(lambda error: error))
     app.add_exception_handler(MiLoraError, handler(ApiError.of))
-    app.add_exception_handler(RequestValidationError, handler(lambda error: validation_error(error.errors())))
+    app.add_exception_handler(RequestValidationError, handler(_of_validation))
     app.add_exception_handler(HTTPException, handler(_of_framework))
 
     async def unexpected(request: Request, error: Exception) -> Response:
@@ -284,6 +284,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         return ApiError(500, "The server failed; its log has the place.", "internal_error").response()
 
     app.add_exception_handler(Exception, unexpected)
+
+
+def _of_validation(error: RequestValidationError) -> ApiError:
+    return validation_error(error.errors(), error.body)
 
 
 def _of_framework(error: HTTPException) -> ApiError:

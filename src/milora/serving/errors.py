@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi.responses import JSONResponse
 
@@ -12,6 +13,8 @@ from milora_core.errors import MiLoraError
 
 RETRY_SECONDS = 1
 """The `Retry-After` of temporary errors."""
+MOST_ERRORS = 10_000
+"""Errors of a body that are compared to find the one to report; a list of a million tokens may have one for each."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -108,17 +111,60 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def validation_error(errors: Sequence[Mapping[str, Any]], body: Any = None) -> ApiError:
     """The response to a body that pydantic rejected, about the first invalid field.
 
     Args:
         errors: pydantic's list of errors.
+        body: The rejected body.
     """
     first = errors[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"The field {path!r} is not supported: remove it.", "unknown_field", param=path)
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not JSON: {first['ctx']['error']}.", "invalid_json")
-    message = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    places = [_Place.of(error, body) for error in errors[:MOST_ERRORS]]
+    field = places[0].field
+    same = [place for place in places if place.field[: len(field)] == field] if field else places[:1]
+    # A field of several types has errors for each type. Those deepest in the value are about the types that it looks
+    # like; of these, the type with the fewest errors was meant: one item of a list of texts is no text.
+    depth = max(len(place.field) for place in same)
+    deepest = [place for place in same if len(place.field) == depth]
+    counts = Counter(place.types for place in deepest)
+    meant = min(deepest, key=lambda place: counts[place.types])
+    path = ".".join(map(str, meant.field))
+    if meant.error["type"] == "extra_forbidden":
+        return ApiError(400, f"The field {path!r} is not supported: remove it.", "unknown_field", param=path)
+    about = [place for place in deepest if place.field == field] or [meant]
+    message = ", or ".join(dict.fromkeys(place.message for place in about))
     return ApiError(400, f"{path}: {message}." if path else f"{message}.", "invalid_value", param=path or None)
+
+
+class _Place(NamedTuple):
+    """The place in the body that an error of pydantic is about."""
+
+    error: Mapping[str, Any]
+    field: tuple[str | int, ...]
+    """The names and indices that lead to it."""
+    types: tuple[str | int, ...]
+    """The names of the types among which pydantic chose."""
+
+    @classmethod
+    def of(cls, error: Mapping[str, Any], body: Any) -> _Place:
+        """Separates the names of types in an error's location from those of fields."""
+        field: list[str | int] = []
+        types: list[str | int] = []
+        value = body
+        parts = [part for part in error["loc"] if part != "body"]
+        for index, part in enumerate(parts):
+            is_item = isinstance(value, list) and isinstance(part, int) and 0 <= part < len(value)
+            if is_item or (isinstance(value, dict) and part in value):
+                value = value[part]
+            elif error["type"] != "missing" or index < len(parts) - 1:
+                types.append(part)
+                continue
+            field.append(part)
+        return cls(error, tuple(field), tuple(types))
+
+    @property
+    def message(self) -> str:
+        """What is wrong."""
+        return str(self.error["msg"]).removeprefix("Value error, ").rstrip(".")

@@ -224,6 +224,14 @@ def test_a_route_of_another_model_is_refused(engine: Engine) -> None:
     assert engine.healthy() is None
 
 
+@pytest.mark.parametrize("adapter", [None, "lora", "dora"])
+def test_a_route_without_routers_is_refused(engine: Engine, alone: Alone, adapter: str | None) -> None:
+    route = alone.model("milora").route(torch.tensor([PROMPT]))
+    with pytest.raises(InvalidRequestError, match="has no routers to follow a route"):
+        engine.submit(greedy(PROMPT, adapter, 3, route=route))
+    assert read(engine.submit(greedy(PROMPT, adapter, 3, return_route=True))).events
+
+
 def test_cancelled_requests_free_their_rows(engine: Engine) -> None:
     running = [engine.submit(greedy(PROMPT, "milora", 100)) for _ in range(6)]
     next(running[0])

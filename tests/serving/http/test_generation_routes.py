@@ -273,9 +273,20 @@ def test_errors_of_the_engine(
         ({"prompt": ["a", ""]}, "prompt", "empty"),
         ({"prompt": [97]}, None, "embeddings for 97 tokens"),
         ({"prompt": ["a"] * 65}, "prompt", "at most 64"),
-        ({"prompt": None}, None, ""),
+        ({"prompt": None}, "prompt", "required"),
+        ({"prompt": 5}, "prompt", "valid string, or Input should be a valid list"),
+        ({"prompt": [[1], [2], "a"]}, "prompt.2", "valid list"),
+        ({"prompt": [[1], [2, -3]]}, "prompt.1.1", "greater than or equal to 0"),
+        ({"prompt": ["a", "b", 5]}, "prompt.2", "valid string"),
+        ({"prompt": [5, 6, "a"]}, "prompt.2", "valid integer"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
-        ({"stop": [""]}, None, ""),
+        ({"stop": [""]}, "stop.0", "at least 1 character"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a", 5]}, "stop.1", "valid string"),
+        ({"str": 5}, "str", "not supported"),
+        ({"milora": {"route": "x"}}, "milora.route", "valid boolean"),
+        ({"milora": {"route": {"blocks": [], "experts": []}}}, "milora.route.gates", "required"),
+        ({"milora": {"route": {"blocks": [], "experts": [], "gates": [], "x": 1}}}, "milora.route.x", "not supported"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"stream_options": {"include_usage": True}}, None, "stream"),
         ({"use_beam_search": True, "top_p": 0.5}, None, "Beam search takes no top_p"),
@@ -306,13 +317,20 @@ def test_bodies_that_are_no_json_or_no_text(client: TestClient, content: bytes) 
 
 
 @pytest.mark.parametrize(
-    "messages",
-    [[], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "hey"],
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hey", "messages"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": 5}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages.0.content.0.type"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text"}]}], "messages.0.content.1.text"),
+    ],
 )
-def test_wrong_messages(client: TestClient, messages: Any) -> None:
+def test_wrong_messages(client: TestClient, messages: Any, param: str) -> None:
     response = client.post("/v1/chat/completions", json={"model": "ada", "messages": messages})
     assert response.status_code == 400
-    assert response.json()["error"]["param"].startswith("messages")
+    assert response.json()["error"]["param"] == param
 
 
 def test_a_template_that_refuses(make_service: Any, engine: FakeEngine) -> None:

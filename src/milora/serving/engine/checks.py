@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from milora.serving.engine.adapter import Adapter
 from milora.serving.engine.runner import Runner
 from milora.serving.engine.settings import EngineSettings
 from milora.serving.requests import GenerationRequest, InvalidRequestError, PromptTooLongError
+
+
+def check_route(request: GenerationRequest, adapter: Adapter | None) -> None:
+    """Checks that a request that gives a route has an adapter with routers.
+
+    Raises:
+        InvalidRequestError: If it is for the bare backbone or a plain LoRA adapter.
+    """
+    if request.route is None or (adapter is not None and adapter.kind != "LORA"):
+        return
+    model = "The bare backbone" if adapter is None else f"The adapter {adapter.name!r} is a plain LoRA, which"
+    raise InvalidRequestError(f"{model} has no routers to follow a route: name a MiLoRA adapter, or give no route.")
 
 
 def check_request(request: GenerationRequest, settings: EngineSettings, runner: Runner) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora.serving.engine.adapters import AdapterPool
-from milora.serving.engine.checks import check_request
+from milora.serving.engine.checks import check_request, check_route
 from milora.serving.engine.runner import Runner
 from milora.serving.engine.scheduler import Part, Scheduler
 from milora.serving.engine.sequence import Job
@@ -99,7 +99,7 @@ class Engine:
         """Queues a request.
 
         Raises:
-            InvalidRequestError: If a value is out of range for this backbone.
+            InvalidRequestError: If a value is out of range for this backbone, or a route is given without routers.
             PromptTooLongError: If prompt and new tokens do not fit the backbone's positions or the cache.
             UnknownAdapterError: If there is no such adapter.
             QueueFullError: If the queue is full.
@@ -109,6 +109,7 @@ class Engine:
         with self._changed:
             self._check_accepts()
             adapter = None if request.adapter is None else self._pool.find(request.adapter)
+            check_route(request, adapter)
             if self._waiting >= self.settings.most_waiting:
                 raise QueueFullError(f"{self._waiting} requests wait already; try again later.")
             generation = Generation(self._wake)
