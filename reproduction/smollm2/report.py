@@ -31,6 +31,7 @@ DECODE_NAMES = {
     "dora": "dora-cached",
     "milora, k = 1": "milora-k1",
     "milora, k = 2": "milora-k2",
+    "milora, dense for 15 steps": "milora",
     "milora, dense for 30 steps": "milora",
     "milora, four experts": "milora-qvod",
     "lora, three modules, r = 16": "lora-qvd",
