@@ -61,6 +61,8 @@ def test_the_reference_of_dpo_has_the_routers_center(tmp_path: Path) -> None:
         router.pooler["default"].center.normal_(generator=torch.Generator().manual_seed(0))
     entry = first_entry(model, tmp_path)
     assert entry["loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+    model.add_adapter("tenant", model.peft_config["default"])
+    assert not any(router.pooler["tenant"].center.any() for router in model.base_model.hooks.routers.values())
 
 
 @pytest.mark.parametrize("dense", [False, True])

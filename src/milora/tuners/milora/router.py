@@ -26,6 +26,10 @@ from milora_core.routing import (
     expert_probabilities,
 )
 
+TRL_REFERENCE = "ref"
+"""TRL's name of the reference policy: an adapter with the configuration of another, whose parameters TRL copies. The
+center of a router is a buffer, so it is copied here."""
+
 
 class RouterLayer(BareTunerLayer):
     """A block's routers, one per adapter, as a child of the block (`milora_router`).
@@ -62,10 +66,8 @@ class RouterLayer(BareTunerLayer):
         orders = (config.rational_orders[0], config.rational_orders[1])
         self.projection[adapter] = RouterProjection(self.hidden_size, len(experts))
         self.pooler[adapter] = build_pooler(config.pooler, self.hidden_size, centered=config.router_norm == "centered")
-        # TRL makes a reference adapter by adding an adapter with the same configuration and copying its parameters. The
-        # center is a buffer, which it does not copy.
         source = next((other for other, settings in self.settings.items() if settings is config), None)
-        if source is not None:
+        if adapter == TRL_REFERENCE and source is not None:
             self.pooler[adapter].load_state_dict(self.pooler[source].state_dict())
         self.activation[adapter] = build_activation(activation, orders)
         self.experts[adapter], self.settings[adapter] = experts, config
