@@ -190,6 +190,18 @@ def test_dense_steps_train_all_experts_first() -> None:
     assert [int(each.chosen.sum()) // 4 for each in chosen] == [7, 7, 2, 2, 2]
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_detached_router_sends_no_gradient_below(detached: bool) -> None:
+    model = adapted("llama").model
+    trial.prepare_routers(model, Trial(detach_router_input=detached))
+    *_, router = routers_of(model).values()
+    hidden = torch.randn(2, 5, router.hidden_size, requires_grad=True)
+    decision = router.decide("default", hidden, torch.ones(2, 5, dtype=torch.bool))
+    decision.probabilities[:, 0].sum().backward()
+    assert (hidden.grad is None) is detached
+    assert trial.router_weight(router).grad is not None
+
+
 def test_the_first_seed_chooses_the_learning_rate_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

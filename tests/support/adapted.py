@@ -72,6 +72,15 @@ def adapted(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.fl
     return Adapted(model.eval(), ReferenceMiLora(_backbone(name), tensors, fields))
 
 
+def perturbed(model: PeftModel, scale: float) -> PeftModel:
+    """The model in eval mode after normal noise of this standard deviation was added to its trainable parameters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return model.eval()
+
+
 def add_adapter(model: PeftModel, adapter: str, name: str = "llama", *, seed: int, **settings: Any) -> ReferenceMiLora:
     """Adds another adapter to the model and returns its reference."""
     fields = settings_for(name, **settings)

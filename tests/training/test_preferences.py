@@ -82,7 +82,7 @@ def test_grpo_generates_its_rollouts(tmp_path: Path, dense: bool) -> None:
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [f"say {letter}:" for letter in LETTERS]}),
         processing_class=character_tokenizer(),
-        callbacks=[DenseStart(0.5)] if dense else [],
+        callbacks=[DenseStart(0.9)] if dense else [],
     )
     with model.record_routes() as routes:
         trainer.train()

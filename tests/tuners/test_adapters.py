@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.peft_types import PeftType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.adapted import ALL_ARCHITECTURES, Snapshot, adapted, add_adapter, saved
+from support.adapted import ALL_ARCHITECTURES, Snapshot, adapted, add_adapter, perturbed, saved
 from support.architectures import ARCHITECTURES, BLOCKS, EXPERTS, HIDDEN, UNEVEN_EXPERTS, pad, random_prompts
 from support.reference import weight_of
 from torch import Tensor, nn
@@ -683,14 +683,6 @@ class TestLoraOptions:
         assert torch.equal(logits_of(PeftModel.from_pretrained(ARCHITECTURES["llama"](), tmp_path)), logits_of(model))
 
 
-def perturbed(model: PeftModel) -> PeftModel:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
 def test_trained_tokens_of_a_tied_embedding_are_loaded(tmp_path: Path) -> None:
     """PEFT wraps the tied head too, but saves the tokens once."""
     backbone = ARCHITECTURES["llama"]()
@@ -698,7 +690,7 @@ def test_trained_tokens_of_a_tied_embedding_are_loaded(tmp_path: Path) -> None:
     backbone.tie_weights()
     fresh = copy.deepcopy(backbone)
     fresh.tie_weights()
-    model = perturbed(get_peft_model(backbone, MiLoraConfig(r=4, top_k=2, trainable_token_indices=[3, 4])))
+    model = perturbed(get_peft_model(backbone, MiLoraConfig(r=4, top_k=2, trainable_token_indices=[3, 4])), 0.1)
     model.save_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5, 6, 3, 8]])
     found = PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits
@@ -716,7 +708,7 @@ def test_a_classifiers_adapter_is_loaded(task: str, kind: type[Any], tmp_path: P
     )  # fmt: skip
     backbone = kind(config)
     fresh = copy.deepcopy(backbone)
-    model = perturbed(get_peft_model(backbone, MiLoraConfig(task_type=task, r=4, top_k=2)))
+    model = perturbed(get_peft_model(backbone, MiLoraConfig(task_type=task, r=4, top_k=2)), 0.1)
     model.save_pretrained(tmp_path)
     ids = torch.tensor([[3, 4, 5, 6, 3, 8]])
     found = PeftModel.from_pretrained(fresh, tmp_path).eval()(input_ids=ids).logits

@@ -50,8 +50,8 @@ def prompts_given(named: dict[str, Any]) -> dict[str, Any]:
 def inputs_given(model: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a `generate` with which another `generate` reads the same prompts.
 
-    These are [`prompts_given`] and the model's other inputs, such as `pixel_values` or `token_type_ids`: whatever is
-    neither an option nor a parameter of `generate`.
+    These are [`prompts_given`] and the other inputs of the model, such as `pixel_values` or `token_type_ids`: all that
+    are neither options nor parameters of `generate`.
     """
     generate: Any = model.generate
     options = {*vars(GenerationConfig()), *inspect.signature(generate).parameters, "past_key_values"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support.adapted import adapted
+from support.adapted import adapted, perturbed
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -77,12 +77,7 @@ def recurrent_gemma() -> PreTrainedModel:
 
 def with_large_adapter(backbone: PreTrainedModel, **settings: Any) -> PeftModel:
     """An adapter that changes the outputs so much that another route shows."""
-    model = get_peft_model(backbone, MiLoraConfig(r=4, top_k=2, lora_alpha=16, **settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.5)
-    return model.eval()
+    return perturbed(get_peft_model(backbone, MiLoraConfig(r=4, top_k=2, lora_alpha=16, **settings)), 0.5)
 
 
 def inputs_of(name: str) -> dict[str, Tensor]:
@@ -120,15 +115,15 @@ def test_the_pass_that_finds_the_route_reads_all_inputs(name: str, options: dict
 
 
 def test_iapt_reads_all_inputs_too() -> None:
-    model = get_peft_model(gpt2(), IAPTConfig(num_virtual_tokens=2, bottleneck=4)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.5)
+    model = perturbed(get_peft_model(gpt2(), IAPTConfig(num_virtual_tokens=2, bottleneck=4)), 0.5)
+    seen: list[Tensor | None] = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("token_type_ids")), with_kwargs=True
+    )
     inputs = inputs_of("gpt2")
-    settings = {"max_new_tokens": 6, "do_sample": False}
-    expected = model.generate(**inputs, **settings)
-    assert torch.equal(model.generate(**inputs, prompt_lookup_num_tokens=2, **settings), expected)
+    model.generate(**inputs, prompt_lookup_num_tokens=2, max_new_tokens=6, do_sample=False)
+    assert seen[0] is not None, "the pass that computes the soft tokens has no token types"
+    assert torch.equal(seen[0], inputs["token_type_ids"])
 
 
 @pytest.mark.parametrize("build", [mamba, mamba2, recurrent_gemma])
